@@ -1,0 +1,54 @@
+# Two commands do everything on a fresh machine with Python >= 3.11: `make quickstart` and `make test`.
+# An installed CPU build of torch is kept: constraints.txt pins the version, not the build.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help install quickstart test lint format benchmark clean
+
+help:
+	@echo "make install      .venv with screformer in it"
+	@echo "make quickstart   the whole chain on simulated cells, in ./quickstart (ARGS='--h5ad FILE' for yours)"
+	@echo "make test         the tests (ARGS='-k stream' for some)"
+	@echo "make lint         ruff and mypy"
+	@echo "make benchmark    the stream and the attention against their peers"
+
+install: $(VENV)/installed
+
+quickstart: install
+	$(RUN) -m jobs.quickstart $(ARGS)
+
+test: $(VENV)/installed-for-tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/installed-for-tests
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/installed-for-tests
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+benchmark: $(VENV)/installed-for-tests
+	$(RUN) -m jobs.benchmark stream
+	$(RUN) -m jobs.benchmark attention
+	$(RUN) -m jobs.benchmark step
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(RUN):
+	@test -n "$(PYTHON)" && $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "screformer needs Python >= 3.11, found: '$(PYTHON)'; say which with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(RUN)
+	$(PIP) --quiet -e .
+	@touch $@
+
+$(VENV)/installed-for-tests: pyproject.toml constraints.txt | $(RUN)
+	$(PIP) --quiet -e ".[test,dev,baselines]"
+	@touch $@ $(VENV)/installed

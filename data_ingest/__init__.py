@@ -1,0 +1,1 @@
+"""From the atlas to batches of tokens: ingest, query, split and stream."""

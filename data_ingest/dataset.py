@@ -1,0 +1,355 @@
+"""From the cells of a query to batches of tokens on each rank.
+
+Axes: `n` cells, `l` token slots, `g` genes of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+from ray.data import ExecutionResources
+from scipy.sparse import csr_array, vstack
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
+from data_ingest.plan import EpochPlan
+from screformer.config import StreamConfig, TokensConfig
+from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
+
+Batch = dict[str, torch.Tensor]
+_MOST_READ_TASKS = 8
+"""Read tasks at a time for one rank; more than any model here can take cells from."""
+_CELLS_PER_SAMPLE_TASK = 4096
+_QUIET = {"ray.data._internal.progress": logging.ERROR, "ray.data._internal.execution.streaming_executor": logging.WARNING}
+"""Loggers of Ray Data that would write a line for each epoch of each rank."""
+
+
+class CountSample(NamedTuple):
+    """Raw counts of some cells of a stream."""
+
+    counts_ng: csr_array
+    """float32, over the vocabulary."""
+    total_n: np.ndarray
+    """float32: sum of all counts of each cell, also of genes outside the vocabulary."""
+    joinids_n: np.ndarray
+    labels_n: np.ndarray
+
+
+class CellStream:
+    """Cells of one atlas, by epochs of global batches, for any number of ranks.
+
+    A small picklable recipe: its arrays travel by reference where Ray runs. What it yields is a pure function of its arguments, the
+    epoch and the step; the order of cells in a global batch does not depend on the number of ranks.
+    """
+
+    def __init__(
+        self,
+        locator: AtlasLocator,
+        joinids: np.ndarray,
+        labels: np.ndarray,
+        vocabulary: GeneVocabulary,
+        tokens: TokensConfig,
+        stream: StreamConfig,
+        *,
+        global_batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        read_cpus: float = 0.5,
+    ) -> None:
+        """Look up the vocabulary's genes in the atlas.
+
+        Args:
+            locator: The atlas, pinned.
+            joinids: Shape (n,), unique, any order (the stream sorts them).
+            labels: Shape (n,), label code of each cell, -1 for none.
+            vocabulary: Genes that become tokens; the others count only into a cell's total.
+            tokens: How a cell becomes tokens.
+            stream: Run length, cells per task, prefetching.
+            global_batch_size: Cells per step over all ranks.
+            seed: Of the order.
+            shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
+            read_cpus: CPUs that one read task counts as, when the free CPUs are shared out over ranks.
+
+        Raises:
+            ValueError: A joinid stands twice, or the atlas has none of the vocabulary's genes.
+        """
+        order = np.argsort(joinids, kind="stable")
+        joinids, labels = np.asarray(joinids, np.int64)[order], np.asarray(labels, np.int64)[order]
+        twice = np.flatnonzero(joinids[1:] == joinids[:-1])
+        if len(twice):
+            raise ValueError(f"joinid {joinids[twice[0]]} stands twice among the cells of a stream; give each cell once")
+        self.locator, self.vocabulary, self.tokens, self.stream = locator, vocabulary, tokens, stream
+        self.global_batch_size, self.seed, self.shuffle, self.read_cpus = global_batch_size, seed, shuffle, read_cpus
+        self.num_cells = len(joinids)
+        self.num_cut = 0
+        """Cells that lost genes to `tokens.max_genes` so far, in this process."""
+        self._arrays: CellArrays | None = CellArrays(joinids, labels, _gene_of_var(locator, vocabulary))
+        self._reference: ray.ObjectRef | None = None
+        self.plan(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Global batches of an epoch; the last one may have padding."""
+        return -(-self.num_cells // self.global_batch_size)
+
+    @property
+    def arrays(self) -> CellArrays:
+        """Joinids and labels of the stream's cells, in the order of the joinids, and the vocabulary index of each var joinid."""
+        if self._arrays is None:
+            self._arrays = ray.get(self._reference)
+        return self._arrays
+
+    @property
+    def num_padding(self) -> int:
+        """Padding rows at the end of each epoch."""
+        return self.steps_per_epoch * self.global_batch_size - self.num_cells
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The order of an epoch."""
+        return EpochPlan(
+            num_cells=self.num_cells,
+            seed=self.seed,
+            epoch=epoch,
+            run_length=self.stream.run_length,
+            cells_per_task=self.stream.cells_per_task,
+            global_batch_size=self.global_batch_size,
+            shuffle=self.shuffle,
+        )
+
+    def batches(self, epoch: int, *, rank: int, world_size: int, micro_batch_size: int, start_step: int = 0) -> Iterator[Batch]:
+        """Micro-batches of one rank in one epoch.
+
+        A step is global_batch_size / (micro_batch_size x world_size) of them, also for the last step, whose missing cells are padding
+        rows. Atlas reading, tokenizing and conversion happen beside the caller's thread. Ray must be running.
+
+        Args:
+            epoch: Any number >= 0.
+            rank: Whose cells.
+            world_size: Number of ranks; together they get every cell once.
+            micro_batch_size: Cells per micro-batch.
+            start_step: Steps of this epoch that were already taken, by however many ranks.
+
+        Yields:
+            `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for none; `joinids` int64 (n,), -1
+            for padding rows, which hold PAD only.
+
+        Raises:
+            ValueError: The global batch is not a multiple of micro-batch x world size.
+        """
+        if self.global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x world size"
+                f" ({micro_batch_size} x {world_size})"
+            )
+        num_batches = (self.steps_per_epoch - start_step) * (self.global_batch_size // (micro_batch_size * world_size))
+        if num_batches <= 0:
+            return
+        blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)
+        delivered = 0
+        for batch in _ahead(self._tokenized(blocks, micro_batch_size), self.stream.prefetch_batches):
+            delivered += 1
+            yield batch
+        assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"
+
+    def blocks(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> Iterable[pa.Table]:
+        """The cells of `batches` before they become tokens: tables in the schema of `datasource.SCHEMA`, of any number of rows."""
+        tasks, num_cpus, store_bytes = _share_of_cluster(world_size, self.read_cpus)
+        source = SomaDatasource(
+            self.locator,
+            self._shared(),
+            self.plan(epoch),
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+            threads=max(1, round(self.read_cpus)),
+        )
+        for name, level in _QUIET.items():
+            logging.getLogger(name).setLevel(level)
+        num_units = max(1, len(source.units))
+        dataset = ray.data.read_datasource(source, num_cpus=num_cpus, concurrency=min(tasks, num_units), override_num_blocks=num_units)
+        context = dataset.context
+        context.target_max_block_size = BLOCK_BYTES
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        context.execution_options.verbose_progress = False
+        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store_bytes)
+        return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+
+    def sample_counts(self, max_cells: int, seed: int) -> CountSample:
+        """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
+
+        Args:
+            max_cells: All cells, where there are no more.
+            seed: Of the choice.
+
+        Returns:
+            The sample; memory grows with the detected genes of its cells.
+        """
+        reference = self._shared()
+        chosen = np.arange(self.num_cells)
+        if self.num_cells > max_cells:
+            chosen = np.sort(np.random.default_rng([seed, 1]).choice(self.num_cells, max_cells, replace=False))
+        tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
+        remote = ray.remote(num_cpus=num_cpus)(_sample_task)
+        waiting = [chosen[first : first + _CELLS_PER_SAMPLE_TASK] for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)]
+        running: list[ray.ObjectRef] = []
+        parts: list[tuple[np.ndarray, ...]] = []
+        while waiting or running:
+            while waiting and len(running) < tasks:
+                running.append(remote.remote(self.locator, reference, waiting.pop(0)))
+            parts.append(ray.get(running.pop(0)))
+        shape = (-1, len(self.vocabulary))
+        rows = [csr_array((counts, genes, offsets), shape=(len(offsets) - 1, shape[1])) for offsets, genes, counts, _ in parts]
+        arrays = self.arrays
+        return CountSample(
+            counts_ng=vstack(rows, format="csr") if rows else csr_array((0, shape[1]), dtype=np.float32),
+            total_n=np.concatenate([total for *_, total in parts]) if parts else np.zeros(0, np.float32),
+            joinids_n=arrays.joinids[chosen],
+            labels_n=arrays.labels[chosen],
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the arrays, where Ray can carry them: a recipe is sent to every rank."""
+        if ray.is_initialized():
+            self._shared()
+        state = dict(self.__dict__)
+        if self._reference is not None:
+            state["_arrays"] = None
+        return state
+
+    def _shared(self) -> ray.ObjectRef:
+        if self._reference is None:
+            self._reference = ray.put(self._arrays)
+        return self._reference
+
+    def _tokenized(self, blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
+        tokenizer = CellTokenizer(self.tokens, self.vocabulary)
+        for joinids, labels, totals, offsets, genes, counts in _micro_batches(blocks, size):
+            tokens = tokenizer(genes, counts, offsets, total_counts=totals)
+            self.num_cut += tokens["num_cut"]
+            tokens["token_ids"][joinids < 0] = PAD
+            yield {
+                "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
+                "values": torch.from_numpy(tokens["values"]),
+                "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
+                "labels": torch.from_numpy(labels),
+                "joinids": torch.from_numpy(joinids),
+            }
+
+
+_Cells = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""joinids, labels, totals, offsets, genes, counts."""
+
+
+def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[_Cells]:
+    """Cut blocks of any size into micro-batches of `size` cells, in order; Ray may cut and join blocks as it likes."""
+    pieces: list[_Cells] = []
+    missing = size
+    for block in blocks:
+        joinids, labels, totals = (block[name].to_numpy() for name in ("joinid", "label", "total"))
+        genes, counts = (block[name].combine_chunks() for name in ("genes", "counts"))
+        offsets = genes.offsets.to_numpy().astype(np.int64)
+        gene_z, count_z = genes.values.to_numpy(), counts.values.to_numpy()
+        first_count = counts.offsets[0].as_py() if len(counts) else 0
+        shift = first_count - (offsets[0] if len(offsets) else 0)
+        first = 0
+        while first < len(joinids):
+            last = min(first + missing, len(joinids))
+            start, stop = offsets[first], offsets[last]
+            rows = slice(first, last)
+            cut = (gene_z[start:stop], count_z[start + shift : stop + shift])
+            pieces.append((joinids[rows], labels[rows], totals[rows], offsets[first : last + 1] - start, *cut))
+            missing -= last - first
+            first = last
+            if not missing:
+                yield _joined(pieces)
+                pieces, missing = [], size
+    assert not pieces, "the rows of a rank fill whole micro-batches"
+
+
+def _joined(pieces: list[_Cells]) -> _Cells:
+    joinids, labels, totals = (np.concatenate([piece[index] for piece in pieces]) for index in range(3))
+    if len(pieces) == 1:
+        return joinids, labels, totals, *pieces[0][3:]
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(piece[3]) for piece in pieces]))])
+    return joinids, labels, totals, offsets, np.concatenate([piece[4] for piece in pieces]), np.concatenate([piece[5] for piece in pieces])
+
+
+def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
+    """Run an iterator in one thread of its own, `depth` items ahead; order, exceptions and an early stop pass through."""
+    ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def offer(item: Batch | None, error: BaseException | None = None) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+
+    def run() -> None:
+        try:
+            for item in items:
+                offer(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            return offer(None, error)
+        finally:
+            items.close()  # type: ignore[attr-defined]
+        offer(None)
+
+    thread = threading.Thread(target=run, name="cell-stream", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:
+    """Read tasks at a time, CPUs that Ray reserves for each, and object store bytes, for one of `world_size` ranks.
+
+    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused training stream could starve the
+    validation stream, and one rank another, for ever. So tasks reserve next to nothing (nothing at all where nothing is free) and their
+    number is bounded instead.
+    """
+    free = ray.available_resources().get("CPU", 0.0)
+    tasks = max(1, min(_MOST_READ_TASKS, int(free / (world_size * read_cpus))))
+    store_bytes = ray.cluster_resources().get("object_store_memory", 2**30)
+    return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size
+
+
+def _sample_task(locator: AtlasLocator, arrays: CellArrays, cells: np.ndarray) -> tuple[np.ndarray, ...]:
+    return read_cells(locator, arrays.joinids[cells], arrays.gene_of_var)
+
+
+def _gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarray:
+    with locator.open() as experiment:
+        var = experiment.ms[locator.measurement].var.read(column_names=["soma_joinid", "feature_id"]).concat()
+    joinids = var["soma_joinid"].to_numpy()
+    found = vocabulary.index(var["feature_id"].to_pylist())
+    if not (found >= 0).any():
+        raise ValueError(
+            f"the atlas {locator.uri} has none of the vocabulary's {len(vocabulary)} genes (such as {vocabulary.feature_ids[0]!r};"
+            f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
+        )
+    gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
+    gene_of_var[joinids] = found
+    return gene_of_var

@@ -1,0 +1,183 @@
+"""Roll a Cell Ontology term up to a first-tier ("major") cell type.
+
+A term belongs to the most specific configured type among itself and its ancestors. Terms that are broader than every configured type
+("leukocyte", "progenitor cell") belong to none: to guess one would invent a label. Terms under several unrelated types belong to the one
+that `before` ranks first, else to none, and are counted as ambiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from data_ingest.h5ad import H5adError, read_table
+
+UNKNOWN = "unknown"
+Outcome = Literal["mapped", "none", "ambiguous", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MajorType:
+    """A first-tier cell type.
+
+    Attributes:
+        name: Label in `cell_type_major`.
+        cl_id: Term in `cell_type_major_ontology_term_id`.
+        also: Further terms whose descendants belong here though the ontology does not place them below `cl_id`.
+        before: Names of types that lose a term to this one where it lies below both.
+    """
+
+    name: str
+    cl_id: str
+    also: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+
+MAJOR_TYPES: tuple[MajorType, ...] = (
+    MajorType(name="T cell", cl_id="CL:0000084"),
+    MajorType(name="B cell", cl_id="CL:0000236"),
+    # Plasma cells are no descendants of B cell in the ontology, and their expression has little in common with it.
+    MajorType(name="plasma cell", cl_id="CL:0000786"),
+    # Natural killer cells are innate lymphoid cells; being more specific, they are taken first.
+    MajorType(name="natural killer cell", cl_id="CL:0000623"),
+    MajorType(name="innate lymphoid cell", cl_id="CL:0001065"),
+    # Cells committed to one lineage count with it, also where the ontology calls them precursors.
+    MajorType(name="monocyte", cl_id="CL:0000576", before=("hematopoietic precursor cell",)),
+    MajorType(name="macrophage", cl_id="CL:0000235"),
+    MajorType(name="dendritic cell", cl_id="CL:0000451"),
+    MajorType(name="granulocyte", cl_id="CL:0000094", before=("hematopoietic precursor cell",)),
+    MajorType(name="mast cell", cl_id="CL:0000097"),
+    # Platelets are shed by megakaryocytes and carry their transcripts; the ontology has no term for the two together.
+    MajorType(name="megakaryocyte/platelet", cl_id="CL:0000556", also=("CL:0000233",)),
+    MajorType(name="erythroid lineage cell", cl_id="CL:0000764", before=("hematopoietic precursor cell",)),
+    MajorType(name="hematopoietic precursor cell", cl_id="CL:0008001"),
+    MajorType(name="neuron", cl_id="CL:0000540"),
+    # Radial glia, neuroblasts, glioblasts and neural stem cells: dividing cells of the developing brain, under no common term.
+    MajorType(
+        name="neural progenitor cell", cl_id="CL:0011020", also=("CL:0000681", "CL:0000031", "CL:0000030", "CL:0000047", "CL:0000337")
+    ),
+    MajorType(name="astrocyte", cl_id="CL:0000127"),
+    MajorType(name="oligodendrocyte", cl_id="CL:0000128"),
+    MajorType(name="oligodendrocyte precursor cell", cl_id="CL:0002453"),
+    MajorType(name="microglial cell", cl_id="CL:0000129"),
+    MajorType(name="Schwann cell", cl_id="CL:0002573"),
+    MajorType(name="ependymal cell", cl_id="CL:0000065"),
+    MajorType(name="endothelial cell", cl_id="CL:0000115"),
+    # The ontology files neuroendocrine cells of epithelia (such as pancreatic D cells) under neuron too.
+    MajorType(name="epithelial cell", cl_id="CL:0000066", before=("neuron",)),
+    MajorType(name="hepatocyte", cl_id="CL:0000182"),
+    MajorType(name="mesothelial cell", cl_id="CL:0000077"),
+    # Fibroblasts of a muscle or of the renal cortex are named after the organ's own cells, and are still fibroblasts.
+    MajorType(name="fibroblast", cl_id="CL:0000057", before=("epithelial cell", "skeletal muscle cell")),
+    MajorType(name="pericyte", cl_id="CL:0000669"),
+    MajorType(name="smooth muscle cell", cl_id="CL:0000192"),
+    MajorType(name="cardiac muscle cell", cl_id="CL:0000746"),
+    MajorType(name="skeletal muscle cell", cl_id="CL:0000188"),
+    MajorType(name="adipocyte", cl_id="CL:0000136"),
+    MajorType(name="chondrocyte", cl_id="CL:0000138"),
+    MajorType(name="osteoblast", cl_id="CL:0000062"),
+    MajorType(name="melanocyte", cl_id="CL:0000148"),
+    MajorType(name="germ cell", cl_id="CL:0000586"),
+)
+"""The default set: types that most atlases name, and that expression alone tells apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollUp:
+    """Where a term went: `name` and `cl_id` are `unknown` unless `outcome` is `mapped`."""
+
+    name: str
+    cl_id: str
+    outcome: Outcome
+    candidates: tuple[str, ...]
+
+
+class MajorTypes:
+    """A configured set of major types. Picklable; reads the ontology that `cellxgene-ontology-guide` ships, offline."""
+
+    def __init__(self, types: Sequence[MajorType] = MAJOR_TYPES) -> None:
+        """Check the set.
+
+        Raises:
+            H5adError: A term is not in the ontology, or a name or term stands twice.
+        """
+        self.types = tuple(types)
+        self._by_term: dict[str, MajorType] = {}
+        names: set[str] = set()
+        for major in self.types:
+            if major.name in names:
+                raise H5adError(f"major type {major.name!r} stands twice")
+            names.add(major.name)
+            for term in (major.cl_id, *major.also):
+                if not is_cell_term(term):
+                    raise H5adError(f"major type {major.name!r}: {term!r} is not a term of the Cell Ontology such as CL:0000084")
+                if term in self._by_term:
+                    raise H5adError(f"term {term} is in two major types, {self._by_term[term].name!r} and {major.name!r}")
+                self._by_term[term] = major
+
+    @classmethod
+    def from_table(cls, path: str | Path) -> MajorTypes:
+        """Read a tab-separated table with columns `name`, `cl_id` and, if wanted, `also` and `before` (comma-separated)."""
+        table = read_table(path, "--major-types", ("name", "cl_id"))
+        split = {name: [_split(v) for v in table[name]] if name in table.columns else [()] * len(table) for name in ("also", "before")}
+        return cls(
+            [
+                MajorType(name=name, cl_id=cl_id, also=also, before=before)
+                for name, cl_id, also, before in zip(table["name"], table["cl_id"], split["also"], split["before"], strict=True)
+            ]
+        )
+
+    def roll_up(self, cl_id: str) -> RollUp:
+        """Find the major type of a term.
+
+        Args:
+            cl_id: A term such as `CL:0000895`, or `unknown` or empty for a cell without one.
+
+        Raises:
+            H5adError: The term is not in the Cell Ontology.
+        """
+        if cl_id in ("", UNKNOWN):
+            return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="missing", candidates=())
+        if not is_cell_term(cl_id):
+            raise H5adError(f"{cl_id!r} is not a term of the Cell Ontology; use an id such as CL:0000084, or 'unknown'")
+        hits = [term for term in (cl_id, *_ancestors(cl_id)) if term in self._by_term]
+        nearest = [term for term in hits if not any(term in _ancestors(other) for other in hits)]
+        found = {self._by_term[term].name: self._by_term[term] for term in nearest}
+        lost = {name for major in found.values() for name in major.before}
+        kept = [major for name, major in found.items() if name not in lost]
+        candidates = tuple(sorted(found))
+        if len(kept) == 1:
+            return RollUp(name=kept[0].name, cl_id=kept[0].cl_id, outcome="mapped", candidates=candidates)
+        return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="ambiguous" if kept else "none", candidates=candidates)
+
+
+def is_cell_term(cl_id: str) -> bool:
+    """Whether this is the id of a term of the Cell Ontology, obsolete ones included."""
+    return cl_id.startswith("CL:") and cl_id in _ontology()
+
+
+def cell_term_name(cl_id: str) -> str:
+    """The ontology's name of a term."""
+    return str(_ontology()[cl_id]["label"])
+
+
+def _ancestors(cl_id: str) -> frozenset[str]:
+    entry = _ontology()[cl_id]
+    if entry.get("deprecated"):
+        replacement = str(entry.get("replaced_by", ""))
+        return _ancestors(replacement) | {replacement} if is_cell_term(replacement) else frozenset()
+    return frozenset(entry["ancestors"])
+
+
+@cache
+def _ontology() -> dict[str, Any]:
+    from cellxgene_ontology_guide.ontology_parser import OntologyParser
+
+    return dict(OntologyParser().cxg_schema.ontology("CL"))
+
+
+def _split(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())

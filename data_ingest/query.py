@@ -1,0 +1,321 @@
+"""Which cells and genes take part: SOMA value filters, their checked result, and the hash that identifies it.
+
+Axes: `n` cells of the query, `g` genes of the query.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import tiledbsoma
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.ontology import MajorTypes, is_cell_term
+from screformer.config import ExperimentConfig
+from screformer.tokenizer import GeneVocabulary
+
+UNKNOWN = ("", "unknown", "na", "nan")
+"""Values of a label column that tell no label; `unknown` is what Census writes."""
+OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
+MAJOR = "cell_type_major"
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True, eq=False)
+class QueryResult:
+    """The cells and genes of a query at one version of an atlas."""
+
+    locator: AtlasLocator
+    query: CellQuery
+    label_column: str
+    obs_joinids: np.ndarray
+    """Shape (n,), int64, increasing."""
+    obs: pd.DataFrame
+    """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id and what else was asked for, and
+    `label` (categorical; missing where the atlas tells no label)."""
+    label_cl_ids: Mapping[str, str]
+    """Cell Ontology term of each label, "" where the atlas tells none."""
+    var_joinids: np.ndarray
+    """Shape (g,), int64, increasing."""
+    feature_ids: tuple[str, ...]
+    feature_names: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        """Hexadecimal SHA-256 of the joinids of cells and genes: equal for equal results, whatever the filter's wording."""
+        digest = hashlib.sha256(self.obs_joinids.astype("<i8").tobytes())
+        digest.update(b"var" + self.var_joinids.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts of cells, genes, donors, datasets, of cells by label, and of cells without a label by their cell type."""
+        unmapped = self.obs["label"].isna()
+        return {
+            "cells": len(self.obs_joinids),
+            "genes": len(self.var_joinids),
+            "donors": int(self.obs["donor_id"].nunique()),
+            "datasets": int(self.obs["dataset_id"].nunique()),
+            "labels": _counts(self.obs["label"]),
+            "unmapped_cells": int(unmapped.sum()),
+            "unmapped_cell_types": _counts(self.obs["cell_type"][unmapped]),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be kept beside everything that is made of these cells: atlas, version, filters, hash."""
+        filters = {key: value for key, value in dataclasses.asdict(self.query).items() if key != "expected_hash"}
+        return {"atlas": self.locator.to_dict(), **filters, "hash": self.hash}
+
+    def save(self, path: str | Path) -> None:
+        """Write identity and counts as JSON, for `query.file` of another job."""
+        Path(path).write_text(json.dumps(self.identity() | {"counts": self.summary()}, indent=2, ensure_ascii=False) + "\n")
+
+    def vocabulary(self) -> GeneVocabulary:
+        """The query's genes in the order of their joinids; their mean expression is not known yet and zero."""
+        return GeneVocabulary(self.feature_ids, self.feature_names, np.zeros(len(self.feature_ids), dtype=np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellQuery:
+    """A question to an atlas, in SOMA's value-filter language."""
+
+    obs_filter: str = ""
+    var_filter: str = ""
+    is_primary_data: bool = True
+    expected_hash: str = ""
+    """Hash that the result must have; empty checks nothing."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> tuple[AtlasLocator, CellQuery]:
+        """The atlas, pinned, and the query that `QueryResult.save` wrote; its result must have the saved hash.
+
+        Raises:
+            ValueError: The file is missing, no JSON, or no saved query.
+        """
+        try:
+            tree = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"query.file={str(path)!r} can't be read as JSON ({error}); write one with `python -m jobs.query --out`"
+            ) from error
+        fields = ("obs_filter", "var_filter", "is_primary_data")
+        missing = [key for key in ("atlas", *fields, "hash") if not isinstance(tree, dict) or key not in tree]
+        if missing:
+            raise ValueError(
+                f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with `python -m jobs.query --out`"
+            )
+        return AtlasLocator.from_dict(tree["atlas"]), cls(**{key: tree[key] for key in fields}, expected_hash=tree["hash"])
+
+    def run(self, locator: AtlasLocator, label_column: str = MAJOR, columns: Iterable[str] = ()) -> QueryResult:
+        """Find the cells and genes.
+
+        Args:
+            locator: The atlas; pin it first where the result shall be found again.
+            label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as Census does), is rolled up
+                from `cell_type_ontology_term_id`.
+            columns: More obs columns to bring along.
+
+        Returns:
+            The result, with at least one cell and one gene.
+
+        Raises:
+            ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those there are), an empty result,
+                or another result than `expected_hash` tells.
+        """
+        with locator.open() as experiment:
+            obs_table = experiment.obs
+            var_table = experiment.ms[locator.measurement].var
+            names = set(obs_table.schema.names)
+            wanted = {*OBS_COLUMNS, *columns}
+            if label_column == MAJOR and MAJOR not in names:
+                wanted |= {"cell_type_ontology_term_id"}
+            else:
+                wanted |= {label_column} | ({f"{label_column}_ontology_term_id"} & names)
+            for column in sorted(wanted):
+                field = "labels.column" if column == label_column else "obs column"
+                _require_column(column, obs_table, field)
+            if self.is_primary_data:
+                _require_column("is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column")
+            _check_filter(self.obs_filter, obs_table, "query.obs_filter")
+            _check_filter(self.var_filter, var_table, "query.var_filter")
+            obs = _read(obs_table, self._full_obs_filter(), ["soma_joinid", *sorted(wanted)], f"query.obs_filter={self.obs_filter!r}")
+            var = _read(var_table, self.var_filter, ["soma_joinid", "feature_id", "feature_name"], f"query.var_filter={self.var_filter!r}")
+        for rows, what, text in ((obs, "cell", self._full_obs_filter()), (var, "gene", self.var_filter)):
+            if rows.empty:
+                raise ValueError(
+                    f"no {what} of the atlas {locator.uri} fulfils {text!r}" if text else f"the atlas {locator.uri} has no {what}"
+                )
+        labels, label_cl_ids = _labels(obs, label_column)
+        result = QueryResult(
+            locator=locator,
+            query=self,
+            label_column=label_column,
+            obs_joinids=obs["soma_joinid"].to_numpy(np.int64),
+            obs=obs.drop(columns="soma_joinid").assign(label=labels),
+            label_cl_ids=label_cl_ids,
+            var_joinids=var["soma_joinid"].to_numpy(np.int64),
+            feature_ids=tuple(var["feature_id"].astype(str)),
+            feature_names=tuple(var["feature_name"].astype(str)),
+        )
+        if self.expected_hash not in ("", result.hash):
+            raise ValueError(
+                f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of {self.expected_hash}"
+                f" (atlas {locator.uri} at timestamp_ms={locator.timestamp_ms}); the atlas has changed, so save the query anew"
+            )
+        return result
+
+    def _full_obs_filter(self) -> str:
+        primary = "is_primary_data == True"
+        if not self.is_primary_data:
+            return self.obs_filter.strip()
+        return f"({self.obs_filter.strip()}) and {primary}" if self.obs_filter.strip() else primary
+
+
+def query_from_config(config: ExperimentConfig) -> tuple[AtlasLocator, CellQuery]:
+    """The pinned atlas and the query of a configuration, from its filters or from its `query.file`.
+
+    Raises:
+        ValueError: `atlas.uri` is another atlas than that of `query.file`, the file is none, or the atlas can't be pinned.
+    """
+    if not config.query.file:
+        settings = config.query
+        query = CellQuery(obs_filter=settings.obs_filter, var_filter=settings.var_filter, is_primary_data=settings.is_primary_data)
+        return AtlasLocator.from_config(config.atlas).pinned(), query
+    locator, query = CellQuery.load(config.query.file)
+    if config.atlas.uri:
+        given = AtlasLocator.from_config(config.atlas)
+        if given.uri not in (locator.uri, "census" if locator.census_release else locator.uri):
+            raise ValueError(
+                f"atlas.uri={given.uri!r} is another atlas than that of query.file={config.query.file!r}, {locator.uri!r}; drop one"
+            )
+    settings_of_file = dict(locator.tiledb_config) | dict(config.atlas.tiledb_config)
+    return dataclasses.replace(locator, tiledb_config=tuple(settings_of_file.items())), query
+
+
+def run_query(config: ExperimentConfig) -> QueryResult:
+    """The result of a configuration's query, with its label column and the column that its split groups by."""
+    locator, query = query_from_config(config)
+    return query.run(locator, config.labels.column, (config.split.group_by,))
+
+
+def _read(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:
+    try:
+        rows = table.read(column_names=columns, value_filter=value_filter or None).concat()
+    except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{field}: SOMA does not take it: {str(error).splitlines()[0]}") from error
+    for index, column in enumerate(rows.column_names):
+        if _is_string(rows.schema.field(column).type):
+            rows = rows.set_column(index, column, rows[column].dictionary_encode())
+    return rows.select(columns).to_pandas().sort_values("soma_joinid", ignore_index=True)
+
+
+def _check_filter(value_filter: str, table: Any, field: str) -> None:
+    """Find what SOMA would not tell: columns that do not exist, and strings that their column never holds."""
+    if not value_filter.strip():
+        return
+    try:
+        tree = ast.parse(value_filter, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(
+            f"{field}={value_filter!r}: SOMA does not take it: {error.msg} at character {error.offset}; write such as"
+            " \"tissue_general == 'blood' and assay in ['10x 3\\' v3']\""
+        ) from error
+    for node in ast.walk(tree):
+        column = _column(node)
+        if column is not None:
+            _require_column(column, table, field)
+    for column, value in _string_comparisons(tree):
+        known = _strings_of(table, column)
+        if known is not None and value not in known:
+            near = difflib.get_close_matches(value, known, n=_MOST_LISTED, cutoff=0.6)
+            listed = near + [item for item in sorted(known, key=_natural) if item not in near]
+            more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
+            raise ValueError(f"{field}: {column} never is {value!r}; there is {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}")
+
+
+def _column(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Name) and node.id not in ("attr", "val"):
+        return node.id
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attr" and len(node.args) == 1:
+        return node.args[0].value if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str) else None
+    return None
+
+
+def _string_comparisons(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            columns = [column for column in map(_column, sides) if column is not None]
+            exact = all(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
+            values = [item for side in sides for item in (side.elts if isinstance(side, ast.List) else [side])]
+            if len(columns) == 1 and exact:
+                yield from ((columns[0], item.value) for item in values if isinstance(item, ast.Constant) and isinstance(item.value, str))
+
+
+def _require_column(column: str, table: Any, field: str) -> None:
+    names = [name for name in table.schema.names if not name.startswith("soma_")]
+    if column not in table.schema.names:
+        near = difflib.get_close_matches(column, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{field}: the atlas has no column {column!r}; {hint}there is {', '.join(sorted(names))}")
+
+
+def _strings_of(table: Any, column: str) -> list[str] | None:
+    """The strings that a column holds, None where it holds no strings."""
+    kind = table.schema.field(column).type
+    if pa.types.is_dictionary(kind):
+        return table.get_enumeration_values([column])[column].to_pylist() if _is_string(kind.value_type) else None
+    if not _is_string(kind):
+        return None
+    found = [pc.unique(part[column]) for part in table.read(column_names=[column])]
+    return pc.unique(pa.chunked_array(found, type=kind)).to_pylist()
+
+
+def _natural(text: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+
+
+def _is_string(kind: Any) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _labels(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
+    if column in obs:
+        names = obs[column].astype("category")
+        companion = f"{column}_ontology_term_id"
+        cl_ids: dict[str, str] = {}
+        if companion in obs:
+            pairs = obs[[column, companion]].drop_duplicates().dropna()
+            cl_ids = dict(zip(pairs[column].astype(str), pairs[companion].astype(str), strict=True))
+        of_category = {category: str(category) for category in names.cat.categories}
+    else:
+        names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
+        # A release of Census may know terms that the ontology shipped here does not.
+        rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
+        of_category = {term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories}
+        cl_ids = {found.name: found.cl_id for found in rolled.values()}
+    known = sorted({name for name in of_category.values() if name.lower() not in UNKNOWN})
+    code_of = {name: code for code, name in enumerate(known)}
+    codes_of_category = np.array([code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1])
+    codes = codes_of_category[names.cat.codes.to_numpy()]
+    used = np.unique(codes[codes >= 0])
+    renumbered = np.searchsorted(used, codes)
+    labels = pd.Categorical.from_codes(np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used])
+    return labels, {name: cl_ids.get(name, "") for name in labels.categories}
+
+
+def _counts(values: pd.Series) -> dict[str, int]:
+    counts = values.value_counts()
+    return {str(name): int(count) for name, count in counts.items() if count}

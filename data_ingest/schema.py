@@ -1,0 +1,213 @@
+"""The schema of an atlas: that of CELLxGENE Census, so that its public client opens ours.
+
+    ROOT / census_info / summary, datasets
+         / census_data / homo_sapiens / obs
+                                      / ms / RNA / var, X / raw, feature_dataset_presence_matrix
+
+X is laid out for random runs of cells: in tiles of 64 cells by all genes, a run of 64 neighbours is read without its surroundings.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import tiledbsoma as soma
+
+from data_ingest.h5ad import H5adError
+
+EXPERIMENT = "census_data/homo_sapiens"
+OBS = f"{EXPERIMENT}/obs"
+VAR = f"{EXPERIMENT}/ms/RNA/var"
+X = f"{EXPERIMENT}/ms/RNA/X/raw"
+PRESENCE = f"{EXPERIMENT}/ms/RNA/feature_dataset_presence_matrix"
+DATASETS = "census_info/datasets"
+SUMMARY = "census_info/summary"
+ORGANISM = "Homo sapiens"
+CELL_TILE = 64
+"""Cells per tile of X; the stream's run length should match it."""
+_GENE_TILE = 1 << 17
+"""Genes per tile of X: more than the human annotation has, so that all genes of a run share a tile."""
+_CAPACITY = 65_536
+"""Stored values per data tile, the unit of decompression; about 64 cells at 1,000 genes each."""
+MARKER = "screformer_schema"
+"""Metadata key of the root collection; its value is the version of this schema."""
+SCHEMA_VERSION = "1"
+
+OBS_COLUMNS: dict[str, pa.DataType] = {
+    "dataset_id": pa.large_string(),
+    "obs_id": pa.large_string(),
+    "donor_id": pa.large_string(),
+    "cell_type": pa.large_string(),
+    "cell_type_ontology_term_id": pa.large_string(),
+    "cell_type_major": pa.large_string(),
+    "cell_type_major_ontology_term_id": pa.large_string(),
+    "tissue": pa.large_string(),
+    "tissue_general": pa.large_string(),
+    "assay": pa.large_string(),
+    "disease": pa.large_string(),
+    "sex": pa.large_string(),
+    "study": pa.large_string(),
+    "is_primary_data": pa.bool_(),
+    "raw_sum": pa.float64(),
+    "nnz": pa.int64(),
+}
+"""Columns of obs beside `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of its row of X.
+
+Strings are plain and not enumerated: value filters on unseen values, and appends with new values, then need no schema change.
+"""
+VAR_COLUMNS: dict[str, pa.DataType] = {
+    "feature_id": pa.large_string(),
+    "feature_name": pa.large_string(),
+    "feature_length": pa.int64(),
+    "nnz": pa.int64(),
+    "n_measured_obs": pa.int64(),
+}
+"""Columns of var beside `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the cells whose file had it."""
+DATASET_COLUMNS: dict[str, pa.DataType] = {
+    "dataset_id": pa.large_string(),
+    "dataset_title": pa.large_string(),
+    "dataset_h5ad_path": pa.large_string(),
+    "dataset_total_cell_count": pa.int64(),
+}
+SUMMARY_COLUMNS: dict[str, pa.DataType] = {"label": pa.large_string(), "value": pa.large_string()}
+
+_ZSTD = {"_type": "ZstdFilter", "level": 9}
+
+
+def soma_context(
+    tiledb_config: Mapping[str, str] | None = None, *, threads: int = 1, buffer_bytes: int = 128 << 20
+) -> soma.SOMATileDBContext:
+    """A bounded SOMA context: by default each process would take all cores and buffers of 1 GiB a column.
+
+    Args:
+        tiledb_config: Passed to TileDB as it is; wins over the bounds.
+        threads: Compute and I/O threads.
+        buffer_bytes: Read buffer, per column.
+    """
+    bounds = {
+        "sm.compute_concurrency_level": str(threads),
+        "sm.io_concurrency_level": str(threads),
+        "soma.init_buffer_bytes": str(buffer_bytes),
+    }
+    return soma.SOMATileDBContext(tiledb_config=bounds | dict(tiledb_config or {}))
+
+
+def is_remote(uri: str) -> bool:
+    """Whether the URI names an object store and not a local path."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
+    """Whether an atlas of this schema is there; False if nothing is, or an interrupted creation.
+
+    Raises:
+        H5adError: Something else is there.
+    """
+    if not is_remote(uri) and not os.path.exists(uri):
+        return False
+    if not is_remote(uri) and not os.path.isdir(uri):
+        raise H5adError(f"--atlas {uri} is a file; name a directory or an s3:// prefix")
+    try:
+        with soma.open(uri, context=context) as found:
+            version, kind, members = found.metadata.get(MARKER), found.soma_type, set(found) if hasattr(found, "keys") else {"?"}
+    except soma.DoesNotExistError as e:
+        if is_remote(uri) or not os.listdir(uri):
+            return False
+        raise H5adError(f"--atlas {uri} is a directory that holds something else, not an atlas; name a new directory") from e
+    if version is None and is_remote(uri) and members <= {"census_info", "census_data"}:
+        return False
+    if version is None:
+        raise H5adError(f"--atlas {uri} is a {kind} of another schema, not made by this ingest; name a new place, it cannot be appended to")
+    if version != SCHEMA_VERSION:
+        raise H5adError(
+            f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION}; make a new atlas from the files"
+        )
+    return True
+
+
+def create_atlas(uri: str, context: soma.SOMATileDBContext) -> None:
+    """Make an empty atlas.
+
+    A local one appears in one step (it is made beside its place and renamed). In an object store, where nothing can be renamed, whatever an
+    interrupted creation left is completed.
+
+    Args:
+        uri: Where; nothing, or an interrupted creation, may be there.
+        context: How TileDB reaches it.
+    """
+    if is_remote(uri):
+        _create_tree(uri.rstrip("/"), context)
+        return
+    target = os.path.abspath(uri.removeprefix("file://"))
+    unfinished = f"{target}.creating"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    _create_tree(unfinished, context)
+    os.rename(unfinished, target)
+
+
+def _create_tree(root: str, context: soma.SOMATileDBContext) -> None:
+    with _collection(soma.Collection, root, None, context) as top:
+        with _collection(soma.Collection, f"{root}/census_info", top, context) as info:
+            _dataframe(f"{root}/census_info/summary", SUMMARY_COLUMNS, info, context)
+            _dataframe(f"{root}/census_info/datasets", DATASET_COLUMNS, info, context)
+        base = f"{root}/{EXPERIMENT}"
+        with (
+            _collection(soma.Collection, f"{root}/census_data", top, context) as data,
+            _collection(soma.Experiment, base, data, context) as experiment,
+            _collection(soma.Collection, f"{base}/ms", experiment, context) as ms,
+            _collection(soma.Measurement, f"{base}/ms/RNA", ms, context) as rna,
+            _collection(soma.Collection, f"{base}/ms/RNA/X", rna, context) as layers,
+        ):
+            _dataframe(f"{base}/obs", OBS_COLUMNS, experiment, context)
+            _dataframe(f"{base}/ms/RNA/var", VAR_COLUMNS, rna, context)
+            _array(f"{base}/ms/RNA/X/raw", pa.float32(), _x_layout(), layers, context)
+            _array(f"{base}/ms/RNA/feature_dataset_presence_matrix", pa.uint8(), {}, rna, context)
+        # Last: an atlas with the marker is whole.
+        top.metadata[MARKER] = SCHEMA_VERSION
+
+
+def _collection(kind: Any, uri: str, parent: Any, context: soma.SOMATileDBContext) -> Any:
+    made = kind.open(uri, "w", context=context) if kind.exists(uri, context=context) else kind.create(uri, context=context)
+    _link(parent, uri, made)
+    return made
+
+
+def _dataframe(uri: str, columns: Mapping[str, pa.DataType], parent: Any, context: soma.SOMATileDBContext) -> None:
+    if not soma.DataFrame.exists(uri, context=context):
+        schema = pa.schema([("soma_joinid", pa.int64()), *columns.items()])
+        platform = {"tiledb": {"create": {"attrs": {name: {"filters": [{"_type": "ZstdFilter", "level": 3}]} for name in columns}}}}
+        soma.DataFrame.create(uri, schema=schema, domain=((0, 0),), platform_config=platform, context=context).close()
+    with soma.DataFrame.open(uri, context=context) as made:
+        _link(parent, uri, made)
+
+
+def _array(uri: str, kind: pa.DataType, layout: dict[str, Any], parent: Any, context: soma.SOMATileDBContext) -> None:
+    if not soma.SparseNDArray.exists(uri, context=context):
+        soma.SparseNDArray.create(uri, type=kind, shape=(1, 1), platform_config={"tiledb": {"create": layout}}, context=context).close()
+    with soma.SparseNDArray.open(uri, context=context) as made:
+        _link(parent, uri, made)
+
+
+def _link(parent: Any, uri: str, member: Any) -> None:
+    name = uri.rsplit("/", 1)[1]
+    if parent is not None and name not in parent:
+        parent.set(name, member, use_relative_uri=True)
+
+
+def _x_layout() -> dict[str, Any]:
+    return {
+        "capacity": _CAPACITY,
+        "tile_order": "row-major",
+        "cell_order": "row-major",
+        "allows_duplicates": False,
+        "dims": {
+            "soma_dim_0": {"tile": CELL_TILE, "filters": [_ZSTD]},
+            "soma_dim_1": {"tile": _GENE_TILE, "filters": ["ByteShuffleFilter", _ZSTD]},
+        },
+        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD]}},
+    }

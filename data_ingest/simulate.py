@@ -1,0 +1,282 @@
+"""Simulated single-cell data sets as .h5ad files: real genes, real cell types, invented cells.
+
+Each cell type switches on canonical marker genes (with their Ensembl ids) on top of a background that all types share. Counts are
+negative binomial around a profile that also carries the donor, the data set (protocol, genes measured, depth) and ambient RNA. It
+is made for trying the whole chain and for tests; a model trained on it says nothing about real cells.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+# Axes: n cells, g genes, k cell types.
+
+MARKERS: Mapping[str, Mapping[str, str]] = {
+    "T cell": {
+        "CD3D": "ENSG00000167286", "CD3E": "ENSG00000198851", "CD3G": "ENSG00000160654", "CD2": "ENSG00000116824",
+        "TRAC": "ENSG00000277734", "BCL11B": "ENSG00000127152", "LCK": "ENSG00000182866",
+    },
+    "CD4 T": {
+        "CD4": "ENSG00000010610", "IL7R": "ENSG00000168685", "LTB": "ENSG00000227507", "CCR7": "ENSG00000126353",
+        "TCF7": "ENSG00000081059", "LEF1": "ENSG00000138795", "MAL": "ENSG00000172005",
+    },
+    "CD8 T": {"CD8A": "ENSG00000153563", "CD8B": "ENSG00000172116", "GZMK": "ENSG00000113088", "GZMH": "ENSG00000100450"},
+    "cytotoxic": {"CCL5": "ENSG00000271503", "CST7": "ENSG00000077984", "NKG7": "ENSG00000105374", "PRF1": "ENSG00000180644"},
+    "NK": {
+        "GNLY": "ENSG00000115523", "KLRD1": "ENSG00000134539", "KLRF1": "ENSG00000150045", "NCAM1": "ENSG00000149294",
+        "FGFBP2": "ENSG00000137441", "SPON2": "ENSG00000159674",
+    },
+    "B": {
+        "MS4A1": "ENSG00000156738", "CD79A": "ENSG00000105369", "CD79B": "ENSG00000007312", "CD19": "ENSG00000177455",
+        "BANK1": "ENSG00000153064", "CD22": "ENSG00000012124", "PAX5": "ENSG00000196092", "VPREB3": "ENSG00000128218",
+    },
+    "plasma": {
+        "MZB1": "ENSG00000170476", "JCHAIN": "ENSG00000132465", "SDC1": "ENSG00000115884", "XBP1": "ENSG00000100219",
+        "DERL3": "ENSG00000099958", "TNFRSF17": "ENSG00000048462", "IGHG1": "ENSG00000211896", "IGKC": "ENSG00000211592",
+    },
+    "myeloid": {
+        "LYZ": "ENSG00000090382", "FCN1": "ENSG00000085265", "CTSS": "ENSG00000163131", "TYROBP": "ENSG00000011600",
+        "AIF1": "ENSG00000204472",
+    },
+    "CD14 monocyte": {
+        "CD14": "ENSG00000170458", "S100A8": "ENSG00000143546", "S100A9": "ENSG00000163220", "S100A12": "ENSG00000163221",
+        "VCAN": "ENSG00000038427", "CSF3R": "ENSG00000119535",
+    },
+    "CD16 monocyte": {
+        "FCGR3A": "ENSG00000203747", "MS4A7": "ENSG00000166927", "CDKN1C": "ENSG00000129757", "RHOC": "ENSG00000155366",
+        "TCF7L2": "ENSG00000148737", "LILRB2": "ENSG00000131042",
+    },
+    "conventional DC": {
+        "FCER1A": "ENSG00000179639", "CD1C": "ENSG00000158481", "CLEC10A": "ENSG00000132514", "HLA-DQA1": "ENSG00000196735",
+        "CLEC9A": "ENSG00000197992", "ENHO": "ENSG00000168913",
+    },
+    "plasmacytoid DC": {
+        "LILRA4": "ENSG00000239961", "CLEC4C": "ENSG00000198178", "IL3RA": "ENSG00000185291", "IRF7": "ENSG00000185507",
+        "TCF4": "ENSG00000196628", "SERPINF1": "ENSG00000132386", "PLD4": "ENSG00000166428",
+    },
+    "platelet": {
+        "PPBP": "ENSG00000163736", "PF4": "ENSG00000163737", "GP9": "ENSG00000169704", "ITGA2B": "ENSG00000005961",
+        "TUBB1": "ENSG00000101162", "GNG11": "ENSG00000127920", "CAVIN2": "ENSG00000168497",
+    },
+    "endothelial": {
+        "PECAM1": "ENSG00000261371", "VWF": "ENSG00000110799", "CDH5": "ENSG00000179776", "CLDN5": "ENSG00000184113",
+        "KDR": "ENSG00000128052", "EGFL7": "ENSG00000172889", "ESAM": "ENSG00000149564", "RAMP2": "ENSG00000131477",
+    },
+    "fibroblast": {
+        "COL1A1": "ENSG00000108821", "COL1A2": "ENSG00000164692", "DCN": "ENSG00000011465", "LUM": "ENSG00000139329",
+        "PDGFRA": "ENSG00000134853", "COL3A1": "ENSG00000168542", "FBLN1": "ENSG00000077942",
+    },
+    "epithelial": {
+        "EPCAM": "ENSG00000119888", "KRT8": "ENSG00000170421", "KRT18": "ENSG00000111057", "KRT19": "ENSG00000171345",
+        "CDH1": "ENSG00000039068", "KRT7": "ENSG00000135480", "ELF3": "ENSG00000163435", "MUC1": "ENSG00000185499",
+    },
+}  # fmt: skip
+"""Gene programs: marker symbol to Ensembl gene id (HGNC's current symbols)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellType:
+    """A simulated cell type: its Cell Ontology term and the programs of `MARKERS` that it switches on."""
+
+    cl_id: str
+    name: str
+    """The term's label."""
+    programs: tuple[str, ...]
+
+
+CELL_TYPES: Mapping[str, CellType] = {
+    "CD4 T": CellType(cl_id="CL:0000624", name="CD4-positive, alpha-beta T cell", programs=("T cell", "CD4 T")),
+    "CD8 T": CellType(cl_id="CL:0000625", name="CD8-positive, alpha-beta T cell", programs=("T cell", "CD8 T", "cytotoxic")),
+    "NK": CellType(cl_id="CL:0000623", name="natural killer cell", programs=("NK", "cytotoxic")),
+    "B": CellType(cl_id="CL:0000236", name="B cell", programs=("B",)),
+    "plasma": CellType(cl_id="CL:0000786", name="plasma cell", programs=("plasma",)),
+    "CD14 monocyte": CellType(cl_id="CL:0001054", name="CD14-positive monocyte", programs=("myeloid", "CD14 monocyte")),
+    "CD16 monocyte": CellType(cl_id="CL:0002396", name="CD14-low, CD16-positive monocyte", programs=("myeloid", "CD16 monocyte")),
+    "conventional DC": CellType(cl_id="CL:0000990", name="conventional dendritic cell", programs=("myeloid", "conventional DC")),
+    "plasmacytoid DC": CellType(cl_id="CL:0000784", name="plasmacytoid dendritic cell", programs=("plasmacytoid DC",)),
+    "platelet": CellType(cl_id="CL:0000233", name="platelet", programs=("platelet",)),
+    "endothelial": CellType(cl_id="CL:0000115", name="endothelial cell", programs=("endothelial",)),
+    "fibroblast": CellType(cl_id="CL:0000057", name="fibroblast", programs=("fibroblast",)),
+    "epithelial": CellType(cl_id="CL:0000066", name="epithelial cell", programs=("epithelial",)),
+}
+
+_BLOOD = {
+    "CD4 T": 0.28, "CD8 T": 0.15, "NK": 0.12, "B": 0.12, "plasma": 0.03, "CD14 monocyte": 0.15, "CD16 monocyte": 0.05,
+    "conventional DC": 0.04, "plasmacytoid DC": 0.02, "platelet": 0.04,
+}  # fmt: skip
+_LUNG = {
+    "CD4 T": 0.11, "CD8 T": 0.11, "NK": 0.08, "B": 0.07, "plasma": 0.04, "CD14 monocyte": 0.13, "conventional DC": 0.05,
+    "endothelial": 0.14, "fibroblast": 0.11, "epithelial": 0.16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulatedDataset:
+    """How one data set differs from the others."""
+
+    name: str
+    """`dataset_id`, file name and prefix of its donors."""
+    share: float
+    """Share of the cells asked for, relative to the other data sets."""
+    donors: int
+    depth: float
+    """Median counts per cell."""
+    measured: float
+    """Share of the genes that its panel or annotation knows; a gene outside is absent from the file, not zero."""
+    tissue: str
+    tissue_general: str
+    assay: str
+    composition: Mapping[str, float]
+    """Cell types and their mean shares; donors vary around them."""
+
+
+DATASETS = (
+    SimulatedDataset(
+        name="sim_blood", share=1.0, donors=4, depth=1000, measured=1.0, tissue="blood", tissue_general="blood",
+        assay="10x 3' v3", composition=_BLOOD,
+    ),
+    SimulatedDataset(
+        name="sim_blood_panel", share=0.8, donors=4, depth=600, measured=0.65, tissue="blood", tissue_general="blood",
+        assay="10x 3' v2", composition=_BLOOD,
+    ),
+    SimulatedDataset(
+        name="sim_lung", share=1.0, donors=4, depth=800, measured=0.85, tissue="lung parenchyma", tissue_general="lung",
+        assay="10x 5' v1", composition=_LUNG,
+    ),
+)  # fmt: skip
+"""The data sets to train and test on."""
+
+HELD_OUT = SimulatedDataset(
+    name="sim_new_blood", share=1.0, donors=2, depth=700, measured=0.8, tissue="blood", tissue_general="blood", assay="10x 5' v2",
+    composition=_BLOOD,
+)  # fmt: skip
+"""A data set with a protocol and donors that are in none of `DATASETS`, to annotate."""
+
+_AMBIENT = 0.08  # share of a cell's counts that comes from the soup, at the mean
+_MARKER_ON = 2.0  # mean log level of a marker over that of the background
+_MARKER_OFF = 3.3  # log fold change of a marker between the types that have it and the others
+_BURST = 2.0  # negative-binomial size: small is noisy
+
+
+def simulate_h5ads(
+    directory: str | Path, *, num_cells: int = 2400, seed: int = 0, datasets: Sequence[SimulatedDataset] = DATASETS
+) -> list[Path]:
+    """Write one .h5ad for each data set: raw counts (csr, float32), Ensembl ids, and obs as CELLxGENE names it.
+
+    Args:
+        directory: Created if missing; files of the same name are replaced.
+        num_cells: Cells over all data sets together, shared out by `share`.
+        seed: Fixes everything. The genes' and types' programs depend on the seed alone, so that another call with the same seed
+            and other data sets (such as `HELD_OUT`) gives other cells of the same world.
+        datasets: What to write.
+
+    Returns:
+        Paths `directory/NAME.h5ad`, in the order of `datasets`.
+
+    Raises:
+        ValueError: Fewer than 20 cells per donor, which would leave types out.
+    """
+    num_donors = sum(dataset.donors for dataset in datasets)
+    if num_cells < 20 * num_donors:
+        raise ValueError(f"num_cells={num_cells} must be at least 20 for each of {num_donors} donors; try {20 * num_donors}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    ends = np.cumsum([dataset.share for dataset in datasets])
+    sizes = np.diff((ends / ends[-1] * num_cells).round().astype(int), prepend=0)
+    paths = []
+    for dataset, size in zip(datasets, sizes, strict=True):
+        path = directory / f"{dataset.name}.h5ad"
+        _simulate(dataset, int(size), seed).write_h5ad(path, compression="gzip")
+        paths.append(path)
+    return paths
+
+
+@functools.cache
+def _genes() -> pd.DataFrame:
+    """All genes, sorted by Ensembl id: columns `feature_id`, `feature_name`."""
+    text = resources.files("data_ingest").joinpath("simulated_genes.tsv").read_text()
+    background = dict(line.split("\t") for line in text.splitlines())
+    markers = {gene_id: symbol for program in MARKERS.values() for symbol, gene_id in program.items()}
+    genes = sorted((background | markers).items())
+    return pd.DataFrame(genes, columns=["feature_id", "feature_name"])
+
+
+@functools.lru_cache(maxsize=4)
+def _log_profiles(seed: int) -> np.ndarray:
+    """Log expression of each cell type before donors and data sets, shape (k, g)."""
+    rng = np.random.default_rng([seed, 0])
+    feature_ids = _genes()["feature_id"].tolist()
+    index_of = {gene_id: index for index, gene_id in enumerate(feature_ids)}
+    base_g = rng.normal(0.0, 1.3, len(feature_ids))
+    profiles_kg = np.empty((len(CELL_TYPES), len(feature_ids)))
+    level = {gene_id: rng.normal(_MARKER_ON, 0.6) for program in MARKERS.values() for gene_id in program.values()}
+    for profile_g, cell_type in zip(profiles_kg, CELL_TYPES.values(), strict=True):
+        profile_g[:] = base_g + rng.normal(0.0, 0.5, len(feature_ids)) * (rng.random(len(feature_ids)) < 0.05)
+        for gene_id, on in level.items():
+            profile_g[index_of[gene_id]] = on - _MARKER_OFF
+        for program in cell_type.programs:
+            for gene_id in MARKERS[program].values():
+                profile_g[index_of[gene_id]] = level[gene_id]
+    return profiles_kg
+
+
+def _simulate(dataset: SimulatedDataset, num_cells: int, seed: int) -> anndata.AnnData:
+    rng = np.random.default_rng([seed, zlib.crc32(dataset.name.encode())])
+    genes, profiles_kg = _genes(), _log_profiles(seed)
+    names, num_genes = list(CELL_TYPES), len(genes)
+
+    is_marker = genes["feature_id"].isin([gene_id for program in MARKERS.values() for gene_id in program.values()])
+    # A panel is chosen for its markers, so few of them are missing.
+    measured = rng.random(num_genes) < np.where(is_marker, 1 - (1 - dataset.measured) / 4, dataset.measured)
+    protocol_g = rng.normal(0.0, 0.35, num_genes)
+
+    types, donors, donor_shift = [], [], np.empty((dataset.donors, num_genes))
+    shares = np.array([dataset.composition.get(name, 0.0) for name in names])
+    donor_sizes = np.diff(np.linspace(0, num_cells, dataset.donors + 1).round().astype(int))
+    for donor, size in enumerate(donor_sizes):
+        present = shares > 0
+        varied = np.zeros(len(names))
+        varied[present] = rng.dirichlet(shares[present] / shares.sum() * 80)
+        types.append(rng.choice(len(names), size=size, p=varied))
+        donors.append(np.full(size, donor))
+        donor_shift[donor] = rng.normal(0.0, 0.25, num_genes)
+    type_n, donor_n = np.concatenate(types), np.concatenate(donors)
+
+    profile_ng = np.exp(profiles_kg[type_n] + donor_shift[donor_n] + protocol_g) * measured
+    profile_ng /= profile_ng.sum(axis=1, keepdims=True)
+    ambient_n = rng.beta(2, 2 / _AMBIENT - 2, num_cells)[:, None]
+    profile_ng = (1 - ambient_n) * profile_ng + ambient_n * profile_ng.mean(axis=0)
+    depth_n = dataset.depth * np.exp(rng.normal(0.0, 0.35, num_cells))
+    counts_ng = rng.poisson(rng.gamma(_BURST, profile_ng * depth_n[:, None] / _BURST))[:, measured]
+
+    donor_ids = [f"{dataset.name}_donor{donor + 1}" for donor in donor_n]
+    sex_of = rng.choice(["female", "male"], dataset.donors)
+    obs = pd.DataFrame(
+        {
+            "cell_type": [CELL_TYPES[names[index]].name for index in type_n],
+            "cell_type_ontology_term_id": [CELL_TYPES[names[index]].cl_id for index in type_n],
+            "dataset_id": dataset.name,
+            "donor_id": donor_ids,
+            "tissue": dataset.tissue,
+            "tissue_general": dataset.tissue_general,
+            "assay": dataset.assay,
+            "disease": "normal",
+            "sex": sex_of[donor_n],
+            "is_primary_data": True,
+        },
+        index=pd.Index([f"{dataset.name}-{cell:05d}" for cell in range(num_cells)], name="cell"),
+    )
+    var = genes[measured].set_index("feature_name")[["feature_id"]]
+    adata = anndata.AnnData(scipy.sparse.csr_matrix(counts_ng.astype(np.float32)), obs=obs, var=var)
+    adata.uns["source"] = f"simulated by screformer, data set {dataset.name}, seed {seed}"
+    return adata

@@ -1,0 +1,139 @@
+"""Which cells train, which choose the model, which are only looked at in the end.
+
+Axes: `n` cells, `d` groups (such as donors), `k` labels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from screformer.config import SplitConfig
+
+logger = logging.getLogger(__name__)
+_TRIALS = 256
+"""Random orders of the groups that are tried for each part."""
+_LARGEST_MISS = 0.5
+"""A part of whole groups may miss its share of cells by so much of it, else single cells do better."""
+
+
+class Split(dict[str, np.ndarray]):
+    """Indices of the cells of `train`, `val` and `test`, increasing, int64; `notes` says what could not be as asked."""
+
+    def __init__(self, parts: dict[str, np.ndarray], notes: Sequence[str]) -> None:
+        """Keep the parts and the notes."""
+        super().__init__(parts)
+        self.notes = tuple(notes)
+
+
+def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: SplitConfig, seed: int) -> Split:
+    """Divide cells so that no group is on both sides of the test, and labels are shared out as evenly as whole groups allow.
+
+    The validation part is made of whole groups too. Where there are too few of them (no choice comes near its share of cells, or each one
+    takes a label away from training), it is random cells of the training groups instead, a share of each label: it
+    then flatters, which `notes` and the log say. The test part never does that.
+
+    Args:
+        groups: Shape (n,), name of each cell's group.
+        labels: Shape (n,), label code of each cell, -1 for none.
+        config: Shares and groups that are held out.
+        seed: Of every choice.
+
+    Returns:
+        The three parts; together they are all cells, and none is in two.
+
+    Raises:
+        ValueError: A test group that no cell has (named with the nearest there are), or nothing would be left to train on.
+    """
+    names, group_n = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    label_n = np.asarray(labels, np.int64) + 1
+    counts_dk = np.zeros((len(names), int(label_n.max(initial=0)) + 1), np.int64)
+    np.add.at(counts_dk, (group_n, label_n), 1)
+    rng, notes = np.random.default_rng([seed, 11]), []
+    held_out = np.zeros(len(names), bool)
+    if config.test_groups:
+        held_out = _named(names, config)
+    elif config.test_fraction:
+        chosen = _choose(counts_dk, config.test_fraction, rng)
+        if chosen is None:
+            raise ValueError(
+                f"split.group_by={config.group_by!r} has the one group {str(names[0])!r} only, so none can be held out for the test; group"
+                " by another column, query more cells, or set split.test_fraction=0"
+            )
+        held_out = chosen
+    test = held_out[group_n]
+    val = np.zeros(len(test), bool)
+    if config.val_fraction:
+        rest = np.flatnonzero(~held_out)
+        chosen = _choose(counts_dk[rest], config.val_fraction, rng)
+        problem = _problem(counts_dk[rest], chosen, config.val_fraction)
+        if not problem:
+            val = np.isin(group_n, rest[chosen])
+        else:
+            notes.append(f"validation cells are random cells of the training groups, since {problem}; their score flatters")
+            val[_random_cells(np.flatnonzero(~test), label_n, config.val_fraction, rng)] = True
+    for note in notes:
+        logger.warning("split: %s", note)
+    return Split({"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)}, notes)
+
+
+def _named(names: np.ndarray, config: SplitConfig) -> np.ndarray:
+    known = set(names.tolist())
+    for group in config.test_groups:
+        if group not in known:
+            listed = ", ".join(names[:20].tolist()) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            raise ValueError(f"split.test_groups: no cell has {config.group_by} {group!r}; there is {listed}")
+    held_out = np.isin(names, config.test_groups)
+    if held_out.all():
+        raise ValueError(
+            f"split.test_groups holds out every {config.group_by} there is ({', '.join(names.tolist())}); leave some to train on"
+        )
+    return held_out
+
+
+def _choose(counts_dk: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray | None:
+    """Mask of the groups whose cells come nearest to `fraction` of each label; None where there is one group only."""
+    num_groups = len(counts_dk)
+    if num_groups < 2:
+        return None
+    total_k = counts_dk.sum(0)
+    best, best_cost = None, np.inf
+    for _ in range(_TRIALS):
+        order = rng.permutation(num_groups)
+        taken_dk = np.cumsum(counts_dk[order], axis=0)[:-1]
+        size_cost = np.abs(taken_dk.sum(1) / total_k.sum() - fraction) / fraction
+        label_cost = np.abs(taken_dk / np.maximum(total_k, 1) - fraction)[:, total_k > 0].mean(1)
+        lost = ((taken_dk == total_k) & (total_k > 0))[:, 1:].sum(1)
+        cost = lost + size_cost + label_cost
+        cut = int(cost.argmin())
+        if cost[cut] < best_cost:
+            best, best_cost = order[: cut + 1], cost[cut]
+    chosen = np.zeros(num_groups, bool)
+    chosen[best] = True
+    return chosen
+
+
+def _problem(counts_dk: np.ndarray, chosen: np.ndarray | None, fraction: float) -> str:
+    """Why a choice of whole groups will not do, or nothing."""
+    if chosen is None:
+        return "there is only one training group"
+    total_k, taken_k = counts_dk.sum(0), counts_dk[chosen].sum(0)
+    if ((taken_k == total_k) & (total_k > 0))[1:].any():
+        return "whole groups would take a label away from training"
+    share = taken_k.sum() / total_k.sum()
+    if abs(share - fraction) > _LARGEST_MISS * fraction:
+        return f"whole groups come no nearer to {fraction:.0%} of the cells than {share:.0%}"
+    return ""
+
+
+def _random_cells(cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """A share of each label's cells; a label of few cells keeps at least one to train on."""
+    shuffled = rng.permutation(cells)
+    labels = label_n[shuffled]
+    by_label = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    rank = np.arange(len(cells)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = np.minimum(np.round(counts * fraction), np.maximum(counts - 1, 0))
+    return shuffled[by_label[rank < wanted[labels[by_label]]]]

@@ -1,0 +1,1 @@
+"""The commands: `python -m jobs.NAME`, or `screformer NAME` after installation."""

@@ -1,0 +1,333 @@
+"""Label the cells of .h5ad files with a registered model.
+
+Each output is a copy of its input with new obs columns. Cells are read, labelled and written in chunks, so memory does not grow
+with their number; X and everything else of the input stay as they are, byte by byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import write_elem
+from tqdm import tqdm
+
+from data_ingest.h5ad import H5adFile, check_counts
+from jobs.tracking import code_identity, pinned_model, resolve_model
+from screformer.config import TrackingConfig
+from screformer.predictor import MIN_GENE_OVERLAP, GeneMatch, Predictor
+
+logger = logging.getLogger(__name__)
+
+LABEL_COLUMN, SCORE_COLUMN, CL_COLUMN = COLUMNS = ("predicted_labels", "conf_score", "cell_type_ontology_term_id")
+"""obs columns that are written."""
+PROVENANCE = "screformer"
+"""Key in uns that says which model labelled the file."""
+
+_CELLS_PER_CHUNK = 2048
+_CELLS_PER_CSC_CHUNK = 16384  # each block of a CSC matrix costs a pass over all of it
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Annotation:
+    """What was done to one file."""
+
+    path: Path
+    """The annotated copy."""
+    table: pd.DataFrame
+    """One row per predicted label: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
+    genes: GeneMatch
+    """Which genes of the model the file has."""
+    num_cells: int
+    """Cells labelled."""
+    num_empty: int
+    """Cells without a count in any gene that the model knows; their label means nothing."""
+    moved: tuple[str, ...]
+    """Columns of the input that stood where ours go; they are kept as NAME_original."""
+    seconds: float
+    """Time for reading, labelling and writing."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.num_cells:,} cells in {self.seconds:.1f} s ({self.num_cells / self.seconds:,.0f} cells/s); {self.genes}"
+        ]
+        lines += [f"  obs[{name!r}] of the input is kept as {name + '_original'!r}" for name in self.moved]
+        if self.num_empty:
+            lines.append(f"  {self.num_empty:,} cells have no count in any gene that the model knows; their labels mean nothing")
+        shown = self.table.assign(
+            share=self.table["share"].map("{:.1%}".format), mean_confidence=self.table["mean_confidence"].map("{:.3f}".format)
+        )
+        lines += ["  " + line for line in shown.to_string(index=False).splitlines()]
+        return "\n".join(lines)
+
+
+def annotate(
+    predictor: Predictor,
+    source: str | Path,
+    target: str | Path,
+    *,
+    model: str,
+    layer: str | None = None,
+    raw: bool = False,
+    min_gene_overlap: float = MIN_GENE_OVERLAP,
+    probabilities: bool = False,
+    embedding: bool = False,
+    overwrite: bool = False,
+) -> Annotation:
+    """Copy an .h5ad file and label its cells.
+
+    Adds the obs columns `predicted_labels`, `conf_score` (probability of that label) and `cell_type_ontology_term_id`, and says in
+    `uns["screformer"]` where they come from. Columns of these names that the input already has are kept as `NAME_original`, unless
+    an earlier run of this command wrote them. The copy appears under its name only when it is complete.
+
+    Args:
+        predictor: The model.
+        source: .h5ad file of raw counts. Genes are known by Ensembl id or symbol, in the var index or any text column of var.
+        target: The copy; its folder is made.
+        model: URI of the model for `uns`, with its version.
+        layer: Counts are in this layer instead of X.
+        raw: Counts are in `raw.X` instead of X.
+        min_gene_overlap: Least share of the model's expected expression that the file's genes must carry, in [0, 1].
+        probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the label's categories.
+        embedding: Also write `obsm["X_screformer"]`, float32 (n, d).
+        overwrite: Replace an existing target.
+
+    Returns:
+        What was done, to be printed.
+
+    Raises:
+        ValueError: An unreadable file, values that are no raw counts, too few genes, or a target that is there already.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"--out {target} is the input itself; name another file, the input is never changed")
+    if target.exists() and not overwrite:
+        raise ValueError(f"--out {target} exists already; name another file or add --overwrite")
+    started = time.perf_counter()
+    with H5adFile.open(source, layer=layer, raw=raw) as file:
+        match = match_file(predictor, file)
+        match.require(min_gene_overlap, source=f"{source} ({file.source})")
+        for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
+            check_counts(counts, file=file, start=start)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".tmp")
+        try:
+            shutil.copyfile(source, partial)
+            with h5py.File(partial, "r+") as copy:
+                writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding)
+                _label(predictor, file, match, writer)
+                writer.finish(model=model, file=file, match=match)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+    table = pd.DataFrame({"label": predictor.label_names, "cl_id": predictor.label_cl_ids, "cells": writer.cells_k})
+    table["share"] = table["cells"] / file.n_cells
+    table["mean_confidence"] = writer.confidence_k / np.maximum(writer.cells_k, 1)
+    return Annotation(
+        path=target,
+        table=table[table["cells"] > 0].sort_values("cells", ascending=False, kind="stable", ignore_index=True),
+        genes=match,
+        num_cells=file.n_cells,
+        num_empty=writer.num_empty,
+        moved=writer.moved,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def match_file(predictor: Predictor, file: H5adFile) -> GeneMatch:
+    """Find the model's genes in a file: ids and names are each taken from where most of them stand, the var index or a text column."""
+    places = [file.var.index] + [column for _, column in file.var.items() if not pd.api.types.is_numeric_dtype(column.dtype)]
+    texts = [["" if pd.isna(value) else str(value) for value in place] for place in places]
+    nothing = [""] * file.n_genes
+    ids = max(texts, key=lambda text: predictor.match_genes(text, nothing).num_by_id)
+    names = max(texts, key=lambda text: predictor.match_genes(nothing, text).num_by_name)
+    return predictor.match_genes(ids, names)
+
+
+class _Writer:
+    """Adds our columns to an open copy, chunk by chunk."""
+
+    def __init__(self, copy: h5py.File, predictor: Predictor, file: H5adFile, *, probabilities: bool, embedding: bool):
+        obs = copy["obs"]
+        if not isinstance(obs, h5py.Group):
+            raise ValueError(f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again")
+        num_labels, num_cells = len(predictor.label_names), file.n_cells
+        length = obs[obs.attrs["_index"]].shape[0]
+        if length != num_cells:
+            raise ValueError(f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged, write it again")
+        self._copy, self._predictor = copy, predictor
+        self.cells_k, self.confidence_k, self.num_empty = np.zeros(num_labels, np.int64), np.zeros(num_labels), 0
+        self.moved = self._make_room()
+        self._cl_ids, self._cl_code_k = np.unique(predictor.label_cl_ids.astype(str), return_inverse=True)
+        self._labels = self._categorical(LABEL_COLUMN, predictor.label_names, num_cells)
+        self._scores = self._array(obs, SCORE_COLUMN, (num_cells,))
+        self._cl_codes = self._categorical(CL_COLUMN, self._cl_ids, num_cells)
+        for key in ("uns", "obsm"):
+            if key not in copy:
+                write_elem(copy, key, {})
+        self._obsm: dict[str, h5py.Dataset] = {}
+        for key, width in (
+            ("screformer_probabilities", num_labels * probabilities),
+            ("X_screformer", predictor.config.model.dim * embedding),
+        ):
+            if width:
+                copy["obsm"].pop(key, None)
+                self._obsm[key] = self._array(copy["obsm"], key, (num_cells, width))
+
+    def write(self, start: int, counts: Any, found: Any, known: np.ndarray) -> None:
+        """Store the predictions of the cells from `start` on."""
+        stop = start + len(found)
+        self._labels[start:stop] = found.label_codes
+        self._scores[start:stop] = found.confidence
+        self._cl_codes[start:stop] = self._cl_code_k[found.label_codes]
+        for key, values in (("screformer_probabilities", found.probabilities_nk), ("X_screformer", found.embedding_nd)):
+            if key in self._obsm:
+                self._obsm[key][start:stop] = values
+        self.cells_k += np.bincount(found.label_codes, minlength=len(self.cells_k))
+        self.confidence_k += np.bincount(found.label_codes, weights=found.confidence, minlength=len(self.cells_k))
+        self.num_empty += int((counts @ known == 0).sum())
+
+    def finish(self, *, model: str, file: H5adFile, match: GeneMatch) -> None:
+        """List the new columns in obs, and say where they come from."""
+        obs = self._copy["obs"]
+        order = [_text(name) for name in obs.attrs["column-order"]]
+        order = [f"{name}_original" if name in self.moved else name for name in order]
+        order += [name for name in COLUMNS if name not in order]
+        obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
+        write_elem(
+            self._copy["uns"],
+            PROVENANCE,
+            {
+                "model": model,
+                "label_column": self._predictor.label_column,
+                "labels": self._predictor.label_names.astype(str),
+                "counts": file.source,
+                "genes_found": match.num_found,
+                "genes_of_model": match.num_model_genes,
+                "expression_share": match.expression_share,
+                "trained_on": json.dumps(self._predictor.meta, default=str),
+                "code": {key: str(code_identity()[key]) for key in ("screformer", "git")},
+            },
+        )
+
+    def _make_room(self) -> tuple[str, ...]:
+        """Rename columns of the input that have our names; those of an earlier run go."""
+        obs = self._copy["obs"]
+        ours = "uns" in self._copy and PROVENANCE in self._copy["uns"]
+        moved = []
+        for name in COLUMNS:
+            if name not in obs:
+                continue
+            if ours:
+                del obs[name]
+                continue
+            if f"{name}_original" in obs:
+                raise ValueError(f"obs has {name!r} and {name + '_original'!r} already; rename or drop one of them in the input")
+            obs.move(name, f"{name}_original")
+            moved.append(name)
+        if ours:
+            del self._copy["uns"][PROVENANCE]
+        return tuple(moved)
+
+    def _array(self, group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> h5py.Dataset:
+        dataset = group.create_dataset(name, shape=shape, dtype=dtype)
+        dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
+        return dataset
+
+    def _categorical(self, name: str, categories: np.ndarray, num_cells: int) -> h5py.Dataset:
+        group = self._copy["obs"].create_group(name)
+        group.attrs["encoding-type"], group.attrs["encoding-version"], group.attrs["ordered"] = "categorical", "0.2.0", False
+        write_elem(group, "categories", categories.astype(str))
+        return self._array(group, "codes", (num_cells,), np.int8 if len(categories) < 128 else np.int16)
+
+
+def _label(predictor: Predictor, file: H5adFile, match: GeneMatch, writer: _Writer) -> None:
+    known = (match.vocabulary_index >= 0).astype(np.float32)
+    size = _CELLS_PER_CSC_CHUNK if file.format == "csc" else _CELLS_PER_CHUNK
+    with tqdm(total=file.n_cells, unit="cell", desc=file.path.name, disable=None) as progress:
+        for start, counts in file.chunks(size):
+            check_counts(counts, file=file, start=start)
+            writer.write(start, counts, predictor.predict_counts(counts, match, source=str(file.path)), known)
+            progress.update(counts.shape[0])
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.annotate", description="Label the cells of .h5ad files with a registered model.")
+    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory")
+    parser.add_argument("--h5ad", required=True, nargs="+", type=Path, metavar="IN", help=".h5ad files of raw counts")
+    parser.add_argument("--out", required=True, type=Path, help="the annotated copy; for several files, a folder for them")
+    counts = parser.add_mutually_exclusive_group()
+    counts.add_argument("--layer", help="take counts from this layer instead of X")
+    counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X (default) or raw.X")
+    parser.add_argument(
+        "--min-gene-overlap",
+        type=float,
+        default=MIN_GENE_OVERLAP,
+        metavar="SHARE",
+        help="least share of the model's expected expression that a file's genes must carry (default %(default)s)",
+    )
+    parser.add_argument("--probabilities", action="store_true", help="also write obsm['screformer_probabilities']")
+    parser.add_argument("--embedding", action="store_true", help="also write obsm['X_screformer']")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--tracking-uri", default="", help="where models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        targets = _targets(args.h5ad, args.out)
+        tracking = TrackingConfig(uri=args.tracking_uri)
+        model = pinned_model(args.model, tracking)
+        predictor = Predictor.load(resolve_model(model, tracking), device=args.device)
+        print(f"model {model}: {len(predictor.label_names)} labels, {len(predictor.vocabulary):,} genes")
+        for source, target in zip(args.h5ad, targets, strict=True):
+            done = annotate(
+                predictor,
+                source,
+                target,
+                model=model,
+                layer=args.layer,
+                raw=args.use == "raw",
+                min_gene_overlap=args.min_gene_overlap,
+                probabilities=args.probabilities,
+                embedding=args.embedding,
+                overwrite=args.overwrite,
+            )
+            print(done)
+    except (ValueError, OSError) as error:
+        print(f"annotate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _targets(sources: Sequence[Path], out: Path) -> list[Path]:
+    """Where each copy goes: the file itself for one input, a folder for several."""
+    if len(sources) == 1:
+        return [out / sources[0].name if out.is_dir() else out]
+    if out.suffix == ".h5ad" or out.is_file():
+        raise ValueError(f"--out {out} is one file, but there are {len(sources)} inputs; name a folder")
+    names = [source.name for source in sources]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled:
+        raise ValueError(f"two inputs are called {doubled}, and both would go to {out / doubled}; annotate them one by one")
+    return [out / name for name in names]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

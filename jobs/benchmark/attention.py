@@ -1,0 +1,213 @@
+"""LSH attention beside reformer-pytorch's and beside PyTorch's fused full attention: time, memory, utilisation.
+
+    python -m jobs.benchmark attention
+    python -m jobs.benchmark attention --device cuda --dtype bfloat16 --lengths 2048 4096 8192 16384
+
+Peers take turns in one process, so that load from elsewhere falls on all; medians are compared. Prints tables and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from screformer.attention import hash_buckets, lsh_attention, sort_tokens
+from screformer.config import ModelConfig
+from screformer.reversible import ReversibleEncoder
+
+
+def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: torch.device) -> dict[str, float]:
+    """Run each step once to warm up, then all in turn; return the median seconds of each."""
+
+    def seconds(step: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for step in steps.values():
+        seconds(step)
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            taken[name].append(seconds(step))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
+    """Most memory that tensors made by `step` held at once, in MiB: counted by the allocator, so other load does not matter."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    results = profiler.profiler.kineto_results if profiler.profiler is not None else None
+    assert results is not None
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def peak_activation_mb(*, depth: int, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Peak memory of one forward and backward pass of a reversible encoder (width 128, 4 heads), without the gradients of its weights."""
+    device = torch.device(device)
+    encoder = ReversibleEncoder(ModelConfig(depth=depth)).to(device, dtype)
+    x = torch.randn(1, length, 128, device=device, dtype=dtype)
+    mask = torch.ones(1, length, dtype=torch.bool, device=device)
+
+    def step() -> None:
+        encoder(x, mask, hash_seed=0).sum().backward()
+
+    # A first step makes the gradients of the weights, which stay and are no activations.
+    step()
+    return peak_memory_mb(step, device)
+
+
+def _attention_steps(length: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    from reformer_pytorch.reformer_pytorch import LSHAttention
+
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(length)
+    shape = (args.cells, length, args.heads, args.head_width)
+    qk, v, grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
+    lengths = [length] * args.cells
+    library = LSHAttention(bucket_size=args.bucket_size, n_hashes=args.n_hashes)
+    padded = -(-length // (2 * args.bucket_size)) * 2 * args.bucket_size
+    leaves = [part.requires_grad_() for part in (qk, v)]
+    # Each peer gets its inputs as it likes them: heads in the batch for the library, before the tokens for full attention.
+    library_leaves = [
+        F.pad(part.detach().transpose(1, 2).flatten(0, 1), (0, 0, 0, padded - length)).contiguous().requires_grad_() for part in leaves
+    ]
+    library_grad = F.pad(grad.transpose(1, 2).flatten(0, 1), (0, 0, 0, padded - length)).contiguous()
+    library_mask = None if padded == length else (torch.arange(padded, device=device) < length).expand(len(library_grad), -1)
+    full_leaves = [part.detach().transpose(1, 2).contiguous().requires_grad_() for part in (qk, qk, v)]
+    full_grad = grad.transpose(1, 2).contiguous()
+
+    def ours() -> None:
+        with torch.no_grad():
+            buckets = hash_buckets(qk, lengths, bucket_size=args.bucket_size, n_hashes=args.n_hashes, seed=0)
+            tokens = sort_tokens(buckets, lengths)
+        torch.autograd.grad(lsh_attention(leaves[0], leaves[1], tokens, bucket_size=args.bucket_size), leaves, grad)
+
+    def reformer_pytorch() -> None:
+        out, _, _ = library(*library_leaves, input_mask=library_mask)
+        torch.autograd.grad(out, library_leaves, library_grad)
+
+    def full() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(full_leaves[0], full_leaves[1], full_leaves[2]), full_leaves, full_grad)
+
+    return {"lsh": ours, "reformer_pytorch": reformer_pytorch, "full": full}
+
+
+def _equal_hash_steps(length: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """The same without the hashing: both get the same hashes ready-made, and sort them."""
+    from reformer_pytorch.reformer_pytorch import LSHAttention
+
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    generator = torch.Generator().manual_seed(length)
+    qk, v, grad = (torch.randn(args.cells, length, args.heads, args.head_width, generator=generator).to(device, dtype) for _ in range(3))
+    lengths, most = [length] * args.cells, length // args.bucket_size
+    buckets = hash_buckets(qk, lengths, bucket_size=args.bucket_size, n_hashes=args.n_hashes, seed=0).clamp(max=most - 1)
+    library = LSHAttention(bucket_size=args.bucket_size, n_hashes=args.n_hashes)
+    given = (buckets.long() + torch.arange(args.n_hashes, device=device)[:, None] * most).flatten(0, 1).flatten(1)
+    library.hash_vectors = lambda *_args, **_kwargs: given
+    leaves = [part.requires_grad_() for part in (qk, v)]
+    library_leaves = [part.detach().transpose(1, 2).flatten(0, 1).contiguous().requires_grad_() for part in leaves]
+    library_grad = grad.transpose(1, 2).flatten(0, 1).contiguous()
+
+    def ours() -> None:
+        torch.autograd.grad(lsh_attention(leaves[0], leaves[1], sort_tokens(buckets, lengths), bucket_size=args.bucket_size), leaves, grad)
+
+    def reformer_pytorch() -> None:
+        torch.autograd.grad(library(*library_leaves)[0], library_leaves, library_grad)
+
+    return {"lsh": ours, "reformer_pytorch": reformer_pytorch}
+
+
+def attention_flops(length: int, *, heads: int, head_width: int, n_hashes: int, bucket_size: int) -> float:
+    """Arithmetic of one forward and backward pass of LSH attention over a cell.
+
+    Two products forward and five backward (with the recomputed scores), each of 2 x head width operations for every query and its
+    2 x bucket keys in every round.
+    """
+    return 7 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print tables and one JSON line."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark attention", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="tokens of a cell")
+    parser.add_argument("--cells", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-width", type=int, default=32)
+    parser.add_argument("--n-hashes", type=int, default=4)
+    parser.add_argument("--bucket-size", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds after one to warm up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--memory-length", type=int, default=8192, help="tokens for the comparison of depths; 0 leaves it out")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    result: dict[str, Any] = {"lsh_vs_reformer_pytorch": {}, "lsh_vs_reformer_pytorch_equal_hashes": {}, "lsh_vs_full": {}}
+    seconds: dict[str, dict[str, float]] = {}
+    print(f"{'tokens':>8}{'lsh s':>10}{'library s':>12}{'full s':>10}{'vs library':>12}{'equal hash':>12}{'vs full':>10}{'GFLOP/s':>10}")
+    for length in args.lengths:
+        times = alternate(_attention_steps(length, args), rounds=args.rounds, device=device)
+        ratios = {name: times[name] / times["lsh"] for name in ("reformer_pytorch", "full")}
+        equal = math.nan
+        if length % (2 * args.bucket_size) == 0:
+            pair = alternate(_equal_hash_steps(length, args), rounds=args.rounds, device=device)
+            equal = pair["reformer_pytorch"] / pair["lsh"]
+            result["lsh_vs_reformer_pytorch_equal_hashes"][str(length)] = round(equal, 2)
+        flops = args.cells * attention_flops(
+            length, heads=args.heads, head_width=args.head_width, n_hashes=args.n_hashes, bucket_size=args.bucket_size
+        )
+        print(
+            f"{length:>8}{times['lsh']:>10.4f}{times['reformer_pytorch']:>12.4f}{times['full']:>10.4f}{ratios['reformer_pytorch']:>12.2f}"
+            f"{equal:>12.2f}{ratios['full']:>10.2f}{flops / times['lsh'] / 1e9:>10.1f}",
+            flush=True,
+        )
+        result["lsh_vs_reformer_pytorch"][str(length)] = round(ratios["reformer_pytorch"], 2)
+        result["lsh_vs_full"][str(length)] = round(ratios["full"], 2)
+        seconds[str(length)] = {name: round(value, 5) for name, value in times.items()}
+    if args.memory_length:
+        dtype = getattr(torch, args.dtype)
+        peaks = {depth: peak_activation_mb(depth=depth, length=args.memory_length, device=device, dtype=dtype) for depth in (2, 12)}
+        half = peak_activation_mb(depth=2, length=args.memory_length // 2, device=device, dtype=dtype)
+        result["memory_depth_12_vs_2"] = round(peaks[12] / peaks[2], 3)
+        result["memory_length_double"] = round(peaks[2] / half, 3)
+        print(
+            f"encoder of width 128 at {args.memory_length} tokens, forward and backward: {peaks[2]:.0f} MiB at depth 2,"
+            f" {peaks[12]:.0f} MiB at depth 12; {half:.0f} MiB at depth 2 and half the tokens"
+        )
+    result |= {
+        "seconds": seconds,
+        "shape": {name: getattr(args, name) for name in ("cells", "heads", "head_width", "n_hashes", "bucket_size")},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "versions": {name: version(name) for name in ("torch", "reformer-pytorch")},
+    }
+    print(json.dumps(result))
+    return 0

@@ -1,0 +1,291 @@
+"""Measure cells per second from the atlas into the training loop, beside a raw scan, Ray-free read tasks and tiledbsoma-ml.
+
+All contestants read the same cells of the same atlas in one run, in alternating rounds; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+import pyarrow as pa
+import ray
+import tiledbsoma
+from tqdm import tqdm
+
+from cluster.connect import connect
+from data_ingest.atlas import AtlasLocator
+from data_ingest.dataset import CellStream
+from data_ingest.datasource import CellArrays, SomaDatasource
+from data_ingest.plan import EpochPlan
+from data_ingest.query import CellQuery, QueryResult
+from data_ingest.schema import OBS_COLUMNS, VAR_COLUMNS, create_atlas, soma_context
+from jobs.ingest import parse_pairs
+from screformer.config import StreamConfig, TokensConfig
+
+NUM_TYPES, NUM_DATASETS, DONORS_PER_DATASET = 12, 8, 4
+PEER_CHUNK, PEER_IO_BATCH, PEER_BATCHES = 64, 65_536, (64, 1_024, 16_384)
+_ENTROPY_BATCH = 64
+_CELLS_PER_WRITE = 8192
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, or 2 for something that the user can fix."""
+    arguments = _parser().parse_args(argv)
+    cores = len(os.sched_getaffinity(0))
+    with ExitStack() as stack:
+        try:
+            connect(arguments.address)
+            uri = arguments.atlas or f"{stack.enter_context(tempfile.TemporaryDirectory())}/atlas"
+            if not arguments.atlas:
+                print(f"writing an atlas of {arguments.cells:,} cells x {arguments.genes:,} genes", file=sys.stderr)
+                write_synthetic_atlas(uri, num_cells=arguments.cells, num_genes=arguments.genes)
+            locator = AtlasLocator(uri, tiledb_config=tuple(parse_pairs("--tiledb", arguments.tiledb).items())).pinned()
+            query = CellQuery(obs_filter=arguments.obs_filter).run(locator)
+        except ValueError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            return 2
+        # A process per core that knows nothing of Ray; spawned, since TileDB does not survive a fork.
+        pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")))
+        print(json.dumps(_measure(query, pool, cores, arguments)))
+    return 0
+
+
+def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse.Namespace) -> dict[str, object]:
+    codes = query.obs["label"].cat.codes.to_numpy()
+    num_cells = len(query.obs_joinids)
+    stream = CellStream(
+        query.locator,
+        query.obs_joinids,
+        codes,
+        query.vocabulary(),
+        TokensConfig(max_genes=arguments.max_genes),
+        StreamConfig(),
+        global_batch_size=arguments.batch,
+        seed=arguments.seed,
+    )
+    contestants: dict[str, Callable[[int], int]] = {
+        "raw SOMA scan": lambda number: _scan(query, cores),
+        "our read tasks, called directly": lambda number: _read_directly(stream, number, pool, cores),
+        "our read tasks, through Ray": lambda number: sum(block.num_rows for block in stream.blocks(number, rank=0, world_size=1)),
+        "our stream, tokens in the loop": lambda number: sum(
+            len(batch["joinids"]) for batch in stream.batches(number, rank=0, world_size=1, micro_batch_size=arguments.batch)
+        ),
+    }
+    versions = {name: importlib.metadata.version(name) for name in ("ray", "tiledbsoma", "pyarrow", "numpy")}
+    entropy = {
+        "ours": _entropy(_labels_in_order(stream, codes)),
+        "random": _entropy(np.random.default_rng(arguments.seed).permutation(codes)),
+    }
+    peers: list[str] = []
+    try:
+        versions["tiledbsoma-ml"] = importlib.metadata.version("tiledbsoma-ml")
+    except importlib.metadata.PackageNotFoundError:
+        print("tiledbsoma-ml is not installed (pip install screformer[baselines]), so there is no peer in this run", file=sys.stderr)
+    else:
+        peers = [f"tiledbsoma-ml, batch {size:,}" for size in PEER_BATCHES]
+        for name, size in zip(peers, PEER_BATCHES, strict=True):
+            contestants[name] = lambda number, size=size: sum(len(joinids) for joinids in _peer(query, size, cores, arguments.seed))  # type: ignore[misc]
+        joinids = np.concatenate(list(_peer(query, PEER_IO_BATCH, cores, arguments.seed)))
+        entropy["tiledbsoma-ml"] = _entropy(codes[np.searchsorted(query.obs_joinids, joinids)])
+    next(iter(stream.blocks(0, rank=0, world_size=1)))  # Ray's worker processes start before the clock does
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in tqdm(range(arguments.rounds), desc="rounds", disable=None):
+        for name, run in contestants.items():
+            if name in peers and number and min(peers, key=lambda peer: seconds[peer][0]) != name:
+                continue  # only the peer's best batch size goes on
+            start = time.perf_counter()
+            seen = run(number)
+            seconds[name].append(time.perf_counter() - start)
+            assert num_cells <= seen < num_cells + arguments.batch, f"{name} gave {seen} of {num_cells} cells"
+    rates = {name: num_cells / statistics.median(times) for name, times in seconds.items()}
+    for name, rate in rates.items():
+        spread = ", ".join(f"{num_cells / time_s:,.0f}" for time_s in seconds[name])
+        print(f"{name:<34} {rate:>9,.0f} cells/s  {rate / cores:>9,.0f} per core   rounds: {spread}")
+    for name, bits in entropy.items():
+        print(f"label entropy in batches of {_ENTROPY_BATCH}, {name:<14} {bits:.4f} bits ({bits / entropy['random']:.2%} of random)")
+    ours, direct = rates["our stream, tokens in the loop"], rates["our read tasks, called directly"]
+    result: dict[str, object] = {
+        "benchmark": "stream",
+        "cells": num_cells,
+        "genes": len(query.var_joinids),
+        "values_per_cell": round(_values_per_cell(query), 1),
+        "cores": cores,
+        "rounds": arguments.rounds,
+        "versions": versions,
+        "cells_per_s": {name: round(rate) for name, rate in rates.items()},
+        "entropy_bits": {name: round(bits, 4) for name, bits in entropy.items()},
+        "entropy_over_random": round(entropy["ours"] / entropy["random"], 4),
+        "ray_overhead": round(direct / rates["our read tasks, through Ray"] - 1, 3),
+        "stream_overhead": round(direct / ours - 1, 3),
+    }
+    if peers:
+        result["over_tiledbsoma_ml"] = round(ours / max(rates[name] for name in peers), 2)
+    print(
+        f"load average {os.getloadavg()[0]:.1f} on {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+    return result
+
+
+def _values_per_cell(query: QueryResult) -> float:
+    """Mean number of stored values of the cells of the atlas."""
+    with query.locator.open() as experiment:
+        x = experiment.ms[query.locator.measurement].X[query.locator.x_layer]
+        return float(x.nnz / experiment.obs.count)
+
+
+def _scan(query: QueryResult, threads: int) -> int:
+    with query.locator.open(threads=threads) as experiment:
+        x = experiment.ms[query.locator.measurement].X[query.locator.x_layer]
+        for table in x.read((pa.array(query.obs_joinids),)).tables():
+            table["soma_data"].nbytes  # noqa: B018 - the buffers are filled by now; nothing else is to be done with them
+    return len(query.obs_joinids)
+
+
+def _read_directly(stream: CellStream, epoch: int, pool: Executor, processes: int) -> int:
+    plan = stream.plan(epoch)
+    num_units = len(list(plan.units(0, 1)))
+    parts = [range(first, num_units, processes) for first in range(processes)]
+    arrays = stream.arrays
+    return sum(pool.map(_run_read_tasks, *zip(*((stream.locator, arrays, plan, part) for part in parts), strict=True)))
+
+
+def _run_read_tasks(locator: AtlasLocator, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]) -> int:
+    tasks = SomaDatasource(locator, arrays, plan, rank=0, world_size=1).get_read_tasks(1)
+    return sum(table.num_rows for number in numbers for table in tasks[number]())
+
+
+def _peer(query: QueryResult, batch_size: int, threads: int, seed: int) -> Iterator[np.ndarray]:
+    """Joinids of tiledbsoma-ml's batches, read as its documents advise: sparse X, eager fetching, TileDB's own buffer size."""
+    from tiledbsoma_ml import ExperimentDataset
+
+    with query.locator.open(threads=threads, buffer_bytes=2**30) as experiment:
+        obs_query = tiledbsoma.AxisQuery(coords=(pa.array(query.obs_joinids),))
+        with experiment.axis_query(query.locator.measurement, obs_query=obs_query) as axis_query:
+            dataset = ExperimentDataset(
+                axis_query,
+                layer_name=query.locator.x_layer,
+                obs_column_names=["soma_joinid"],
+                batch_size=batch_size,
+                io_batch_size=PEER_IO_BATCH,
+                shuffle_chunk_size=PEER_CHUNK,
+                seed=seed,
+                return_sparse_X=True,
+            )
+            for _, obs in dataset:
+                yield obs["soma_joinid"].to_numpy()
+
+
+def _labels_in_order(stream: CellStream, codes: np.ndarray) -> np.ndarray:
+    plan = stream.plan(0)
+    order = np.concatenate([plan.task_cells(task).ravel() for task in range(plan.num_tasks)])
+    return codes[order[order >= 0]]
+
+
+def _entropy(codes_in_order: np.ndarray) -> float:
+    """Mean Shannon entropy, in bits, of the labels in consecutive batches."""
+    batches = codes_in_order[: len(codes_in_order) // _ENTROPY_BATCH * _ENTROPY_BATCH].reshape(-1, _ENTROPY_BATCH)
+    if not len(batches):
+        return float("nan")
+    share_bk = np.stack([(batches == code).mean(axis=1) for code in np.unique(codes_in_order)], axis=1)
+    return float(-(share_bk * np.log2(np.where(share_bk > 0, share_bk, 1))).sum(axis=1).mean())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.benchmark stream", description=__doc__)
+    parser.add_argument("--atlas", metavar="URI", help="read this atlas; a synthetic one is written, read and removed by default")
+    parser.add_argument("--obs-filter", default="", metavar="FILTER", help="cells to read; all primary ones by default")
+    parser.add_argument("--cells", type=int, default=65_536, metavar="N", help="cells of the synthetic atlas (%(default)s)")
+    parser.add_argument("--genes", type=int, default=20_000, metavar="N", help="genes of the synthetic atlas (%(default)s)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="cells per batch of our stream (%(default)s)")
+    parser.add_argument("--max-genes", type=int, default=TokensConfig().max_genes, metavar="N", help="tokens per cell (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="epochs that each contestant reads (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and order (%(default)s)")
+    parser.add_argument(
+        "--tiledb", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TileDB settings: vfs.s3.region=eu-west-1"
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="Ray cluster; a local one by default")
+    return parser
+
+
+def write_synthetic_atlas(uri: str, *, num_cells: int, num_genes: int = 20_000, genes_per_cell: int = 1_000, seed: int = 0) -> None:
+    """Write an atlas whose cells are sorted by data set, donor and cell type, as public atlases are; Ray must be running.
+
+    Args:
+        uri: A local path with nothing at it.
+        num_cells: Rows of X.
+        num_genes: Columns of X.
+        genes_per_cell: Mean detected genes.
+        seed: Of the counts.
+    """
+    context = soma_context()
+    create_atlas(uri, context)
+    codes = np.sort(np.random.default_rng([seed, 0]).integers(0, NUM_DATASETS * DONORS_PER_DATASET * NUM_TYPES, num_cells))
+    with tiledbsoma.open(f"{uri}/census_data/homo_sapiens", "w", context=context) as experiment:
+        experiment.obs.change_domain(((0, num_cells - 1),))
+        experiment.ms["RNA"].var.change_domain(((0, num_genes - 1),))
+        experiment.ms["RNA"].X["raw"].resize((num_cells, num_genes))
+    tasks = [
+        _write_x.remote(uri, first, codes[first : first + _CELLS_PER_WRITE], num_genes, genes_per_cell, seed)
+        for first in range(0, num_cells, _CELLS_PER_WRITE)
+    ]
+    sums, nnz = (np.concatenate(parts) for parts in zip(*ray.get(tasks), strict=True))
+    donors = codes // NUM_TYPES
+    types = codes % NUM_TYPES
+    obs = {name: np.full(num_cells, "unknown") for name in OBS_COLUMNS}
+    obs |= {
+        "obs_id": np.char.mod("cell%d", np.arange(num_cells)),
+        "dataset_id": np.char.mod("dataset%d", donors // DONORS_PER_DATASET),
+        "donor_id": np.char.mod("donor%d", donors),
+        "cell_type": np.char.mod("type %d", types),
+        "cell_type_major": np.char.mod("type %d", types),
+        "tissue_general": np.where(donors % 2 == 0, "blood", "lung"),
+        "is_primary_data": np.ones(num_cells, bool),
+        "raw_sum": sums,
+        "nnz": nnz,
+    }
+    var = {
+        "feature_id": np.char.mod("ENSG%011d", np.arange(num_genes)),
+        "feature_name": np.char.mod("GENE%d", np.arange(num_genes)),
+        "feature_length": np.full(num_genes, 1000),
+        "nnz": np.zeros(num_genes),
+        "n_measured_obs": np.full(num_genes, num_cells),
+    }
+    with tiledbsoma.open(f"{uri}/census_data/homo_sapiens", "w", context=context) as experiment:
+        for table, columns, types_of in ((experiment.obs, obs, OBS_COLUMNS), (experiment.ms["RNA"].var, var, VAR_COLUMNS)):
+            arrays = {name: pa.array(columns[name].tolist(), type=kind) for name, kind in types_of.items()}
+            table.write(pa.table({"soma_joinid": pa.array(np.arange(len(next(iter(columns.values()))))), **arrays}))
+
+
+@ray.remote
+def _write_x(uri: str, first: int, codes: np.ndarray, num_genes: int, genes_per_cell: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Write some rows of X; gives the sum of counts and the number of detected genes of each."""
+    rng = np.random.default_rng([seed, 1, first])
+    popularity = 1 / np.arange(20, num_genes + 20)
+    sums, nnz = np.zeros(len(codes)), np.zeros(len(codes), np.int64)
+    with tiledbsoma.open(f"{uri}/census_data/homo_sapiens/ms/RNA/X/raw", "w", context=soma_context()) as x:
+        for start in range(0, len(codes), 2048):
+            part = codes[start : start + 2048]
+            chance = np.stack([np.random.default_rng([seed, 2, kind]).permutation(popularity) + popularity for kind in range(NUM_TYPES)])
+            chance = np.minimum(chance * genes_per_cell / chance.sum(1, keepdims=True) * 1.3, 0.95).astype(np.float32)
+            rows, genes = np.nonzero(rng.random((len(part), num_genes), dtype=np.float32) < chance[part % NUM_TYPES])
+            counts = rng.geometric(0.6, len(rows)).astype(np.float32)
+            x.write(pa.table({"soma_dim_0": rows + first + start, "soma_dim_1": genes, "soma_data": counts}))
+            sums[start : start + len(part)] = np.bincount(rows, weights=counts, minlength=len(part))
+            nnz[start : start + len(part)] = np.bincount(rows, minlength=len(part))
+    return sums, nnz
+
+
+if __name__ == "__main__":
+    sys.exit(main())

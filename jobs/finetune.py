@@ -1,0 +1,17 @@
+"""Train a cell-type classifier, from a pre-trained network or from scratch, test it on held-out groups and register it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the last line on stdout is one JSON object."""
+    return train.main("finetune", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

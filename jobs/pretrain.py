@@ -1,0 +1,17 @@
+"""Pre-train a network on unlabelled cells: hide the expression of some genes and learn to tell it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs import train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the last line on stdout is one JSON object."""
+    return train.main("pretrain", __doc__ or "", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

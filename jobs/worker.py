@@ -1,0 +1,168 @@
+"""What runs inside each Ray Train worker: the network, its engine, this rank's cells, and the training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+import ray.train
+import torch
+
+from data_ingest.dataset import CellStream
+from screformer.checkpoint import POSITION, load_training, read_position, read_weights, save_model, save_training, seal
+from screformer.config import ExperimentConfig
+from screformer.engine import build_engine
+from screformer.model import ScReformer
+from screformer.training import Batch, Parts, Progress, Weights, fit, freeze_parameters
+
+REPLAY_BYTES = 512 * 2**20
+"""Validation batches of a rank up to this size are kept in memory, so that each validation after the first reads nothing."""
+
+
+def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
+    """Train on this rank's share of the cells; the same on every rank.
+
+    Args:
+        loop_config: Made by `jobs.train`: `config` (plain), `task`, `streams` (part to `CellStream`), `labels`, `class_counts`, `start`
+            (an ObjectRef of arrays to start from), `meta`, `run` (`jobs.tracking.TrackedRun`), `resume` (a Checkpoint or None).
+    """
+    config = ExperimentConfig.from_dict(loop_config["config"])
+    task, streams, labels = loop_config["task"], loop_config["streams"], loop_config["labels"]
+    vocabulary = streams["train"].vocabulary
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+
+    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
+    start_from(model, ray.get(loop_config["start"]))
+    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder)
+    engine = build_engine(config, model, world_size)
+
+    # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole names one itself.
+    checkpoint, resume = ray.train.get_checkpoint() or loop_config["resume"], None
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            position = read_position(folder)
+            if position["finished"]:
+                return
+            load_training(folder, engine)
+            resume = (Progress.from_dict(position), read_weights(Path(folder) / "model") if rank == 0 else {})
+            _say(rank, f"resumed after step {resume[0].global_step} (epoch {resume[0].epoch}, {resume[0].cells_consumed} cells into it)")
+
+    def write(scores: dict[str, float], weights: Weights, progress: Progress, *, finished: bool) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            position = {**progress.to_dict(), "finished": finished}
+            if finished:
+                (folder / POSITION).write_text(json.dumps(position, indent=2))
+            else:
+                save_training(folder, engine, position)
+            if rank == 0:
+                meta = {**loop_config["meta"], "best_step": progress.best_step, "metrics": scores}
+                save_model(folder / "model", weights, config, vocabulary, labels, meta)
+            seal(folder)
+            ray.train.report(scores, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    def report(metrics: dict[str, float], step: int) -> None:
+        metrics = {**metrics, "data/cells_cut": _sum_over_ranks(sum(stream.num_cut for stream in streams.values()), engine.device)}
+        if rank == 0:
+            loop_config["run"].log_metrics(metrics, step=step)
+            print(_line(metrics, step, config.train.max_steps), flush=True)
+
+    outcome = fit(
+        config,
+        engine,
+        _parts(streams, config, rank, world_size),
+        task=task,
+        class_counts_k=np.asarray(loop_config["class_counts"]),
+        report=report,
+        save_checkpoint=lambda progress, weights, metrics: write(metrics, weights, progress, finished=False),
+        resume=resume,
+    )
+    scores = {**(outcome.val.scores("best_val") if outcome.val else {}), **(outcome.test.scores("test") if outcome.test else {})}
+    if rank == 0 and task == "finetune":
+        for folder, counts in (("val", outcome.val), ("test", outcome.test)):
+            if counts is not None:
+                loop_config["run"].log_confusion(counts.confusion_kk, labels["names"], folder=folder)
+                loop_config["run"].log_table(pd.DataFrame(counts.table(labels["names"])), f"{folder}/per_class.csv")
+    write(scores, outcome.weights, outcome.progress, finished=True)
+
+
+def start_from(model: ScReformer, start: dict[str, Any]) -> None:
+    """Put given weights into a new network.
+
+    Args:
+        model: The network.
+        start: `gene_embeddings` (g, d), or `weights` by name, which may leave out some; empty leaves the random start.
+    """
+    if "gene_embeddings" in start:
+        model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))
+    if "weights" in start:
+        state = model.state_dict()
+        model.load_state_dict({**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}})
+
+
+def _parts(streams: dict[str, CellStream], config: ExperimentConfig, rank: int, world_size: int) -> Parts:
+    size = config.train.micro_batch_size
+
+    def epoch_of(part: str) -> Callable[[], Iterator[Batch]] | None:
+        if part not in streams:
+            return None
+        return lambda: streams[part].batches(0, rank=rank, world_size=world_size, micro_batch_size=size)
+
+    val = epoch_of("val")
+    return Parts(
+        steps_per_epoch=streams["train"].steps_per_epoch,
+        train=lambda epoch, start: streams["train"].batches(
+            epoch, rank=rank, world_size=world_size, micro_batch_size=size, start_step=start
+        ),
+        val=_Replay(val) if val else None,
+        test=epoch_of("test"),
+    )
+
+
+class _Replay:
+    """Batches that are kept after the first pass, where memory allows."""
+
+    def __init__(self, source: Callable[[], Iterator[Batch]]) -> None:
+        self._source = source
+        self._kept: list[Batch] | None = None
+
+    def __call__(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept, num_bytes = [], 0
+        for batch in self._source():
+            num_bytes += sum(tensor.nbytes for tensor in batch.values())
+            if num_bytes <= REPLAY_BYTES:
+                kept.append(batch)
+            yield batch
+        if num_bytes <= REPLAY_BYTES:
+            self._kept = kept
+
+
+def _sum_over_ranks(value: int, device: Any) -> float:
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
+def _say(rank: int, text: str) -> None:
+    if rank == 0:
+        print(text, flush=True)
+
+
+def _line(metrics: dict[str, float], step: int, max_steps: int) -> str:
+    shown = {name: value for name, value in metrics.items() if name not in ("train/epoch", "data/wait_s", "data/cells_cut")}
+    return f"step {step}/{max_steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

@@ -1,0 +1,217 @@
+"""Directories of a model and of a training run, without pickles, that say what is wrong with them when they are read.
+
+A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`. A training checkpoint holds
+the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same state whole and by parameter name in
+`training_state.safetensors` (so that another world size or ZeRO stage can go on), `position.json`, and `manifest.json`, written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from screformer import engine as engines
+from screformer.config import ExperimentConfig
+from screformer.model import ScReformer
+from screformer.tokenizer import GeneVocabulary
+
+FORMAT = "1"
+WEIGHTS, CONFIG, VOCABULARY, LABELS, META = "weights.safetensors", "config.json", "vocabulary.json", "labels.json", "meta.json"
+TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
+NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
+"""Labels of a model that was only pre-trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model directory in memory."""
+
+    model: ScReformer
+    config: ExperimentConfig
+    vocabulary: GeneVocabulary
+    labels: dict[str, Any]
+    """`column` of obs, `names` of the k classes in the order of the logits, and their `cl_ids` ("" where unknown)."""
+    meta: dict[str, Any]
+    """Where it comes from: atlas, query hash, versions, metrics."""
+
+
+def save_model(
+    directory: str | Path,
+    model: nn.Module | Mapping[str, torch.Tensor],
+    config: ExperimentConfig,
+    vocabulary: GeneVocabulary,
+    labels: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> None:
+    """Write a model directory.
+
+    Args:
+        directory: Made where it does not exist.
+        model: The network or its state by name; floating-point weights are written in fp32.
+        config: The settings it was trained with.
+        vocabulary: Its genes.
+        labels: As `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
+        meta: Plain values of JSON.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary.save(directory / VOCABULARY)
+    for name, tree in ((CONFIG, config.to_dict()), (LABELS, dict(labels)), (META, dict(meta))):
+        (directory / name).write_text(json.dumps(tree, indent=2, default=str))
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        for name, tensor in state.items()
+    }
+    metadata = {"kind": "screformer model", "format": FORMAT, **{name: _sha256(directory / name) for name in (CONFIG, VOCABULARY, LABELS)}}
+    save_file(weights, directory / WEIGHTS, metadata=metadata)
+
+
+def load_model(directory: str | Path) -> LoadedModel:
+    """Read a model directory onto the CPU, in eval mode.
+
+    Raises:
+        ValueError: A missing or unreadable file, another format, a file that was changed since, or weights of other shapes; says which.
+    """
+    directory = Path(directory)
+    for name in (WEIGHTS, CONFIG, VOCABULARY, LABELS, META):
+        if not (directory / name).is_file():
+            raise ValueError(f"model directory {directory} has no {name}; give a directory written by training, or models:/NAME@ALIAS")
+    weights, metadata = _read_tensors(directory / WEIGHTS)
+    if metadata.get("kind") != "screformer model":
+        raise ValueError(f"{directory / WEIGHTS} holds weights of something else than a screformer model")
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"model directory {directory} has format {metadata.get('format')}, this screformer reads {FORMAT};"
+            " use the version that its meta.json names"
+        )
+    for name in (CONFIG, VOCABULARY, LABELS):
+        if metadata.get(name) != _sha256(directory / name):
+            raise ValueError(f"{directory / name} is not the file that was saved with these weights; restore it, or train again")
+    config = ExperimentConfig.from_dict(_read_json(directory / CONFIG))
+    vocabulary = GeneVocabulary.load(directory / VOCABULARY)
+    labels = _read_json(directory / LABELS)
+    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
+    check_weights(model, weights, source=str(directory))
+    model.load_state_dict(weights)
+    return LoadedModel(model=model.eval(), config=config, vocabulary=vocabulary, labels=labels, meta=_read_json(directory / META))
+
+
+def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a model directory by name, on the CPU."""
+    return _read_tensors(Path(directory) / WEIGHTS)[0]
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: A weight is missing, too many, or of another shape; names the first one.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{source}: weight {name} has shape {found.get(name, 'none')}, but the network of this configuration has"
+                f" {expected.get(name, 'none')}; use the configuration that the weights were trained with"
+            )
+
+
+def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any]) -> None:
+    """Write the state of a training run, after at least one step. Every rank calls it, with a directory that may be its own.
+
+    The checkpoint counts as complete only after `seal`.
+
+    Args:
+        directory: Where it goes; rank 0's gets the consolidated files.
+        engine: The DeepSpeed engine.
+        position: Plain values that say where training stands.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    engines.save_shards(engine, directory / "deepspeed")
+    weights = engines.gather_weights(engine)
+    moments, num_steps = engines.gather_moments(engine)
+    if torch.distributed.get_rank() == 0:
+        tensors = {**{f"weights/{name}": tensor for name, tensor in weights.items()}, **moments}
+        save_file(tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)})
+        layout = engines.shard_layout(engine)
+        (directory / POSITION).write_text(json.dumps({**position, "shards": layout}, indent=2))
+
+
+def load_training(directory: str | Path, engine: Any) -> None:
+    """Put a training checkpoint into a fresh engine. Every rank calls it.
+
+    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout reads the consolidated file.
+    """
+    directory = Path(directory)
+    if _read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
+        engines.load_shards(engine, directory / "deepspeed")
+        return
+    tensors, metadata = _read_tensors(directory / TRAINING_STATE) if torch.distributed.get_rank() == 0 else ({}, {})
+    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    num_steps = [metadata.get("num_steps")]
+    torch.distributed.broadcast_object_list(num_steps)
+    engines.load_weights(engine, weights)
+    engines.load_moments(engine, tensors, int(num_steps[0] or 0))
+
+
+def read_position(directory: str | Path) -> dict[str, Any]:
+    """Where the training run of a checkpoint stood."""
+    return _read_json(Path(directory) / POSITION)
+
+
+def seal(directory: str | Path) -> None:
+    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes. Every rank calls it, once its files are written."""
+    directory = Path(directory)
+    own = {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    parts: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    if torch.distributed.get_rank() == 0:
+        files = {name: size for part in parts for name, size in part.items()}
+        scratch = directory / f"{MANIFEST}.part"
+        scratch.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+        os.replace(scratch, directory / MANIFEST)
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether every file of a checkpoint is there in its full size: a run killed while it wrote, or copied, leaves one that is not."""
+    directory = Path(directory)
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all((directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files.items())
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds {type(tree).__name__}, not a JSON object; restore it")
+    return tree
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

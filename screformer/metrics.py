@@ -1,0 +1,128 @@
+"""Counts of a classifier's hits and misses that add up over batches and ranks, and the scores made of them.
+
+Axes: n cells, k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class LabelCounts:
+    """Confusion counts and loss sums. Sums are joined first and divided last, so batches and ranks of any size weigh right.
+
+    Scores follow scikit-learn's defaults: macro and weighted averages run over the classes that occur among the true or the predicted
+    labels, balanced accuracy over those among the true ones; a precision, recall or F1 of 0/0 is 0. Without any cell a score is 0.
+
+    Args:
+        num_classes: k; 0 counts losses only, as in pre-training.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.confusion_kk = np.zeros((num_classes, num_classes), dtype=np.int64)
+        """Cells by true class (row) and predicted class (column)."""
+        self.loss_sum = 0.0
+        self.loss_weight = 0.0
+
+    def add(self, labels_n: torch.Tensor, predictions_n: torch.Tensor) -> None:
+        """Count predictions, int (n,) in [0, k); cells with label -1 are left out."""
+        k = len(self.confusion_kk)
+        known_n = labels_n >= 0
+        pairs = labels_n[known_n].to(torch.int64) * k + predictions_n[known_n].to(torch.int64)
+        self.confusion_kk += torch.bincount(pairs, minlength=k * k).reshape(k, k).cpu().numpy()
+
+    def add_loss(self, loss_sum: float, weight: float) -> None:
+        """Add a loss summed over elements whose weights sum to `weight`."""
+        self.loss_sum += loss_sum
+        self.loss_weight += weight
+
+    def merge(self, other: LabelCounts) -> None:
+        """Add the counts of another part of the cells."""
+        self.confusion_kk += other.confusion_kk
+        self.add_loss(other.loss_sum, other.loss_weight)
+
+    def all_reduce(self, device: torch.device) -> None:
+        """Sum over all ranks, in place; every rank calls it. Nothing happens outside torch.distributed."""
+        if not torch.distributed.is_initialized():
+            return
+        confusion_kk = torch.from_numpy(self.confusion_kk).to(device)
+        losses = torch.tensor([self.loss_sum, self.loss_weight], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(confusion_kk)
+        torch.distributed.all_reduce(losses)
+        self.confusion_kk = confusion_kk.cpu().numpy()
+        self.loss_sum, self.loss_weight = losses.tolist()
+
+    @property
+    def num_cells(self) -> int:
+        """Labelled cells counted."""
+        return int(self.confusion_kk.sum())
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return self.loss_sum / self.loss_weight if self.loss_weight else 0.0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of cells with the right label."""
+        return float(np.trace(self.confusion_kk)) / max(self.num_cells, 1)
+
+    @property
+    def support_k(self) -> np.ndarray:
+        """True cells of each class, int64 (k,)."""
+        return self.confusion_kk.sum(axis=1)
+
+    @property
+    def precision_k(self) -> np.ndarray:
+        """Share of right ones among the cells given each label, float64 (k,)."""
+        return _ratio(np.diagonal(self.confusion_kk), self.confusion_kk.sum(axis=0))
+
+    @property
+    def recall_k(self) -> np.ndarray:
+        """Share of each class that was found, float64 (k,)."""
+        return _ratio(np.diagonal(self.confusion_kk), self.support_k)
+
+    @property
+    def f1_k(self) -> np.ndarray:
+        """Harmonic mean of precision and recall, float64 (k,)."""
+        return _ratio(2 * np.diagonal(self.confusion_kk), self.support_k + self.confusion_kk.sum(axis=0))
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the classes among true or predicted labels."""
+        present_k = self.support_k + self.confusion_kk.sum(axis=0) > 0
+        return float(self.f1_k[present_k].mean()) if present_k.any() else 0.0
+
+    @property
+    def weighted_f1(self) -> float:
+        """Mean F1, each class weighted by its true cells."""
+        return float(self.f1_k @ self.support_k) / max(self.num_cells, 1)
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall over the classes among true labels."""
+        present_k = self.support_k > 0
+        return float(self.recall_k[present_k].mean()) if present_k.any() else 0.0
+
+    def scores(self, prefix: str) -> dict[str, float]:
+        """The scores as metrics `prefix/loss`, and with classes `prefix/accuracy`, `/macro_f1`, `/weighted_f1`, `/balanced_accuracy`."""
+        names = ["loss"]
+        if len(self.confusion_kk):
+            names += ["accuracy", "macro_f1", "weighted_f1", "balanced_accuracy"]
+        return {f"{prefix}/{name}": getattr(self, name) for name in names}
+
+    def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """One row per class: label, precision, recall, f1, and its true cells."""
+        columns = (self.precision_k, self.recall_k, self.f1_k, self.support_k)
+        return [
+            {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "cells": int(c)}
+            for name, p, r, f, c in zip(names, *columns, strict=True)
+        ]
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros(len(below)), where=below > 0)

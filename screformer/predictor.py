@@ -1,0 +1,294 @@
+"""The only inference path: raw counts of cells in, cell types out. No Ray, MLflow or SOMA.
+
+Axes: n cells, g genes of the vocabulary, d model width, k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from screformer.checkpoint import LoadedModel, load_model
+from screformer.tokenizer import CellTokenizer, GeneVocabulary
+
+MIN_GENE_OVERLAP = 0.1
+"""Least share of the model's expected expression that the input's genes must carry. By expression and not by number of genes,
+because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a whole atlas is mostly genes that are
+never seen."""
+
+HASH_SEED = 0
+"""Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
+
+_TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 131_072}  # small batches stay in a CPU's cache: a quarter less time than 32,768
+_CELLS_PER_BATCH = 256
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GeneMatch:
+    """Which column of an input is which gene of the model."""
+
+    vocabulary_index: np.ndarray
+    """Vocabulary index of each input column, int32, -1 where the model does not know it. Columns of one gene are summed."""
+    num_by_id: int
+    """Genes of the model found by `feature_id`."""
+    num_by_name: int
+    """Genes of the model found by name."""
+    num_ambiguous: int
+    """Columns left out because several genes of the model, or several columns, have their name."""
+    num_model_genes: int
+    """Genes of the model, found or not."""
+    expression_share: float
+    """Share of the model's expected expression that the found genes carry, in [0, 1]."""
+
+    @property
+    def num_found(self) -> int:
+        """Genes of the model that the input has."""
+        return self.num_by_id + self.num_by_name
+
+    def __str__(self) -> str:
+        ambiguous = f", {self.num_ambiguous:,} ambiguous ones left out" if self.num_ambiguous else ""
+        return (
+            f"{self.num_found:,} of the model's {self.num_model_genes:,} genes found ({self.num_by_id:,} by id, {self.num_by_name:,} by"
+            f" name{ambiguous}), {self.expression_share:.1%} of the expression it knows"
+        )
+
+    def require(self, minimum: float, *, source: str) -> None:
+        """Stop where the input has too few of the model's genes.
+
+        Args:
+            minimum: Least share of expected expression, in [0, 1].
+            source: Whose genes they are, for the message.
+
+        Raises:
+            ValueError: Too few; the message says how many were found, and some names that were not understood.
+        """
+        if self.num_found and self.expression_share >= minimum:
+            return
+        raise ValueError(
+            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed. Give human Ensembl gene ids (ENSG...)"
+            " or HGNC symbols; another species needs its own model"
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Predictions:
+    """What the model says of n cells, in the order of the input."""
+
+    label_codes: np.ndarray
+    """Index of the predicted label, int64 (n,)."""
+    labels: np.ndarray
+    """Predicted label, object (n,)."""
+    cl_ids: np.ndarray
+    """Cell Ontology id of the predicted label, object (n,), `unknown` where it has none."""
+    confidence: np.ndarray
+    """Probability of the predicted label, float32 (n,), in [0, 1]."""
+    probabilities_nk: np.ndarray
+    """Probability of every label, float32 (n, k)."""
+    embedding_nd: np.ndarray
+    """Cell embedding, float32 (n, d)."""
+
+    def __len__(self) -> int:
+        return len(self.label_codes)
+
+
+class Predictor:
+    """A trained model that is ready to label cells.
+
+    The same cell gets the same result in every call, up to rounding whatever the cells beside it.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, device: str | torch.device | None = None):
+        self.config = loaded.config
+        self.vocabulary: GeneVocabulary = loaded.vocabulary
+        self.meta = loaded.meta
+        self.label_names = np.array(loaded.labels["names"], dtype=object)
+        self.label_cl_ids = np.array([cl_id or "unknown" for cl_id in loaded.labels["cl_ids"]], dtype=object)
+        self.label_column: str = loaded.labels["column"]
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._model = loaded.model.to(self._device).eval()
+        self._tokenizer = CellTokenizer(loaded.config.tokens, loaded.vocabulary)
+
+    @classmethod
+    def load(cls, directory: str | Path, device: str | torch.device | None = None) -> Predictor:
+        """Load a model directory.
+
+        Args:
+            directory: Written by `screformer.checkpoint.save_model` after fine-tuning.
+            device: Such as `cpu` or `cuda:1`; None takes a GPU where there is one.
+
+        Raises:
+            ValueError: Not a model directory, or a model without labels.
+        """
+        loaded = load_model(directory)
+        if not loaded.labels["names"]:
+            raise ValueError(
+                f"model {directory} knows no labels, because it was only pre-trained; fine-tune it with"
+                f" `python -m jobs.finetune --from {directory}`"
+            )
+        return cls(loaded, device=device)
+
+    def match_genes(self, feature_ids: Sequence[str], names: Sequence[str] | None = None) -> GeneMatch:
+        """Find the model's genes among the columns of an input.
+
+        By id first, without its version (`ENSG00000156738.18`); columns whose id is unknown are then looked up by exact name. Columns
+        with one id are one gene, as older files have it under two symbols; a name that occurs twice is left out rather than guessed.
+
+        Args:
+            feature_ids: Ensembl id of each column; anything else that stands there is simply not found.
+            names: Gene symbol of each column; None takes `feature_ids` for both.
+        """
+        ids = np.array([str(text).partition(".")[0] if str(text).startswith("ENS") else str(text) for text in feature_ids], dtype=object)
+        symbols = ids if names is None else np.array([str(text) for text in names], dtype=object)
+        if len(ids) != len(symbols):
+            raise ValueError(f"genes have {len(ids)} ids but {len(symbols)} names; give one of each for every column")
+        by_id = self.vocabulary.index(ids.tolist())
+        unique, doubled = self._names
+        taken = set(by_id[by_id >= 0].tolist())
+        by_name = np.full(len(ids), -1, dtype=np.int32)
+        num_ambiguous = 0
+        for column in np.flatnonzero(by_id < 0):
+            index = unique.get(symbols[column], -1)
+            by_name[column] = -1 if index in taken else index
+            num_ambiguous += symbols[column] in doubled
+        values, times = np.unique(by_name[by_name >= 0], return_counts=True)
+        repeated = np.isin(by_name, values[times > 1])
+        by_name[repeated] = -1
+
+        found = np.where(by_id >= 0, by_id, by_name)
+        weight = self.vocabulary.mean_expression_g
+        if not weight.any():
+            weight = np.ones(len(self.vocabulary), dtype=np.float32)
+        return GeneMatch(
+            vocabulary_index=found,
+            num_by_id=len(taken),
+            num_by_name=int((by_name >= 0).sum()),
+            num_ambiguous=num_ambiguous + int(repeated.sum()),
+            num_model_genes=len(self.vocabulary),
+            expression_share=float(weight[np.unique(found[found >= 0])].sum(dtype=np.float64) / weight.sum(dtype=np.float64)),
+        )
+
+    @cached_property
+    def _names(self) -> tuple[dict[str, int], set[str]]:
+        """Vocabulary index of names that one gene has, and the names that several have."""
+        names, first, times = np.unique(np.array(self.vocabulary.feature_names, dtype=object), return_index=True, return_counts=True)
+        unique = {name: int(index) for name, index, count in zip(names, first, times, strict=True) if count == 1 and name}
+        return unique, set(names[times > 1])
+
+    def predict_counts(self, counts: sparse.spmatrix | np.ndarray, match: GeneMatch, *, source: str = "input") -> Predictions:
+        """Label cells given as a matrix of raw counts over the columns that `match_genes` saw.
+
+        The library size of a cell is its sum over all columns, also those that the model does not know.
+
+        Args:
+            counts: Raw counts, cells by columns, dense or sparse; whole numbers >= 0 of any dtype.
+            match: What `match_genes` said of the columns.
+            source: Where they come from, for messages.
+
+        Raises:
+            ValueError: Another number of columns, or a value that is no raw count.
+        """
+        matrix = sparse.csr_matrix(counts)
+        if matrix.shape[1] != len(match.vocabulary_index):
+            raise ValueError(f"{source}: counts have {matrix.shape[1]} columns, but genes were matched for {len(match.vocabulary_index)}")
+        check_counts(matrix.data, source=source)
+        total = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
+        known = np.flatnonzero(match.vocabulary_index >= 0)
+        entries = (np.ones(len(known), dtype=matrix.dtype), (known, match.vocabulary_index[known]))
+        matrix = sparse.csr_matrix(matrix @ sparse.csr_matrix(entries, shape=(matrix.shape[1], len(self.vocabulary))))
+        matrix.eliminate_zeros()
+        return self.predict(matrix.indices, matrix.data.astype(np.float32), matrix.indptr.astype(np.int64), total_counts=total)
+
+    def predict(
+        self, gene_ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, *, total_counts: np.ndarray | None = None
+    ) -> Predictions:
+        """Label cells given as flat lists of detected genes.
+
+        Args:
+            gene_ids: Vocabulary indices, int32, of all cells one after another, unique within a cell.
+            counts: Raw counts, float32, > 0, aligned with `gene_ids`.
+            offsets: Cell i has the entries `offsets[i]:offsets[i + 1]`; int64 (n + 1,).
+            total_counts: Library size (n,) over all genes that were measured; None sums the given counts.
+
+        Returns:
+            Predictions in the order of the cells.
+        """
+        num_cells = len(offsets) - 1
+        lengths = np.diff(offsets)
+        probabilities = np.zeros((num_cells, len(self.label_names)), dtype=np.float32)
+        embedding = np.zeros((num_cells, self.config.model.dim), dtype=np.float32)
+        for cells in self._batches(lengths):
+            starts = np.concatenate([[0], np.cumsum(lengths[cells])])
+            entries = np.repeat(offsets[cells] - starts[:-1], lengths[cells]) + np.arange(starts[-1])
+            total = None if total_counts is None else total_counts[cells]
+            tokens = self._tokenizer(gene_ids[entries], counts[entries], starts, total_counts=total)
+            probabilities[cells], embedding[cells] = self._forward(tokens, len(cells))
+        codes = probabilities.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
+        return Predictions(
+            label_codes=codes,
+            labels=self.label_names[codes],
+            cl_ids=self.label_cl_ids[codes],
+            confidence=np.take_along_axis(probabilities, codes[:, None], axis=1)[:, 0],
+            probabilities_nk=probabilities,
+            embedding_nd=embedding,
+        )
+
+    def _forward(self, tokens: dict[str, np.ndarray], num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+        batch = {
+            "token_ids": torch.from_numpy(tokens["token_ids"].astype(np.int64)),
+            "values": torch.from_numpy(tokens["values"]),
+            "bin_ids": torch.from_numpy(tokens["bin_ids"].astype(np.int64)),
+            "labels": torch.full((num_cells,), -1),
+            "joinids": torch.arange(num_cells),
+        }
+        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            output = self._model(batch, task="finetune", hidden=None, hash_seed=HASH_SEED)
+            return output.logits_nk.float().softmax(dim=1).cpu().numpy(), output.embedding_nd.float().cpu().numpy()
+
+    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
+        """Cells of like length together, so that little is padded; each batch within a bound on tokens."""
+        if self.config.tokens.input_mode == "all":
+            slots = np.full(len(lengths), 1 + len(self.vocabulary))
+        else:
+            slots = 1 + np.minimum(lengths, self.config.tokens.max_genes)
+        order = np.argsort(slots, kind="stable")
+        budget = _TOKENS_PER_BATCH.get(self._device.type, 32_768)
+        start = 0
+        while start < len(order):
+            window = slots[order[start : start + _CELLS_PER_BATCH]]
+            size = max(1, int(np.searchsorted(window * np.arange(1, len(window) + 1), budget, side="right")))
+            yield order[start : start + size]
+            start += size
+
+
+def check_counts(values: np.ndarray, *, source: str) -> None:
+    """Refuse anything that is no raw count.
+
+    Args:
+        values: Counts of any shape and dtype.
+        source: Where they come from, for the message.
+
+    Raises:
+        ValueError: A missing, negative or fractional value; the message names the first one and what to do.
+    """
+    values = np.asarray(values).ravel()
+    if values.dtype.kind not in "iufb":
+        raise ValueError(f"{source}: counts are of type {values.dtype}, not numbers; keep cell names in the index, not in a column")
+    if values.dtype.kind in "ub":
+        return
+    for bad, what in (
+        (~np.isfinite(values), "is missing or infinite; fill genes that were not detected with 0"),
+        (values < 0, "is negative, as after scaling; give raw counts"),
+        (
+            values != np.trunc(values),
+            "is fractional, as after normalising or log1p; give raw counts (often in `layers['counts']` or `raw`)",
+        ),
+    ):
+        if bad.any():
+            raise ValueError(f"{source}: value {values[bad.argmax()]:g} {what}; whole numbers >= 0 are needed")

@@ -1,0 +1,162 @@
+"""The encoder: reversible blocks of attention and feed-forward, whose memory does not grow with depth.
+
+Axes: n cells, l token slots, d model width.
+
+Two residual streams start as copies of the input: y1 = x1 + f(x2), y2 = x2 + g(y1), with f attention and g feed-forward; the
+result is the mean of the two. The backward pass recovers each block's input from its output. Streams are float32 also when the
+weights are bfloat16, so that the recovery is exact to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from screformer.attention import HashMemo, make_attention
+from screformer.config import ModelConfig
+
+
+def _mix_seed(seed: int, stream: int) -> int:
+    """Derive an independent seed for each use of randomness (the finaliser of SplitMix64)."""
+    z = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) >> 1
+
+
+def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
+    """Dropout whose mask depends on the seed only, so that a recomputation drops the same elements."""
+    generator = torch.Generator(x_nld.device).manual_seed(seed)
+    keep = torch.empty_like(x_nld).bernoulli_(1 - p, generator=generator)
+    return x_nld * keep.div_(1 - p)
+
+
+class _Sublayer(nn.Module):
+    """One branch of a block: norm, then `_body`, then dropout. Works in the type of its weights, answers in that of the stream."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = dropout
+
+    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, seed: int, memo: HashMemo | None = None) -> Tensor:
+        out = self._body(self.norm(x_nld.to(self.norm.weight.dtype)), key_mask_nl, seed, memo)
+        if self.training and self.dropout > 0:
+            out = _dropout(out, self.dropout, _mix_seed(seed, 1))
+        return out.to(x_nld.dtype)
+
+    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
+        raise NotImplementedError
+
+
+class AttentionSublayer(_Sublayer):
+    """Norm, attention, dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.dropout)
+        self.attention = make_attention(config)
+
+    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
+        return self.attention(x_nld, key_mask_nl, hash_seed=seed, memo=memo)
+
+
+class FeedForwardSublayer(_Sublayer):
+    """Norm, two linear layers with GELU between, dropout; the sequence in `ff_chunks` slices."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.dropout)
+        self.chunks = config.ff_chunks
+        self.w1 = nn.Linear(config.dim, config.dim * config.ff_mult)
+        self.w2 = nn.Linear(config.dim * config.ff_mult, config.dim)
+
+    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
+        if self.chunks == 1:
+            return self.w2(F.gelu(self.w1(x_nld)))
+        return torch.cat([self.w2(F.gelu(self.w1(part))) for part in x_nld.chunk(self.chunks, 1)], 1)
+
+
+class Block(nn.Module):
+    """The two branches of one reversible block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.f = AttentionSublayer(config)
+        self.g = FeedForwardSublayer(config)
+
+
+class _ReversibleFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nld: Tensor, key_mask_nl: Tensor, blocks: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> Tensor:
+        y1, y2 = x_nld, x_nld
+        memos = [HashMemo() for _ in blocks]
+        for index, ((f, g), memo) in enumerate(zip(blocks, memos, strict=True)):
+            y1 = y1 + f(y2, key_mask_nl, seed=_mix_seed(seed, 2 * index), memo=memo)
+            y2 = y2 + g(y1, key_mask_nl, seed=_mix_seed(seed, 2 * index + 1))
+        ctx.save_for_backward(y1, y2, key_mask_nl)
+        ctx.blocks, ctx.memos, ctx.seed = blocks, memos, seed
+        return (y1 + y2) / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad_nld: Tensor) -> tuple[Tensor, None, None, None]:
+        y1, y2, key_mask_nl = ctx.saved_tensors
+        d1 = d2 = grad_nld / 2
+        for index in reversed(range(len(ctx.blocks))):
+            f, g = ctx.blocks[index]
+            y2, d1 = _undo(g, y2, y1, d2, d1, key_mask_nl, _mix_seed(ctx.seed, 2 * index + 1), None)
+            y1, d2 = _undo(f, y1, y2, d1, d2, key_mask_nl, _mix_seed(ctx.seed, 2 * index), ctx.memos[index])
+        return d1 + d2, None, None, None
+
+
+def _undo(
+    branch: nn.Module, out: Tensor, source: Tensor, grad_out: Tensor, grad_source: Tensor, mask: Tensor, seed: int, memo: HashMemo | None
+) -> tuple[Tensor, Tensor]:
+    """Take back out = before + branch(source): return `before` and the full gradient of `source`."""
+    with torch.enable_grad():
+        leaf = source.detach().requires_grad_()
+        change = branch(leaf, mask, seed=seed, memo=memo)
+        if change.requires_grad:
+            torch.autograd.backward(change, grad_out)
+    return out - change.detach(), grad_source if leaf.grad is None else grad_source + leaf.grad
+
+
+class ReversibleEncoder(nn.Module):
+    """A stack of `depth` blocks.
+
+    In training with `reversible`, activations are recomputed in the backward pass from the outputs, with the same hashes and the same
+    dropout. In eval mode, and without `reversible`, gradients take the ordinary way through the same parameters.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.reversible = config.reversible
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def _branches(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(block.f, block.g) for block in self.blocks if isinstance(block, Block)]
+
+    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int) -> Tensor:
+        """Encode cells.
+
+        Args:
+            x_nld: Tokens, shape (n, l, d).
+            key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
+            hash_seed: Seeds the hashes and the dropout of all layers.
+
+        Returns:
+            Encoded tokens, shape (n, l, d), in the type of x; padded slots hold finite values without meaning.
+        """
+        streams = x_nld.to(torch.promote_types(x_nld.dtype, torch.float32))
+        if self.reversible and self.training and torch.is_grad_enabled():
+            if not streams.requires_grad:
+                # Without it autograd would see no reason to enter the function, and the blocks would not learn.
+                streams = streams.detach().requires_grad_()
+            return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(x_nld.dtype)
+        y1 = y2 = streams
+        for index, (f, g) in enumerate(self._branches()):
+            y1 = y1 + f(y2, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index))
+            y2 = y2 + g(y1, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index + 1))
+        return ((y1 + y2) / 2).to(x_nld.dtype)

@@ -1,0 +1,115 @@
+"""Fixtures for all tests: a local Ray, an S3 server on loopback, simulated files, a small atlas and, where they exist, real data.
+
+Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h5ad files are the real ones, small.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+# Set before any test imports Ray, torch or MLflow: the processes that those start inherit it.
+os.environ.update(
+    RAY_USAGE_STATS_ENABLED="0",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="true",
+    AWS_ACCESS_KEY_ID="test",
+    AWS_SECRET_ACCESS_KEY="test",
+    AWS_DEFAULT_REGION="us-east-1",
+    AWS_EC2_METADATA_DISABLED="true",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads only fight
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _mlflow_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test writes its runs into the working directory; one that wants its own store sets the variable again."""
+    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real .h5ad files beside the repository; tests that need it skip where it is missing."""
+    folder = REPO_ROOT.parent / "shared" / "data"
+    if not (folder / "pbmc3k_10x.h5ad").exists():
+        pytest.skip(f"no real data in {folder}")
+    return folder
+
+
+@contextmanager
+def _local_ray() -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_local() -> Iterator[None]:
+    """A private Ray of four CPUs for the tests of one module, never a cluster that happens to run on this machine."""
+    with _local_ray():
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[SimpleNamespace]:
+    """An S3 protocol server on a free loopback port with one empty bucket.
+
+    Gives `endpoint` (a URL), `bucket`, `uri` ("s3://bucket") and `tiledb_config` (what TileDB needs to reach it). Credentials are
+    in the environment.
+    """
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server.start()
+    try:
+        endpoint, bucket = f"http://127.0.0.1:{port}", "atlases"
+        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
+        yield SimpleNamespace(
+            endpoint=endpoint,
+            bucket=bucket,
+            uri=f"s3://{bucket}",
+            tiledb_config={
+                "vfs.s3.endpoint_override": f"127.0.0.1:{port}",
+                "vfs.s3.scheme": "http",
+                "vfs.s3.region": "us-east-1",
+                "vfs.s3.use_virtual_addressing": "false",
+            },
+        )
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small simulated data sets as .h5ad, 900 cells of 12 donors together; read them only."""
+    from data_ingest.simulate import simulate_h5ads
+
+    return simulate_h5ads(tmp_path_factory.mktemp("h5ad"), num_cells=900, seed=0)
+
+
+@pytest.fixture(scope="session")
+def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
+    """URI of an atlas with the cells of `sim_h5ads`, ingested once; read it only."""
+    from data_ingest.ingest import ingest
+
+    uri = str(tmp_path_factory.mktemp("atlas") / "atlas")
+    with _local_ray():
+        ingest(sim_h5ads, uri)
+    return uri

@@ -1,0 +1,64 @@
+"""Small .h5ad files with known counts, and the whole content of an atlas for comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+
+def ensembl(numbers: range) -> list[str]:
+    return [f"ENSG{number:011d}" for number in numbers]
+
+
+def cells(
+    n: int = 60, genes: range = range(100, 130), *, dataset: str = "blood_one", seed: int = 0, first: int = 0, terms: bool = True
+) -> anndata.AnnData:
+    """Poisson counts; cell k is called `cell_k` from `first` on."""
+    rng = np.random.default_rng([seed, first])
+    counts = sparse.csr_matrix(rng.poisson(0.6, (n, len(genes))).astype(np.float32))
+    kinds = np.arange(n) % 3
+    obs = pd.DataFrame(
+        {
+            "dataset": dataset,
+            "donor_id": np.where(np.arange(n) % 2, "donor_a", "donor_b"),
+            "cell_type": np.array(["T", "B", "weird"])[kinds],
+            "tissue": "blood",
+            "assay": "10x 3' v3",
+        },
+        index=[f"cell_{k}" for k in range(first, first + n)],
+    )
+    if terms:
+        obs["cell_type_ontology_term_id"] = np.array(["CL:0000895", "CL:0000236", "unknown"])[kinds]
+    var = pd.DataFrame({"feature_id": ensembl(genes), "gene_symbol": [f"GENE{k}" for k in genes]}, index=[f"GENE{k}" for k in genes])
+    return anndata.AnnData(counts, obs=obs, var=var)
+
+
+def write(path: Path, sample: anndata.AnnData, **options: Any) -> Path:
+    sample.write_h5ad(path, **options)
+    return path
+
+
+def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict[str, pd.DataFrame]:
+    """Every table and matrix of an atlas, rows in joinid order."""
+    import tiledbsoma as soma
+
+    from data_ingest import schema
+
+    context = schema.soma_context(tiledb_config)
+    content = {}
+    for place in (schema.OBS, schema.VAR, schema.DATASETS, schema.SUMMARY):
+        with soma.DataFrame.open(f"{uri}/{place}", context=context) as table:
+            content[place] = table.read().concat().to_pandas().sort_values("soma_joinid").reset_index(drop=True)
+    for place in (schema.X, schema.PRESENCE):
+        with soma.SparseNDArray.open(f"{uri}/{place}", context=context) as array:
+            table = array.read().tables().concat().to_pandas()
+            content[place] = table.sort_values(["soma_dim_0", "soma_dim_1"]).reset_index(drop=True)
+    return content
+
+
+def differences(a: dict[str, pd.DataFrame], b: dict[str, pd.DataFrame]) -> list[str]:
+    """Places whose content differs."""
+    return [place for place in a if not a[place].equals(b[place])]

@@ -1,0 +1,303 @@
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
+
+from jobs.annotate import annotate, main
+from jobs.tracking import register_model, start_run
+from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.predictor import Predictor
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ["predicted_labels", "conf_score", "cell_type_ontology_term_id"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("trained") / "model")
+
+
+@pytest.fixture(scope="module")
+def predictor(model_dir: Path) -> Predictor:
+    return Predictor.load(model_dir, device="cpu")
+
+
+def _cells(num_cells: int = 60, *, seed: int = 0) -> anndata.AnnData:
+    """Raw counts over the model's genes, five unknown ones among them, with everything else that such a file may hold."""
+    rng = np.random.default_rng(seed)
+    ids, names = tiny_vocabulary().feature_ids, tiny_vocabulary().feature_names
+    unknown = [f"ENSG{i:011d}" for i in range(900, 905)]
+    order = rng.permutation(45)
+    var = pd.DataFrame({"feature_id": [*ids, *unknown]}, index=[*names, *(f"NEW{i}" for i in range(5))]).iloc[order]
+    counts = rng.poisson(2.0, size=(num_cells, 45)) * (rng.random((num_cells, 45)) < rng.random((num_cells, 1)))
+    obs = pd.DataFrame(
+        {"donor_id": pd.Categorical(rng.choice(["a", "b"], num_cells)), "depth": rng.random(num_cells)},
+        index=[f"cell{i}" for i in range(num_cells)],
+    )
+    adata = anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
+    adata.layers["half"] = adata.X * np.float32(0.5)
+    adata.uns["source"] = {"lab": "ours"}
+    adata.obsm["X_pca"] = rng.random((num_cells, 2))
+    return adata
+
+
+def _expected(predictor: Predictor, adata: anndata.AnnData) -> pd.DataFrame:
+    found = predictor.predict_counts(adata.X, predictor.match_genes(adata.var["feature_id"].tolist()))
+    return pd.DataFrame(dict(zip(COLUMNS, (found.labels, found.confidence, found.cl_ids), strict=True)), index=adata.obs_names)
+
+
+def _check(obs: pd.DataFrame, expected: pd.DataFrame) -> None:
+    assert obs["predicted_labels"].astype(str).tolist() == expected["predicted_labels"].tolist()
+    assert obs["cell_type_ontology_term_id"].astype(str).tolist() == expected["cell_type_ontology_term_id"].tolist()
+    np.testing.assert_allclose(obs["conf_score"], expected["conf_score"], atol=1e-5)
+
+
+def test_the_command_labels_a_copy_and_leaves_the_rest(
+    model_dir: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
+        register_model(run, model_dir, "blood")
+    source, target = tmp_path / "in.h5ad", tmp_path / "made" / "out.h5ad"
+    _cells().write_h5ad(source)
+    before = hashlib.sha256(source.read_bytes()).hexdigest()
+    command = ["--model", "models:/blood@candidate", "--h5ad", str(source), "--out", str(target), "--tracking-uri", tracking.uri]
+    assert main([*command, "--probabilities", "--embedding"]) == 0
+    printed = capsys.readouterr().out
+    assert "model models:/blood/1: 4 labels, 40 genes" in printed
+    assert "60 cells in" in printed and "40 of the model's 40 genes found (40 by id, 0 by name), 100.0%" in printed
+    assert hashlib.sha256(source.read_bytes()).hexdigest() == before
+    assert [path.name for path in target.parent.iterdir()] == ["out.h5ad"]
+
+    given, made = anndata.read_h5ad(source), anndata.read_h5ad(target)
+    assert made.obs.columns.tolist() == ["donor_id", "depth", *COLUMNS]
+    assert made.obs["predicted_labels"].cat.categories.tolist() == LABELS["names"]
+    _check(made.obs, _expected(predictor, given))
+    assert made.obs["predicted_labels"].nunique() > 1, "a constant answer would test nothing"
+    pd.testing.assert_frame_equal(made.obs[["donor_id", "depth"]], given.obs)
+    pd.testing.assert_frame_equal(made.var, given.var)
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(made.X, part), getattr(given.X, part))
+        np.testing.assert_array_equal(getattr(made.layers["half"], part), getattr(given.layers["half"], part))
+    assert made.uns["source"] == {"lab": "ours"}
+    provenance = made.uns["screformer"]
+    assert provenance["model"] == "models:/blood/1" and provenance["genes_found"] == 40 and provenance["counts"] == "X"
+    assert provenance["labels"].tolist() == LABELS["names"]
+    np.testing.assert_array_equal(made.obsm["X_pca"], given.obsm["X_pca"])
+    np.testing.assert_allclose(made.obsm["screformer_probabilities"].max(axis=1), made.obs["conf_score"])
+    assert made.obsm["X_screformer"].shape == (60, 16)
+    shares = made.obs["predicted_labels"].value_counts(normalize=True)
+    assert all(f"{shares[label]:.1%}" in line for label in LABELS["names"] for line in printed.splitlines() if label in line)
+    made.write_h5ad(tmp_path / "again.h5ad")
+
+
+def _to_dense(adata: anndata.AnnData) -> None:
+    adata.X = adata.X.toarray()
+
+
+def _to_csc(adata: anndata.AnnData) -> None:
+    adata.X = sparse.csc_matrix(adata.X)
+
+
+def _to_symbols(adata: anndata.AnnData) -> None:
+    del adata.var["feature_id"]
+
+
+def _to_ids_in_index(adata: anndata.AnnData) -> None:
+    adata.var.index = [f"{name}.4" for name in adata.var["feature_id"]]
+    del adata.var["feature_id"]
+
+
+def _to_other_column(adata: anndata.AnnData) -> None:
+    adata.var["Ensembl"] = pd.Categorical(adata.var.pop("feature_id"))
+    adata.var.index = [str(i) for i in range(45)]
+    adata.obs.index.name = "barcode"
+
+
+@pytest.mark.parametrize("change", [_to_dense, _to_csc, _to_symbols, _to_ids_in_index, _to_other_column])
+def test_layouts_and_gene_names_make_no_difference(predictor: Predictor, tmp_path: Path, change) -> None:
+    adata = _cells()
+    expected = _expected(predictor, adata)
+    change(adata)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    assert done.genes.num_found == 40 and done.num_cells == 60
+    _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
+
+
+def test_counts_in_a_layer_or_in_raw(predictor: Predictor, tmp_path: Path) -> None:
+    adata = _cells()
+    expected = _expected(predictor, adata)
+    adata.raw = adata
+    adata.layers["counts"] = adata.X.copy()
+    adata = adata[:, :7].copy()
+    adata.X = np.log1p(adata.X)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    with pytest.raises(ValueError, match=r"in.h5ad: X holds 1.09861 at cell .*whole number.*--use raw"):
+        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", min_gene_overlap=0.0)
+    assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
+    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", raw=True)
+    _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
+    seven = _expected(predictor, anndata.read_h5ad(tmp_path / "in.h5ad").raw.to_adata()[:, adata.var_names])
+    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "layer.h5ad", model="model", layer="counts", min_gene_overlap=0.01)
+    assert done.genes.num_found < 8
+    _check(anndata.read_h5ad(tmp_path / "layer.h5ad").obs, seven)
+
+
+def test_columns_of_the_input_are_kept(predictor: Predictor, tmp_path: Path) -> None:
+    adata = _cells()
+    expected = _expected(predictor, adata)
+    theirs = ["CL:0000084"] * 30 + ["CL:0000236"] * 30
+    adata.obs["cell_type_ontology_term_id"] = pd.Categorical(theirs)
+    adata.obs["conf_score"] = 0.25
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "once.h5ad", model="models:/blood/1")
+    assert done.moved == ("conf_score", "cell_type_ontology_term_id")
+    assert "obs['conf_score'] of the input is kept as 'conf_score_original'" in str(done)
+    once = anndata.read_h5ad(tmp_path / "once.h5ad").obs
+    again = annotate(predictor, tmp_path / "once.h5ad", tmp_path / "twice.h5ad", model="models:/blood/2", embedding=True)
+    assert again.moved == ()
+    annotate(predictor, tmp_path / "twice.h5ad", tmp_path / "thrice.h5ad", model="models:/blood/3", embedding=True)
+    twice = anndata.read_h5ad(tmp_path / "thrice.h5ad")
+    assert twice.uns["screformer"]["model"] == "models:/blood/3"
+    for obs in (once, twice.obs):
+        assert obs["cell_type_ontology_term_id_original"].tolist() == theirs
+        assert (obs["conf_score_original"] == 0.25).all()
+        assert sorted(obs.columns) == sorted(["donor_id", "depth", "conf_score_original", "cell_type_ontology_term_id_original", *COLUMNS])
+        _check(obs, expected)
+    adata.obs["conf_score_original"] = 1.0
+    adata.write_h5ad(tmp_path / "full.h5ad")
+    with pytest.raises(ValueError, match="obs has 'conf_score' and 'conf_score_original' already; rename or drop one"):
+        annotate(predictor, tmp_path / "full.h5ad", tmp_path / "out.h5ad", model="model")
+
+
+def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: Path) -> None:
+    adata = _cells(20)
+    dense = adata.X.toarray() + 1
+    dense[4:7, adata.var["feature_id"].isin(tiny_vocabulary().feature_ids)] = 0
+    adata.X = sparse.csr_matrix(dense)
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    assert done.num_empty == 3 and "3 cells have no count in any gene that the model knows" in str(done)
+    assert done.table["cells"].sum() == 20
+    counted = anndata.read_h5ad(tmp_path / "out.h5ad").obs.groupby("predicted_labels", observed=True)["conf_score"]
+    table = done.table.set_index("label")
+    assert table["cells"].to_dict() == counted.size().to_dict()
+    assert table["mean_confidence"].to_dict() == pytest.approx(counted.mean().to_dict(), rel=1e-5)
+
+
+def test_bad_requests_stop_with_what_to_do(
+    predictor: Predictor, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adata = _cells()
+    good = tmp_path / "good.h5ad"
+    adata.write_h5ad(good)
+    mouse = adata.copy()
+    mouse.var = pd.DataFrame(index=[f"Gene{i}" for i in range(45)])
+    mouse.write_h5ad(tmp_path / "mouse.h5ad")
+    scaled = adata.copy()
+    scaled.X = sparse.csr_matrix(scaled.X - 3 * (scaled.X > 5))
+    scaled.X.data[0] = -2
+    scaled.write_h5ad(tmp_path / "scaled.h5ad")
+    (tmp_path / "cut.h5ad").write_bytes(good.read_bytes()[:5000])
+
+    def message(*words: str) -> str:
+        assert main(["--model", str(model_dir), *words]) == 1
+        return capsys.readouterr().err
+
+    out = str(tmp_path / "out.h5ad")
+    assert "mouse.h5ad (X): too few genes: 0 of the model's 40 genes found" in message("--h5ad", str(tmp_path / "mouse.h5ad"), "--out", out)
+    assert "at least 99.0%" in message("--h5ad", str(_cut_genes(adata, tmp_path)), "--out", out, "--min-gene-overlap", "0.99")
+    assert "is negative" in message("--h5ad", str(tmp_path / "scaled.h5ad"), "--out", out)
+    assert "cut.h5ad is" in message("--h5ad", str(tmp_path / "cut.h5ad"), "--out", out)
+    assert "does not exist" in message("--h5ad", str(tmp_path / "none.h5ad"), "--out", out)
+    assert "has no layer 'counts'" in message("--h5ad", str(good), "--out", out, "--layer", "counts")
+    assert "is the input itself" in message("--h5ad", str(good), "--out", str(good))
+    assert "exists already; name another file or add --overwrite" in message("--h5ad", str(good), "--out", str(tmp_path / "mouse.h5ad"))
+    assert "is one file, but there are 2 inputs; name a folder" in message("--h5ad", str(good), str(tmp_path / "mouse.h5ad"), "--out", out)
+    assert "two inputs are called good.h5ad" in message("--h5ad", str(good), str(good), "--out", str(tmp_path / "folder"))
+    assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 1
+    assert "is no directory with weights.safetensors" in capsys.readouterr().err
+    assert not list(tmp_path.glob("out.h5ad*"))
+
+
+def _cut_genes(adata: anndata.AnnData, folder: Path) -> Path:
+    adata[:, :20].write_h5ad(folder / "panel.h5ad")
+    return folder / "panel.h5ad"
+
+
+def test_several_files_go_to_a_folder(model_dir: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        _cells(seed=seed).write_h5ad(tmp_path / f"{seed}.h5ad")
+    assert (
+        main(["--model", str(model_dir), "--h5ad", str(tmp_path / "1.h5ad"), str(tmp_path / "2.h5ad"), "--out", str(tmp_path / "done")])
+        == 0
+    )
+    assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["1.h5ad", "2.h5ad"]
+
+
+def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: Path) -> None:
+    source, target = real_data / "bonemarrow_accordion_unlabelled.h5ad", tmp_path / "out.h5ad"
+    var = anndata.read_h5ad(source, backed="r").var
+    ids = var["feature_id"].astype(str)
+    known = ids[ids.str.startswith("ENSG") & ~ids.duplicated(keep=False)].sample(3_000, random_state=0)
+    vocabulary = tiny_vocabulary(known.tolist(), known.index.tolist())
+    predictor = Predictor.load(write_tiny_model(tmp_path / "model", vocabulary), device="cpu")
+    done = annotate(predictor, source, target, model="model")
+    assert (done.num_cells, done.genes.num_by_id, done.genes.num_by_name) == (1_482, 3_000, 0)
+    assert done.table["cells"].sum() == 1_482
+    made = anndata.read_h5ad(target)
+    assert made.obs["conf_score"].between(0.25, 1).all() and made.obs["predicted_labels"].isin(LABELS["names"]).all()
+
+    def compare(name: str, element: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(element, h5py.Dataset):
+            before, after = element[()], copy[name][()]
+            assert (
+                before.tobytes() == after.tobytes()
+                if isinstance(before, np.ndarray) and before.dtype != object
+                else np.all(before == after)
+            ), name
+
+    with h5py.File(source) as given, h5py.File(target) as copy:
+        given.visititems(compare)
+
+
+def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> None:
+    code = (
+        "import re, sys; from jobs.annotate import annotate; from screformer.predictor import Predictor\n"
+        "predictor = Predictor.load(sys.argv[1], device='cpu')\n"
+        "done = annotate(predictor, sys.argv[2], sys.argv[3], model='model', probabilities=True)\n"
+        # Not getrusage: its peak includes what the parent process held when it started this one.
+        "print(done.num_cells, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)\n"
+    )
+    peaks_mib = []
+    for num_cells in (2_000, 20_000):
+        _write_wide(tmp_path / f"{num_cells}.h5ad", num_cells)
+        command = [sys.executable, "-c", code, str(model_dir), str(tmp_path / f"{num_cells}.h5ad"), str(tmp_path / f"{num_cells}.out.h5ad")]
+        done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=300)
+        labelled, peak = done.stdout.split()
+        assert int(labelled) == num_cells
+        peaks_mib.append(float(peak))
+    assert peaks_mib[1] - peaks_mib[0] < 40, f"peaks of {peaks_mib} MiB for 2,000 and 20,000 cells, whose counts take 128 MB"
+
+
+def _write_wide(path: Path, num_cells: int) -> None:
+    """800 detected genes of 3,200 in each cell: 6.4 KB each as float32 and int32, 128 MB in 20,000 cells. The model knows 40 of them."""
+    per_cell, num_genes = 800, 3_200
+    indices = (np.arange(per_cell) * 4 + np.arange(num_cells)[:, None] % 4).astype(np.int32).ravel()
+    matrix = sparse.csr_matrix(
+        (np.ones(len(indices), np.float32), indices, np.arange(num_cells + 1) * per_cell), shape=(num_cells, num_genes)
+    )
+    ids = [*tiny_vocabulary().feature_ids, *(f"ENSG{i:011d}" for i in range(1000, 1000 + num_genes - 40))]
+    names = [f"cell{i}" for i in range(num_cells)]
+    anndata.AnnData(matrix, obs=pd.DataFrame(index=names), var=pd.DataFrame(index=ids)).write_h5ad(path)
+    with h5py.File(path) as file:
+        assert len(file["X/data"]) == num_cells * per_cell

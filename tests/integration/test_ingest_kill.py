@@ -1,0 +1,68 @@
+"""A killed ingest leaves the atlas as it was, or is completed by the next one. The processes are really killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from h5ad_samples import atlas_content, cells, differences, write
+
+from data_ingest import schema
+from data_ingest.ingest import IngestOptions, ingest
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
+
+
+def three_files(folder: Path) -> None:
+    write(folder / "a.h5ad", cells(40, range(100, 130)))
+    # New genes below and among the known ones, and 15 cells that are in the first file too.
+    write(folder / "b.h5ad", cells(50, range(90, 125), first=25, seed=0))
+    write(folder / "c.h5ad", cells(30, range(110, 150), dataset="blood_two", seed=3))
+
+
+@pytest.mark.parametrize(
+    ("base", "files", "other", "stride", "start", "at_least"),
+    [
+        pytest.param("", "a.h5ad,c.h5ad", "", 5, 1, 8, id="new atlas"),
+        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "", 2, 7, 8, id="append"),
+        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "c.h5ad", 3, 9, 4, id="append, then other files first"),
+    ],
+)
+def test_killed_at_any_operation(tmp_path: Path, base: str, files: str, other: str, stride: int, start: int, at_least: int) -> None:
+    three_files(tmp_path)
+    command = [sys.executable, Path(__file__).parent / "ingest_kills.py", tmp_path, str(stride), str(start), base, files, other]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert not result["wrong"], "\n".join([*result["wrong"], done.stderr])
+    assert len(result["tried"]) >= at_least
+
+
+def test_command_on_ray_killed_while_it_writes(tmp_path: Path, ray_local) -> None:
+    sample = cells(12_000, range(100, 500), seed=1)
+    path = write(tmp_path / "many.h5ad", sample)
+    options = IngestOptions(values_per_fragment=50_000, cells_per_chunk=256)
+    ingest([path], str(tmp_path / "whole"), options)
+    program = (
+        "import sys, ray; from pathlib import Path; from data_ingest.ingest import IngestOptions, ingest\n"
+        "ray.init(address='local', num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)\n"
+        "ingest([Path(sys.argv[1])], sys.argv[2], IngestOptions(values_per_fragment=50_000, cells_per_chunk=256))\n"
+    )
+    atlas = tmp_path / "atlas"
+    job = subprocess.Popen([sys.executable, "-c", program, path, atlas], env=ENVIRONMENT, cwd=REPO_ROOT)
+    fragments = atlas / schema.X / "__commits"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (fragments.is_dir() and len(list(fragments.iterdir())) >= 3):
+        assert job.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert len(atlas_content(str(atlas))[schema.OBS]) == 0, "cells may be visible only when all are written"
+    report = ingest([path], str(atlas), options)
+    assert report.resumed and report.cells_added == 12_000
+    assert not differences(atlas_content(str(atlas)), atlas_content(str(tmp_path / "whole")))

@@ -1,0 +1,187 @@
+import dataclasses
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import tiledbsoma
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.query import CellQuery, query_from_config, run_query
+from jobs.query import main
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
+
+
+@pytest.fixture(scope="module")
+def locator(small_atlas):
+    return AtlasLocator(small_atlas).pinned()
+
+
+@pytest.fixture(scope="module")
+def whole(locator):
+    return CellQuery().run(locator)
+
+
+@pytest.fixture(scope="module")
+def old_atlas(small_atlas, tmp_path_factory):
+    """The small atlas as a release of Census would be: without the roll-up, and with some cells that are copies."""
+    uri = str(tmp_path_factory.mktemp("census") / "atlas")
+    shutil.copytree(small_atlas, uri)
+    path = f"{uri}/census_data/homo_sapiens/obs"
+    with tiledbsoma.DataFrame.open(path) as obs:
+        rows = obs.read().concat()
+    rows = rows.drop_columns(["cell_type_major", "cell_type_major_ontology_term_id"])
+    primary = np.arange(rows.num_rows) % 3 > 0
+    rows = rows.set_column(rows.column_names.index("is_primary_data"), "is_primary_data", [primary])
+    shutil.rmtree(path)
+    with tiledbsoma.DataFrame.create(path, schema=rows.schema, domain=((0, rows.num_rows - 1),)) as obs:
+        obs.write(rows)
+    return uri
+
+
+def test_a_query_gives_cells_genes_and_labels(locator, whole):
+    with locator.open() as experiment:
+        obs = experiment.obs.read().concat().to_pandas().sort_values("soma_joinid")
+        var = experiment.ms["RNA"].var.read().concat().to_pandas()
+    np.testing.assert_array_equal(whole.obs_joinids, obs["soma_joinid"])
+    assert whole.obs["label"].astype(str).tolist() == obs["cell_type_major"].tolist()
+    assert whole.obs["donor_id"].astype(str).tolist() == obs["donor_id"].tolist()
+    assert whole.feature_ids == tuple(var["feature_id"]) and whole.feature_names == tuple(var["feature_name"])
+    assert whole.label_cl_ids["B cell"] == "CL:0000236"
+    summary = whole.summary()
+    assert summary["cells"] == 900 and sum(summary["labels"].values()) + summary["unmapped_cells"] == 900
+    assert whole.vocabulary().feature_ids == whole.feature_ids
+
+
+def test_filters_take_part_of_cells_and_genes(locator, whole):
+    donor = str(whole.obs["donor_id"].iloc[0])
+    genes = list(whole.feature_ids[3:6])
+    part = CellQuery(obs_filter=f"donor_id == '{donor}' and nnz > 10", var_filter=f"feature_id in {genes}").run(locator)
+    assert set(part.obs["donor_id"]) == {donor} and 0 < len(part.obs_joinids) < 900
+    assert part.feature_ids == tuple(genes)
+    assert part.hash != whole.hash
+
+
+def test_equal_results_have_equal_hashes_whatever_the_words(locator, whole):
+    assert CellQuery(obs_filter="nnz >= 0 or nnz < 0").run(locator).hash == whole.hash
+
+
+def test_another_label_column_and_more_columns(locator):
+    result = CellQuery().run(locator, "cell_type", columns=("assay",))
+    assert set(result.obs["label"].cat.categories) == set(result.obs["cell_type"].astype(str)) and "assay" in result.obs
+    assert all(term.startswith("CL:") for term in result.label_cl_ids.values())
+
+
+def test_copies_of_cells_are_left_out_unless_asked_for(old_atlas):
+    locator = AtlasLocator(old_atlas)
+    assert len(CellQuery().run(locator).obs_joinids) == 600
+    assert len(CellQuery(obs_filter="nnz > 0 or nnz == 0").run(locator).obs_joinids) == 600  # `or` must not escape the second condition
+    assert len(CellQuery(is_primary_data=False).run(locator).obs_joinids) == 900
+
+
+def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
+    rolled = CellQuery(is_primary_data=False).run(AtlasLocator(old_atlas))
+    assert rolled.obs["label"].astype(str).tolist() == whole.obs["label"].astype(str).tolist()
+    assert rolled.label_cl_ids == whole.label_cl_ids
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            CellQuery(obs_filter="donor == 'a'"),
+            r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? there is assay, cell_type",
+        ),
+        (CellQuery(obs_filter="attr('x y') == 'a'"), "query.obs_filter: the atlas has no column 'x y'; there is assay"),
+        (CellQuery(obs_filter="sex == 'hermaphrodite'"), "query.obs_filter: sex never is 'hermaphrodite'; there is '"),
+        (CellQuery(obs_filter="cell_type_major in ['B cell', 'T cel']"), "cell_type_major never is 'T cel'; there is 'T cell', "),
+        (CellQuery(var_filter="feature_id == 'CD3D'"), "query.var_filter: feature_id never is 'CD3D'; there is 'ENSG.* and .* more"),
+        (CellQuery(var_filter="symbol == 'CD3D'"), "query.var_filter: the atlas has no column 'symbol'; there is feature_id"),
+        (CellQuery(obs_filter="assay = 'a'"), "query.obs_filter=\"assay = 'a'\": SOMA does not take it: .* at character 7"),
+        (CellQuery(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA does not take it: unmatched"),
+        (CellQuery(obs_filter="nnz > 'many'"), "query.obs_filter=\"nnz > 'many'\": SOMA does not take it: .*Cannot cast `many`"),
+        (CellQuery(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
+        (CellQuery(obs_filter="nnz < 0"), r"no cell of the atlas .* fulfils '\(nnz < 0\) and is_primary_data == True'"),
+        (CellQuery(var_filter="feature_length < 0"), "no gene of the atlas .* fulfils 'feature_length < 0'"),
+    ],
+    ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, CellQuery) else "",
+)
+def test_what_is_wrong_with_a_filter_is_said(locator, query, message):
+    with pytest.raises(ValueError, match=message):
+        query.run(locator)
+
+
+def test_an_unknown_label_column_is_said_with_those_there_are(locator):
+    with pytest.raises(ValueError, match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* there is assay"):
+        CellQuery().run(locator, "celltype")
+
+
+def test_a_saved_query_finds_the_same_cells_again(locator, tmp_path):
+    saved = CellQuery(obs_filter="nnz > 100").run(locator)
+    saved.save(tmp_path / "query.json")
+    config = ExperimentConfig(query=QueryConfig(file=str(tmp_path / "query.json")), split=SplitConfig(group_by="dataset_id"))
+    again = run_query(config)
+    assert again.hash == saved.hash and again.locator == locator
+    assert again.identity() == saved.identity()
+
+
+def test_a_saved_query_that_finds_other_cells_names_both_hashes(locator, tmp_path):
+    path = tmp_path / "query.json"
+    saved = CellQuery(obs_filter="nnz > 100").run(locator)
+    saved.save(path)
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps(tree | {"hash": "0123"}))
+    stale_locator, query = CellQuery.load(path)
+    with pytest.raises(ValueError, match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query anew"):
+        query.run(stale_locator)
+
+
+def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
+    uri = str(tmp_path / "atlas")
+    shutil.copytree(small_atlas, uri)
+    pinned = AtlasLocator(uri).pinned()
+    time.sleep(0.01)
+    path = f"{uri}/census_data/homo_sapiens/obs"
+    with tiledbsoma.open(path) as obs:
+        row = obs.read(coords=[slice(0, 0)]).concat()
+    with tiledbsoma.open(path, "w") as obs:
+        obs.change_domain(((0, 900),))
+    with tiledbsoma.open(path, "w") as obs:
+        obs.write(row.set_column(row.column_names.index("soma_joinid"), "soma_joinid", [np.array([900])]))
+    assert len(CellQuery().run(pinned).obs_joinids) == 900
+    assert len(CellQuery().run(dataclasses.replace(pinned, timestamp_ms=0)).obs_joinids) == 901
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "can't be read as JSON"), ("{", "can't be read as JSON"), ("[]", "is no saved query: it lacks atlas")]
+)
+def test_a_file_that_is_no_query_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "query.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{message}.*write one with `python -m jobs.query --out`"):
+        CellQuery.load(tmp_path / "query.json")
+
+
+def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
+    path = tmp_path / "query.json"
+    whole.save(path)
+    config = ExperimentConfig(atlas=AtlasConfig(uri="s3://other/atlas"), query=QueryConfig(file=str(path)))
+    with pytest.raises(ValueError, match="atlas.uri='s3://other/atlas' is another atlas than that of query.file"):
+        query_from_config(config)
+
+
+def test_the_command_prints_counts_and_saves(small_atlas, tmp_path, capsys):
+    out = tmp_path / "query.json"
+    assert main(["--atlas", small_atlas, "--obs-filter", "cell_type_major != 'T cell'", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "datasets  3" in printed and "B cell" in printed and "T cell" not in printed
+    tree = json.loads(out.read_text())
+    assert tree["hash"] in printed and tree["atlas"]["timestamp_ms"] > 0 and tree["counts"]["labels"]["B cell"] > 0
+    assert main(["--query", str(out)]) == 0
+    assert tree["hash"] in capsys.readouterr().out
+
+
+def test_the_command_tells_a_user_error_in_one_line(small_atlas, capsys):
+    assert main(["--atlas", small_atlas, "--obs-filter", "organ == 'x'"]) == 2
+    assert capsys.readouterr().err.startswith("ValueError: query.obs_filter: the atlas has no column 'organ'")

@@ -1,0 +1,75 @@
+"""The main job as a user runs it, in a process of its own, with fewer cells and steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import anndata
+import pytest
+
+from jobs import quickstart
+
+SMALL = [
+    "train.max_steps=40",
+    "train.eval_every_steps=20",
+    "train.warmup_steps=5",
+    "model.depth=1",
+    "tokens.max_genes=128",
+    "model.n_hashes=1",
+]
+
+
+def run_quickstart(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.quickstart", "--out", str(folder), "--pretrain-steps", "10", *arguments, *SMALL],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
+    result, said = run_quickstart(tmp_path / "qs", "--cells", "900")
+    assert set(result) == {"model", "version", "test", "baseline", "annotated", "seconds"}
+    assert (result["model"], result["version"]) == ("models:/screformer/1", 1)
+    # Forty steps of a tiny network are no result; a broken chain would be at chance, 0.35.
+    assert result["test"]["accuracy"] > 0.6
+    assert result["baseline"]["accuracy"] > 0.9
+    for stage in ("simulate", "ingest", "query", "pretrain", "finetune", "register", "evaluate", "annotate"):
+        assert f" s] {stage}" in said
+    annotated = anndata.read_h5ad(result["annotated"])
+    assert annotated.obs["conf_score"].between(0, 1).all()
+    assert "models:/screformer/1" == annotated.uns["screformer"]["model"]
+    assert not any(donor in said.partition("held-out donor_id")[2] for donor in annotated.obs["donor_id"].unique())
+    assert {path.name for path in tmp_path.iterdir()} == {"qs"}
+
+
+@pytest.mark.timeout(600)
+def test_own_files_with_named_test_donors(tmp_path: Path, sim_h5ads: list[Path]) -> None:
+    donors = ["sim_blood_donor2", "sim_blood_panel_donor4"]
+    files = [str(path) for path in sim_h5ads[:2]]
+    result, said = run_quickstart(tmp_path / "qs", "--h5ad", *files, "--test-donors", *donors)
+    assert f"held-out donor_id: {', '.join(donors)}" in said
+    annotated = anndata.read_h5ad(result["annotated"])
+    assert sorted(annotated.obs["donor_id"].unique()) == donors
+    agreement = (annotated.obs["predicted_labels"].astype(str) == annotated.obs["cell_type_major"].astype(str)).mean()
+    # The very cells of the test, read from the file instead of the atlas: the same labels but for rounding.
+    assert agreement == pytest.approx(result["test"]["accuracy"], abs=0.005)
+
+
+def test_refuses_what_cannot_be_used(tmp_path: Path, sim_h5ads: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    def error(*arguments: str) -> str:
+        assert quickstart.main(["--out", str(tmp_path / "qs"), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "missing.h5ad: no such file" in error("--h5ad", str(tmp_path / "missing.h5ad"))
+    assert "unknown setting model.dept; did you mean model.depth?" in error("model.dept=2")
+    assert "must be at least 20 for each of 12 donors" in error("--cells", "50")
+    (tmp_path / "other" / "atlas").mkdir(parents=True)
+    assert "holds an atlas that quickstart did not make" in error("--out", str(tmp_path / "other"))

@@ -1,0 +1,215 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from tiny_model import tiny_vocabulary, write_tiny_model
+
+from jobs.tracking import TrackedRun, pinned_model, register_model, resolve_model, start_run
+from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.predictor import Predictor
+
+COLUMNS = ["predicted_labels", "conf_score", "cell_type_ontology_term_id"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("trained") / "checkpoint_7")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def registered(store: TrackingConfig, model_dir: Path) -> TrackedRun:
+    """A run that registered version 1 of `blood`."""
+    with start_run(ExperimentConfig(tracking=store), "finetune") as run:
+        assert register_model(run, model_dir, "blood") == 1
+    return run
+
+
+@pytest.fixture
+def cells() -> pd.DataFrame:
+    counts = np.random.default_rng(2).poisson(2.0, size=(12, 41))
+    columns = [*tiny_vocabulary().feature_ids[:30], *tiny_vocabulary().feature_names[30:], "ENSG99999999999"]
+    return pd.DataFrame(counts, columns=columns, index=[f"cell{i}" for i in range(12)])
+
+
+@pytest.fixture
+def pyfunc(registered: TrackedRun) -> Iterator[mlflow.pyfunc.PyFuncModel]:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(registered.tracking_uri)
+    yield mlflow.pyfunc.load_model("models:/blood@candidate")
+    mlflow.set_tracking_uri(before)
+
+
+def test_a_version_holds_code_weights_and_no_pickle(registered: TrackedRun, store: TrackingConfig, model_dir: Path) -> None:
+    directory = resolve_model("models:/blood@candidate", store)
+    assert directory.parts[-2:] == ("artifacts", "model")
+    assert {path.name for path in model_dir.iterdir()} == {path.name for path in directory.iterdir()}
+    root = directory.parents[1]
+    files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))]
+    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt"} <= files
+    requirements = (root / "requirements.txt").read_text()
+    assert "torch==" in requirements and "+cpu" not in requirements and "ray" not in requirements
+    info = mlflow.models.Model.load(str(root))
+    assert info.signature.outputs.input_names() == COLUMNS
+    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap"}
+    version = MlflowClient(store.uri).get_model_version("blood", "1")
+    assert version.run_id == registered.run_id
+
+
+def test_models_are_found_by_alias_version_run_and_directory(
+    registered: TrackedRun, store: TrackingConfig, model_dir: Path, tmp_path: Path
+) -> None:
+    weights = (model_dir / "weights.safetensors").read_bytes()
+    assert pinned_model("models:/blood@candidate", store) == "models:/blood/1"
+    assert pinned_model(str(model_dir), store) == str(model_dir)
+    for uri in ("models:/blood/1", f"runs:/{registered.run_id}", registered.run_id, str(model_dir)):
+        assert (resolve_model(uri, store) / "weights.safetensors").read_bytes() == weights
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model").symlink_to(model_dir)
+    assert resolve_model(str(checkpoint), store) == checkpoint / "model"
+    with start_run(ExperimentConfig(tracking=store), "pretrain") as run:
+        run.log_file(checkpoint / "model")
+    assert (resolve_model(f"runs:/{run.run_id}", store) / "weights.safetensors").read_bytes() == weights
+
+
+def test_the_next_version_takes_the_alias(registered: TrackedRun, store: TrackingConfig, model_dir: Path) -> None:
+    assert register_model(registered, model_dir, "liver") == 1
+    assert register_model(registered, model_dir, "liver") == 2
+    assert register_model(registered, model_dir, "liver", alias="") == 3
+    assert pinned_model("models:/liver@candidate", store) == "models:/liver/2"
+    with pytest.raises(ValueError, match=r"liver has versions 1, 2, 3 and aliases candidate -> 2"):
+        pinned_model("models:/liver@champion", store)
+
+
+def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, model_dir: Path) -> None:
+    found = pyfunc.predict(cells)
+    assert found.columns.tolist() == COLUMNS and found.index.tolist() == cells.index.tolist()
+    predictor = Predictor.load(model_dir, device="cpu")
+    match = predictor.match_genes(cells.columns.tolist())
+    assert (match.num_by_id, match.num_by_name) == (30, 10)
+    direct = predictor.predict_counts(cells.to_numpy(), match)
+    assert found["predicted_labels"].tolist() == direct.labels.tolist()
+    assert found["cell_type_ontology_term_id"].tolist() == direct.cl_ids.tolist()
+    np.testing.assert_allclose(found["conf_score"], direct.confidence, atol=1e-6)
+    rich = pyfunc.predict(cells.astype("float32"), params={"probabilities": True, "embedding": True})
+    np.testing.assert_allclose(rich[[f"probability: {name}" for name in predictor.label_names]], direct.probabilities_nk, atol=1e-6)
+    np.testing.assert_allclose(rich[[f"embedding_{i}" for i in range(16)]], direct.embedding_nd, atol=1e-5)
+
+
+def test_registering_is_quiet(registered: TrackedRun, model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert register_model(registered, model_dir, "quiet") == 1
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_fresh_process_gives_the_same_predictions(registered: TrackedRun, cells: pd.DataFrame, model_dir: Path, tmp_path: Path) -> None:
+    cells.to_csv(tmp_path / "cells.csv")
+    code = (
+        "import sys, mlflow, pandas as pd\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model('models:/blood@candidate')\n"
+        "model.predict(model.input_example)\n"
+        "model.predict(pd.read_csv('cells.csv', index_col=0)).to_json('found.json')\n"
+        "import screformer\n"
+        "assert '/code/screformer/' in screformer.__file__, screformer.__file__\n"
+        "assert not {'ray', 'deepspeed', 'tiledbsoma', 'jobs'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, registered.tracking_uri], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    found = pd.read_json(tmp_path / "found.json")
+    predictor = Predictor.load(model_dir, device="cpu")
+    direct = predictor.predict_counts(cells.to_numpy(), predictor.match_genes(cells.columns.tolist()))
+    assert found["predicted_labels"].tolist() == direct.labels.tolist()
+    np.testing.assert_allclose(found["conf_score"], direct.confidence, atol=1e-6)
+
+
+def test_bad_tables_are_refused(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"input: too few genes: 1 of the model's 40 genes found"):
+        pyfunc.predict(cells.iloc[:, 29:30])
+    assert len(pyfunc.predict(cells.iloc[:, 29:30], params={"min_gene_overlap": 0.001})) == 12
+    with pytest.raises(ValueError, match=r"is fractional, as after normalising or log1p; give raw counts"):
+        pyfunc.predict(np.log1p(cells))
+    with pytest.raises(ValueError, match="is negative"):
+        pyfunc.predict(cells - 1)
+    with pytest.raises(ValueError, match="is missing or infinite; fill genes that were not detected with 0"):
+        pyfunc.predict(cells.where(cells > 0))
+    with pytest.raises(ValueError, match="column 'donor' holds object, not counts"):
+        pyfunc.predict(cells.assign(donor="a"))
+    with pytest.raises(ValueError, match="input is a list; give a pandas DataFrame"):
+        pyfunc.predict([1, 2])
+
+
+def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="knows no labels"):
+        register_model(registered, write_tiny_model(tmp_path / "pretrained", has_labels=False), "blood")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A real tracking server on loopback: SQLite behind it, artifacts through it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "served")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a queue for evaluations, with workers of its own
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240  # ten seconds of work, on a machine that may be busy
+        while True:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+                time.sleep(0.25)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path) -> None:
+    tracking = TrackingConfig(uri=server)
+    with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
+        run.log_identity({"atlas": {"uri": "a"}})
+        run.log_metrics({"train/loss": 0.5}, step=1)
+        run.log_confusion(np.eye(2), ["B cell", "T cell"], folder="test")
+        version = register_model(run, model_dir, "blood")
+    client = MlflowClient(server)
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {"test/confusion.csv", "test/confusion.png"}
+    assert pinned_model("models:/blood@candidate", tracking) == f"models:/blood/{version}"
+    directory = resolve_model("models:/blood@candidate", tracking)
+    assert not directory.is_relative_to(tmp_path), "the model comes through the server, not from its disk"
+    predictor = Predictor.load(directory, device="cpu")
+    direct = Predictor.load(model_dir, device="cpu").predict_counts(cells.to_numpy(), predictor.match_genes(cells.columns.tolist()))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server)
+    try:
+        found = mlflow.pyfunc.load_model("models:/blood@candidate").predict(cells)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert found["predicted_labels"].tolist() == direct.labels.tolist()
+    assert json.loads(Path(client.download_artifacts(run.run_id, "identity.json")).read_text())["atlas"]["uri"] == "a"

@@ -1,0 +1,114 @@
+"""Training that is really killed goes on to the same result, also on another number of workers or another ZeRO stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy_training
+from toy_training import toy_config
+
+from screformer.checkpoint import is_complete, read_position
+from screformer.config import ExperimentConfig
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+STEPS = {"train.max_steps": 12, "train.eval_every_steps": 3}  # epochs of 5 steps: checkpoints lie inside and at the end of one
+
+
+def _start(
+    folder: Path, config: ExperimentConfig, world_size: int, *, save_in: Path, resume: Path | None = None, delay_s: float = 0.0
+) -> list[subprocess.Popen[bytes]]:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    # Without any program on the PATH: no compiler and no ninja, which DeepSpeed must not ask for.
+    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1", "PATH": str(folder)}
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, toy_training.__file__, str(rank), str(world_size), str(folder / "store"), str(folder / "config.json"),
+                str(save_in), str(folder / "out.json"), str(resume or "-"), str(delay_s),
+            ],
+            env=environment,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def _finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+    for process in processes:
+        assert process.wait(timeout=300) == 0
+    return json.loads((folder / "out.json").read_text())
+
+
+def _losses(run: dict[str, Any]) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in run["reported"] if "train/loss" in line}
+
+
+def _final(run: dict[str, Any]) -> dict[str, float]:
+    return {key: value for line in run["reported"] for key, value in line.items() if key.startswith(("best_val/", "test/"))}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """An uninterrupted run on two workers, and the newest checkpoint of a twin that was killed at the same time as it ran."""
+    root = tmp_path_factory.mktemp("resume")
+    config = toy_config(**STEPS, **{"cluster.num_workers": 2})
+    twin = _start(root / "twin", config, 2, save_in=root / "twin-saves", delay_s=0.5)
+    whole = _finish(root / "whole", _start(root / "whole", config, 2, save_in=root / "whole-saves"))
+    first, second = (root / "twin-saves" / f"step-{step:03d}" for step in (3, 6))
+    deadline = time.monotonic() + 240
+    while not is_complete(second):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in twin)
+        time.sleep(0.02)
+    for process in twin:
+        process.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in twin] == [-signal.SIGKILL] * 2
+    assert not (root / "twin" / "out.json").exists(), "it was killed before its end"
+    assert is_complete(first)
+    position = read_position(second)
+    assert (position["global_step"], position["epoch"], position["step_in_epoch"], position["cells_consumed"]) == (6, 1, 1, 8)
+    return whole, second
+
+
+CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
+    # workers, other settings, whether to the bit
+    "same layout, from DeepSpeed's shards": (2, {}, True),
+    "one worker, from the consolidated state": (1, {}, False),
+    "another ZeRO stage": (2, {"zero.stage": 3}, False),
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    root, (_, checkpoint) = tmp_path_factory.mktemp("resumed"), killed
+    started = {}
+    for name, (world_size, overrides, _) in CASES.items():
+        folder = root / str(len(started))
+        config = toy_config(**STEPS, **{"cluster.num_workers": world_size}, **overrides)
+        started[name] = (folder, _start(folder, config, world_size, save_in=folder / "saves", resume=checkpoint))
+    return {name: _finish(folder, processes) for name, (folder, processes) in started.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_equals_uninterrupted(killed: tuple[dict[str, Any], Path], resumed: dict[str, dict[str, Any]], case: str) -> None:
+    (whole, _), found, exact = killed, resumed[case], CASES[case][2]
+    losses = _losses(found)
+    assert list(losses) == [7, 8, 9, 10, 11, 12]
+    expected = {step: loss for step, loss in _losses(whole).items() if step > 6}
+    if exact:
+        assert losses == expected
+        assert found["weights"] == whole["weights"]
+        assert _final(found) == _final(whole)
+        return
+    np.testing.assert_allclose(list(losses.values()), list(expected.values()), rtol=1e-5)
+    for name, weights in whole["weights"].items():
+        if name not in ("pooling.score.bias", "pooling.score_norm.bias"):  # see test_zero.py
+            np.testing.assert_allclose(found["weights"][name], weights, rtol=1e-3, atol=5e-4, err_msg=name)
+    for name, value in _final(whole).items():
+        assert _final(found)[name] == pytest.approx(value, rel=1e-4)

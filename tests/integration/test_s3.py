@@ -1,0 +1,65 @@
+"""Query and stream from an atlas behind the S3 protocol, on a real server on loopback."""
+
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.dataset import CellStream
+from data_ingest.query import CellQuery, run_query
+from screformer.config import AtlasConfig, ExperimentConfig, StreamConfig, TokensConfig
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture(scope="module")
+def remote(s3_server, small_atlas):
+    """The small atlas copied to the server, file by file: an atlas refers to its parts by relative names."""
+    client = boto3.client("s3", endpoint_url=s3_server.endpoint, region_name="us-east-1")
+    root = Path(small_atlas)
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            client.upload_file(str(path), s3_server.bucket, f"copied/{path.relative_to(root)}")
+    return AtlasConfig(uri=f"{s3_server.uri}/copied", tiledb_config=s3_server.tiledb_config)
+
+
+def test_a_remote_atlas_gives_the_cells_of_the_local_one(remote, small_atlas):
+    there = run_query(ExperimentConfig(atlas=remote))
+    here = CellQuery().run(AtlasLocator(small_atlas))
+    assert there.hash == here.hash and there.summary() == here.summary()
+    assert there.locator.timestamp_ms > 0
+
+    def batches(result):
+        codes = result.obs["label"].cat.codes.to_numpy()
+        stream = CellStream(
+            result.locator,
+            result.obs_joinids[:200],
+            codes[:200],
+            result.vocabulary(),
+            TokensConfig(),
+            StreamConfig(cells_per_task=128),
+            global_batch_size=32,
+            seed=0,
+        )
+        return list(stream.batches(0, rank=1, world_size=2, micro_batch_size=16))
+
+    pairs = list(zip(batches(there), batches(here), strict=True))
+    assert len(pairs) == 7
+    for remote_batch, local_batch in pairs:
+        for name in local_batch:
+            np.testing.assert_array_equal(remote_batch[name], local_batch[name])
+
+
+def test_a_saved_query_reaches_the_server_again(remote, tmp_path):
+    result = run_query(ExperimentConfig(atlas=remote))
+    result.save(tmp_path / "query.json")
+    locator, query = CellQuery.load(tmp_path / "query.json")
+    assert query.run(locator).hash == result.hash
+
+
+def test_nothing_there_is_told_with_what_to_check(s3_server):
+    locator = AtlasLocator(f"{s3_server.uri}/nothing", tiledb_config=tuple(s3_server.tiledb_config.items()))
+    with pytest.raises(ValueError, match="holds no SOMA atlas; check the address, atlas.tiledb_config and the credentials"), locator.open():
+        pass

@@ -1,0 +1,174 @@
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from jobs import tracking
+from jobs.tracking import code_identity, pinned_model, resolve_model, start_run, tracking_uri
+from screformer.config import ExperimentConfig, TrackingConfig
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def config(store: str) -> ExperimentConfig:
+    return ExperimentConfig().merge({"tracking.uri": store, "model.n_hashes": 2})
+
+
+def _artifact(run: tracking.TrackedRun, path: str) -> Path:
+    return Path(MlflowClient(run.tracking_uri).download_artifacts(run.run_id, path))
+
+
+def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(config: ExperimentConfig, store: str) -> None:
+    with start_run(config, "finetune") as run:
+        run.log_identity({"atlas": {"uri": "s3://atlases/blood", "timestamp_ms": 12}, "query": {"hash": "ab12", "num_cells": 7}})
+        for step in range(3):
+            run.log_metrics({"train/loss": 1.0 / (step + 1), "val/loss": 2.0 / (step + 1), "val/f1 of CD4+ T": 0.5}, step=step)
+        run.log_confusion(np.array([[3, 1], [0, 0]]), ["B cell", "T cell"], folder="test")
+        run.log_table(pd.DataFrame({"label": ["B cell"], "f1": [0.5]}), "test/per_class.csv")
+        run.log_curves()
+
+    logged = MlflowClient(store).get_run(run.run_id)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["model.n_hashes"] == "2"
+    assert len(logged.data.params) == sum(len(section) for section in config.to_dict().values())
+    assert ExperimentConfig.from_dict(yaml.safe_load(_artifact(run, "config.yaml").read_text())) == config
+    tags = logged.data.tags
+    assert (tags["job"], tags["atlas.uri"], tags["atlas.timestamp_ms"], tags["query.hash"]) == (
+        "finetune",
+        "s3://atlases/blood",
+        "12",
+        "ab12",
+    )
+    identity = json.loads(_artifact(run, "identity.json").read_text())
+    assert identity["code"]["packages"]["mlflow"].startswith("3.") and identity["code"]["host"]["cpus"] >= 1
+    assert tags["code.git"] == identity["code"]["git"]
+    assert logged.data.metrics["val/f1 of CD4_ T"] == 0.5
+    history = MlflowClient(store).get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    confusion = pd.read_csv(_artifact(run, "test/confusion.csv"))
+    assert confusion.set_index("true_label").loc["B cell"].tolist() == [3, 1]
+    assert pd.read_csv(_artifact(run, "test/per_class.csv"))["f1"].tolist() == [0.5]
+    for picture in ("test/confusion.png", "curves/loss.png"):
+        assert _artifact(run, picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_process_logs_into_the_run_and_is_quiet(config: ExperimentConfig, store: str, tmp_path: Path) -> None:
+    with start_run(config, "finetune") as run:
+        (tmp_path / "run.pkl").write_bytes(pickle.dumps(run))
+        code = (
+            "import pickle, socket, sys\n"
+            "def refuse(*args, **kwargs): raise AssertionError('the network was used')\n"
+            "socket.getaddrinfo = refuse\n"
+            "run = pickle.loads(open(sys.argv[1], 'rb').read())\n"
+            "run.log_metrics({'train/loss': 0.25}, step=9)\n"
+            "from jobs.tracking import start_run\n"
+            "from screformer.config import ExperimentConfig\n"
+            "with start_run(ExperimentConfig().merge({'tracking.uri': 'sqlite:///fresh.db'}), 'pretrain') as other:\n"
+            "    other.log_metrics({'train/loss': 1.0}, step=0)\n"
+            "    other.log_identity({})\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "run.pkl")],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(REPO_ROOT), "PATH": "/nowhere"},  # without a git executable too
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    point = MlflowClient(store).get_metric_history(run.run_id, "train/loss")[0]
+    assert (point.step, point.value) == (9, 0.25)
+    assert (tmp_path / "mlartifacts").is_dir() and (tmp_path / "fresh.db").is_file()
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("no such column"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
+def test_a_failed_job_marks_its_run(config: ExperimentConfig, store: str, error: BaseException, status: str) -> None:
+    with pytest.raises(type(error)), start_run(config, "finetune") as run:
+        raise error
+    logged = MlflowClient(store).get_run(run.run_id)
+    assert logged.info.status == status
+    assert logged.data.tags["error"] == f"{type(error).__name__}: {error}"
+    assert "test_tracking.py" in _artifact(run, "error.txt").read_text()
+    with run:  # resumed
+        assert MlflowClient(store).get_run(run.run_id).info.status == "RUNNING"
+    logged = MlflowClient(store).get_run(run.run_id)
+    assert logged.info.status == "FINISHED" and "error" not in logged.data.tags
+
+
+def test_a_server_that_is_not_there_is_said_at_once(config: ExperimentConfig) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"tracking.uri=http://127.0.0.1:9 does not answer .*start `mlflow server`"):
+        start_run(config.merge({"tracking.uri": "http://127.0.0.1:9"}), "finetune")
+    assert time.monotonic() - began < 15
+
+
+def test_stores_are_named_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(TrackingConfig(uri="runs/mine.db")) == f"sqlite:///{tmp_path}/runs/mine.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
+    assert tracking_uri(TrackingConfig()) == "http://tracker:5000"
+    assert tracking_uri(TrackingConfig(uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
+    with pytest.raises(ValueError, match=r"tracking.uri='./mlruns' is no tracking store"):
+        tracking_uri(TrackingConfig(uri="./mlruns"))
+    with pytest.raises(ValueError, match="lies in a folder that does not exist; create it"):
+        start_run(ExperimentConfig().merge({"tracking.uri": "sqlite:////no/such/folder/mlflow.db"}), "finetune")
+
+
+def test_a_run_in_a_file_of_another_node_says_what_to_do(tmp_path: Path) -> None:
+    run = tracking.TrackedRun(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="0" * 32)
+    with pytest.raises(ValueError, match=r"a file that this machine .* does not have; for a job on several nodes set tracking.uri"):
+        run.log_metrics({"train/loss": 1.0}, step=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_git_revision_or_its_absence(tmp_path: Path) -> None:
+    assert tracking._git_revision(tmp_path) == "not a git checkout"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert tracking._git_revision(tmp_path) == head
+    (tmp_path / "file").write_text("a")
+    subprocess.run([*git, "add", "file"], check=True)
+    assert tracking._git_revision(tmp_path) == f"{head}+changes"
+    assert set(code_identity()) == {"screformer", "git", "python", "packages", "host"}
+
+
+def test_models_that_are_not_there(config: ExperimentConfig, tmp_path: Path) -> None:
+    store = config.tracking
+    with start_run(config, "pretrain") as run:
+        pass
+    with pytest.raises(ValueError, match=r"no registered model 'blood' in sqlite.*; nothing is registered there yet"):
+        pinned_model("models:/blood@candidate", store)
+    client = MlflowClient(store.uri)
+    client.create_registered_model("blood")
+    with pytest.raises(ValueError, match=r"no registered model 'bood' in .*; there are blood"):
+        pinned_model("models:/bood@candidate", store)
+    with pytest.raises(ValueError, match=r"blood has versions none and aliases none"):
+        resolve_model("models:/blood/3", store)
+    with pytest.raises(ValueError, match=r"must read models:/NAME@ALIAS or models:/NAME/VERSION"):
+        resolve_model("models:/blood", store)
+    with pytest.raises(ValueError, match=r"run '0{32}' is not in"):
+        resolve_model("runs:/" + "0" * 32, store)
+    with pytest.raises(ValueError, match=r"\(FINISHED\) logged no model"):
+        resolve_model(run.run_id, store)
+    with pytest.raises(ValueError, match=r"is no directory with weights.safetensors"):
+        resolve_model(str(tmp_path / "missing"), store)
+    with pytest.raises(ValueError, match=r"holds no weights.safetensors"):
+        resolve_model(str(tmp_path), store)

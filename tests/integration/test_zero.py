@@ -1,0 +1,92 @@
+"""Two real gloo workers: what is learned does not depend on the ZeRO stage, on reversibility, or on the number of workers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy_training import join_group, toy_config, train
+
+TWO_WORKERS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"zero{stage}": ("finetune", {"zero.stage": stage}) for stage in range(4)},
+    "irreversible": ("finetune", {"model.reversible": False}),
+    "irreversible_zero3": ("finetune", {"model.reversible": False, "zero.stage": 3}),
+    "pretrain_zero0": ("pretrain", {}),
+    "pretrain_zero3": ("pretrain", {"zero.stage": 3}),
+}
+ONE_WORKER: dict[str, tuple[str, dict[str, Any]]] = {
+    "finetune": ("finetune", {}),
+    "again": ("finetune", {}),
+    "pretrain": ("pretrain", {}),
+    "one_micro_batch": ("finetune", {"train.micro_batch_size": 8}),
+}
+UNDETERMINED = ("pooling.score.bias", "pooling.score_norm.bias")
+"""They shift all scores of a softmax alike, so their gradient is zero but for rounding, of which Adam makes whole steps."""
+NOISE = 2e-4
+"""A hundredth of how far training moves a weight."""
+
+
+def _work(rank: int, world_size: int, store: str, out: str) -> None:
+    join_group(rank, world_size, store)
+    results = {}
+    for name, (task, overrides) in (TWO_WORKERS if world_size == 2 else ONE_WORKER).items():
+        outcome, lines = train(toy_config(**{"cluster.num_workers": world_size, **overrides}), task, rank, world_size)
+        results[name] = {
+            "losses": [line["train/loss"] for line in lines if "train/loss" in line],
+            "final": {key: value for line in lines for key, value in line.items() if key.startswith(("val/", "best_val/", "test/"))},
+            "weights": {key: tensor.flatten().tolist() for key, tensor in outcome.weights.items()},
+        }
+    if rank == 0:
+        Path(out).write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each case reported, and its weights. Processes of their own: DeepSpeed knows one process group per process."""
+    folder = tmp_path_factory.mktemp("zero")
+    started = [
+        torch.multiprocessing.spawn(_work, args=(size, str(folder / f"store{size}"), str(folder / f"{size}.json")), nprocs=size, join=False)
+        for size in (1, 2)
+    ]
+    for context in started:
+        while not context.join():
+            pass
+    return {name: result for size in (1, 2) for name, result in json.loads((folder / f"{size}.json").read_text()).items()}
+
+
+def _assert_same(found: dict[str, Any], reference: dict[str, Any]) -> None:
+    np.testing.assert_allclose(found["losses"], reference["losses"], rtol=1e-5)
+    for key, value in reference["final"].items():
+        assert found["final"][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    for key, weights in reference["weights"].items():
+        if key not in UNDETERMINED:
+            np.testing.assert_allclose(found["weights"][key], weights, rtol=1e-3, atol=NOISE, err_msg=key)
+
+
+@pytest.mark.parametrize("name", [name for name in TWO_WORKERS if not name.startswith("pretrain")])
+def test_stages_and_reversibility_learn_the_same(runs: dict[str, Any], name: str) -> None:
+    _assert_same(runs[name], runs["zero0"])
+
+
+def test_stage_3_pretrains_the_same(runs: dict[str, Any]) -> None:
+    _assert_same(runs["pretrain_zero3"], runs["pretrain_zero0"])
+
+
+@pytest.mark.parametrize(("alone", "together"), [("finetune", "zero0"), ("pretrain", "pretrain_zero0")])
+def test_one_worker_equals_two(runs: dict[str, Any], alone: str, together: str) -> None:
+    _assert_same(runs[alone], runs[together])
+    losses = runs[alone]["losses"]
+    assert len(losses) == 6
+    assert np.mean(losses[3:]) < np.mean(losses[:3]), "it learns"
+
+
+def test_micro_batches_do_not_change_the_result(runs: dict[str, Any]) -> None:
+    _assert_same(runs["one_micro_batch"], runs["finetune"])
+
+
+def test_a_run_repeats_to_the_bit(runs: dict[str, Any]) -> None:
+    assert runs["again"] == runs["finetune"]

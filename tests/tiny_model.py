@@ -1,0 +1,41 @@
+"""A small model directory with random weights, for tests of what is done with a model rather than of what it knows."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from screformer.checkpoint import NO_LABELS, save_model
+from screformer.config import ExperimentConfig
+from screformer.model import ScReformer
+from screformer.tokenizer import GeneVocabulary
+
+LABELS = {
+    "column": "cell_type_major",
+    "names": ["B cell", "T cell", "monocyte", "mystery cell"],
+    "cl_ids": ["CL:0000236", "CL:0000084", "CL:0000576", ""],
+}
+
+
+def tiny_vocabulary(feature_ids: Sequence[str] | None = None, feature_names: Sequence[str] | None = None) -> GeneVocabulary:
+    """Thirty-odd genes, or those given; every mean expression differs from 0."""
+    ids = tuple(feature_ids or (f"ENSG{i:011d}" for i in range(40)))
+    names = tuple(feature_names or (f"GENE{i}" for i in range(len(ids))))
+    return GeneVocabulary(ids, names, np.linspace(2.0, 0.1, len(ids)).astype(np.float32))
+
+
+def write_tiny_model(directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object) -> Path:
+    """Save a model whose weights are random enough that cells differ in their labels."""
+    vocabulary = vocabulary or tiny_vocabulary()
+    small = {"model.dim": 16, "model.depth": 2, "model.heads": 2, "model.bucket_size": 4, "model.n_hashes": 2, "tokens.max_genes": 64}
+    config = ExperimentConfig().merge({**small, **overrides})
+    labels = LABELS if has_labels else NO_LABELS
+    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    meta = {"atlas": {"uri": "atlas", "timestamp_ms": 5}, "query_hash": "ab12", "metrics": {"test/macro_f1": 0.5}}
+    save_model(directory, model, config, vocabulary, labels, meta)
+    return directory

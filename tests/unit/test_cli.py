@@ -1,0 +1,61 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of two commands, one module that is none, and one that can't be imported."""
+    folder = tmp_path / "some_jobs"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "greet.py").write_text('"""Say hello.\n\nMore."""\n\ndef main(argv):\n    print("hello", *argv)\n    return 3\n')
+    (folder / "quiet.py").write_text('"""Return nothing."""\n\ndef main(argv):\n    pass\n')
+    (folder / "parts.py").write_text('"""No command."""\n\ndef main(task, argv):\n    pass\n')
+    (folder / "heavy.py").write_text('"""Needs something rare."""\n\nimport not_installed_anywhere\n\ndef main(argv): ...\n')
+    (folder / "inner" / "__init__.py").touch()
+    (folder / "inner" / "__main__.py").write_text('"""A folder of commands."""\n\ndef main(argv):\n    print("inner", *argv)\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    return folder
+
+
+def test_lists_commands_without_importing_them(package: Path) -> None:
+    assert cli.commands(package) == {
+        "greet": "Say hello.",
+        "heavy": "Needs something rare.",
+        "inner": "A folder of commands.",
+        "quiet": "Return nothing.",
+    }
+
+
+def test_passes_arguments_and_status(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch("prog", package, "some_jobs", ["greet", "a", "--b"]) == 3
+    assert cli.dispatch("prog", package, "some_jobs", ["quiet"]) == 0
+    assert cli.dispatch("prog", package, "some_jobs", ["inner", "x"]) == 0
+    assert capsys.readouterr().out == "hello a --b\ninner x\n"
+
+
+def test_unknown_name_gets_the_nearest_and_the_list(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.dispatch("prog", package, "some_jobs", ["gret"]) == 2
+    message = capsys.readouterr().err
+    assert "no command 'gret'; did you mean 'greet'?" in message
+    assert "heavy  Needs something rare." in message
+
+
+def test_every_job_says_what_it_does() -> None:
+    found = cli.commands()
+    assert "cli" not in found and {"quickstart", "benchmark"} <= set(found)
+    assert all(line.endswith((".", "`.")) for line in found.values()), found
+
+
+def test_help_is_quick_and_clean() -> None:
+    code = "import sys; from jobs.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert not any(f"'{heavy}'" in done.stderr for heavy in ("torch", "ray", "mlflow", "tiledbsoma"))
+    assert "quickstart" in done.stdout

@@ -1,0 +1,118 @@
+"""Settings: what is refused and in which words, overrides, and the trip through files and other processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from screformer.config import ExperimentConfig
+
+BASE = ExperimentConfig()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("model.n_hashs=8", "unknown setting model.n_hashs; did you mean model.n_hashes?"),
+        ("modle.dim=8", "unknown setting modle; did you mean model?"),
+        ("model.qqq=8", "unknown setting model.qqq; known are dim, depth"),
+        ("model=8", "override 'model' must read section.field"),
+        ("model.dim", "override 'model.dim' must read section.field=value"),
+        ("model.dim=wide", "model.dim='wide' must be of type int"),
+        ("model.dim=64.5", "model.dim=64.5 must be of type int"),
+        ("model.dim=true", "model.dim=True must be of type int"),
+        ("model.dim=130", "model.dim=130 is not a multiple of model.heads=4; try model.dim=132"),
+        ("model.depth=0", "model.depth=0 must be at least 1"),
+        ("model.attention=flash", "model.attention='flash' must be one of lsh, full, local, none"),
+        ("model.dropout=1", r"model.dropout=1.0 must lie in \[0, 1\)"),
+        ("model.reversible=1", "model.reversible=1 must be of type bool"),
+        ("model.dim.x=1", "model.dim is no mapping, so 'model.dim.x' names nothing"),
+        ("tokens.max_genes=0", "tokens.max_genes=0 must be at least 1"),
+        ("tokens.num_bins=1", r"tokens.num_bins=1 must lie in \[2, 1024\]; bin 0 means not detected"),
+        ("train.lr=fast", "train.lr='fast' must be a number"),
+        ("train.lr=0", "train.lr=0.0 must be positive"),
+        ("train.mask_rate=1", r"train.mask_rate=1.0 must lie in \[0, 1\)"),
+        ("train.weight_decay=-1", "train.weight_decay=-1.0 must not be negative"),
+        ("train.max_steps=0", "train.max_steps=0 must be at least 1"),
+        ("train.global_batch_size=40", r"global_batch_size=40 is not a multiple of .* \(16 x 1 = 16\); try 32 or 48"),
+        ("train.global_batch_size=8", r"global_batch_size=8 is not a multiple of .*; try 16$"),
+        ("split.test_fraction=1.0", r"split.test_fraction=1.0 must lie in \[0, 1\)"),
+        ("split.test_groups=A", r"split.test_groups='A' must be a list, such as \[A, B\]"),
+        ("stream.run_length=0", "stream.run_length=0 must be at least 1"),
+        ("stream.cells_per_task=32", "stream.cells_per_task=32 must be at least stream.run_length=64"),
+        ("labels.min_cells=0", "labels.min_cells=0 must be at least 1"),
+        ("zero.stage=4", "zero.stage=4 must be one of 0, 1, 2, 3"),
+        ("zero.offload_optimizer=cpu", "zero.offload_optimizer='cpu' needs zero.stage >= 1, not 0"),
+        ("cluster.num_workers=0", "cluster.num_workers=0 must be at least 1"),
+        ("cluster.num_workers=3", r"global_batch_size=64 is not a multiple of .* \(16 x 3 = 48\); try 48 or 96"),
+        ("cluster.cpus_per_worker=0", "cluster.cpus_per_worker=0.0 must be positive"),
+        ("cluster.max_failures=-2", "cluster.max_failures=-2 must be -1 or more"),
+        ("atlas.tiledb_config=x", "atlas.tiledb_config='x' must be a mapping"),
+    ],
+)
+def test_bad_setting_is_named_with_its_rule(overrides: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BASE.merge([overrides])
+
+
+def test_fields_that_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match=r"query.file='q.json' already holds filters; drop query.obs_filter"):
+        BASE.merge(["query.file=q.json", "query.obs_filter=sex == 'male'"])
+    with pytest.raises(ValueError, match=r"stream.cells_per_task=64 must hold at least one train.global_batch_size=128"):
+        BASE.merge(["stream.cells_per_task=64", "train.global_batch_size=128"])
+
+
+def test_overrides_are_yaml_and_leave_the_rest() -> None:
+    merged = BASE.merge(["model.dim=64", "train.lr=3e-4", "split.test_groups=[A, 7]", "zero.stage=2", "query.obs_filter=tissue == 'blood'"])
+    assert merged.model.dim == 64
+    assert merged.train.lr == 3e-4
+    assert merged.split.test_groups == ("A", "7")
+    assert merged.query.obs_filter == "tissue == 'blood'"
+    assert merged.merge({"model.dim": 128, "train.lr": 1e-3, "split.test_groups": [], "zero.stage": 0, "query.obs_filter": ""}) == BASE
+
+
+def test_what_follows_a_mapping_is_its_key() -> None:
+    merged = BASE.merge(["atlas.tiledb_config.vfs.s3.region=eu-west-1", "atlas.tiledb_config.vfs.s3.use_virtual_addressing=false"])
+    assert dict(merged.atlas.tiledb_config) == {"vfs.s3.region": "eu-west-1", "vfs.s3.use_virtual_addressing": "false"}
+    more = merged.merge({"atlas.tiledb_config.vfs.s3.scheme": "http"})
+    assert len(more.atlas.tiledb_config) == 3
+    assert len(BASE.atlas.tiledb_config) == 0
+
+
+def test_round_trip_through_json_and_yaml(tmp_path) -> None:
+    config = BASE.merge(["model.attention=full", "split.test_groups=[A, B]", "atlas.tiledb_config.vfs.s3.scheme=http"])
+    assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert ExperimentConfig.from_file(path) == config
+
+
+def test_file_that_is_no_recipe(tmp_path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("- model\n")
+    with pytest.raises(ValueError, match=r"recipe.yaml holds list, not the sections \['atlas'"):
+        ExperimentConfig.from_file(path)
+    path.write_text("model: 8\n")
+    with pytest.raises(ValueError, match=r"model=8 must be a section of \['dim'"):
+        ExperimentConfig.from_file(path)
+    path.write_text("model: {bucketsize: 8}\n")
+    with pytest.raises(ValueError, match=r"unknown setting model.bucketsize; did you mean model.bucket_size\?"):
+        ExperimentConfig.from_file(path)
+
+
+def test_accumulation_fills_the_global_batch() -> None:
+    config = BASE.merge(["train.global_batch_size=96", "train.micro_batch_size=8"])
+    assert [config.grad_accum_steps(world_size) for world_size in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
+    with pytest.raises(ValueError, match="try 80 or 120"):
+        config.grad_accum_steps(5)
+
+
+@pytest.mark.parametrize("name", ["smoke", "base", "quickstart", "paper-like"])
+def test_recipes_differ_from_the_defaults_only_where_they_say_so(name: str) -> None:
+    path = Path(__file__).parents[2] / "jobs" / "recipes" / f"{name}.yaml"
+    tree = yaml.safe_load(path.read_text()) or {}
+    ExperimentConfig.from_file(path)
+    for section, fields in tree.items():
+        for field, value in fields.items():
+            assert getattr(getattr(BASE, section), field) != value, f"{section}.{field} is the default"

@@ -1,0 +1,60 @@
+"""Addresses that no driver can connect to, and the limits of a local Ray. Starting and joining: tests/integration/test_ray_job.py."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from cluster import connect as door
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_an_address_for_submitting_jobs_is_told_apart(address: str) -> None:
+    with pytest.raises(ValueError, match=r"is not HOST:PORT.*ray job submit --address http://HOST:8265"):
+        door.connect(address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "head:port", ":6379", "6379"])
+def test_an_address_without_host_or_port(address: str) -> None:
+    with pytest.raises(ValueError, match=r"must read HOST:PORT \(such as 10.0.0.5:6379\), auto or local"):
+        door.connect(address)
+
+
+def test_nobody_answers() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ValueError, match=rf"no Ray cluster answers at {address}.*`ray start --head`.*unset RAY_ADDRESS"):
+        door.connect(address)
+
+
+def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ValueError, match="no Ray cluster answers at"):
+        door.connect()
+
+
+def test_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "old")
+    monkeypatch.delenv("ADDED", raising=False)
+    with pytest.raises(RuntimeError), door._environment({"KEPT": "new", "ADDED": "1"}):
+        assert (os.environ["KEPT"], os.environ["ADDED"]) == ("new", "1")
+        raise RuntimeError
+    assert os.environ["KEPT"] == "old" and "ADDED" not in os.environ
+
+
+def test_machine_is_what_scheduler_and_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "_CGROUP", tmp_path)
+    cores, memory = door._machine()
+    assert 1 <= cores <= len(os.sched_getaffinity(0))
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert door._machine() == (1, 2**30)
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert door._machine() == (cores, memory)

@@ -1,0 +1,113 @@
+"""The files in cluster/ agree with each other and with the code: images, names, ports, versions, and commands that exist."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.train import check_layout
+from screformer.config import ExperimentConfig
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = REPO_ROOT / "cluster"
+README = (CLUSTER / "README.md").read_text()
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((CLUSTER / name).read_text()))
+
+
+def pods(cluster_spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    groups = {"head": cluster_spec["headGroupSpec"], **{group["groupName"]: group for group in cluster_spec["workerGroupSpecs"]}}
+    return {name: group["template"]["spec"]["containers"][0] for name, group in groups.items()}
+
+
+RAY_CLUSTER = load("raycluster.yaml")[0]
+RAY_JOB = load("rayjob.yaml")[0]
+MLFLOW = {document["kind"]: document for document in load("mlflow.yaml")}
+COMPOSE = load("compose.yaml")[0]
+DOCKERFILE = (CLUSTER / "Dockerfile").read_text()
+
+
+def test_kinds() -> None:
+    assert (RAY_CLUSTER["apiVersion"], RAY_CLUSTER["kind"]) == ("ray.io/v1", "RayCluster")
+    assert (RAY_JOB["apiVersion"], RAY_JOB["kind"]) == ("ray.io/v1", "RayJob")
+    assert {kind: document["apiVersion"] for kind, document in MLFLOW.items()} == {
+        "PersistentVolumeClaim": "v1",
+        "Deployment": "apps/v1",
+        "Service": "v1",
+    }
+
+
+def test_the_job_brings_the_same_cluster() -> None:
+    assert RAY_JOB["spec"]["rayClusterSpec"] == RAY_CLUSTER["spec"]
+
+
+def test_one_image_everywhere() -> None:
+    containers = [*pods(RAY_CLUSTER["spec"]).values(), MLFLOW["Deployment"]["spec"]["template"]["spec"]["containers"][0]]
+    images = {container["image"] for container in containers} | {service["image"] for service in COMPOSE["services"].values()}
+    version = re.search(r'^version = "(.+)"$', (REPO_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and images == {f"screformer:{version[1]}"}
+    assert f"-t screformer:{version[1]}" in README and f"-t screformer:{version[1]}" in DOCKERFILE
+
+
+def test_ray_is_the_tested_version() -> None:
+    assert f"ray=={RAY_CLUSTER['spec']['rayVersion']}\n" in (REPO_ROOT / "constraints.txt").read_text()
+
+
+def test_pods_are_limited_and_have_no_rights() -> None:
+    templates = [RAY_CLUSTER["spec"]["headGroupSpec"], *RAY_CLUSTER["spec"]["workerGroupSpecs"], MLFLOW["Deployment"]["spec"]]
+    for spec in (template["template"]["spec"] for template in templates):
+        assert spec["securityContext"]["runAsNonRoot"]
+        for container in spec["containers"]:
+            assert set(container["resources"]) == {"requests", "limits"}
+            assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"], (
+                "else the kernel kills it first"
+            )
+            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["ray"]
+
+
+def test_jobs_log_to_the_mlflow_server() -> None:
+    service, container = MLFLOW["Service"], MLFLOW["Deployment"]["spec"]["template"]["spec"]["containers"][0]
+    url = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    for pod in pods(RAY_CLUSTER["spec"]).values():
+        assert {"name": "MLFLOW_TRACKING_URI", "value": url} in pod["env"]
+    assert service["spec"]["selector"] == MLFLOW["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    port = f"--port={container['ports'][0]['containerPort']}"
+    assert port in container["args"] and port in COMPOSE["services"]["mlflow"]["command"]
+    allowed = next(argument for argument in container["args"] if argument.startswith("--allowed-hosts="))
+    assert url.removeprefix("http://") in allowed.partition("=")[2].split(","), "MLflow answers 403 to a Host header that it does not know"
+
+
+def test_the_job_is_a_command_that_fits_its_cluster() -> None:
+    python, flag, module, *arguments = shlex.split(RAY_JOB["spec"]["entrypoint"])
+    assert (python, flag) == ("python", "-m") and importlib.util.find_spec(module)
+    option, recipe, *overrides = arguments
+    workdir = re.findall(r"^WORKDIR (.+)$", DOCKERFILE, re.MULTILINE)[0]
+    assert option == "--config" and recipe.startswith(workdir + "/")
+    config = ExperimentConfig.from_file(REPO_ROOT / recipe.removeprefix(workdir + "/")).merge(overrides)
+    assert config.atlas.uri.startswith("s3://") and config.cluster.storage_path.startswith("s3://"), "pods share no disk"
+    group = RAY_CLUSTER["spec"]["workerGroupSpecs"][0]
+    cpus = float(pods(RAY_CLUSTER["spec"])["cpu"]["resources"]["limits"]["cpu"])
+    check_layout(config, [{"Alive": True, "Resources": {"CPU": cpus}}] * group["minReplicas"])
+
+
+@pytest.mark.parametrize("line", re.findall(r"python -m (jobs\.\S+)", README))
+def test_commands_of_the_readme_exist(line: str) -> None:
+    assert importlib.util.find_spec(line) or line == "jobs.NAME"
+
+
+@pytest.mark.parametrize("path", re.findall(r"cluster/\w+(?:\.yaml)?", README))
+def test_files_of_the_readme_exist(path: str) -> None:
+    assert (REPO_ROOT / path).exists()
+
+
+def test_the_image_gets_what_it_copies() -> None:
+    kept = {line[1:] for line in (REPO_ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {source for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE) for source in line.split()[:-1]}
+    assert copied == kept and all((REPO_ROOT / path).exists() for path in copied)

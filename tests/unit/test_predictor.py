@@ -1,0 +1,191 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import sparse
+from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
+
+from screformer import predictor as predictor_module
+from screformer.predictor import Predictor, check_counts
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def predictor(model_dir: Path) -> Predictor:
+    return Predictor.load(model_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def counts() -> sparse.csr_matrix:
+    """70 cells of very different lengths over the model's 40 genes; one has none."""
+    rng = np.random.default_rng(3)
+    dense = rng.poisson(3.0, size=(70, 40)) * (rng.random((70, 40)) < rng.random((70, 1)))
+    dense[11] = 0
+    return sparse.csr_matrix(dense.astype(np.float32))
+
+
+def test_a_cell_gets_the_same_result_in_any_company(
+    predictor: Predictor, counts: sparse.csr_matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    match = predictor.match_genes(predictor.vocabulary.feature_ids)
+    whole = predictor.predict_counts(counts, match)
+    assert len(set(whole.labels)) > 1, "a constant answer would test nothing"
+    again = predictor.predict_counts(counts, match)
+    np.testing.assert_array_equal(whole.probabilities_nk, again.probabilities_nk)
+
+    order = np.random.default_rng(0).permutation(70)
+    shuffled = predictor.predict_counts(counts[order], match)
+    np.testing.assert_allclose(shuffled.probabilities_nk, whole.probabilities_nk[order], atol=1e-5)
+    monkeypatch.setitem(predictor_module._TOKENS_PER_BATCH, "cpu", 50)
+    narrow = predictor.predict_counts(counts, match)
+    np.testing.assert_allclose(narrow.probabilities_nk, whole.probabilities_nk, atol=1e-5)
+    np.testing.assert_allclose(narrow.embedding_nd, whole.embedding_nd, atol=1e-4)
+    for cell in (0, 11, 69):
+        alone = predictor.predict_counts(counts[[cell]], match)
+        np.testing.assert_allclose(alone.probabilities_nk[0], whole.probabilities_nk[cell], atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 37, 100_000])
+def test_batches_hold_each_cell_once_within_the_budget(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+    monkeypatch.setitem(predictor_module._TOKENS_PER_BATCH, "cpu", budget)
+    lengths = np.random.default_rng(1).integers(0, 90, size=600)
+    batches = list(predictor._batches(lengths))
+    assert sorted(np.concatenate(batches)) == list(range(600))
+    slots = 1 + np.minimum(lengths, 64)
+    assert all(len(batch) == 1 or len(batch) * slots[batch].max() <= budget for batch in batches)
+    assert max(map(len, batches)) <= 256
+
+
+def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    found = predictor.predict_counts(counts, predictor.match_genes(predictor.vocabulary.feature_ids))
+    assert len(found) == 70 and found.probabilities_nk.shape == (70, 4) and found.embedding_nd.shape == (70, 16)
+    np.testing.assert_allclose(found.probabilities_nk.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(found.confidence, found.probabilities_nk.max(axis=1))
+    names, cl_ids = LABELS["names"], [*LABELS["cl_ids"][:3], "unknown"]
+    assert [names.index(label) for label in found.labels] == found.probabilities_nk.argmax(axis=1).tolist()
+    assert [cl_ids[code] for code in found.label_codes] == found.cl_ids.tolist()
+    none = predictor.predict_counts(counts[:0], predictor.match_genes(predictor.vocabulary.feature_ids))
+    assert len(none) == 0 and none.probabilities_nk.shape == (0, 4)
+
+
+def test_the_library_size_counts_genes_that_the_model_does_not_know(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    ids = list(predictor.vocabulary.feature_ids)
+    alone = predictor.predict_counts(counts, predictor.match_genes(ids))
+    more = sparse.hstack([np.full((70, 1), 500.0), counts]).tocsr()
+    match = predictor.match_genes(["ENSG99999999999", *ids])
+    diluted = predictor.predict_counts(more, match)
+    assert np.abs(diluted.probabilities_nk - alone.probabilities_nk).max() > 1e-3
+    total = np.asarray(counts.sum(axis=1)).ravel() + 500
+    flat = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=total)
+    np.testing.assert_allclose(flat.probabilities_nk, diluted.probabilities_nk, atol=1e-6)
+
+
+def test_columns_in_any_order_and_type(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    ids = np.array(predictor.vocabulary.feature_ids)
+    expected = predictor.predict_counts(counts, predictor.match_genes(ids.tolist())).probabilities_nk
+    order = np.random.default_rng(5).permutation(40)
+    for matrix in (
+        counts[:, order],
+        counts[:, order].tocsc(),
+        counts[:, order].toarray().astype(np.int64),
+        counts[:, order].astype(np.uint16),
+    ):
+        found = predictor.predict_counts(matrix, predictor.match_genes(ids[order].tolist()))
+        np.testing.assert_allclose(found.probabilities_nk, expected, atol=1e-6)
+
+
+def test_columns_of_one_gene_are_summed(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    ids = list(predictor.vocabulary.feature_ids)
+    expected = predictor.predict_counts(counts, predictor.match_genes(ids)).probabilities_nk
+    part = counts.multiply(counts > 2).tocsr()
+    match = predictor.match_genes([*ids, *(f"{name}.3" for name in ids)])
+    assert match.num_by_id == 40 and match.expression_share == pytest.approx(1)
+    found = predictor.predict_counts(sparse.hstack([part, counts - part]).tocsr(), match)
+    np.testing.assert_allclose(found.probabilities_nk, expected, atol=1e-6)
+
+
+def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
+    names = ["CD3D", "MS4A1", "LYZ", "TWIN", "TWIN", *(f"G{i}" for i in range(5, 10))]
+    vocabulary = tiny_vocabulary([f"ENSG{i:011d}" for i in range(10)], names)
+    predictor = Predictor.load(write_tiny_model(tmp_path, vocabulary), device="cpu")
+    weight = vocabulary.mean_expression_g
+
+    def index(ids: list[str], symbols: list[str] | None = None) -> list[int]:
+        return predictor.match_genes(ids, symbols).vocabulary_index.tolist()
+
+    assert index(["ENSG00000000001.7", "ENSG00000000000", "other"]) == [1, 0, -1]
+    assert index(["CD3D", "LYZ", "cd3d"]) == [0, 2, -1]
+    assert index(["", "ENSG00000000002"], ["CD3D", "MS4A1"]) == [0, 2], "the id decides"
+    assert index(["TWIN", "ENSG00000000003"]) == [-1, 3], "a name of two genes says nothing"
+    assert index(["CD3D", "CD3D", "LYZ"]) == [-1, -1, 2]
+    assert index(["ENSG00000000000.1", "ENSG00000000000.2", "LYZ"]) == [0, 0, 2]
+    assert index(["ENSG00000000000", "CD3D"]) == [0, -1], "a gene is taken once, by its id"
+
+    match = predictor.match_genes(["ENSG00000000001", "LYZ", "TWIN", "CD3D", "CD3D", "other"])
+    assert (match.num_by_id, match.num_by_name, match.num_ambiguous, match.num_found, match.num_model_genes) == (1, 1, 3, 2, 10)
+    assert match.expression_share == pytest.approx((weight[1] + weight[2]) / weight.sum())
+    assert str(match).startswith("2 of the model's 10 genes found (1 by id, 1 by name, 3 ambiguous ones left out), ")
+    match.require(0.2, source="input")
+    with pytest.raises(ValueError, match=r"input: too few genes: 2 of the model's 10 genes found .*at least 50.0% .*Ensembl"):
+        match.require(0.5, source="input")
+    with pytest.raises(ValueError, match="mouse.h5ad: too few genes: 0 of the model's 10 genes found .*another species"):
+        predictor.match_genes(["ENSMUSG00000000001"], ["Cd3d"]).require(0.0, source="mouse.h5ad")
+    with pytest.raises(ValueError, match="2 ids but 1 names"):
+        predictor.match_genes(["a", "b"], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-1.0, "value -1 is negative"),
+        (1.5, r"value 1.5 is fractional.*raw counts"),
+        (np.nan, "value nan is missing"),
+        (np.inf, "value inf is missing"),
+    ],
+)
+def test_only_raw_counts_are_taken(predictor: Predictor, counts: sparse.csr_matrix, value: float, message: str) -> None:
+    bad = counts.toarray()
+    bad[3, 5] = value
+    with pytest.raises(ValueError, match=f"file: {message}"):
+        predictor.predict_counts(bad, predictor.match_genes(predictor.vocabulary.feature_ids), source="file")
+
+
+def test_counts_must_be_numbers_and_fit_the_genes(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    with pytest.raises(ValueError, match="counts are of type object"):
+        check_counts(np.array(["a"], dtype=object), source="input")
+    with pytest.raises(ValueError, match="counts have 40 columns, but genes were matched for 2"):
+        predictor.predict_counts(counts, predictor.match_genes(["a", "b"]))
+
+
+def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
+    directory = write_tiny_model(tmp_path / "pretrained", has_labels=False)
+    with pytest.raises(ValueError, match=r"knows no labels, because it was only pre-trained; .*jobs.finetune --from"):
+        Predictor.load(directory)
+
+
+@pytest.mark.parametrize("overrides", [{"tokens.input_mode": "all"}, {"model.attention": "none", "tokens.expression": "log2_bins"}])
+def test_other_kinds_of_models_predict(tmp_path: Path, counts: sparse.csr_matrix, overrides: dict[str, object]) -> None:
+    predictor = Predictor.load(write_tiny_model(tmp_path, **overrides), device="cpu")
+    match = predictor.match_genes(predictor.vocabulary.feature_ids)
+    whole = predictor.predict_counts(counts, match)
+    part = predictor.predict_counts(counts[60:], match)
+    np.testing.assert_allclose(part.probabilities_nk, whole.probabilities_nk[60:], atol=1e-5)
+
+
+def test_prediction_needs_neither_ray_nor_mlflow_nor_soma(model_dir: Path) -> None:
+    code = (
+        "import sys; from screformer.predictor import Predictor; Predictor.load(sys.argv[1], device='cpu');"
+        "print(sorted({'ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(model_dir)], cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
