@@ -149,6 +149,11 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
     """
+    if task == "pretrain" and config.tokens.expression == "binary":
+        raise ValueError(
+            "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the same expression; choose"
+            " another encoding, or fine-tune without pre-training"
+        )
     query = run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
@@ -399,8 +404,11 @@ def _start_arrays(
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
     vocabulary = GeneVocabulary(cells.vocabulary.feature_ids, cells.vocabulary.feature_names, mean_g)
     arrays = {}
-    if cells.config.model.gene_embedding == "svd":
-        arrays["gene_embeddings"] = svd_gene_embeddings(sample, cells.config.model.dim, cells.config.train.seed)
+    start_from, seed = cells.config.model.gene_embedding, cells.config.train.seed
+    if start_from in ("svd", "shuffled"):
+        embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
+        shuffles = start_from == "shuffled"
+        arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
     return dataclasses.replace(cells, vocabulary=vocabulary), arrays
 
 

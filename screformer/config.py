@@ -103,9 +103,10 @@ class TokensConfig:
     max_genes: int = 1024
     """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the gene's mean expression
     over the training cells, and the run says how many were cut."""
-    expression: Literal["continuous", "log2_bins", "quantile_bins"] = "continuous"
+    expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = "continuous"
     """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 + counts per 10,000) as in
-    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT."""
+    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT; `binary`: detected or not, a control that leaves
+    pre-training nothing to learn."""
     num_bins: int = 16
     """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
 
@@ -159,8 +160,9 @@ class ModelConfig:
     """Slices of the sequence that pass through the feed-forward layer one after another; more only where memory asks for it."""
     dropout: float = 0.0
     """Dropout after attention and feed-forward."""
-    gene_embedding: Literal["random", "svd"] = "svd"
-    """Start of the gene embeddings: random, or the truncated SVD of the training cells (much better on few cells)."""
+    gene_embedding: Literal["random", "svd", "shuffled", "none"] = "svd"
+    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better on few cells). Two controls:
+    `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
     pooling: Literal["cls", "mean", "attention"] = "attention"
     """How token vectors become a cell vector for the classification head."""
     linear_skip: bool = True

@@ -52,7 +52,7 @@ class ScReformer(nn.Module):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
         with torch.random.fork_rng(devices=[]):
-            self.gene_embedding = nn.Embedding(num_genes + NUM_SPECIAL, model.dim)
+            self.gene_embedding = nn.Embedding((1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim)
             self.expression_embedding = _ExpressionEmbedding(model.dim, tokens)
             self.encoder = ReversibleEncoder(model)
             self.pooling = _Pooling(model)
@@ -73,7 +73,8 @@ class ScReformer(nn.Module):
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         real_nl = batch["token_ids"] != PAD
-        x_nld = self.gene_embedding(batch["token_ids"])
+        # Where all genes share one vector, it is the last one.
+        x_nld = self.gene_embedding(batch["token_ids"].clamp(max=self.gene_embedding.num_embeddings - 1))
         values_nl = batch["values"].to(x_nld.dtype)
         shift_nld, gain_nld = self.expression_embedding(values_nl, batch["bin_ids"], hidden)
         x_nld = self.encoder(x_nld * (1 + gain_nld) + shift_nld, real_nl, hash_seed=hash_seed)

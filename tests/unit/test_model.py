@@ -11,7 +11,7 @@ from scipy import sparse
 from screformer.config import ModelConfig, TokensConfig
 from screformer.model import ScReformer, classification_loss, expression_loss
 from screformer.svd import svd_gene_embeddings
-from screformer.tokenizer import CellTokenizer, GeneVocabulary
+from screformer.tokenizer import NUM_SPECIAL, CellTokenizer, GeneVocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_GENES, NUM_CLASSES = 60, 5
@@ -186,6 +186,19 @@ def test_linear_skip_is_linear_in_scaled_values_and_starts_at_zero() -> None:
     expected = skip.SCALE * torch.nn.functional.normalize(dense, dim=1) @ skip.weight.weight
     torch.testing.assert_close(doubled, expected)
     assert network(linear_skip=False).linear_skip is None
+
+
+def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
+    batch = batch_of(counts_of_cells(4))
+    genes = batch["token_ids"] >= NUM_SPECIAL
+    renamed = {**batch, "token_ids": torch.where(genes, NUM_GENES + 2 * NUM_SPECIAL - 1 - batch["token_ids"], batch["token_ids"])}
+    for embedding, same in (("none", True), ("random", False)):
+        model = network(gene_embedding=embedding, attention="full").eval()
+        with torch.no_grad():
+            first, second = (model(each, task="finetune") for each in (batch, renamed))
+        assert torch.equal(first.embedding_nd, second.embedding_nd) == same
+        assert not torch.equal(first.logits_nk, second.logits_nk)  # the linear part still knows its genes
+    assert network(gene_embedding="none").gene_embedding.weight.shape == (1 + NUM_SPECIAL, TINY["dim"])
 
 
 def test_task_and_heads_must_fit() -> None:
