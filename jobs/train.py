@@ -187,7 +187,18 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
         if not len(parts[part]):
             notes.append(f"no {part} cells")
     if start is None:
-        vocabulary = query.vocabulary()
+        measured_g = query.measured_share(parts["train"]) >= config.query.min_measured
+        if not measured_g.any():
+            raise ValueError(
+                f"no gene was measured for query.min_measured={config.query.min_measured} of the training cells; lower it, or query"
+                " datasets that have genes in common"
+            )
+        if not measured_g.all():
+            notes.append(
+                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, as datasets with more than"
+                f" {1 - config.query.min_measured:.0%} of the training cells did not measure them (query.min_measured)"
+            )
+        vocabulary = query.vocabulary(measured_g)
     else:
         vocabulary = start.vocabulary
         _check_overlap(query, start)

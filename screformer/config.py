@@ -52,10 +52,14 @@ class QueryConfig:
     """Such as `feature_id in ['ENSG00000156738']`; empty takes every gene."""
     is_primary_data: bool = True
     """Drop cells that Census marks as copies of cells in another dataset."""
+    min_measured: float = 0.9
+    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes every gene. A gene that is
+    missing in some datasets tells which dataset a cell is from, and so which types to expect: that does not hold elsewhere."""
     file: str = ""
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
+        _require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
         _require(
             not (self.file and (self.obs_filter or self.var_filter)),
             f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or query.file",
