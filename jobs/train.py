@@ -37,6 +37,7 @@ from jobs import tracking
 from jobs.worker import train_loop_per_worker
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
 from screformer.config import ExperimentConfig, Task
+from screformer.linear import logistic_start
 from screformer.model import ScReformer
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
@@ -410,7 +411,7 @@ def _start_arrays(
     if start is not None:
         same_labels = start.labels["names"] == cells.labels["names"]
         weights = {name: tensor.numpy() for name, tensor in start.model.state_dict().items() if same_labels or not name.startswith(HEADS)}
-        return cells, {"weights": weights}
+        return cells, {"weights": weights, **({} if same_labels else _linear_start(cells))}
     sample = cells.sample
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
     vocabulary = GeneVocabulary(cells.vocabulary.feature_ids, cells.vocabulary.feature_names, mean_g)
@@ -420,7 +421,19 @@ def _start_arrays(
         embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
         shuffles = start_from == "shuffled"
         arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
-    return dataclasses.replace(cells, vocabulary=vocabulary), arrays
+    return dataclasses.replace(cells, vocabulary=vocabulary), {**arrays, **_linear_start(cells)}
+
+
+def _linear_start(cells: TrainingCells) -> dict[str, Any]:
+    """`linear` of `jobs.worker.start_from`, or nothing where none is wanted."""
+    config = cells.config
+    if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
+        return {}
+    found = cells.stream("train").sample_counts(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    values_ng = normalised(found.counts_ng, found.total_n)
+    if config.tokens.expression == "binary":
+        values_ng.data[:] = 1
+    return {"linear": logistic_start(values_ng, found.labels_n, len(cells.labels["names"]))}
 
 
 def _train(

@@ -171,11 +171,15 @@ class ModelConfig:
     """How token vectors become a cell vector for the classification head."""
     linear_skip: bool = True
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
+    linear_start_cells: int = 8192
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted for `linear_skip` to start from, so
+    that the network begins as good as that; 0 starts at zero."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name}={value} must be at least 1")
+        _require(self.linear_start_cells >= 0, f"model.linear_start_cells={self.linear_start_cells} must not be negative")
         _require(
             self.dim % self.heads == 0,
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try model.dim={-(-self.dim // self.heads) * self.heads}",

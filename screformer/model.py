@@ -102,6 +102,25 @@ class ScReformer(nn.Module):
             raise ValueError(f"gene embeddings have shape {tuple(matrix_gd.shape)}, the network needs {tuple(weight.shape)}")
         weight.copy_(matrix_gd)
 
+    @torch.no_grad()
+    def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor) -> None:
+        """Start as a given linear classifier, to which the encoder adds nothing yet; before an engine is built.
+
+        Raises:
+            ValueError: Another shape, or a network without a linear part.
+        """
+        if self.linear_skip is None or self.classification_head is None:
+            raise ValueError("a linear start needs model.linear_skip=true and labels")
+        weight = self.linear_skip.weight.weight[NUM_SPECIAL:]
+        if weights_gk.shape != weight.shape or bias_k.shape != self.classification_head.bias.shape:
+            raise ValueError(
+                f"linear start has shapes {tuple(weights_gk.shape)} and {tuple(bias_k.shape)}, the network needs {tuple(weight.shape)} and"
+                f" {tuple(self.classification_head.bias.shape)}"
+            )
+        weight.copy_(weights_gk)
+        self.classification_head.bias.copy_(bias_k)
+        self.classification_head.weight.zero_()
+
 
 class _ExpressionEmbedding(nn.Module):
     """How strongly a gene is expressed, as a shift and a gain of its embedding.
@@ -175,16 +194,14 @@ class _ExpressionHead(nn.Module):
 
 
 class _LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to length 1, which evens out depth and size of gene panels."""
-
-    SCALE = 16.0
+    """A linear classifier on the cell's expression values, scaled to one length, which evens out depth and size of gene panels."""
 
     def __init__(self, num_genes: int, num_classes: int):
         super().__init__()
         self.weight = nn.EmbeddingBag(num_genes + NUM_SPECIAL, num_classes, mode="sum")
 
     def forward(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
-        return self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * self.SCALE)
+        return self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * LINEAR_SCALE)
 
 
 def _draw_weights(network: ScReformer, seed: int) -> None:
@@ -207,6 +224,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
                 first.bias.copy_(-first.weight[:, 0] * torch.linspace(0, 6, len(first.bias)))
 
 
+LINEAR_SCALE = 16.0
+"""Length of the values that the linear part sees, about that of a cell's log1p values."""
 EMBEDDING_STD = 0.1
 """Of random gene embeddings, and the root mean square of SVD ones."""
 
