@@ -41,6 +41,7 @@ from screformer.linear import logistic_start
 from screformer.model import ScReformer
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
+from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
@@ -433,7 +434,8 @@ def _linear_start(cells: TrainingCells) -> dict[str, Any]:
     values_ng = normalised(found.counts_ng, found.total_n)
     if config.tokens.expression == "binary":
         values_ng.data[:] = 1
-    return {"linear": logistic_start(values_ng, found.labels_n, len(cells.labels["names"]))}
+    counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
+    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
 
 
 def _train(
