@@ -35,6 +35,7 @@ from data_ingest.query import QueryResult, run_query
 from data_ingest.split import split_cells
 from jobs import tracking
 from jobs.worker import train_loop_per_worker
+from screformer.attention import settle_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
 from screformer.config import ExperimentConfig, Task
 from screformer.model import ScReformer
@@ -220,7 +221,7 @@ def run_training(
     check_layout(config, ray.nodes())
     start = _load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    config = _pinned(config, cells.query)
+    config, attention = _settled(_pinned(config, cells.query), cells, start)
     run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(config, task)
     run_dir = resume or _new_run_dir(config, task, run.run_id)
     with run:
@@ -235,6 +236,7 @@ def run_training(
             plain = {"config": config.to_dict(), "task": task, "init_from": init_from, "query_hash": cells.query.hash}
             _write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
             run.log_identity(cells.identity())
+        print(attention, flush=True)
         for note in cells.notes:
             print(f"note: {note}", flush=True)
         cells, start_arrays = _start_arrays(cells, start, checkpoint)
@@ -292,15 +294,16 @@ def describe(config: ExperimentConfig, cells: TrainingCells) -> dict[str, Any]:
     tokens, model, train = config.tokens, config.model, config.train
     network = ScReformer(model, tokens, num_genes=len(cells.vocabulary), num_classes=len(cells.labels["names"]), seed=train.seed)
     num_parameters = sum(param.numel() for param in network.parameters())
-    slots = 1 + (len(cells.vocabulary) if tokens.input_mode == "all" else min(tokens.max_genes, len(cells.vocabulary)))
+    slots = tokens.most_slots(len(cells.vocabulary))
     world_size = config.cluster.num_workers
     # Bytes per parameter in fp32: weights 4, gradients 4, moments 8; ZeRO spreads them from the end.
     spread = {0: 0, 1: 8, 2: 12, 3: 16}[config.zero.stage]
     state = num_parameters * (16 - spread + spread / world_size)
     # One block holds about 14 + 2 ff_mult vectors per token, LSH some more per hash round; reversible blocks hold one at a time.
-    per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if model.attention == "lsh" else 0)
+    hashes = model.attention in ("lsh", "random")
+    per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if hashes else 0)
     activations = train.micro_batch_size * slots * model.dim * 4 * (6 + per_block * (1 if model.reversible else model.depth))
-    if model.attention == "lsh":
+    if hashes:
         activations += train.micro_batch_size * slots * model.heads * model.n_hashes * 2 * model.bucket_size * 4
     num_train = len(cells.parts["train"])
     return {
@@ -346,8 +349,10 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
             if arguments.resume is not None:
                 config = ExperimentConfig.from_dict(_read_run(arguments.resume)["config"]).merge(overrides)
             start = _load_start(config, init_from) if init_from else None
+            cells = prepare_cells(config, task, start=start)
+            config, attention = _settled(config, cells, start)
             print(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            print(yaml.safe_dump(describe(config, prepare_cells(config, task, start=start)), sort_keys=False), end="")
+            print(yaml.safe_dump(describe(config, cells), sort_keys=False) + attention)
             return 0
         result = run_training(config, task, init_from=init_from, resume=arguments.resume, overrides=overrides)
     except (ValueError, ConnectionError, FileNotFoundError) as error:
@@ -362,7 +367,7 @@ def _load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
     ours, theirs = config.to_dict(), start.config.to_dict()
     for path in (*SAME_AS_START, *SAME_TOKENS):
         section, name = path.split(".")
-        if ours[section][name] != theirs[section][name]:
+        if ours[section][name] not in (theirs[section][name], "auto"):
             raise ValueError(
                 f"{path}={ours[section][name]!r}, but the model {init_from} was trained with {theirs[section][name]!r};"
                 f" set {path}={theirs[section][name]}, or start from another model"
@@ -463,6 +468,14 @@ class _Trainer(ray.train.torch.TorchTrainer):
 def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
     """The configuration that finds the same cells again at any time."""
     return config.merge({"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms})
+
+
+def _settled(config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None) -> tuple[ExperimentConfig, str]:
+    """The configuration with its attention named: the start model's, whose weights fit no other one, or the faster one."""
+    if start is not None and config.model.attention == "auto":
+        config = config.merge({"model.attention": start.config.model.attention})
+    model, says = settle_attention(config.model, config.tokens.most_slots(len(cells.vocabulary)))
+    return dataclasses.replace(config, model=model), says
 
 
 def _new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from screformer.attention import settle_attention
 from screformer.config import ModelConfig, TokensConfig
 from screformer.reversible import ReversibleEncoder
 from screformer.tokenizer import NUM_SPECIAL, PAD
@@ -51,6 +52,7 @@ class ScReformer(nn.Module):
     def __init__(self, model: ModelConfig, tokens: TokensConfig, *, num_genes: int, num_classes: int, seed: int):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
+        model, _ = settle_attention(model, tokens.most_slots(num_genes))
         with torch.random.fork_rng(devices=[]):
             self.gene_embedding = nn.Embedding(num_genes + NUM_SPECIAL, model.dim)
             self.expression_embedding = _ExpressionEmbedding(model.dim, tokens)
