@@ -38,9 +38,11 @@ from jobs.worker import train_loop_per_worker
 from screformer.attention import settle_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
 from screformer.config import ExperimentConfig, Task
+from screformer.linear import logistic_start
 from screformer.model import ScReformer
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
+from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
@@ -150,6 +152,11 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
     """
+    if task == "pretrain" and config.tokens.expression == "binary":
+        raise ValueError(
+            "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the same expression; choose"
+            " another encoding, or fine-tune without pre-training"
+        )
     query = run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
@@ -183,7 +190,18 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
         if not len(parts[part]):
             notes.append(f"no {part} cells")
     if start is None:
-        vocabulary = query.vocabulary()
+        measured_g = query.measured_share(parts["train"]) >= config.query.min_measured
+        if not measured_g.any():
+            raise ValueError(
+                f"no gene was measured for query.min_measured={config.query.min_measured} of the training cells; lower it, or query"
+                " datasets that have genes in common"
+            )
+        if not measured_g.all():
+            notes.append(
+                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, as datasets with more than"
+                f" {1 - config.query.min_measured:.0%} of the training cells did not measure them (query.min_measured)"
+            )
+        vocabulary = query.vocabulary(measured_g)
     else:
         vocabulary = start.vocabulary
         _check_overlap(query, start)
@@ -399,14 +417,30 @@ def _start_arrays(
     if start is not None:
         same_labels = start.labels["names"] == cells.labels["names"]
         weights = {name: tensor.numpy() for name, tensor in start.model.state_dict().items() if same_labels or not name.startswith(HEADS)}
-        return cells, {"weights": weights}
+        return cells, {"weights": weights, **({} if same_labels else _linear_start(cells))}
     sample = cells.sample
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
     vocabulary = GeneVocabulary(cells.vocabulary.feature_ids, cells.vocabulary.feature_names, mean_g)
     arrays = {}
-    if cells.config.model.gene_embedding == "svd":
-        arrays["gene_embeddings"] = svd_gene_embeddings(sample, cells.config.model.dim, cells.config.train.seed)
-    return dataclasses.replace(cells, vocabulary=vocabulary), arrays
+    start_from, seed = cells.config.model.gene_embedding, cells.config.train.seed
+    if start_from in ("svd", "shuffled"):
+        embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
+        shuffles = start_from == "shuffled"
+        arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
+    return dataclasses.replace(cells, vocabulary=vocabulary), {**arrays, **_linear_start(cells)}
+
+
+def _linear_start(cells: TrainingCells) -> dict[str, Any]:
+    """`linear` of `jobs.worker.start_from`, or nothing where none is wanted."""
+    config = cells.config
+    if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
+        return {}
+    found = cells.stream("train").sample_counts(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    values_ng = normalised(found.counts_ng, found.total_n)
+    if config.tokens.expression == "binary":
+        values_ng.data[:] = 1
+    counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
+    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
 
 
 def _train(
