@@ -252,12 +252,12 @@ class TrackedRun:
 
     def _send(self, entry: Entry, content: Path | None) -> None:
         """Raises `ConnectionError` when the server is away, quickly."""
-        _probe(self.tracking_uri, timeout_s=_PATIENCE_S)
         try:
+            _probe(self.tracking_uri, timeout_s=_PATIENCE_S)
             self._apply(entry, content)
         except Exception as error:
             if _is_away(error):
-                raise ConnectionError(f"{self.tracking_uri} went away ({error})") from error
+                raise ConnectionError(f"the tracking server {self.tracking_uri} is away") from error
             raise
 
     def _apply(self, entry: Entry, content: Path | None) -> None:
@@ -552,7 +552,7 @@ def _is_away(error: BaseException) -> bool:
         return error.get_http_status_code() >= 500 or error.get_http_status_code() == 429
     if isinstance(error, HTTPError) and error.response is not None:
         return error.response.status_code >= 500 or error.response.status_code == 429
-    if isinstance(error, RequestException):
+    if isinstance(error, RequestException | ConnectionError):
         return True
     inner = error.__cause__ or error.__context__
     return inner is not None and _is_away(inner)
