@@ -30,7 +30,7 @@ _PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
 _MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 _LARGEST_SVG = 400_000
 """Bytes. A drawing beyond this (a scatter plot of thousands of cells) becomes pixels, which are then the smaller and the faster."""
-_WIDE_INCHES = 5.5
+_WIDE_INCHES = 6.1
 """Pictures wider than this scroll on a phone instead of shrinking until nobody can read them."""
 
 

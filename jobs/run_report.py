@@ -37,7 +37,8 @@ FOLDERS = {
 OURS = "scReformer-BERT"
 CELLS, BASELINES, PER_CLASS, CONFUSION = "test/cells.parquet", "test/baselines.csv", "test/per_class.csv", "test/confusion.csv"
 RELIABILITY = "calibration/reliability.csv"
-_SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "weighted_f1": "weighted F1"}
+SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "weighted_f1": "weighted F1"}
+"""Name among the metrics, and for people."""
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
 _MOST_ROWS = 40
 _MOST_COLOURS = 20
@@ -77,12 +78,12 @@ class _Builder:
     def _subtitle(self) -> str:
         started = datetime.fromtimestamp(self.run.started_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
         lasted = f", {_duration((self.run.ended_ms - self.run.started_ms) / 1000)}" if self.run.ended_ms else ""
-        return f"Run {self.run.name} ({self.run.run_id}), {self.run.status.lower()}, {started}{lasted}"
+        return f"Run {self.run.name}, {self.run.status.lower()}, {started}{lasted}"
 
     def _summary(self) -> None:
         report, split = self.report, self.identity.get("split", {})
         cells, groups = split.get("cells", {}), split.get("groups", {})
-        facts = {name: f"{self.run.metrics[f'test/{key}']:.3f}" for key, name in _SCORES.items() if f"test/{key}" in self.run.metrics}
+        facts = {name: f"{self.run.metrics[f'test/{key}']:.3f}" for key, name in SCORES.items() if f"test/{key}" in self.run.metrics}
         facts = {f"{name} on test cells": value for name, value in facts.items() if name in ("macro-F1", "accuracy")}
         if not facts and "best_val/loss" in self.run.metrics:
             facts = {"loss on validation cells": f"{self.run.metrics['best_val/loss']:.4f}"}
@@ -111,15 +112,15 @@ class _Builder:
             )
 
     def _results(self) -> None:
-        if f"test/{next(iter(_SCORES))}" not in self.run.metrics and not self._has(PER_CLASS):
+        if f"test/{next(iter(SCORES))}" not in self.run.metrics and not self._has(PER_CLASS):
             return
         report = self.report
         report.section("Results")
-        ours = {name: self.run.metrics.get(f"test/{key}") for key, name in _SCORES.items()}
+        ours = {name: self.run.metrics.get(f"test/{key}") for key, name in SCORES.items()}
         rows = [{"model": OURS, **ours}]
         if self._has(BASELINES):
             baselines = self._table(BASELINES)
-            rows += [{"model": row["model"]} | {name: row.get(key) for key, name in _SCORES.items()} for _, row in baselines.iterrows()]
+            rows += [{"model": row["model"]} | {name: row.get(key) for key, name in SCORES.items()} for _, row in baselines.iterrows()]
             best = baselines.loc[baselines["macro_f1"].idxmax()]
             difference = self.run.metrics["test/macro_f1"] - best["macro_f1"]
             verdict = "above" if difference > 0 else "below" if difference < 0 else "the same as"
@@ -212,10 +213,11 @@ class _Builder:
             ("donor_id", "By donor", "Donors that stay apart within a type would be a batch effect."),
         ):
             counts = cells[column].value_counts()
+            # True types and predictions share their colours.
+            names = cells["label"].value_counts().index.tolist() if column == "prediction" else []
+            names += [name for name in counts.index if name not in names]
             biggest = ", ".join(f"{name} {count:,}" for name, count in counts.head(5).items())
-            self.report.figure(
-                title, _map_figure(points_n2, cells[column].astype(str)), caption, f"Map of cells {title.lower()}: {biggest}."
-            )
+            self.report.figure(title, _map_figure(points_n2, cells[column], names), caption, f"Map of cells {title.lower()}: {biggest}.")
 
     def _folder(self, folder: str, title: str) -> None:
         paths = [path for path in self.run.artifacts if path.startswith(f"{folder}/") and path not in self.used]
@@ -332,16 +334,15 @@ def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]
     return UMAP(n_neighbors=15, min_dist=0.3, init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"
 
 
-def _map_figure(points_n2: np.ndarray, groups_n: pd.Series) -> Figure:
+def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) -> Figure:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    names = groups_n.value_counts().index.tolist()
     if len(names) > _MOST_COLOURS:
         names = names[: _MOST_COLOURS - 1]
     # Strong colours first, the pale ones of the pairs after them.
     colours = colormaps["tab20"]([*range(0, _MOST_COLOURS, 2), *range(1, _MOST_COLOURS, 2)])
-    figure = Figure(figsize=(5.4, 4.6 + 0.22 * ((len(names) + 1) // 2)), layout="constrained")
+    figure = Figure(figsize=(5.4, 4.4 + 0.2 * ((len(names) + 2) // 2)), layout="constrained")
     axes = figure.add_subplot()
     other_n = ~groups_n.isin(names).to_numpy()
     size = float(np.clip(6000 / len(points_n2), 3, 24))
@@ -352,7 +353,7 @@ def _map_figure(points_n2: np.ndarray, groups_n: pd.Series) -> Figure:
         axes.scatter(points_n2[chosen_n, 0], points_n2[chosen_n, 1], s=size, color=colour, linewidths=0, label=name, alpha=0.85)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, markerscale=(36 / size) ** 0.5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False)
     return figure
 
 
