@@ -10,6 +10,7 @@ import json
 import logging
 import numbers
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -269,29 +270,35 @@ def _number(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    from jobs.run_report import run_report
+    from jobs.run_report import OWN_REPORT, run_report
     from jobs.tracking import TrackedRun, logged_run
     from screformer.config import TrackingConfig
 
     parser = argparse.ArgumentParser(prog="python -m jobs.report", description="Make the report of a run: one HTML file to look at.")
-    parser.add_argument("--run", required=True, help="run id or runs:/ID")
+    parser.add_argument("--run", required=True, nargs="+", help="run id or runs:/ID; the artifacts of further runs (explain) are added")
     parser.add_argument("--out", type=Path, metavar="FILE", help=".html or .md (default report-RUN.html, RUN being eight characters)")
     parser.add_argument("--tracking-uri", default="", help="where runs are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        run = logged_run(args.run, TrackingConfig(uri=args.tracking_uri))
+        run, *others = (logged_run(run_id, TrackingConfig(uri=args.tracking_uri)) for run_id in args.run)
         out = args.out or Path(f"report-{run.run_id[:8]}.html")
         if out.suffix not in (".html", ".md"):
             raise ValueError(f"--out {out} must end in .html or .md")
-        report = run_report(run)
-        path = report.write_markdown(out) if out.suffix == ".md" else report.write_html(out)
-        with tempfile.TemporaryDirectory() as scratch:
-            TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(report.write_html(Path(scratch) / "report.html"))
+        if OWN_REPORT in run.artifacts:
+            shutil.copyfile(run.file(f"report{out.suffix}"), out)
+        else:
+            report = run_report(run, *others)
+            if out.suffix == ".md":
+                report.write_markdown(out)
+            else:
+                report.write_html(out)
+            with tempfile.TemporaryDirectory() as scratch:
+                TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(report.write_html(Path(scratch) / "report.html"))
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({"run_id": run.run_id, "report": str(path)}))
+    print(json.dumps({"run_id": run.run_id, "report": str(out)}))
     return 0
 
 

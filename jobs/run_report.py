@@ -1,13 +1,13 @@
 """The report of a run: what was run on what, what came out beside the baselines, and pictures of it.
 
 Everything comes from what the run logged, so a report can be made again at any time. A section appears where its artifacts are found;
-tables and pictures that other jobs log under a folder of `FOLDERS` appear without being known here.
+tables and pictures that jobs log under a folder of `FOLDERS` appear without being known here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,14 @@ if TYPE_CHECKING:
 # Axes: n cells, d model width.
 
 FOLDERS = {
-    "crossval": "Cross-validation",
-    "ablation": "Ablation",
-    "baselines": "Baselines",
     "calibration": "Calibration",
-    "explain": "Genes behind the predictions",
+    "explanations": "Genes behind the predictions",
     "annotated": "Annotated cells",
 }
-"""Artifact folder to section. In it, CSV and Parquet files are tables, PNG and SVG files pictures, and Markdown is text."""
+"""Artifact folder to section. In it, CSV files are tables, PNG and SVG files pictures, and Markdown is text."""
 
+OWN_REPORT = "report.md"
+"""A run that logged this (a cross-validation, an ablation) has made its report itself, with `report.html` beside it."""
 OURS = "scReformer-BERT"
 CELLS, BASELINES, PER_CLASS, CONFUSION = "test/cells.parquet", "test/baselines.csv", "test/per_class.csv", "test/confusion.csv"
 RELIABILITY = "calibration/reliability.csv"
@@ -45,10 +44,15 @@ _MOST_COLOURS = 20
 _FEWEST_FOR_UMAP = 30
 
 
-def run_report(run: LoggedRun) -> Report:
-    """Build the report of a run; see the module."""
+def run_report(run: LoggedRun, *others: LoggedRun) -> Report:
+    """Build the report of a run; see the module.
+
+    Args:
+        run: The run.
+        others: Runs whose folders of artifacts belong into the same report, such as that of `jobs.explain`.
+    """
     builder = _Builder(run)
-    builder.build()
+    builder.build(others)
     return builder.report
 
 
@@ -60,14 +64,15 @@ class _Builder:
         self.report = Report(self._title(), subtitle=self._subtitle())
         self.used = {"config.yaml", "identity.json"}
 
-    def build(self) -> None:
+    def build(self, others: Sequence[LoggedRun]) -> None:
         self._summary()
         self._results()
         self._learning()
         self._confidence()
         self._cells()
-        for folder, title in FOLDERS.items():
-            self._folder(folder, title)
+        for source in (self.run, *others):
+            for folder, title in FOLDERS.items():
+                self._folder(source, folder, title)
         self._what_was_run()
 
     def _title(self) -> str:
@@ -81,7 +86,7 @@ class _Builder:
         return f"Run {self.run.name}, {self.run.status.lower()}, {started}{lasted}"
 
     def _summary(self) -> None:
-        report, split = self.report, self.identity.get("split", {})
+        report, split = self.report, self._split()
         cells, groups = split.get("cells", {}), split.get("groups", {})
         facts = {name: f"{self.run.metrics[f'test/{key}']:.3f}" for key, name in SCORES.items() if f"test/{key}" in self.run.metrics}
         facts = {f"{name} on test cells": value for name, value in facts.items() if name in ("macro-F1", "accuracy")}
@@ -219,9 +224,10 @@ class _Builder:
             biggest = ", ".join(f"{name} {count:,}" for name, count in counts.head(5).items())
             self.report.figure(title, _map_figure(points_n2, cells[column], names), caption, f"Map of cells {title.lower()}: {biggest}.")
 
-    def _folder(self, folder: str, title: str) -> None:
-        paths = [path for path in self.run.artifacts if path.startswith(f"{folder}/") and path not in self.used]
-        shown = [path for path in paths if path.endswith((".csv", ".parquet", ".png", ".svg", ".md"))]
+    def _folder(self, source: LoggedRun, folder: str, title: str) -> None:
+        used = self.used if source is self.run else set()
+        paths = [path for path in source.artifacts if path.startswith(f"{folder}/") and path not in used]
+        shown = [path for path in paths if path.endswith((".csv", ".png", ".svg", ".md"))]
         if not shown:
             return
         report = self.report
@@ -229,17 +235,13 @@ class _Builder:
         for path in sorted(shown, key=lambda path: (not path.endswith(".md"), path.endswith((".png", ".svg")), path)):
             name = path.removeprefix(f"{folder}/").rpartition(".")[0].replace("_", " ").replace("/", ": ")
             if path.endswith(".md"):
-                text = self.run.file(path).read_text(encoding="utf-8")
                 # Its tables and pictures lie beside it as files of their own.
-                lines = [line for line in text.splitlines() if not line.startswith(("|", "#", "!["))]
-                report.text("\n".join(lines))
+                lines = source.file(path).read_text(encoding="utf-8").splitlines()
+                report.text("\n".join(line for line in lines if not line.startswith(("|", "#", "!["))))
             elif path.endswith((".png", ".svg")):
-                report.picture(name, self.run.file(path), "", f"{title}: {name}")
+                report.picture(name, source.file(path), "", f"{title}: {name}")
             else:
-                table = self._table(path)
-                table = table[
-                    [column for column in table if not isinstance(table[column].iloc[0] if len(table) else "", list | np.ndarray)]
-                ]
+                table = pd.read_csv(source.file(path))
                 note = (
                     f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`." if len(table) > _MOST_ROWS else ""
                 )
@@ -247,7 +249,7 @@ class _Builder:
 
     def _what_was_run(self) -> None:
         report, identity = self.report, self.identity
-        query, split, code = (identity.get(key, {}) for key in ("query", "split", "code"))
+        query, split, code = identity.get("query", {}), self._split(), identity.get("code", {})
         atlas = query.get("atlas", {})
         report.section("What was run, on what")
         rows = {"job": self.run.tags.get("job"), "run": self.run.run_id, "tracking store": self.run.store}
@@ -274,6 +276,10 @@ class _Builder:
             report.table("Settings that differ from the defaults", changed)
         if code.get("packages"):
             report.table("Packages", pd.DataFrame(sorted(code["packages"].items()), columns=["package", "version"]))
+
+    def _split(self) -> dict[str, Any]:
+        split = self.identity.get("split")
+        return split if isinstance(split, dict) else {}  # a study names the kind of its folds there
 
     def _has(self, path: str) -> bool:
         return path in self.run.artifacts

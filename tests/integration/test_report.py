@@ -57,7 +57,7 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
     cells.to_parquet(folder / "cells.parquet")
     run.log_file(folder / "cells.parquet", folder="test")
     genes = pd.DataFrame(rng.random((60, 30)), columns=[f"gene{i}" for i in range(30)])
-    run.log_table(genes.assign(type="B cell"), "explain/top_genes.csv")
+    run.log_table(genes.assign(type="B cell"), "explanations/classes.csv")
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,16 @@ def test_a_run_that_logged_little_has_a_report_too(tmp_path: Path, capsys: pytes
     assert "ValueError: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
     assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
     assert "--out report.pdf must end in .html or .md" in capsys.readouterr().err
+
+
+def test_a_run_that_made_its_own_report_keeps_it(tmp_path: Path) -> None:
+    with start_run(ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}), "crossval") as run:
+        for name in ("report.md", "report.html"):
+            (tmp_path / name).write_text(f"its own {name}")
+            run.log_file(tmp_path / name)
+    out = tmp_path / "out.html"
+    assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
+    assert out.read_text() == "its own report.html"
 
 
 def test_settings_that_differ_and_few_cells() -> None:
