@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.fs
 import ray
 import ray.train.torch
@@ -40,12 +41,15 @@ from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_mode
 from screformer.config import ExperimentConfig, Task
 from screformer.linear import logistic_start
 from screformer.model import ScReformer
+from screformer.predictor import Predictor
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
 from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
+SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
+"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have no GPU, computes them."""
 MIN_OVERLAP = 0.5
 """Least share of a given model's expected expression that the query's genes must carry."""
 SAME_AS_START = ("model.dim", "model.depth", "model.heads", "model.attention", "model.ff_mult", "model.pooling")
@@ -128,7 +132,7 @@ class TrainingResult:
     metrics: dict[str, float]
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
-    """Version in the registry; None for pre-training."""
+    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync` has to register it."""
 
 
 def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_array:
@@ -232,7 +236,7 @@ def run_training(
     """
     saved: dict[str, Any] = {}
     if resume is not None:
-        saved = _read_run(resume)
+        saved = read_run(resume)
         config, task, init_from = ExperimentConfig.from_dict(saved["config"]).merge(overrides), saved["task"], saved["init_from"]
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
@@ -242,6 +246,7 @@ def run_training(
     config, attention = _settled(_pinned(config, cells.query), cells, start)
     run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(config, task)
     run_dir = resume or _new_run_dir(config, task, run.run_id)
+    run = run.kept_in(run_dir)
     with run:
         checkpoint = None
         if saved:
@@ -265,7 +270,8 @@ def run_training(
             model_dir = _keep_model(Path(folder) / "model", run_dir)
             version = None
             if task == "finetune":
-                version = tracking.register_model(run, model_dir, config.tracking.model_name)
+                _log_test_cells(run, cells, model_dir)
+                version = run.register(model_dir, config.tracking.model_name)
             else:
                 run.log_file(model_dir)
         run.log_curves()
@@ -365,7 +371,7 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
         init_from = getattr(arguments, "init_from", None)
         if arguments.dry_run:
             if arguments.resume is not None:
-                config = ExperimentConfig.from_dict(_read_run(arguments.resume)["config"]).merge(overrides)
+                config = ExperimentConfig.from_dict(read_run(arguments.resume)["config"]).merge(overrides)
             start = _load_start(config, init_from) if init_from else None
             cells = prepare_cells(config, task, start=start)
             config, attention = _settled(config, cells, start)
@@ -528,14 +534,19 @@ def _write_run(run_dir: str, tree: dict[str, Any]) -> None:
         out.write(json.dumps(tree, indent=2).encode())
 
 
-def _read_run(run_dir: str) -> dict[str, Any]:
+def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
+    """What a run wrote into its folder when it started: `config`, `task`, `init_from`, `query_hash` and `run`.
+
+    Raises:
+        ValueError: No such folder; the message names the command's option.
+    """
     files, path = _filesystem(run_dir)
     try:
         with files.open_input_stream(f"{path}/{RUN_FILE}") as source:
             return json.loads(source.read())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
+            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
         ) from error
 
 
@@ -564,6 +575,35 @@ def _newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
                 return checkpoint
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None
+
+
+def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
+    """Log what the model says of some test cells, with their embeddings, for the pictures of `jobs.report`."""
+    if not len(cells.parts["test"]):
+        return
+    predictor = Predictor.load(model_dir)
+    slots = (
+        min(cells.config.tokens.max_genes, len(cells.vocabulary)) if cells.config.tokens.input_mode == "detected" else len(cells.vocabulary)
+    )
+    found = cells.stream("test").sample_counts(max(1, min(SHOWN_CELLS, SHOWN_TOKENS // slots)), cells.config.train.seed)
+    counts = found.counts_ng
+    said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=found.total_n)
+    position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
+    groups = {name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")}
+    table = pd.DataFrame(
+        {
+            "joinid": found.joinids_n,
+            **groups,
+            "label": np.array(cells.labels["names"], dtype=object)[found.labels_n],
+            "prediction": said.labels,
+            "confidence": said.confidence,
+            "embedding": list(said.embedding_nd),
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "cells.parquet"
+        table.to_parquet(path, index=False)
+        run.log_file(path, folder="test")
 
 
 def _keep_model(source: Path, run_dir: str) -> Path:
