@@ -32,6 +32,7 @@ from scipy import sparse
 
 from cluster.connect import connect
 from data_ingest.dataset import CellStream
+from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import split_cells
 from jobs import tracking
@@ -472,6 +473,7 @@ def _train(
             "task": task,
             "streams": {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)},
             "labels": cells.labels,
+            "lineage": lineage(cells.labels["cl_ids"]).to_json(),
             "class_counts": cells.class_counts_k.tolist(),
             "start": ray.put(start_arrays),
             "meta": {"task": task, **cells.identity(), "code": tracking.code_identity(), "run_id": run.run_id},
