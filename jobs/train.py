@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.fs
 import ray
 import ray.train.torch
@@ -31,6 +32,7 @@ from scipy import sparse
 
 from cluster.connect import connect
 from data_ingest.dataset import CellStream
+from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import split_cells
 from jobs import tracking
@@ -38,12 +40,17 @@ from jobs.worker import train_loop_per_worker
 from screformer.attention import settle_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
 from screformer.config import ExperimentConfig, Task
+from screformer.linear import logistic_start
 from screformer.model import ScReformer
+from screformer.predictor import Predictor
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
+from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
+SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
+"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have no GPU, computes them."""
 MIN_OVERLAP = 0.5
 """Least share of a given model's expected expression that the query's genes must carry."""
 SAME_AS_START = ("model.dim", "model.depth", "model.heads", "model.attention", "model.ff_mult", "model.pooling")
@@ -126,7 +133,7 @@ class TrainingResult:
     metrics: dict[str, float]
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
-    """Version in the registry; None for pre-training."""
+    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync` has to register it."""
 
 
 def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_array:
@@ -150,6 +157,11 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
     """
+    if task == "pretrain" and config.tokens.expression == "binary":
+        raise ValueError(
+            "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the same expression; choose"
+            " another encoding, or fine-tune without pre-training"
+        )
     query = run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
@@ -183,7 +195,18 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
         if not len(parts[part]):
             notes.append(f"no {part} cells")
     if start is None:
-        vocabulary = query.vocabulary()
+        measured_g = query.measured_share(parts["train"]) >= config.query.min_measured
+        if not measured_g.any():
+            raise ValueError(
+                f"no gene was measured for query.min_measured={config.query.min_measured} of the training cells; lower it, or query"
+                " datasets that have genes in common"
+            )
+        if not measured_g.all():
+            notes.append(
+                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, as datasets with more than"
+                f" {1 - config.query.min_measured:.0%} of the training cells did not measure them (query.min_measured)"
+            )
+        vocabulary = query.vocabulary(measured_g)
     else:
         vocabulary = start.vocabulary
         _check_overlap(query, start)
@@ -214,7 +237,7 @@ def run_training(
     """
     saved: dict[str, Any] = {}
     if resume is not None:
-        saved = _read_run(resume)
+        saved = read_run(resume)
         config, task, init_from = ExperimentConfig.from_dict(saved["config"]).merge(overrides), saved["task"], saved["init_from"]
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
@@ -224,6 +247,7 @@ def run_training(
     config, attention = _settled(_pinned(config, cells.query), cells, start)
     run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(config, task)
     run_dir = resume or _new_run_dir(config, task, run.run_id)
+    run = run.kept_in(run_dir)
     with run:
         checkpoint = None
         if saved:
@@ -247,7 +271,8 @@ def run_training(
             model_dir = _keep_model(Path(folder) / "model", run_dir)
             version = None
             if task == "finetune":
-                version = tracking.register_model(run, model_dir, config.tracking.model_name)
+                _log_test_cells(run, cells, model_dir)
+                version = run.register(model_dir, config.tracking.model_name)
             else:
                 run.log_file(model_dir)
         run.log_curves()
@@ -347,7 +372,7 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
         init_from = getattr(arguments, "init_from", None)
         if arguments.dry_run:
             if arguments.resume is not None:
-                config = ExperimentConfig.from_dict(_read_run(arguments.resume)["config"]).merge(overrides)
+                config = ExperimentConfig.from_dict(read_run(arguments.resume)["config"]).merge(overrides)
             start = _load_start(config, init_from) if init_from else None
             cells = prepare_cells(config, task, start=start)
             config, attention = _settled(config, cells, start)
@@ -399,14 +424,30 @@ def _start_arrays(
     if start is not None:
         same_labels = start.labels["names"] == cells.labels["names"]
         weights = {name: tensor.numpy() for name, tensor in start.model.state_dict().items() if same_labels or not name.startswith(HEADS)}
-        return cells, {"weights": weights}
+        return cells, {"weights": weights, **({} if same_labels else _linear_start(cells))}
     sample = cells.sample
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
     vocabulary = GeneVocabulary(cells.vocabulary.feature_ids, cells.vocabulary.feature_names, mean_g)
     arrays = {}
-    if cells.config.model.gene_embedding == "svd":
-        arrays["gene_embeddings"] = svd_gene_embeddings(sample, cells.config.model.dim, cells.config.train.seed)
-    return dataclasses.replace(cells, vocabulary=vocabulary), arrays
+    start_from, seed = cells.config.model.gene_embedding, cells.config.train.seed
+    if start_from in ("svd", "shuffled"):
+        embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
+        shuffles = start_from == "shuffled"
+        arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
+    return dataclasses.replace(cells, vocabulary=vocabulary), {**arrays, **_linear_start(cells)}
+
+
+def _linear_start(cells: TrainingCells) -> dict[str, Any]:
+    """`linear` of `jobs.worker.start_from`, or nothing where none is wanted."""
+    config = cells.config
+    if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
+        return {}
+    found = cells.stream("train").sample_counts(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    values_ng = normalised(found.counts_ng, found.total_n)
+    if config.tokens.expression == "binary":
+        values_ng.data[:] = 1
+    counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
+    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
 
 
 def _train(
@@ -432,6 +473,7 @@ def _train(
             "task": task,
             "streams": {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)},
             "labels": cells.labels,
+            "lineage": lineage(cells.labels["cl_ids"]).to_json(),
             "class_counts": cells.class_counts_k.tolist(),
             "start": ray.put(start_arrays),
             "meta": {"task": task, **cells.identity(), "code": tracking.code_identity(), "run_id": run.run_id},
@@ -494,14 +536,19 @@ def _write_run(run_dir: str, tree: dict[str, Any]) -> None:
         out.write(json.dumps(tree, indent=2).encode())
 
 
-def _read_run(run_dir: str) -> dict[str, Any]:
+def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
+    """What a run wrote into its folder when it started: `config`, `task`, `init_from`, `query_hash` and `run`.
+
+    Raises:
+        ValueError: No such folder; the message names the command's option.
+    """
     files, path = _filesystem(run_dir)
     try:
         with files.open_input_stream(f"{path}/{RUN_FILE}") as source:
             return json.loads(source.read())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
+            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
         ) from error
 
 
@@ -530,6 +577,35 @@ def _newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
                 return checkpoint
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None
+
+
+def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
+    """Log what the model says of some test cells, with their embeddings, for the pictures of `jobs.report`."""
+    if not len(cells.parts["test"]):
+        return
+    predictor = Predictor.load(model_dir)
+    slots = (
+        min(cells.config.tokens.max_genes, len(cells.vocabulary)) if cells.config.tokens.input_mode == "detected" else len(cells.vocabulary)
+    )
+    found = cells.stream("test").sample_counts(max(1, min(SHOWN_CELLS, SHOWN_TOKENS // slots)), cells.config.train.seed)
+    counts = found.counts_ng
+    said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=found.total_n)
+    position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
+    groups = {name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")}
+    table = pd.DataFrame(
+        {
+            "joinid": found.joinids_n,
+            **groups,
+            "label": np.array(cells.labels["names"], dtype=object)[found.labels_n],
+            "prediction": said.labels,
+            "confidence": said.confidence,
+            "embedding": list(said.embedding_nd),
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "cells.parquet"
+        table.to_parquet(path, index=False)
+        run.log_file(path, folder="test")
 
 
 def _keep_model(source: Path, run_dir: str) -> Path:

@@ -52,10 +52,14 @@ class QueryConfig:
     """Such as `feature_id in ['ENSG00000156738']`; empty takes every gene."""
     is_primary_data: bool = True
     """Drop cells that Census marks as copies of cells in another dataset."""
+    min_measured: float = 0.9
+    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes every gene. A gene that is
+    missing in some datasets tells which dataset a cell is from, and so which types to expect: that does not hold elsewhere."""
     file: str = ""
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
+        _require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
         _require(
             not (self.file and (self.obs_filter or self.var_filter)),
             f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or query.file",
@@ -103,9 +107,10 @@ class TokensConfig:
     max_genes: int = 1024
     """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the gene's mean expression
     over the training cells, and the run says how many were cut."""
-    expression: Literal["continuous", "log2_bins", "quantile_bins"] = "continuous"
+    expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = "continuous"
     """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 + counts per 10,000) as in
-    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT."""
+    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT; `binary`: detected or not, a control that leaves
+    pre-training nothing to learn."""
     num_bins: int = 16
     """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
 
@@ -164,17 +169,22 @@ class ModelConfig:
     """Slices of the sequence that pass through the feed-forward layer one after another; more only where memory asks for it."""
     dropout: float = 0.0
     """Dropout after attention and feed-forward."""
-    gene_embedding: Literal["random", "svd"] = "svd"
-    """Start of the gene embeddings: random, or the truncated SVD of the training cells (much better on few cells)."""
+    gene_embedding: Literal["random", "svd", "shuffled", "none"] = "svd"
+    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better on few cells). Two controls:
+    `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
     pooling: Literal["cls", "mean", "attention"] = "attention"
     """How token vectors become a cell vector for the classification head."""
     linear_skip: bool = True
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
+    linear_start_cells: int = 8192
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted for `linear_skip` to start from, so
+    that the network begins as good as that; 0 starts at zero."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name}={value} must be at least 1")
+        _require(self.linear_start_cells >= 0, f"model.linear_start_cells={self.linear_start_cells} must not be negative")
         _require(
             self.dim % self.heads == 0,
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try model.dim={-(-self.dim // self.heads) * self.heads}",

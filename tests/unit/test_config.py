@@ -28,6 +28,7 @@ BASE = ExperimentConfig()
         ("model.dropout=1", r"model.dropout=1.0 must lie in \[0, 1\)"),
         ("model.reversible=1", "model.reversible=1 must be of type bool"),
         ("model.dim.x=1", "model.dim is no mapping, so 'model.dim.x' names nothing"),
+        ("query.min_measured=1.1", r"query.min_measured=1.1 must lie in \[0, 1\]"),
         ("tokens.max_genes=0", "tokens.max_genes=0 must be at least 1"),
         ("tokens.num_bins=1", r"tokens.num_bins=1 must lie in \[2, 1024\]; bin 0 means not detected"),
         ("train.lr=fast", "train.lr='fast' must be a number"),
