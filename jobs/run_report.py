@@ -41,7 +41,8 @@ SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mac
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
 _MOST_ROWS = 40
 _MOST_COLOURS = 20
-_FEWEST_FOR_UMAP = 30
+_FEWEST_FOR_UMAP = 250
+"""Fewer cells have no neighbourhoods worth the 20 s of CPU that UMAP's compilation takes in each process."""
 
 
 def run_report(run: LoggedRun, *others: LoggedRun) -> Report:
@@ -337,7 +338,7 @@ def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]
         return PCA(n_components=2, random_state=seed).fit_transform(embedding_nd), "Principal components"
     from umap import UMAP
 
-    return UMAP(n_neighbors=15, min_dist=0.3, init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"
+    return UMAP(init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"
 
 
 def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) -> Figure:

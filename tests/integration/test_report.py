@@ -163,7 +163,11 @@ def test_it_says_what_the_run_said(page: Path, run: TrackedRun) -> None:
         "s3://atlases/blood",
     ):
         assert said in text
-    assert "the best baseline on the same cells" in text and "UMAP of the model" in text and "platelet &amp; &lt;rare&gt;" in text
+    assert (
+        "the best baseline on the same cells" in text
+        and "Principal components of the model" in text
+        and "platelet &amp; &lt;rare&gt;" in text
+    )
     assert not re.search(r'(src|href)="https?:', text)
     logged = Path(MlflowClient(run.tracking_uri).download_artifacts(run.run_id, "report.html"))
     assert logged.read_text() == text
@@ -198,6 +202,11 @@ def test_settings_that_differ_and_few_cells() -> None:
     assert changed.to_numpy().tolist() == [["model.n_hashes", "8", str(ExperimentConfig().model.n_hashes)]]
     points, how = layout(np.random.default_rng(0).normal(size=(12, 4)))
     assert (points.shape, how) == ((12, 2), "Principal components")
+    groups = np.repeat([0, 1], 150)
+    points, how = layout((np.random.default_rng(0).normal(size=(300, 8)) + 20 * groups[:, None]).astype(np.float32))
+    assert (points.shape, how) == ((300, 2), "UMAP")
+    centres = np.stack([points[groups == group].mean(axis=0) for group in (0, 1)])
+    assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), "groups lie apart"
     cells = pd.DataFrame({"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]})
     assert reliability_bins(cells).to_numpy().tolist() == [[0.525, 0.5, 2.0], [0.975, 1.0, 2.0]]
 
