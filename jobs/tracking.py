@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+import data_ingest
 import screformer
 from jobs.outbox import Entry, outbox
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -51,7 +52,8 @@ _PATIENCE_S = 2.0
 _WEIGHTS = "weights.safetensors"
 _MODEL_FOLDER = "model"
 _PACKAGES = ("torch", "deepspeed", "ray", "tiledbsoma", "cellxgene-census", "mlflow", "numpy", "scipy", "pandas", "pyarrow", "safetensors")
-_LOADING_PACKAGES = ("mlflow", "torch", "numpy", "scipy", "pandas", "safetensors", "pyyaml")
+_LOADING_PACKAGES = ("mlflow", "torch", "numpy", "scipy", "pandas", "safetensors", "pyyaml", "anndata", "h5py")
+_DESCRIPTION_CHARACTERS = 5000  # the most that MLflow's database keeps
 
 
 def code_identity() -> dict[str, Any]:
@@ -393,8 +395,9 @@ def logged_run(run_id: str, tracking: TrackingConfig | None = None) -> LoggedRun
 def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: str = CANDIDATE) -> int:
     """Register a fine-tuned model directory as the next version of a model, and give it an alias.
 
-    The version is an MLflow `pyfunc` from code: the file `jobs/registry.py`, a copy of the `screformer` package and the model
-    directory itself, so that it loads in a process that has neither this repository nor Ray. It holds no pickle.
+    The version is an MLflow `pyfunc` from code: the file `jobs/registry.py`, copies of the `screformer` package and of the reader of .h5ad
+    files, the model directory itself and a model card, which is also the version's description. It loads in a process that has neither
+    this repository nor Ray, and holds no pickle.
 
     Args:
         run: The run that made the model.
@@ -415,9 +418,11 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
     from mlflow.pyfunc import save_model
 
     from jobs import registry
+    from jobs.model_card import model_card
 
     model_dir = _model_directory(Path(model_dir), str(model_dir))
     signature, example = registry.signature_and_example(model_dir)
+    card = model_card(model_dir, name=name, run_id=run.run_id)
     experiment_id = client.get_run(run.run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name=_MODEL_FOLDER, source_run_id=run.run_id, model_type="cell-type-classifier")
     with tempfile.TemporaryDirectory() as scratch:
@@ -426,17 +431,22 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
         shutil.copytree(model_dir, source)
         package = Path(scratch) / "source" / "screformer"
         shutil.copytree(Path(screformer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        reader = Path(scratch) / "source" / "data_ingest"
+        reader.mkdir()
+        for module in ("__init__.py", "h5ad.py"):
+            shutil.copyfile(Path(data_ingest.__file__).parent / module, reader / module)
         target = Path(scratch) / "pyfunc"
         save_model(
             str(target),
             python_model=registry.__file__,
             artifacts={_MODEL_FOLDER: str(source)},
-            code_paths=[str(package)],
+            code_paths=[str(package), str(reader)],
             pip_requirements=[f"{package_name}=={_version(package_name).partition('+')[0]}" for package_name in _LOADING_PACKAGES],
             signature=signature,
             input_example=example,
             mlflow_model=Model(run_id=run.run_id, model_id=logged.model_id),
         )
+        (target / "MODEL_CARD.md").write_text(card)
         client.log_model_artifacts(logged.model_id, str(target))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -447,7 +457,10 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
             raise
     # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a server takes nothing else.
     source_uri = f"models:/{logged.model_id}" if run.tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(name, source_uri, run.run_id, model_id=logged.model_id)
+    short = card
+    if len(card) > _DESCRIPTION_CHARACTERS:
+        short = f"{card[: _DESCRIPTION_CHARACTERS - 60]}\n\n... more in MODEL_CARD.md\n"
+    version = client.create_model_version(name, source_uri, run.run_id, model_id=logged.model_id, description=short)
     if alias:
         client.set_registered_model_alias(name, alias, version.version)
     logger.info("registered %s version %s%s", name, version.version, f" as {alias}" if alias else "")

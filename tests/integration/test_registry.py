@@ -14,9 +14,7 @@ from tiny_model import tiny_vocabulary, write_tiny_model
 
 from jobs.tracking import TrackedRun, pinned_model, register_model, resolve_model, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
-from screformer.predictor import Predictor
-
-COLUMNS = ["predicted_labels", "conf_score", "cell_type_ontology_term_id"]
+from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +57,12 @@ def test_a_version_holds_code_weights_and_no_pickle(registered: TrackedRun, stor
     root = directory.parents[1]
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))]
-    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt"} <= files
+    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt", "MODEL_CARD.md"} <= files
     requirements = (root / "requirements.txt").read_text()
     assert "torch==" in requirements and "+cpu" not in requirements and "ray" not in requirements
     info = mlflow.models.Model.load(str(root))
-    assert info.signature.outputs.input_names() == COLUMNS
-    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap"}
+    assert info.signature.outputs.input_names() == list(ANSWER_COLUMNS)
+    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap", "layer"}
     version = MlflowClient(store.uri).get_model_version("blood", "1")
     assert version.run_id == registered.run_id
 
@@ -97,7 +95,7 @@ def test_the_next_version_takes_the_alias(registered: TrackedRun, store: Trackin
 
 def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, model_dir: Path) -> None:
     found = pyfunc.predict(cells)
-    assert found.columns.tolist() == COLUMNS and found.index.tolist() == cells.index.tolist()
+    assert found.columns.tolist() == list(ANSWER_COLUMNS) and found.index.tolist() == cells.index.tolist()
     predictor = Predictor.load(model_dir, device="cpu")
     match = predictor.match_genes(cells.columns.tolist())
     assert (match.num_by_id, match.num_by_name) == (30, 10)
