@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from jobs.figures import reliability_figure
 from jobs.report import Report
 from jobs.tracking import LoggedRun, confusion_figure, curve_figure
 from screformer.config import ExperimentConfig
@@ -183,18 +184,17 @@ class _Builder:
         self.report.section("How far to trust a score")
         if self._has(RELIABILITY):
             table = self._table(RELIABILITY)
-            curves = {f"{part}, {state} calibration": rows for (part, state), rows in table.groupby(["part", "calibration"], sort=False)}
-            self.used.add("calibration/reliability.png")
         else:
-            curves = {"test cells": reliability_bins(self._table(CELLS))}
+            table = reliability_bins(self._table(CELLS)).assign(part="test", calibration="without")
+        self.used.add("calibration/reliability.png")
         errors = {
-            name: float((rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum())
-            for name, rows in curves.items()
+            f"{part} cells {state} calibration": (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum()
+            for (part, state), rows in table.groupby(["part", "calibration"], sort=False)
         }
-        said = "; ".join(f"{name}: {error:.3f}" for name, error in errors.items())
+        said = "; ".join(f"{name} {error:.3f}" for name, error in errors.items())
         self.report.figure(
             "Reliability",
-            _reliability_figure(curves),
+            reliability_figure(table),
             "Cells in bins of their score: on the dashed line 90 of 100 cells with score 0.9 are right; below it the model is too sure of"
             f" itself. Expected calibration error: {said}.",
             f"Share of right predictions by score. Expected calibration error: {said}.",
@@ -212,10 +212,14 @@ class _Builder:
             f"{how} of the model's embeddings of {len(cells):,} test cells. Cells that the model sees as alike lie together; distances"
             " between far groups mean little."
         )
-        wrong = float((cells["label"] != cells["prediction"]).mean())
+        wrong, unsure = float((cells["label"] != cells["prediction"]).mean()), float((cells["said"] != cells["prediction"]).mean())
         for column, title, caption in (
             ("label", "By true type", "Each point is a cell."),
-            ("prediction", "By prediction", f"The same cells; for {wrong:.1%} of them the prediction is not the true type."),
+            (
+                "prediction",
+                "By prediction",
+                f"The same cells by best label, which is wrong for {wrong:.1%}; of {unsure:.1%} the model says less: unknown, or a broader term.",
+            ),
             ("donor_id", "By donor", "Donors that stay apart within a type would be a batch effect."),
         ):
             counts = cells[column].value_counts()
@@ -361,20 +365,6 @@ def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) ->
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
     figure.legend(loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False)
-    return figure
-
-
-def _reliability_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-    for name, rows in curves.items():
-        axes.plot(rows["confidence"], rows["accuracy"], marker="o", markersize=4, label=name)
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="score", ylabel="share that is right")
-    axes.legend(loc="upper left", fontsize=8)
-    axes.grid(alpha=0.3)
     return figure
 
 

@@ -53,6 +53,7 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
     run.log_table(pd.DataFrame({"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}), "test/baselines.csv")
     cells = pd.DataFrame({"joinid": np.arange(120), "dataset_id": "set", "donor_id": rng.choice(["d4", "d5"], 120)})
     cells = cells.assign(label=np.array(TYPES)[labels], prediction=np.array(TYPES)[predictions], confidence=rng.uniform(0.6, 1, 120))
+    cells["said"] = cells["prediction"].where(cells["confidence"] > 0.65, "unknown")
     cells["embedding"] = list((np.eye(5, 8)[labels] * 4 + rng.normal(size=(120, 8))).astype(np.float32))
     cells.to_parquet(folder / "cells.parquet")
     run.log_file(folder / "cells.parquet", folder="test")
