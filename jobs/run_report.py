@@ -218,7 +218,7 @@ class _Builder:
             (
                 "prediction",
                 "By prediction",
-                f"The same cells by best label, which is wrong for {wrong:.1%}; of {unsure:.1%} the model says less: unknown, or a broader term.",
+                f"The same cells by best label, wrong for {wrong:.1%}; of {unsure:.1%} the model says less: unknown, or a broader term.",
             ),
             ("donor_id", "By donor", "Donors that stay apart within a type would be a batch effect."),
         ):
