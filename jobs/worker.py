@@ -155,13 +155,16 @@ def start_from(model: ScReformer, start: dict[str, Any]) -> None:
 
     Args:
         model: The network.
-        start: `gene_embeddings` (g, d), or `weights` by name, which may leave out some; empty leaves the random start.
+        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k) and bias (k,) of a
+            linear classifier. Each may be missing; without any the random start is left.
     """
     if "gene_embeddings" in start:
         model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))
     if "weights" in start:
         state = model.state_dict()
         model.load_state_dict({**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}})
+    if "linear" in start:
+        model.set_linear_start(*(torch.from_numpy(np.array(array)) for array in start["linear"]))
 
 
 def _parts(streams: dict[str, CellStream], config: ExperimentConfig, rank: int, world_size: int) -> Parts:

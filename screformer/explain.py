@@ -37,8 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, hash_buckets, lsh_attention, sort_tokens
-from screformer.model import ScReformer
+from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, hash_buckets, lsh_attention, random_buckets, sort_tokens
+from screformer.model import LINEAR_SCALE, ScReformer
 from screformer.predictor import HASH_SEED, Predictor
 from screformer.reversible import AttentionSublayer, Block, _mix_seed
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
@@ -83,7 +83,7 @@ class Explainer:
     """Attributes logits of a model to genes, against a fixed background.
 
     Args:
-        predictor: The model. Its attention may be lsh, full or none.
+        predictor: The model. Its attention may be any but local.
         background: Cells to compare with.
         num_nodes: Points of each path.
         hash_seed: Seeds the LSH hashes; other values than the default only show how much the hashes matter.
@@ -96,7 +96,7 @@ class Explainer:
         if not background:
             raise ValueError("the background has no cells; give at least one")
         if predictor.config.model.attention == "local":
-            raise ValueError("a model with model.attention='local' cannot be explained; use lsh, full or none")
+            raise ValueError("a model with model.attention='local' cannot be explained; any other attention can")
         self._model, self._device, self._hash_seed = predictor.model, predictor.device, hash_seed
         self._background = list(background)
         nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
@@ -225,7 +225,7 @@ def _forward(
     logits_rk = model.classification_head(embedding_rd)
     if model.linear_skip is not None:
         # As the network's, but embedding_bag gives no gradient for weights per sample beside a frozen table on every device.
-        scaled_rl = F.normalize(values_rl, dim=1) * model.linear_skip.SCALE
+        scaled_rl = F.normalize(values_rl, dim=1) * LINEAR_SCALE
         logits_rk = logits_rk + torch.einsum("rl,rlk->rk", scaled_rl, F.embedding(ids_rl, model.linear_skip.weight.weight))
     return logits_rk
 
@@ -241,7 +241,10 @@ def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl
         qk, v = (part(x).unflatten(-1, (layer.heads, -1)) for part in (layer.toqk, layer.tov))
         with torch.no_grad():
             lengths = real_rl.sum(1).tolist()
-            bucket = hash_buckets(qk, lengths, bucket_size=layer.bucket_size, n_hashes=layer.n_hashes, seed=seed)
+            if layer.random:
+                bucket = random_buckets(qk, n_hashes=layer.n_hashes, seed=seed)
+            else:
+                bucket = hash_buckets(qk, lengths, bucket_size=layer.bucket_size, n_hashes=layer.n_hashes, seed=seed)
             tokens = sort_tokens(bucket, lengths)
         gate = gate_rl[..., None, None].expand_as(v).contiguous()
         above, below = (lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate))

@@ -1,11 +1,6 @@
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import MlflowServer
 from tiny_model import tiny_vocabulary, write_tiny_model
 
 from jobs.tracking import TrackedRun, pinned_model, register_model, resolve_model, start_run
@@ -163,29 +159,12 @@ def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_pa
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback: SQLite behind it, artifacts through it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "served")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a queue for evaluations, with workers of its own
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
+    running = MlflowServer(tmp_path)
     try:
-        deadline = time.monotonic() + 240  # ten seconds of work, on a machine that may be busy
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.25)
-        yield uri
+        running.start()
+        yield running.uri
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        running.stop()
 
 
 def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path) -> None:

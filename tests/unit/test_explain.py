@@ -6,6 +6,7 @@ import torch
 from tiny_model import write_tiny_model
 
 from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
+from screformer.model import LINEAR_SCALE
 from screformer.predictor import Predictor
 
 
@@ -62,7 +63,7 @@ class _OfEmbeddings(torch.nn.Module):
         ids_nl = self.token_ids.expand(len(x_nld), -1)
         embedding = self.model.pooling(self.model.encoder(x_nld, ids_nl > 0, hash_seed=0), ids_nl > 0)
         assert self.model.classification_head is not None and self.model.linear_skip is not None
-        scaled = torch.nn.functional.normalize(values_nl, dim=1) * self.model.linear_skip.SCALE
+        scaled = torch.nn.functional.normalize(values_nl, dim=1) * LINEAR_SCALE
         return self.model.classification_head(embedding) + scaled @ self.model.linear_skip.weight.weight[self.token_ids[0]]
 
 
