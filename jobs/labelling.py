@@ -69,10 +69,11 @@ def label_cells(
     if (folder / _PLAN).exists() and (folder / _PLAN).read_text() != text:
         raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
     (folder / _PLAN).write_text(text)
-    starts = [start for start in range(0, source.num_cells, CELLS_PER_SHARD) if not (folder / f"{start:012d}.parquet").exists()]
-    missing = sum(min(CELLS_PER_SHARD, source.num_cells - start) for start in starts)
+    ends = [(start, min(start + CELLS_PER_SHARD, source.num_cells)) for start in range(0, source.num_cells, CELLS_PER_SHARD)]
+    shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
+    missing = sum(stop - start for start, stop in shards)
     with tqdm(total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None) as progress:
-        for num_cells in _label_all(predictor, model_dir, source, folder, starts, probabilities=probabilities, embedding=embedding):
+        for num_cells in _label_all(predictor, model_dir, source, folder, shards, probabilities=probabilities, embedding=embedding):
             progress.update(num_cells)
     return _summary(predictor, folder)
 
@@ -107,16 +108,23 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
 
 
 def _label_all(
-    predictor: Predictor, model_dir: Path, source: CellSource, folder: Path, starts: list[int], *, probabilities: bool, embedding: bool
+    predictor: Predictor,
+    model_dir: Path,
+    source: CellSource,
+    folder: Path,
+    shards: list[tuple[int, int]],
+    *,
+    probabilities: bool,
+    embedding: bool,
 ) -> Iterator[int]:
     if source.num_cells < CELLS_FOR_RAY:
-        for start in starts:
-            yield _label_shard(predictor, source, folder, start, probabilities=probabilities, embedding=embedding)
+        for shard in shards:
+            yield _label_shard(predictor, source, folder, shard, probabilities=probabilities, embedding=embedding)
         return
     connect()
     shared = ray.put((str(model_dir), source, str(folder), probabilities, embedding))
     remote, at_once = ray.remote(num_cpus=1)(_label_task), max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = list(starts)
+    waiting = list(shards)
     running: list[ray.ObjectRef] = []
     while waiting or running:
         while waiting and len(running) < at_once:
@@ -128,15 +136,17 @@ def _label_all(
 _LOADED: dict[str, Predictor] = {}
 
 
-def _label_task(shared: tuple[str, CellSource, str, bool, bool], start: int) -> int:
+def _label_task(shared: tuple[str, CellSource, str, bool, bool], shard: tuple[int, int]) -> int:
     model_dir, source, folder, probabilities, embedding = shared
     if model_dir not in _LOADED:
         _LOADED[model_dir] = Predictor.load(model_dir)
-    return _label_shard(_LOADED[model_dir], source, Path(folder), start, probabilities=probabilities, embedding=embedding)
+    return _label_shard(_LOADED[model_dir], source, Path(folder), shard, probabilities=probabilities, embedding=embedding)
 
 
-def _label_shard(predictor: Predictor, source: CellSource, folder: Path, start: int, *, probabilities: bool, embedding: bool) -> int:
-    cells = np.arange(start, min(start + CELLS_PER_SHARD, source.num_cells))
+def _label_shard(
+    predictor: Predictor, source: CellSource, folder: Path, shard: tuple[int, int], *, probabilities: bool, embedding: bool
+) -> int:
+    cells = np.arange(*shard)
     flat = source.read(cells)
     found = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts)
     parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table()]
@@ -144,11 +154,15 @@ def _label_shard(predictor: Predictor, source: CellSource, folder: Path, start: 
         parts.append(pd.DataFrame(found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]))
     if embedding:
         parts.append(pd.DataFrame(found.embedding_nd, columns=[f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]))
-    path = folder / f"{start:012d}.parquet"
+    path = _path(folder, shard[0])
     scratch = path.with_name(f"_{path.name}.part")
     pd.concat(parts, axis=1).to_parquet(scratch, index=False)
     os.replace(scratch, path)
     return len(cells)
+
+
+def _path(folder: Path, start: int) -> Path:
+    return folder / f"{start:012d}.parquet"
 
 
 def _files(folder: Path) -> list[Path]:
