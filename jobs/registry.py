@@ -36,7 +36,8 @@ class CellTypeModel(PythonModel):
         """Read the model directory that was registered as the artifact `model`."""
         self.predictor = Predictor.load(context.artifacts["model"])
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    # No type hint for the input: MLflow would take one for a schema.
+    def predict(self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None) -> pd.DataFrame:  # type: ignore[no-untyped-def]
         """Label cells.
 
         Args:
