@@ -181,6 +181,8 @@ class CellStream:
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
+        # A read task bounds its memory itself, and half a CPU each bounds their number: no warning every 30 s that it asks for none.
+        context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store_bytes)
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

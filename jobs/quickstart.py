@@ -20,6 +20,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import ray
 import tiledbsoma
 import torch
@@ -32,6 +33,8 @@ from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from jobs.annotate import annotate
 from jobs.cli import split_overrides
+from jobs.run_report import BASELINES, OURS, SCORES, run_report
+from jobs.tracking import TrackedRun, logged_run, tracking_uri
 from jobs.train import TrainingCells, normalised, prepare_cells, run_training
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
@@ -227,9 +230,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         target = out / f"{source.stem}.annotated.h5ad"
         annotation = annotate(Predictor.load(tuned.model_dir), source, target, model=model, overwrite=True)
         print("\n".join(f"             {line}" for line in str(annotation).splitlines()))
+        run = TrackedRun(tracking_uri=tracking_uri(config.tracking), run_id=tuned.run_id)
+        run.log_table(annotation.table, f"annotated/{source.stem}.csv")
+        run.log_table(_scores(cells, tuned.metrics, baseline).iloc[1:], BASELINES)
         agreement = _agreement(source, target, args.labels)
         says = f"; {agreement[0]:.1%} of {agreement[1]:,} agree with the file's own labels" if agreement else ""
         clock.say("annotate", f"{annotation.num_cells:,} cells of {source.name}{says}")
+        page = run_report(logged_run(tuned.run_id, config.tracking)).write_html(out / "report.html")
+        run.log_file(page)
+        clock.say("report", str(page))
     finally:
         ray.shutdown()
 
@@ -251,24 +260,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _table(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> str:
+def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> pd.DataFrame:
+    """Test scores of the model, the logistic regression and the most frequent type: a row each with `model` and the names of `SCORES`."""
     majority = LabelCounts(len(cells.labels["names"]))
     truth = torch.from_numpy(cells.codes_n[cells.parts["test"]])
     majority.add(truth, torch.full_like(truth, int(cells.class_counts_k.argmax())))
-    rows = [
-        ("scReformer-BERT", metrics["test/accuracy"], metrics["test/macro_f1"]),
-        ("logistic regression", baseline.test.accuracy, baseline.test.macro_f1),
-        ("most frequent type", majority.accuracy, majority.macro_f1),
-    ]
+    rows = [{"model": OURS} | {score: metrics[f"test/{score}"] for score in SCORES}]
+    for name, counts in (("logistic regression", baseline.test), ("most frequent type", majority)):
+        rows.append({"model": name} | {score: getattr(counts, score) for score in SCORES})
+    return pd.DataFrame(rows)
+
+
+def _table(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> str:
     donors = ", ".join(cells.groups("test"))
-    lines = ["", f"{len(truth):,} cells of held-out donors ({donors})", f"{'':<22}accuracy  macro-F1"]
-    return "\n".join(lines + [f"{name:<22}{accuracy:8.3f}{macro_f1:10.3f}" for name, accuracy, macro_f1 in rows])
+    lines = ["", f"{len(cells.parts['test']):,} cells of held-out donors ({donors})", f"{'':<22}accuracy  macro-F1"]
+    scores = _scores(cells, metrics, baseline)
+    return "\n".join(lines + [f"{row.model:<22}{row.accuracy:8.3f}{row.macro_f1:10.3f}" for row in scores.itertuples()])
 
 
 def _where_to_look(out: Path, model_name: str) -> str:
-    path = out / "mlflow.db"
-    store = f"sqlite:///{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}"
+    def short(path: Path) -> Path:
+        return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+    store = f"sqlite:///{short(out / 'mlflow.db')}"
     return f"""
+the report, for any browser:                {short(out / "report.html")}
 runs, curves, per-type scores, confusion:   mlflow ui --backend-store-uri {store}
 label your own cells:                       screformer annotate --tracking-uri {store} --model models:/{model_name}@candidate \\
                                                 --h5ad YOURS.h5ad --out labelled.h5ad

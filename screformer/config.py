@@ -118,6 +118,10 @@ class TokensConfig:
         _require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
         _require(2 <= self.num_bins <= 1024, f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected")
 
+    def most_slots(self, num_genes: int) -> int:
+        """Token slots of the longest possible cell, the [CLS] included, with a vocabulary of `num_genes`."""
+        return 1 + (num_genes if self.input_mode == "all" else min(self.max_genes, num_genes))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
@@ -150,12 +154,13 @@ class ModelConfig:
     """Reformer blocks, each attention and feed-forward."""
     heads: int = 4
     """Attention heads; the head width is dim / heads."""
-    attention: Literal["lsh", "full", "local", "none"] = "lsh"
-    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `local`: neighbouring tokens only; `none`: a control without attention."""
+    attention: Literal["auto", "lsh", "full", "local", "random", "none"] = "auto"
+    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the longest cell, settled when a run
+    starts; `local`: neighbouring tokens only; and two controls, `random`: lsh with random buckets, `none`: without attention."""
     n_hashes: int = 4
-    """LSH hash rounds."""
+    """Hash rounds of `lsh` and `random`."""
     bucket_size: int = 64
-    """Tokens per LSH bucket (and per local window)."""
+    """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
     reversible: bool = True
     """Recompute activations in the backward pass, so that memory does not grow with depth."""
     ff_mult: int = 4

@@ -24,7 +24,7 @@ BASE = ExperimentConfig()
         ("model.dim=true", "model.dim=True must be of type int"),
         ("model.dim=130", "model.dim=130 is not a multiple of model.heads=4; try model.dim=132"),
         ("model.depth=0", "model.depth=0 must be at least 1"),
-        ("model.attention=flash", "model.attention='flash' must be one of lsh, full, local, none"),
+        ("model.attention=flash", "model.attention='flash' must be one of auto, lsh, full, local, random, none"),
         ("model.dropout=1", r"model.dropout=1.0 must lie in \[0, 1\)"),
         ("model.reversible=1", "model.reversible=1 must be of type bool"),
         ("model.dim.x=1", "model.dim is no mapping, so 'model.dim.x' names nothing"),

@@ -15,7 +15,7 @@ from screformer.tokenizer import NUM_SPECIAL, CellTokenizer, GeneVocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_GENES, NUM_CLASSES = 60, 5
-TINY = {"dim": 16, "depth": 2, "heads": 2, "n_hashes": 2, "bucket_size": 4}
+TINY = {"dim": 16, "depth": 2, "heads": 2, "attention": "lsh", "n_hashes": 2, "bucket_size": 4}
 VOCABULARY = GeneVocabulary(
     tuple(f"ENSG{index:03}" for index in range(NUM_GENES)),
     tuple(f"G{index}" for index in range(NUM_GENES)),
@@ -56,7 +56,7 @@ def padded(batch: dict[str, torch.Tensor], extra: int) -> dict[str, torch.Tensor
     return {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("attention", ["lsh", "full", "local", "none"])
+@pytest.mark.parametrize("attention", ["lsh", "full", "local", "random", "none"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])
 def test_padding_and_neighbours_change_rounding_only(attention: str, pooling: str) -> None:
     counts = counts_of_cells(7)
@@ -71,7 +71,7 @@ def test_padding_and_neighbours_change_rounding_only(attention: str, pooling: st
             torch.testing.assert_close(alone.embedding_nd[0], together.embedding_nd[row])
 
 
-@pytest.mark.parametrize("attention", ["lsh", "full", "local", "none"])
+@pytest.mark.parametrize("attention", ["lsh", "full", "local", "random", "none"])
 def test_rows_of_padding_are_finite_and_change_nothing(attention: str) -> None:
     batch = batch_of(counts_of_cells(3))
     empty = {name: torch.cat([tensor, torch.zeros_like(tensor[:2])]) for name, tensor in batch.items()}
