@@ -150,10 +150,10 @@ class TrackedRun:
         left = len(outbox(self.outbox).names()) if self.outbox else 0
         if left:
             logger.warning(
-                "%s is away: %d entries of run %s are kept in %s; when it is back, `%s` sends them",
-                self.tracking_uri,
+                "%d entries of run %s did not reach %s and are kept in %s; when it is back, `%s` sends them",
                 left,
                 self.run_id,
+                self.tracking_uri,
                 self.outbox,
                 self._sync_command,
             )

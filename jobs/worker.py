@@ -55,7 +55,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
 
     model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
     start_from(model, ray.get(loop_config["start"]))
-    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder)
+    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
     engine = build_engine(config, model, world_size)
 
     # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole names one itself.

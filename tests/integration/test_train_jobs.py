@@ -136,6 +136,21 @@ def test_bad_input_is_said_in_one_line(settings: list[str], words: list[str], me
     assert message in capsys.readouterr().err
 
 
+def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
+    pretrained: tuple[dict[str, Any], str, Path], settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "attention: lsh\n" in pretrained[1], "what the recipe says stays, and is said"
+    auto = [*settings, "model.attention=auto", "--dry-run"]
+    assert main("pretrain", "", auto) == 0
+    printed = capsys.readouterr().out
+    assert "attention: full\n" in printed, "the configuration holds what was taken, not auto"
+    assert "attention: full (auto: cells have up to 65 tokens" in printed and "model.n_hashes=2 and model.bucket_size=16 without" in printed
+    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *auto]) == 0
+    assert capsys.readouterr().out.endswith("attention: lsh\n"), "the start model's weights fit no other"
+    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, "model.attention=full", "--dry-run"]) == 1
+    assert "model.attention='full', but the model" in capsys.readouterr().err
+
+
 def test_another_architecture_than_the_start_model_is_refused(
     pretrained: tuple[dict[str, Any], str, Path], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
