@@ -18,7 +18,7 @@ from scipy import sparse
 from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import read_cells
 from data_ingest.h5ad import H5adFile, check_counts
-from data_ingest.query import CellQuery, QueryResult
+from data_ingest.query import MAJOR, CellQuery, QueryResult
 from screformer.predictor import GeneMatch, Predictor
 from screformer.tokenizer import GeneVocabulary
 
@@ -200,7 +200,9 @@ def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_ove
         ValueError: No such atlas, a filter that it does not understand, no cells, or too few genes.
     """
     locator = AtlasLocator(uri).pinned()
-    result = CellQuery(obs_filter=obs_filter).run(locator, predictor.label_column or "cell_type")
+    with locator.open() as experiment:
+        has_labels = predictor.label_column == MAJOR or predictor.label_column in experiment.obs.schema.names
+    result = CellQuery(obs_filter=obs_filter).run(locator, predictor.label_column if has_labels else "cell_type")
     return AtlasCells.open(predictor, result, min_gene_overlap=min_gene_overlap)
 
 

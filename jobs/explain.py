@@ -336,9 +336,7 @@ def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, An
     """
     rng = np.random.default_rng(0)
     explainer = Explainer(predictor, [CellTokens(token_ids=np.array([CLS]), values=np.zeros(1, np.float32), bin_ids=np.zeros(1, int))])
-    cells = pd.concat([table[table["class"] == table["predicted"]] for table in _shards(out)], ignore_index=True)
-    cells = cells.iloc[np.linspace(0, len(cells) - 1, min(_CHECKED_CELLS, len(cells))).astype(int)].drop_duplicates("position")
-    cells = cells.sort_values("position")
+    cells = _some_rows(out)
     curves: dict[str, list[np.ndarray]] = {"deletion": [], "deletion, random": [], "insertion": [], "insertion, random": []}
     for (_, row), tokens in zip(cells.iterrows(), _tokens(predictor, source, cells["position"].to_numpy()), strict=True):
         code, own = predictor.label_names.tolist().index(row["class"]), tokens.token_ids[1:] - NUM_SPECIAL
@@ -354,6 +352,18 @@ def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, An
     frame.to_csv(out / "curves.csv")
     curve_figure(frame).savefig(out / "curves.png", dpi=120)
     return {name: float(np.trapezoid(values, _FRACTIONS)) for name, values in means.items()}
+
+
+def _some_rows(out: Path) -> pd.DataFrame:
+    """Evenly chosen rows of cells with their predicted class; of the others only the positions are ever in memory."""
+    positions = []
+    for path in sorted((out / _SHARDS).glob("*.parquet")):
+        table = pd.read_parquet(path, columns=["position", "class", "predicted"])
+        positions.append(table["position"][table["class"] == table["predicted"]].to_numpy())
+    every = np.concatenate(positions)
+    wanted = set(every[np.unique(np.linspace(0, len(every) - 1, _CHECKED_CELLS).astype(int))].tolist())
+    kept = [table[(table["class"] == table["predicted"]) & table["position"].isin(wanted)] for table in _shards(out)]
+    return pd.concat(kept, ignore_index=True).sort_values("position")
 
 
 def _sanity(predictor: Predictor, source: CellSource, out: Path, background: list[CellTokens], num_nodes: int) -> dict[str, float]:

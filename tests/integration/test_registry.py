@@ -208,7 +208,9 @@ def test_served_annotated_and_loaded_answers_are_the_same(
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blood@champion", "--env-manager", "local"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with (tmp_path / "serve.log").open("w") as log:
-        environment = os.environ | {"MLFLOW_TRACKING_URI": registered.tracking_uri}
+        # The command starts uvicorn by its name, which an activated environment has on the PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"MLFLOW_TRACKING_URI": registered.tracking_uri, "PATH": path}
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
     try:
         _wait(f"http://127.0.0.1:{port}/ping", process, tmp_path / "serve.log")
