@@ -164,6 +164,11 @@ def cell_term_name(cl_id: str) -> str:
     return str(_ontology()[cl_id]["label"])
 
 
+def is_at_or_below(cl_id: str, general: str) -> bool:
+    """Whether a term is another one or a more special one than it."""
+    return cl_id == general or (is_cell_term(cl_id) and general in _ancestors(cl_id))
+
+
 def _ancestors(cl_id: str) -> frozenset[str]:
     entry = _ontology()[cl_id]
     if entry.get("deprecated"):

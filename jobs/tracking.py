@@ -191,7 +191,13 @@ class TrackedRun:
         table = pd.DataFrame(counts_kk, columns=list(names))
         table.insert(0, "true_label", list(names))
         self.log_table(table, f"{folder}/confusion.csv")
-        self._log_figure(_confusion_figure(np.asarray(counts_kk), names), f"{folder}/confusion.png")
+        self._log_figure(confusion_figure(np.asarray(counts_kk), names), f"{folder}/confusion.png")
+
+    def history(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Values of metrics in the order of their steps; metrics that were never logged are left out."""
+        client = self._client
+        found = {name: sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, name)) for name in names}
+        return {name: [value for _, value in points] for name, points in found.items() if points}
 
     def log_curves(self) -> None:
         """Log pictures of all metrics that have more than one step; those that differ only before the `/` share one picture."""
@@ -339,6 +345,27 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     return _model_directory(Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri)
 
 
+def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
+    """Fetch an artifact of a run; a downloaded one lasts until this process ends.
+
+    Raises:
+        ValueError: No such run or artifact.
+        ConnectionError: The tracking server does not answer.
+    """
+    store = tracking_uri(tracking)
+    _probe(store)
+    _client(store)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    target = tempfile.mkdtemp(prefix="screformer-artifact-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    try:
+        return Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=target, tracking_uri=store))
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"run {run_id!r} in {store} has no artifact {name}: {error}") from error
+
+
 def tracking_uri(tracking: TrackingConfig) -> str:
     """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the working directory.
 
@@ -481,7 +508,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
+def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
+    """A picture of a confusion matrix (k, k), true labels in rows, which are normalised to 1."""
     from matplotlib.figure import Figure
 
     rows = counts_kk.sum(axis=1, keepdims=True)

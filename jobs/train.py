@@ -32,7 +32,7 @@ from scipy import sparse
 from cluster.connect import connect
 from data_ingest.dataset import CellStream
 from data_ingest.query import QueryResult, run_query
-from data_ingest.split import split_cells
+from data_ingest.split import Split, split_cells
 from jobs import tracking
 from jobs.worker import train_loop_per_worker
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
@@ -135,7 +135,14 @@ def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_a
     return values
 
 
-def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | None = None) -> TrainingCells:
+def prepare_cells(
+    config: ExperimentConfig,
+    task: Task,
+    *,
+    start: LoadedModel | None = None,
+    query: QueryResult | None = None,
+    split: Split | None = None,
+) -> TrainingCells:
     """Run the query, split its cells, and choose classes and genes. Ray is not needed.
 
     All cells of the query are split, labelled or not, so that pre-training and fine-tuning of one configuration hold out the same groups.
@@ -145,14 +152,17 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
         config: The run's settings.
         task: `finetune` needs labels.
         start: A model to start from, whose vocabulary is kept.
+        query: The query's result, where it is known.
+        split: Parts of the query's cells, such as those of a fold; None splits as `config.split` says.
 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
     """
-    query = run_query(config)
+    query = query or run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
-    split = split_cells(query.obs[config.split.group_by].astype(str).to_numpy(), label_codes_n, config.split, config.train.seed)
+    if split is None:
+        split = split_cells(query.obs[config.split.group_by].astype(str).to_numpy(), label_codes_n, config.split, config.train.seed)
     parts, notes = dict(split), list(split.notes)
 
     labels, codes_n = dict(NO_LABELS), np.full(len(label_codes_n), -1, dtype=np.int64)
@@ -237,9 +247,9 @@ def run_training(
             run.log_identity(cells.identity())
         for note in cells.notes:
             print(f"note: {note}", flush=True)
-        cells, start_arrays = _start_arrays(cells, start, checkpoint)
+        cells, start_arrays = initial_arrays(cells, start, checkpoint)
         print(f"{task} in {run_dir} (go on after an interruption with --resume {run_dir})", flush=True)
-        result = _train(config, task, cells, start_arrays, run, run_dir, checkpoint)
+        result = train_on_cluster(config, task, cells, start_arrays, run, run_dir, checkpoint)
         metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
         with result.checkpoint.as_directory() as folder:
             model_dir = _keep_model(Path(folder) / "model", run_dir)
@@ -381,7 +391,7 @@ def _check_overlap(query: QueryResult, start: LoadedModel) -> None:
     print(text, flush=True)
 
 
-def _start_arrays(
+def initial_arrays(
     cells: TrainingCells, start: LoadedModel | None, checkpoint: ray.train.Checkpoint | None
 ) -> tuple[TrainingCells, dict[str, Any]]:
     """The cells with their final vocabulary, and the arrays that the network starts from."""
@@ -404,7 +414,7 @@ def _start_arrays(
     return dataclasses.replace(cells, vocabulary=vocabulary), arrays
 
 
-def _train(
+def train_on_cluster(
     config: ExperimentConfig,
     task: Task,
     cells: TrainingCells,
