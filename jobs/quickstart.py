@@ -31,6 +31,7 @@ from data_ingest.ingest import IngestOptions, ingest
 from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from jobs.annotate import annotate
+from jobs.cli import split_overrides
 from jobs.train import TrainingCells, normalised, prepare_cells, run_training
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
@@ -141,7 +142,7 @@ def _write_test_cells(cells: TrainingCells, path: Path) -> None:
     wanted = tiledbsoma.AxisQuery(coords=(cells.query.obs_joinids[positions],))
     with locator.open() as experiment, experiment.axis_query(locator.measurement, obs_query=wanted) as query:
         found: anndata.AnnData = query.to_anndata(locator.x_layer)
-    found.obs_names = found.obs["dataset_id"].astype(str) + ":" + found.obs["obs_id"].astype(str)
+    found.obs_names = found.obs["dataset_id"].astype(str) + ":" + found.obs_names.astype(str)  # tiledbsoma takes obs_id as the index
     found.var_names = found.var["feature_id"].astype(str)
     found.write_h5ad(path, compression="gzip")
 
@@ -290,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pretrain-steps", type=int, default=100, metavar="N", help="steps of pre-training (default %(default)s)")
     parser.add_argument("--cells", type=int, default=2400, metavar="N", help="cells to simulate (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from the recipe")
-    args = parser.parse_intermixed_args(argv)
+    words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args([*words, *(["--", *overrides] if overrides else [])])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         result = run(args)

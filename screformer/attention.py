@@ -388,7 +388,9 @@ def lsh_attention(
     log-sum-exp).
     """
     if not any(tokens.lengths):
-        return v_nlhe * 0
+        # Through both: a rank whose cells are all padding must reach the same parameters in its backward pass as the others, or ZeRO-3,
+        # which gathers them there, waits for ever.
+        return (qk_nlhe + v_nlhe) * 0
     if kernel == "flex" or (kernel == "auto" and qk_nlhe.device.type != "cpu"):
         return _flex_buckets(qk_nlhe, v_nlhe, tokens, bucket_size)
     return _FusedBuckets.apply(qk_nlhe, v_nlhe, tokens, bucket_size)

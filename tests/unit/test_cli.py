@@ -59,3 +59,11 @@ def test_help_is_quick_and_clean() -> None:
     assert done.returncode == 0
     assert not any(f"'{heavy}'" in done.stderr for heavy in ("torch", "ray", "mlflow", "tiledbsoma"))
     assert "quickstart" in done.stdout
+
+
+def test_settings_are_found_behind_an_option_of_several_values() -> None:
+    words = ["--test-donors", "d.1", "d2", "train.seed=3", "--labels", "x.tsv", "atlas.tiledb_config.vfs.s3.region=eu", "--out=a.b=c"]
+    assert cli.split_overrides(words) == (
+        ["--test-donors", "d.1", "d2", "--labels", "x.tsv", "--out=a.b=c"],
+        ["train.seed=3", "atlas.tiledb_config.vfs.s3.region=eu"],
+    )
