@@ -118,7 +118,7 @@ def make_folds(
     """Divide cells into folds.
 
     `donor`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells than the largest donor has.
-    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds differ by at most one cell of it.
+    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds differ by one of them at most.
 
     Args:
         kind: What stays together.
@@ -157,7 +157,9 @@ def make_folds(
         return Folds(kind=kind, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
     names, group_n = np.unique(donor_n, return_inverse=True)
     if len(names) < 2:
-        raise ValueError(f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use crossval.split=random")
+        raise ValueError(
+            f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use crossval.split=random"
+        )
     if len(names) < num_folds:
         notes.append(f"{len(names)} donors make {len(names)} folds, not crossval.num_folds={num_folds}")
         num_folds = len(names)
@@ -202,4 +204,3 @@ def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np
         if size_f.min() > 0 and size_f.max() - size_f.min() <= sizes_d.max() and (found_cost := cost(found)) < best_cost:
             best, best_cost = found, found_cost
     return best
-

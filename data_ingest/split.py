@@ -94,7 +94,7 @@ def choose_validation(
     chosen = _choose(counts_dk, fraction, rng)
     problem = _problem(counts_dk, chosen, fraction)
     val_n = np.zeros(len(group_n), bool)
-    if not problem:
+    if chosen is not None and not problem:
         val_n[np.flatnonzero(among_n)[chosen[own_n]]] = True
         return val_n, ""
     val_n[random_cells(np.flatnonzero(among_n), label_n, fraction, rng)] = True

@@ -34,6 +34,8 @@ METRICS = {
     "ece": "calibration error",
 }
 """Scores by name, with how they are called."""
+COMPARED = ("macro_f1", "accuracy", "balanced_accuracy")
+"""Scores whose differences the report shows; `report.json` has all."""
 CONFIDENCE = 0.95
 
 
@@ -122,15 +124,18 @@ def verdict(tree: Mapping[str, Any]) -> str:
     best = max(others, key=lambda name: others[name]["metrics"]["macro_f1"]["mean"])
     difference, title = others[best]["metrics"]["macro_f1"]["difference"], others[best]["title"]
     ours, theirs = tree[OURS]["metrics"]["macro_f1"]["mean"], others[best]["metrics"]["macro_f1"]["mean"]
-    said = f"{OURS} has macro-F1 {ours:.3f}; the best baseline, {title}, has {theirs:.3f}. The paired difference is {difference_text(difference)}: "
+    said = f"{OURS} has macro-F1 {ours:.3f}; the best baseline, {title}, has {theirs:.3f}."
+    said += f" The paired difference is {difference_text(difference)}: "
     if difference["low"] > 0:
         return said + f"{OURS} is better."
     if difference["high"] < 0:
         return said + f"**{OURS} is worse than {title}.**"
-    return said + "the folds do not tell them apart" + (f", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
+    return said + "the folds do not tell them apart" + (", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
 
 
-def write_crossval_report(study: Study, methods: Mapping[str, Sequence[FoldResult]], trials: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> dict[str, Any]:
+def write_crossval_report(
+    study: Study, methods: Mapping[str, Sequence[FoldResult]], trials: Sequence[Mapping[str, Any]], notes: Sequence[str]
+) -> dict[str, Any]:
     """Write `report.md`, `report.html` and `report.json` into the study's folder.
 
     Args:
@@ -158,11 +163,11 @@ def write_crossval_report(study: Study, methods: Mapping[str, Sequence[FoldResul
         row |= {title: spread_text(metrics.get(metric)) for metric, title in METRICS.items()}
         rows.append(row)
     report.table("Mean and standard deviation over folds", pd.DataFrame(rows), "Scores of the test cells, which nothing was chosen on.")
-    rows = [
-        {"method": entry["title"]} | {METRICS[metric]: difference_text(entry["metrics"].get(metric, {}).get("difference")) for metric in ("macro_f1", "accuracy", "balanced_accuracy")}
-        for name, entry in tree.items()
-        if name != OURS
-    ]  # fmt: skip
+    rows = []
+    for name, entry in tree.items():
+        if name != OURS:
+            differences = {metric: scored.get("difference") for metric, scored in entry["metrics"].items() if metric in COMPARED}
+            rows.append({"method": entry["title"]} | {METRICS[metric]: difference_text(found) for metric, found in differences.items()})
     if rows:
         report.table(
             f"{OURS} minus baseline",
@@ -221,7 +226,11 @@ def write_crossval_report(study: Study, methods: Mapping[str, Sequence[FoldResul
     )
     if len(trials) > 1:
         report.section("Search")
-        report.table("Configurations", pd.DataFrame(trials), "Mean macro-F1 of the finished folds. The best one with all folds is ours above, and flattered by the choice.")
+        report.table(
+            "Configurations",
+            pd.DataFrame(trials),
+            "Mean macro-F1 of the finished folds. The best one with all folds is ours above, and flattered by the choice.",
+        )
     report.section("Folds")
     report.table("Cells", _folds_table(study), "Validation cells choose the step and the baselines' settings.")
     whole = {

@@ -215,9 +215,9 @@ class Study:
     def notes(self) -> list[str]:
         """What is to be known before anything runs."""
         notes = list(self.folds.notes)
-        for label, fold in self.folds.labels_of_one_fold(self.labels_n).items():
+        for label, name in self.folds.labels_of_one_fold(self.labels_n).items():
             notes.append(
-                f"all cells of {self.label_names[label]!r} are in fold {fold}: no method can learn it there, and each of its"
+                f"all cells of {self.label_names[label]!r} are in fold {name}: no method can learn it there, and each of its"
                 " test cells counts as an error"
             )
         least = self.config.labels.min_cells
@@ -228,7 +228,9 @@ class Study:
             counts_k = np.bincount(labels[labels >= 0], minlength=len(self.label_names))
             few = [f"{self.label_names[k]} ({counts_k[k]})" for k in np.flatnonzero((counts_k > 0) & (counts_k < least))]
             if few:
-                notes.append(f"fold {self.folds.names[fold]}: fewer than labels.min_cells={least} training cells, so not learned: {', '.join(few)}")
+                notes.append(
+                    f"fold {self.folds.names[fold]}: fewer than labels.min_cells={least} training cells, so not learned: {', '.join(few)}"
+                )
         if self.config.crossval.pretrain == "once":
             notes.append("pre-training saw the cells of every fold, without their labels: it flatters scReformer-BERT")
         unlabelled = int((self.labels_n < 0).sum())
@@ -289,7 +291,9 @@ def open_study(config: StudyConfig, job: str, *, run_dir: Path | None = None, fo
         labels_n = labels_n[kept]
     present = np.unique(labels_n[labels_n >= 0])
     if len(present) < 2:
-        raise ValueError(f"labels.column={config.labels.column!r} has {len(present)} labels among the query's cells; comparing needs at least 2")
+        raise ValueError(
+            f"labels.column={config.labels.column!r} has {len(present)} labels among the query's cells; comparing needs at least 2"
+        )
     new_code = np.full(len(names) + 1, -1, np.int64)
     new_code[present] = np.arange(len(present))
     labels_n = new_code[labels_n]
@@ -395,7 +399,9 @@ def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndar
     return found, joinids, test.labels_n, known
 
 
-def run_baseline_fold(study: Study, name: str, fold: int, cells: BaselineCells, joinids: np.ndarray, labels: np.ndarray, known: list[int]) -> None:
+def run_baseline_fold(
+    study: Study, name: str, fold: int, cells: BaselineCells, joinids: np.ndarray, labels: np.ndarray, known: list[int]
+) -> None:
     """Fit a baseline on one fold and leave its result; the body of a Ray task."""
     answer: Answer
     cost: Cost
@@ -459,13 +465,13 @@ def _train(
     """Train on a fold's cells; the folder of the best model, and cells/s, peak memory and best step."""
     cells, arrays = initial_arrays(cells, load_model(start_dir) if start_dir else None, None)
     meta = {"task": task, **cells.identity(), "run_id": run.run_id}
+    history: dict[str, list[float]] = {}
     if config.cluster.num_workers > 1:
         result = train_on_cluster(config, task, cells, arrays, run, str(folder / task), None)
         with result.checkpoint.as_directory() as found:
             shutil.copytree(Path(found) / "model", folder / "model", dirs_exist_ok=True)
-        history = run.history(("train/cells_per_s", "mem/peak_gb", "best_step"))
+        history |= run.history(("train/cells_per_s", "mem/peak_gb", "best_step"))
     else:
-        history: dict[str, list[float]] = {}
 
         def report(metrics: dict[str, float], step: int) -> None:
             run.log_metrics(metrics, step=step)

@@ -423,6 +423,7 @@ def train_on_cluster(
     run_dir: str,
     checkpoint: ray.train.Checkpoint | None,
 ) -> ray.train.Result:
+    """Train with a group of Ray Train workers; the result holds the last checkpoint, with the best model in its folder `model`."""
     from ray.train.torch import TorchConfig
 
     # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see it.

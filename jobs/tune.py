@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import ray
 import yaml
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from jobs.comparison import scores
 from jobs.study import Study, StudyConfig, run_fold
@@ -60,13 +62,13 @@ def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> 
         baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
         raise ValueError(
             f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x cluster.num_workers="
-            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}{baselines}"
-            f" = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
+            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}"
+            f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
         )
     if cluster.use_gpu and workers > gpus:
         raise ValueError(
-            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need {workers}"
-            f" GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
+            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need"
+            f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
         )
 
 
@@ -90,7 +92,9 @@ def search_space(config: StudyConfig) -> dict[str, Any]:
         else:
             probes = yaml.safe_load(text)
             if not isinstance(probes, list) or not probes:
-                raise ValueError(f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)")
+                raise ValueError(
+                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)"
+                )
             space[name] = tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
         for value in probes:
             config.merge({name: value})
@@ -125,8 +129,11 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         algorithm = BasicVariantGenerator(random_state=study.config.train.seed, max_concurrent=search.concurrent_trials)
+    bundles = [{"CPU": DRIVER_CPUS}] + [_fold_bundle(study.config)] * (
+        study.config.crossval.concurrent_folds if _fold_bundle(study.config) else 0
+    )
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, study=ray.put(study)), {"CPU": DRIVER_CPUS}),
+        tune.with_resources(tune.with_parameters(_trial, study=study), tune.PlacementGroupFactory(bundles)),
         param_space=dict(space),
         tune_config=tune.TuneConfig(
             metric="macro_f1",
@@ -140,7 +147,7 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     )
     results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"a trial failed: {results.errors[0]}")
+        raise RuntimeError(f"a trial failed, finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}")
     return [settings_of(result.config) for result in results]
 
 
@@ -149,18 +156,20 @@ def settings_of(trial_config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(trial_config["settings"]) if "settings" in trial_config else dict(trial_config)
 
 
-def _trial(trial_config: dict[str, Any], study: Any) -> None:
+def _trial(trial_config: dict[str, Any], study: Study) -> None:
     from ray import tune
 
-    whole: Study = ray.get(study)
-    settings, cluster = settings_of(trial_config), whole.config.merge(settings_of(trial_config)).cluster
-    alone = cluster.num_workers == 1
+    settings = settings_of(trial_config)
+    # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not bound to it.
+    inside = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_capture_child_tasks=False)
+    bundle = _fold_bundle(study.config)
     worker = _FoldWorker.options(  # type: ignore[attr-defined]
-        num_cpus=cluster.cpus_per_worker if alone else 0, num_gpus=1 if alone and cluster.use_gpu else 0
+        num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
     )
-    folds = range(len(whole.folds))
-    idle = [worker.remote(study) for _ in range(min(whole.config.crossval.concurrent_folds, len(whole.folds)))]
-    waiting, busy, done = list(folds), {}, {}
+    folds, shared = range(len(study.folds)), ray.put(study)
+    idle = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, len(study.folds)))]
+    waiting, busy = list(folds), {}
+    done: dict[int, float] = {}
     while len(done) < len(folds):
         while waiting and idle:
             actor, fold = idle.pop(), waiting.pop(0)
@@ -173,7 +182,17 @@ def _trial(trial_config: dict[str, Any], study: Any) -> None:
         # Folds are reported in their order, so that each report stands for the same folds in every trial.
         for count in range(reported + 1, _in_order(done) + 1):
             values = [done[index] for index in range(count)]
-            tune.report({"folds": count, "macro_f1": float(np.mean(values)), "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0})
+            tune.report(
+                {"folds": count, "macro_f1": float(np.mean(values)), "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0}
+            )
+
+
+def _fold_bundle(config: StudyConfig) -> dict[str, float]:
+    """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
+    cluster = config.cluster
+    if cluster.num_workers > 1:
+        return {}
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
 
 
 def _in_order(done: Mapping[int, float]) -> int:
@@ -197,8 +216,8 @@ class _FoldWorker:
 
 def _optuna(config: StudyConfig) -> Any:
     try:
-        from ray.tune.search.optuna import OptunaSearch
         import optuna  # noqa: F401
+        from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
         raise ValueError("search.algorithm=optuna needs the package optuna; pip install 'screformer[search]', or use random") from error
     return OptunaSearch(metric="macro_f1", mode="max", seed=config.train.seed)
