@@ -19,7 +19,7 @@ from data_ingest.split import Split, choose_validation, random_cells
 
 FoldKind = Literal["donor", "dataset", "random"]
 FILE = "folds.parquet"
-_TRIALS = 256
+_TRIALS = 64
 """Orders in which the groups are dealt out; fewer where there are very many groups."""
 _META = b"screformer.folds"
 

@@ -126,7 +126,7 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
             said.append(f"{row['variant']}: gives the very same predictions as the reference.")
         elif difference["low"] > 0:
             said.append(
-                f"{row['variant']}: the reference is worse without it ({difference_text(difference)}): **what the reference does here harms.**"
+                f"{row['variant']}: better than the reference ({difference_text(difference)}): **what the latter does here harms.**"
             )
         elif difference["high"] < 0:
             said.append(f"{row['variant']}: the reference is better ({difference_text(difference)}): what it does here helps.")
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def dry_run(config: StudyConfig) -> dict[str, Any]:
         listed = variants(config, arguments.axes)
-        study = open_study(without_extras(config), "ablate", folds_from=arguments.folds)
+        study = open_study(without_extras(config), folds_from=arguments.folds)
         configs = [study.config.merge(variant.settings).experiment for variant in listed]
         return describe_study(study, configs, repeats=config.ablation.num_seeds) | {"variants": [variant.name for variant in listed]}
 

@@ -290,10 +290,11 @@ def _celltypist(cells: BaselineCells, seed: int) -> Answer:
         found.var_names = list(cells.genes)
         return found
 
+    expressed = len(np.unique(cells.train.x_ng.indices))
     best: tuple[float, dict[str, Any], Any] | None = None
     for alpha in (1e-4, 1e-3):
         model = celltypist.train(
-            data(cells.train.x_ng), labels=names[cells.train.labels_n], use_SGD=True, alpha=alpha, feature_selection=True, top_genes=300,
+            data(cells.train.x_ng), labels=names[cells.train.labels_n], use_SGD=True, alpha=alpha, feature_selection=expressed > 300, top_genes=300,
             with_mean=False, check_expression=False, n_jobs=1, max_iter=200, random_state=seed,
         )  # fmt: skip
         found = celltypist.annotate(data(cells.chooser.x_ng), model=model).predicted_labels["predicted_labels"].astype(str).to_numpy()
@@ -354,7 +355,7 @@ def _scbert(cells: BaselineCells, seed: int) -> Answer:
     from jobs.benchmark.step import NUM_BINS, ScBert
     from screformer.svd import svd_gene_embeddings
 
-    num_genes, dim, steps, batch = 300, 32, 300, 32
+    num_genes, dim, steps, batch = 300, 32, 200, 32
     columns = _variable_genes(cells.train.x_ng, num_genes)
     train, chooser, test = (x[:, columns].toarray() for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng))
     rng = np.random.default_rng([seed, 14])
@@ -390,7 +391,7 @@ def _scbert(cells: BaselineCells, seed: int) -> Answer:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 100 == 0:
+            if step % 50 == 0:
                 score = _macro_f1(cells.chooser.labels_n, label(chooser).argmax(1), cells.num_classes)
                 if best is None or score > best[0]:
                     best = (score, step, label(test))

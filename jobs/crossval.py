@@ -116,7 +116,7 @@ class opened:  # noqa: N801
             self._resume
             or Path(config.cluster.storage_path or "runs") / f"{self._job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
         ).resolve()
-        study = open_study(config, self._job, run_dir=run_dir, folds_from=self._folds_from, resume=bool(saved))
+        study = open_study(config, run_dir=run_dir, folds_from=self._folds_from, resume=bool(saved))
         if saved and saved["query_hash"] != study.query.hash:
             raise ValueError(f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now {study.query.hash[:12]})")
         run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(study.config.experiment, self._job)
@@ -190,7 +190,7 @@ class _Beside:
 
 def _run_baselines(study: Study, names: Sequence[str]) -> None:
     """Fit the baselines of all folds, one at a time; a fold's cells are read once and lie in the object store meanwhile."""
-    task = ray.remote(num_cpus=BASELINE_CPUS, max_calls=1)(run_baseline_fold)  # a new process each, for its own peak of memory
+    task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
     shared = ray.put(study)
     failed = []
     for fold in range(len(study.folds)):
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     def dry_run(config: StudyConfig) -> dict[str, Any]:
-        study = open_study(config, "crossval", folds_from=arguments.folds)
+        study = open_study(config, folds_from=arguments.folds)
         return describe_study(study, [config.experiment] * count_trials(config))
 
     overrides = [f"crossval.split={arguments.split}"] if arguments.split else []

@@ -8,6 +8,7 @@ Axes: n cells of the query, g genes, k classes of the whole query.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,7 @@ from data_ingest.folds import FILE, FoldKind, Folds, load_folds, make_folds
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split
 from jobs import tracking
-from jobs.baselines import BASELINES, Answer, Baseline, BaselineCells, Cost, Part, baseline_parts, check_names, run_baseline
+from jobs.baselines import BASELINES, Baseline, BaselineCells, Part, baseline_parts, check_names, run_baseline
 from jobs.train import TrainingCells, initial_arrays, prepare_cells, train_on_cluster
 from jobs.worker import train_alone
 from screformer.checkpoint import load_model, save_model
@@ -240,7 +241,9 @@ class Study:
 
     def trial_folder(self, settings: Mapping[str, Any]) -> Path:
         """Where the folds of a configuration leave their results."""
-        return self.run_dir / "trials" / _key(self.config.merge(settings).experiment.to_dict())
+        config = self.config.merge(settings)
+        pretraining = [config.crossval.pretrain, config.crossval.pretrain_steps]
+        return self.run_dir / "trials" / _key([config.experiment.to_dict(), pretraining])
 
     def baseline_folder(self, name: str) -> Path:
         """Where the folds of a baseline leave their results."""
@@ -268,12 +271,11 @@ class Study:
         return [self.label_names.index(name) for name in cells.labels["names"]]
 
 
-def open_study(config: StudyConfig, job: str, *, run_dir: Path | None = None, folds_from: str | None = None, resume: bool = False) -> Study:
+def open_study(config: StudyConfig, *, run_dir: Path | None = None, folds_from: str | None = None, resume: bool = False) -> Study:
     """Run the query, and make or read the folds. Nothing is written.
 
     Args:
         config: The recipe with its overrides.
-        job: `crossval` or `ablate`.
         run_dir: The study's folder; None is for a look ahead.
         folds_from: A study's folder, its folds file, or the id of its MLflow run.
         resume: The folder holds a study that was begun.
@@ -328,12 +330,13 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     found = FoldResult.load(folder, fold)
     if found is not None:
         return found
+    _reset_peak_memory()
     start_s = time.perf_counter()
-    config = study.config.merge(settings).experiment
+    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
     config = config.merge({"tracking.run_name": f"fold {study.folds.names[fold]}"})
     with tracking.start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": study.folds.names[fold], "settings": json.dumps(dict(settings))})
-        start_dir = None if study.config.crossval.pretrain == "none" else _pretrained(study, config, fold, run)
+        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
         begun_s = time.perf_counter()
         model_dir, trained = _train(config, "finetune", cells, start_dir, run, folder / f"fold-{fold}")
@@ -403,8 +406,7 @@ def run_baseline_fold(
     study: Study, name: str, fold: int, cells: BaselineCells, joinids: np.ndarray, labels: np.ndarray, known: list[int]
 ) -> None:
     """Fit a baseline on one fold and leave its result; the body of a Ray task."""
-    answer: Answer
-    cost: Cost
+    _reset_peak_memory()
     answer, cost = run_baseline(name, cells, study.config.train.seed)
     FoldResult(
         method=name,
@@ -431,9 +433,8 @@ def results_of(folder: Path, num_folds: int) -> list[FoldResult]:
     return [result for result in found if result is not None]
 
 
-def _pretrained(study: Study, config: ExperimentConfig, fold: int, run: tracking.TrackedRun) -> Path:
+def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: tracking.TrackedRun) -> Path:
     """The pre-trained model of a fold: made once and shared by all configurations that pre-train alike."""
-    crossval = study.config.crossval
     config = config.merge({"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0})
     tree = config.to_dict()
     for section, names in PRETRAIN_IGNORES.items():
@@ -505,6 +506,12 @@ def _sample(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -> np.
     rank = np.arange(len(pair_n)) - np.repeat(np.cumsum(counts) - counts, counts)
     wanted = np.maximum(1, np.round(counts * most / len(pair_n)))
     return np.sort(ranked[rank < wanted[pair_n[ranked]]])
+
+
+def _reset_peak_memory() -> None:
+    """Start the process's peak of resident memory anew, since a warm process would report that of an earlier fold; Linux only."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _key(tree: Any) -> str:

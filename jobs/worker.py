@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,6 +116,7 @@ def train_alone(
         start: As `start_from` takes it.
         report: Takes metrics and the step.
     """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not torch.distributed.is_initialized():
         backend = "nccl" if config.cluster.use_gpu else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
