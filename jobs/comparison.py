@@ -91,7 +91,7 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
             if name != reference and common:
                 mean, low, high = mean_interval([by_fold[reference][fold][metric] - by_fold[name][fold][metric] for fold in common])
                 entry["metrics"][metric]["difference"] = {"mean": mean, "low": low, "high": high, "folds": len(common)}
-        for cost in ("seconds", "cells_per_s", "peak_memory_gb", "parameters"):
+        for cost in ("seconds", "cpu_seconds", "cells_per_s", "peak_memory_gb", "parameters"):
             values = [result.account[cost] for result in results if result.account.get(cost) is not None]
             if values:
                 entry[cost] = float(np.median(values))
@@ -214,6 +214,7 @@ def write_crossval_report(
                 {
                     "method": entry["title"],
                     "seconds per fold": entry.get("seconds"),
+                    "CPU seconds": entry.get("cpu_seconds"),
                     "training cells/s": entry.get("cells_per_s"),
                     "peak memory (GB)": entry.get("peak_memory_gb"),
                     "parameters": entry.get("parameters"),

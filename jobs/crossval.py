@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from cluster.connect import connect
 from data_ingest.folds import FILE
 from jobs import tracking
 from jobs.baselines import BASELINES, check_names
-from jobs.comparison import verdict, write_crossval_report
+from jobs.comparison import scores, verdict, write_crossval_report
 from jobs.study import OURS, STUDY, Study, StudyConfig, open_study, read_baseline_cells, results_of, run_baseline_fold
 from jobs.tune import BASELINE_CPUS, check_study_layout, count_trials, num_cpus, run_trials, search_space
 from screformer.config import ExperimentConfig
@@ -94,46 +95,43 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         }
 
 
-class opened:  # noqa: N801
-    """Context of a running study: Ray connected, the layout checked, folder and parent run made or taken up again."""
+@contextmanager
+def opened(config: StudyConfig, job: str, *, folds_from: str | None = None, resume: str | None = None) -> Iterator[Study]:
+    """A running study: Ray connected, the layout checked, folder and parent run made or taken up again.
 
-    def __init__(self, config: StudyConfig, job: str, *, folds_from: str | None = None, resume: str | None = None) -> None:
-        self._config, self._job, self._folds_from, self._resume = config, job, folds_from, resume
+    Args:
+        config: The recipe; when resuming, that of the interrupted study is taken instead.
+        job: `crossval` or `ablate`.
+        folds_from: As `open_study`.
+        resume: Folder of the interrupted study.
 
-    def __enter__(self) -> Study:
-        """The study, with its parent run."""
-        saved: dict[str, Any] = {}
-        config = self._config
-        if self._resume:
-            saved = read_study(self._resume)
-            config = StudyConfig.from_dict(saved["config"])
-        if "://" in config.cluster.storage_path:
-            raise ValueError(f"cluster.storage_path={config.cluster.storage_path!r}: a study needs a folder that all nodes see, not a URI")
-        connect(num_cpus=num_cpus(config))
-        check_study_layout(config, ray.nodes())
-        search_space(config)
-        run_dir = Path(
-            self._resume
-            or Path(config.cluster.storage_path or "runs") / f"{self._job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
-        ).resolve()
-        study = open_study(config, run_dir=run_dir, folds_from=self._folds_from, resume=bool(saved))
-        if saved and saved["query_hash"] != study.query.hash:
-            raise ValueError(f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now {study.query.hash[:12]})")
-        run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(study.config.experiment, self._job)
-        self._run = run.__enter__()
-        study = dataclasses.replace(study, run=run)
+    Raises:
+        ValueError: Settings, cells, folds or cluster do not allow it.
+    """
+    saved = read_study(resume) if resume else {}
+    config = StudyConfig.from_dict(saved["config"]) if saved else config
+    storage = config.cluster.storage_path or "runs"
+    if "://" in storage:
+        raise ValueError(f"cluster.storage_path={storage!r}: a study needs a folder that all nodes see, not a URI")
+    connect(num_cpus=num_cpus(config))
+    check_study_layout(config, ray.nodes())
+    search_space(config)
+    run_dir = Path(resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}").resolve()
+    study = open_study(config, run_dir=run_dir, folds_from=folds_from, resume=bool(saved))
+    if saved and saved["query_hash"] != study.query.hash:
+        raise ValueError(f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now {study.query.hash[:12]})")
+    run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(study.config.experiment, job)
+    study = dataclasses.replace(study, run=run)
+    with run:
         if not saved:
             run_dir.mkdir(parents=True, exist_ok=True)
             study.folds.save(run_dir / FILE, study.query.obs_joinids)
-            plain = {"config": study.config.to_dict(), "query_hash": study.query.hash, "job": self._job, "run": dataclasses.asdict(run)}
+            plain = {"config": study.config.to_dict(), "query_hash": study.query.hash, "job": job, "run": dataclasses.asdict(run)}
             (run_dir / STUDY).write_text(json.dumps(plain, indent=2))
             run.log_identity({"query": study.query.identity(), "split": study.folds.kind})
             run.log_file(run_dir / FILE)
-        print(f"{self._job} in {run_dir} (go on after an interruption with --resume {run_dir})", flush=True)
-        return study
-
-    def __exit__(self, *error: Any) -> None:
-        self._run.__exit__(*error)
+        print(f"{job} in {run_dir} (go on after an interruption with --resume {run_dir})", flush=True)
+        yield study
 
 
 def read_study(run_dir: str) -> dict[str, Any]:
@@ -211,8 +209,6 @@ def _run_baselines(study: Study, names: Sequence[str]) -> None:
 
 
 def _macro_f1(result: Any, study: Study) -> float:
-    from jobs.comparison import scores
-
     return scores(result, study)["macro_f1"]
 
 

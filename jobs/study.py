@@ -331,7 +331,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     if found is not None:
         return found
     _reset_peak_memory()
-    start_s = time.perf_counter()
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
     crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
     config = config.merge({"tracking.run_name": f"fold {study.folds.names[fold]}"})
     with tracking.start_run(config, "crossval", parent=study.run) as run:
@@ -355,6 +355,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         account = {
             "seconds": time.perf_counter() - start_s,
+            "cpu_seconds": time.process_time() - cpu_start_s,
             "train_seconds": train_s,
             "predict_seconds": time.perf_counter() - begun_s,
             "parameters": sum(parameter.numel() for parameter in load_model(model_dir).model.parameters()),
@@ -418,6 +419,7 @@ def run_baseline_fold(
         known=known,
         account={
             "seconds": cost.seconds,
+            "cpu_seconds": cost.cpu_seconds,
             "peak_memory_gb": cost.peak_memory_gb,
             "cells_per_s": len(cells.train.labels_n) / max(cost.seconds, 1e-9),
             "parameters": answer.parameters,
