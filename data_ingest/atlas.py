@@ -11,11 +11,12 @@ import datetime
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tiledbsoma
 
 from screformer.config import AtlasConfig
@@ -108,6 +109,37 @@ class AtlasLocator:
         root = self._open_root(limits | dict(self.tiledb_config))
         try:
             yield self._experiment(root)
+        finally:
+            root.close()
+
+    def measured_genes(self, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
+        """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
+
+        Args:
+            dataset_ids: Datasets, d of them.
+            var_joinids: Genes, (g,), increasing.
+
+        Returns:
+            bool (d, g), from the atlas's presence matrix. An atlas that says nothing of a dataset has measured all genes there.
+
+        Raises:
+            ValueError: As `open`.
+        """
+        root = self._open_root(dict(self.tiledb_config))
+        try:
+            measurement = self._experiment(root).ms[self.measurement]
+            measured_dg = np.ones((len(dataset_ids), len(var_joinids)), bool)
+            if "feature_dataset_presence_matrix" not in measurement or "datasets" not in root.get("census_info", {}):
+                return measured_dg
+            known = root["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pydict()
+            row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
+            for index, dataset in enumerate(dataset_ids):
+                if dataset in row_of:
+                    coords = ([row_of[dataset]], slice(int(var_joinids[0]), int(var_joinids[-1])))
+                    found = measurement["feature_dataset_presence_matrix"].read(coords).tables().concat()
+                    present = found["soma_dim_1"].to_numpy()[found["soma_data"].to_numpy() > 0]
+                    measured_dg[index] = np.isin(var_joinids, present)
+            return measured_dg
         finally:
             root.close()
 

@@ -181,15 +181,18 @@ class CellStream:
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
+        # A read task bounds its memory itself, and half a CPU each bounds their number: no warning every 30 s that it asks for none.
+        context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
         context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store_bytes)
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
-    def sample_counts(self, max_cells: int, seed: int) -> CountSample:
+    def sample_counts(self, max_cells: int, seed: int, *, even_labels: bool = False) -> CountSample:
         """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
 
         Args:
             max_cells: All cells, where there are no more.
             seed: Of the choice.
+            even_labels: Take as many cells of each label, or all of a label that has fewer.
 
         Returns:
             The sample; memory grows with the detected genes of its cells.
@@ -197,7 +200,14 @@ class CellStream:
         reference = self._shared()
         chosen = np.arange(self.num_cells)
         if self.num_cells > max_cells:
-            chosen = np.sort(np.random.default_rng([seed, 1]).choice(self.num_cells, max_cells, replace=False))
+            shuffled = np.random.default_rng([seed, 1]).permutation(self.num_cells)
+            if even_labels:
+                labels = self.arrays.labels[shuffled]
+                by_label = np.argsort(labels, kind="stable")
+                place_in_label = np.empty(self.num_cells, np.int64)
+                place_in_label[by_label] = np.arange(self.num_cells) - np.searchsorted(labels[by_label], labels[by_label])
+                shuffled = shuffled[np.argsort(place_in_label, kind="stable")]
+            chosen = np.sort(shuffled[:max_cells])
         tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
         remote = ray.remote(num_cpus=num_cpus)(_sample_task)
         waiting = [chosen[first : first + _CELLS_PER_SAMPLE_TASK] for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)]

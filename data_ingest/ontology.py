@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_ingest.h5ad import H5adError, read_table
+from screformer.calibration import Lineage, Term
 
 UNKNOWN = "unknown"
 Outcome = Literal["mapped", "none", "ambiguous", "missing"]
@@ -167,6 +168,40 @@ def cell_term_name(cl_id: str) -> str:
 def is_at_or_below(cl_id: str, general: str) -> bool:
     """Whether a term is another one or a more special one than it."""
     return cl_id == general or (is_cell_term(cl_id) and general in _ancestors(cl_id))
+
+
+_FORM = {"CL:0000000", "CL:0000003", "CL:0000255", "CL:0002242", "CL:0000226", "CL:0000548", "CL:0000219"}
+"""Terms that tell a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate, animal, motile cell."""
+
+
+def lineage(cl_ids: Sequence[str]) -> Lineage:
+    """The terms above the labels of a model, for `screformer.calibration`.
+
+    Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds nothing to it; one that holds
+    every label says nothing; one such as "nucleate cell" tells a cell's form.
+
+    Args:
+        cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks, have nothing above them.
+    """
+    own = [cl_id if is_cell_term(cl_id) else "" for cl_id in cl_ids]
+    holders = [_ancestors(cl_id) | {cl_id} if cl_id else frozenset() for cl_id in own]
+    known = {code for code, cl_id in enumerate(own) if cl_id}
+    terms: dict[str, Term] = {}
+    chains: list[list[str]] = []
+    for code, cl_id in enumerate(own):
+        nearest: dict[tuple[int, ...], str] = {}
+        distances = _ontology()[cl_id]["ancestors"] if cl_id else {}
+        for term in sorted(distances, key=lambda term: (distances[term], term)):
+            below = tuple(other for other in sorted(known) if term in holders[other])
+            if term not in _FORM and 1 < len(below) < len(known) and code in below:
+                nearest.setdefault(below, term)
+        for below, term in nearest.items():
+            terms[term] = Term(cl_id=term, name=cell_term_name(term), labels=below)
+        chains.append(sorted(nearest.values(), key=lambda term: (len(terms[term].labels), distances[term], term)))
+    order = sorted(terms)
+    return Lineage(
+        terms=tuple(terms[term] for term in order), above_k=tuple(tuple(order.index(term) for term in chain) for chain in chains)
+    )
 
 
 def _ancestors(cl_id: str) -> frozenset[str]:

@@ -82,9 +82,24 @@ class QueryResult:
         """Write identity and counts as JSON, for `query.file` of another job."""
         Path(path).write_text(json.dumps(self.identity() | {"counts": self.summary()}, indent=2, ensure_ascii=False) + "\n")
 
-    def vocabulary(self) -> GeneVocabulary:
-        """The query's genes in the order of their joinids; their mean expression is not known yet and zero."""
-        return GeneVocabulary(self.feature_ids, self.feature_names, np.zeros(len(self.feature_ids), dtype=np.float32))
+    def vocabulary(self, kept_g: np.ndarray | None = None) -> GeneVocabulary:
+        """The query's genes in the order of their joinids; their mean expression is not known yet and zero.
+
+        Args:
+            kept_g: Which of them, bool (g,); None takes all.
+        """
+        kept = range(len(self.feature_ids)) if kept_g is None else np.flatnonzero(kept_g).tolist()
+        ids, names = (tuple(column[gene] for gene in kept) for column in (self.feature_ids, self.feature_names))
+        return GeneVocabulary(ids, names, np.zeros(len(ids), dtype=np.float32))
+
+    def measured_share(self, positions: np.ndarray) -> np.ndarray:
+        """Share of some cells of the query for which each gene was measured at all, float64 (g,), in [0, 1].
+
+        Args:
+            positions: Cells, as positions among those of the query; at least one.
+        """
+        datasets, counts = np.unique(self.obs["dataset_id"].astype(str).to_numpy()[positions], return_counts=True)
+        return counts @ self.locator.measured_genes(datasets.tolist(), self.var_joinids) / counts.sum()
 
 
 @dataclass(frozen=True, kw_only=True)

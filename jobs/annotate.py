@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from data_ingest.h5ad import H5adFile, check_counts
 from jobs.tracking import code_identity, pinned_model, resolve_model
+from screformer.calibration import LEVELS
 from screformer.config import TrackingConfig
-from screformer.predictor import MIN_GENE_OVERLAP, GeneMatch, Predictor
+from screformer.predictor import ANSWER_COLUMNS, MIN_GENE_OVERLAP, GeneMatch, Predictor
 
 logger = logging.getLogger(__name__)
 
-LABEL_COLUMN, SCORE_COLUMN, CL_COLUMN = COLUMNS = ("predicted_labels", "conf_score", "cell_type_ontology_term_id")
+COLUMNS = ANSWER_COLUMNS
 """obs columns that are written."""
 PROVENANCE = "screformer"
 """Key in uns that says which model labelled the file."""
@@ -47,7 +48,7 @@ class Annotation:
     path: Path
     """The annotated copy."""
     table: pd.DataFrame
-    """One row per predicted label: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
+    """One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
     genes: GeneMatch
     """Which genes of the model the file has."""
     num_cells: int
@@ -88,9 +89,9 @@ def annotate(
 ) -> Annotation:
     """Copy an .h5ad file and label its cells.
 
-    Adds the obs columns `predicted_labels`, `conf_score` (probability of that label) and `cell_type_ontology_term_id`, and says in
-    `uns["screformer"]` where they come from. Columns of these names that the input already has are kept as `NAME_original`, unless
-    an earlier run of this command wrote them. The copy appears under its name only when it is complete.
+    Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and says in `uns["screformer"]` where they come from. Columns of these names
+    that the input already has are kept as `NAME_original`, unless an earlier run of this command wrote them. The copy appears under its
+    name only when it is complete.
 
     Args:
         predictor: The model.
@@ -117,7 +118,7 @@ def annotate(
         raise ValueError(f"--out {target} exists already; name another file or add --overwrite")
     started = time.perf_counter()
     with H5adFile.open(source, layer=layer, raw=raw) as file:
-        match = match_file(predictor, file)
+        match = predictor.match_var(file.var)
         match.require(min_gene_overlap, source=f"{source} ({file.source})")
         for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
             check_counts(counts, file=file, start=start)
@@ -132,9 +133,9 @@ def annotate(
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-    table = pd.DataFrame({"label": predictor.label_names, "cl_id": predictor.label_cl_ids, "cells": writer.cells_k})
+    table = pd.DataFrame({"label": predictor.answer_names, "cl_id": predictor.answer_cl_ids, "cells": writer.cells_a})
     table["share"] = table["cells"] / file.n_cells
-    table["mean_confidence"] = writer.confidence_k / np.maximum(writer.cells_k, 1)
+    table["mean_confidence"] = writer.confidence_a / np.maximum(writer.cells_a, 1)
     return Annotation(
         path=target,
         table=table[table["cells"] > 0].sort_values("cells", ascending=False, kind="stable", ignore_index=True),
@@ -146,16 +147,6 @@ def annotate(
     )
 
 
-def match_file(predictor: Predictor, file: H5adFile) -> GeneMatch:
-    """Find the model's genes in a file: ids and names are each taken from where most of them stand, the var index or a text column."""
-    places = [file.var.index] + [column for _, column in file.var.items() if not pd.api.types.is_numeric_dtype(column.dtype)]
-    texts = [["" if pd.isna(value) else str(value) for value in place] for place in places]
-    nothing = [""] * file.n_genes
-    ids = max(texts, key=lambda text: predictor.match_genes(text, nothing).num_by_id)
-    names = max(texts, key=lambda text: predictor.match_genes(nothing, text).num_by_name)
-    return predictor.match_genes(ids, names)
-
-
 class _Writer:
     """Adds our columns to an open copy, chunk by chunk."""
 
@@ -164,16 +155,21 @@ class _Writer:
         if not isinstance(obs, h5py.Group):
             raise ValueError(f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again")
         num_labels, num_cells = len(predictor.label_names), file.n_cells
+        num_answers = len(predictor.answer_names)
         length = obs[obs.attrs["_index"]].shape[0]
         if length != num_cells:
             raise ValueError(f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged, write it again")
         self._copy, self._predictor = copy, predictor
-        self.cells_k, self.confidence_k, self.num_empty = np.zeros(num_labels, np.int64), np.zeros(num_labels), 0
+        self.cells_a, self.confidence_a, self.num_empty = np.zeros(num_answers, np.int64), np.zeros(num_answers), 0
         self.moved = self._make_room()
-        self._cl_ids, self._cl_code_k = np.unique(predictor.label_cl_ids.astype(str), return_inverse=True)
-        self._labels = self._categorical(LABEL_COLUMN, predictor.label_names, num_cells)
-        self._scores = self._array(obs, SCORE_COLUMN, (num_cells,))
-        self._cl_codes = self._categorical(CL_COLUMN, self._cl_ids, num_cells)
+        cl_ids, self._cl_code_a = np.unique(predictor.answer_cl_ids.astype(str), return_inverse=True)
+        self._label_codes = self._categorical("predicted_labels", predictor.answer_names, num_cells)
+        self._cl_codes = self._categorical("cell_type_ontology_term_id", cl_ids, num_cells)
+        self._level_codes = self._categorical("label_level", np.array(LEVELS), num_cells)
+        self._best_codes = self._categorical("best_label", predictor.label_names, num_cells)
+        self._scores = self._array(obs, "conf_score", (num_cells,))
+        self._unknown_scores = self._array(obs, "unknown_score", (num_cells,))
+        self._unknown = self._array(obs, "unknown", (num_cells,), np.bool_)
         for key in ("uns", "obsm"):
             if key not in copy:
                 write_elem(copy, key, {})
@@ -189,14 +185,18 @@ class _Writer:
     def write(self, start: int, counts: Any, found: Any, known: np.ndarray) -> None:
         """Store the predictions of the cells from `start` on."""
         stop = start + len(found)
-        self._labels[start:stop] = found.label_codes
+        self._label_codes[start:stop] = found.answer_codes
+        self._cl_codes[start:stop] = self._cl_code_a[found.answer_codes]
+        self._level_codes[start:stop] = found.level_codes
+        self._best_codes[start:stop] = found.label_codes
         self._scores[start:stop] = found.confidence
-        self._cl_codes[start:stop] = self._cl_code_k[found.label_codes]
+        self._unknown_scores[start:stop] = found.unknown_score
+        self._unknown[start:stop] = found.unknown
         for key, values in (("screformer_probabilities", found.probabilities_nk), ("X_screformer", found.embedding_nd)):
             if key in self._obsm:
                 self._obsm[key][start:stop] = values
-        self.cells_k += np.bincount(found.label_codes, minlength=len(self.cells_k))
-        self.confidence_k += np.bincount(found.label_codes, weights=found.confidence, minlength=len(self.cells_k))
+        self.cells_a += np.bincount(found.answer_codes, minlength=len(self.cells_a))
+        self.confidence_a += np.bincount(found.answer_codes, weights=found.confidence, minlength=len(self.cells_a))
         self.num_empty += int((counts @ known == 0).sum())
 
     def finish(self, *, model: str, file: H5adFile, match: GeneMatch) -> None:

@@ -16,10 +16,12 @@ import torch
 from scipy import stats
 
 from data_ingest.ontology import is_at_or_below
+from jobs.figures import reliability_figure
 from jobs.report import Report
 from jobs.study import OURS, FoldResult, Study, baseline_title
 from jobs.tracking import confusion_figure
-from screformer.metrics import LabelCounts, expected_calibration_error, reliability
+from screformer.calibration import expected_calibration_error, reliability
+from screformer.metrics import LabelCounts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +204,7 @@ def write_crossval_report(
             if all(result.probabilities_nk is not None for result in results) and results:
                 report.figure(
                     "Reliability",
-                    _reliability_figure(results),
+                    reliability_figure(_reliability_table(results)),
                     "Share of right predictions against their probability; on the diagonal they agree.",
                     f"Reliability diagram of {OURS}.",
                 )
@@ -297,23 +299,10 @@ def _scores_figure(tree: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _reliability_figure(results: Sequence[FoldResult]) -> Figure:
-    from matplotlib.figure import Figure
-
-    rows = reliability(
-        np.concatenate([result.probabilities_nk for result in results if result.probabilities_nk is not None]),
-        np.concatenate([result.labels_n for result in results]),
-    )
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1)
-    axes.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], marker="o")
-    axes.set_xlabel("probability")
-    axes.set_ylabel("share right")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.grid(alpha=0.3)
-    return figure
+def _reliability_table(results: Sequence[FoldResult]) -> pd.DataFrame:
+    probabilities = np.concatenate([result.probabilities_nk for result in results if result.probabilities_nk is not None])
+    rows = reliability(probabilities, np.concatenate([result.labels_n for result in results]))
+    return pd.DataFrame(rows).assign(part="test", calibration="after")
 
 
 def _plain(chosen: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from jobs.baselines import BASELINES, check_names
 from jobs.comparison import scores, verdict, write_crossval_report
 from jobs.study import OURS, STUDY, Study, StudyConfig, open_study, read_baseline_cells, results_of, run_baseline_fold
 from jobs.tune import BASELINE_CPUS, check_study_layout, count_trials, num_cpus, run_trials, search_space
+from screformer.attention import settle_attention
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer, classification_loss
 from screformer.tokenizer import NUM_SPECIAL
@@ -252,6 +253,7 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
     for config in configs:
         key = json.dumps([config.model.__dict__, config.tokens.__dict__, config.train.micro_batch_size], default=str)
         if key not in measured:
+            config = dataclasses.replace(config, model=settle_attention(config.model, config.tokens.most_slots(num_genes))[0])
             measured[key] = train_seconds_per_cell(config, num_genes, k)
         steps = config.train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
         evaluations = config.train.max_steps // config.train.eval_every_steps + 2

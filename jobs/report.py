@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import importlib.metadata
 import io
+import json
+import logging
 import numbers
 import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +28,10 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html"
 _PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
+_MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 _LARGEST_SVG = 400_000
 """Bytes. A drawing beyond this (a scatter plot of thousands of cells) becomes pixels, which are then the smaller and the faster."""
-_WIDE_INCHES = 5.5
+_WIDE_INCHES = 6.1
 """Pictures wider than this scroll on a phone instead of shrinking until nobody can read them."""
 
 
@@ -86,31 +94,20 @@ class Report:
         Raises:
             ValueError: `alt` is empty.
         """
-        if not alt.strip():
-            raise ValueError(f"alt of figure {title!r} is empty; say in a sentence what the picture shows")
-        kind, content = _drawn(figure)
         width_in, height_in = (float(inches) for inches in figure.get_size_inches())
-        html = Markup(
-            '{}<figure><div class="scroll" tabindex="0" role="group" aria-label="{}"><img class="{}" alt="{}" width="{}" height="{}"'
-            ' src="data:image/{};base64,{}"></div>{}</figure>'
-        ).format(
-            _heading(title),
-            title or alt,
-            "wide" if width_in > _WIDE_INCHES else "",
-            alt,
-            round(width_in * 96),
-            round(height_in * 96),
-            {"svg": "svg+xml", "png": "png"}[kind],
-            base64.b64encode(content).decode(),
-            Markup("<figcaption>{}</figcaption>").format(_inline(caption)) if caption else "",
-        )
-        self._add(
-            _Part(
-                html=html,
-                markdown=_join(f"### {title}" if title else "", f"![{_cell(alt)}]({_PICTURE})", caption),
-                picture=(kind, content),
-            )
-        )
+        kind, content = _drawn(figure)
+        self._picture(title, kind, content, (width_in, height_in), caption, alt)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Add a row of the few figures that matter most, each with its name."""
+        items = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in facts.items())
+        markdown = "\n".join(f"- {name}: **{value}**" for name, value in facts.items())
+        self._add(_Part(html=Markup('<dl class="facts">{}</dl>').format(items), markdown=markdown))
+
+    def picture(self, title: str, path: str | Path, caption: str, alt: str) -> None:
+        """Add a picture that is a file already, .png or .svg; else as `figure`."""
+        path = Path(path)
+        self._picture(title, path.suffix.removeprefix(".").lower(), path.read_bytes(), None, caption, alt)
 
     def write_html(self, path: str | Path) -> Path:
         """Write one self-contained file and give its path back."""
@@ -144,6 +141,24 @@ class Report:
                 blocks.append(markdown)
         path.write_text(_join(*blocks) + "\n", encoding="utf-8")
         return path
+
+    def _picture(self, title: str, kind: str, content: bytes, size_in: tuple[float, float] | None, caption: str, alt: str) -> None:
+        if not alt.strip():
+            raise ValueError(f"alt of figure {title!r} is empty; say in a sentence what the picture shows")
+        if kind not in _MEDIA:
+            raise ValueError(f"picture {title!r} is of kind {kind!r}; known are {', '.join(_MEDIA)}")
+        size = Markup(' width="{}" height="{}"').format(*(round(inches * 96) for inches in size_in)) if size_in else Markup("")
+        image = Markup('<img alt="{}"{}{} src="data:{};base64,{}">').format(
+            alt,
+            size,
+            Markup(' class="wide"') if size_in and size_in[0] > _WIDE_INCHES else Markup(""),
+            _MEDIA[kind],
+            base64.b64encode(content).decode(),
+        )
+        note = Markup("<figcaption>{}</figcaption>").format(_inline(caption)) if caption else Markup("")
+        html = _heading(title) + Markup('<figure><div class="scroll" tabindex="0">{}</div>{}</figure>').format(image, note)
+        markdown = _join(f"### {title}" if title else "", f"![{_cell(alt)}]({_PICTURE})", caption)
+        self._add(_Part(html=html, markdown=markdown, picture=(kind, content)))
 
     def _add(self, part: _Part) -> None:
         self._sections[-1].parts.append(part)
@@ -251,3 +266,41 @@ def _number(value: float) -> str:
     if value == 0 or 0.001 <= size < 1000:
         return f"{value:.3f}"
     return f"{value:,.0f}" if 1000 <= size < 1e9 else f"{value:.2e}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; the last line on stdout is one JSON object."""
+    from jobs.run_report import OWN_REPORT, run_report
+    from jobs.tracking import TrackedRun, logged_run
+    from screformer.config import TrackingConfig
+
+    parser = argparse.ArgumentParser(prog="python -m jobs.report", description="Make the report of a run: one HTML file to look at.")
+    parser.add_argument("--run", required=True, nargs="+", help="run id or runs:/ID; the artifacts of further runs (explain) are added")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=".html or .md (default report-RUN.html, RUN being eight characters)")
+    parser.add_argument("--tracking-uri", default="", help="where runs are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        run, *others = (logged_run(run_id, TrackingConfig(uri=args.tracking_uri)) for run_id in args.run)
+        out = args.out or Path(f"report-{run.run_id[:8]}.html")
+        if out.suffix not in (".html", ".md"):
+            raise ValueError(f"--out {out} must end in .html or .md")
+        if OWN_REPORT in run.artifacts:
+            shutil.copyfile(run.file(f"report{out.suffix}"), out)
+        else:
+            report = run_report(run, *others)
+            if out.suffix == ".md":
+                report.write_markdown(out)
+            else:
+                report.write_html(out)
+            with tempfile.TemporaryDirectory() as scratch:
+                TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(report.write_html(Path(scratch) / "report.html"))
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps({"run_id": run.run_id, "report": str(out)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,12 +26,14 @@ import pyarrow.parquet as pq
 
 from data_ingest.dataset import CellStream
 from data_ingest.folds import FILE, FoldKind, Folds, load_folds, make_folds
+from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split
 from jobs import tracking
 from jobs.baselines import BASELINES, Baseline, BaselineCells, Part, baseline_parts, check_names, run_baseline
-from jobs.train import TrainingCells, initial_arrays, prepare_cells, train_on_cluster
+from jobs.train import TrainingCells, initial_arrays, prepare_cells, settled, train_on_cluster
 from jobs.worker import train_alone
+from screformer.calibration import fit_calibration
 from screformer.checkpoint import load_model, save_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
@@ -42,7 +44,7 @@ _CELLS_AT_ONCE = 8192
 """Test cells that are held in memory together."""
 PRETRAIN_IGNORES = {
     "train": ("max_steps", "class_weighting", "freeze_encoder", "gene_dropout"),
-    "model": ("linear_skip",),
+    "model": ("linear_skip", "linear_start_cells"),
     "cluster": None,
     "tracking": None,
     "labels": None,
@@ -466,7 +468,9 @@ def _train(
     config: ExperimentConfig, task: Task, cells: TrainingCells, start_dir: Path | None, run: tracking.TrackedRun, folder: Path
 ) -> tuple[Path, dict[str, Any]]:
     """Train on a fold's cells; the folder of the best model, and cells/s, peak memory and best step."""
-    cells, arrays = initial_arrays(cells, load_model(start_dir) if start_dir else None, None)
+    start = load_model(start_dir) if start_dir else None
+    config, _ = settled(config, cells, start)
+    cells, arrays = initial_arrays(cells, start, None)
     meta = {"task": task, **cells.identity(), "run_id": run.run_id}
     history: dict[str, list[float]] = {}
     if config.cluster.num_workers > 1:
@@ -483,7 +487,10 @@ def _train(
 
         streams = {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)}
         outcome = train_alone(config, task, streams, cells.labels, cells.class_counts_k, arrays, report)
-        save_model(folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta)
+        calibration = None
+        if outcome.val_outputs is not None and len(outcome.val_outputs):
+            calibration = fit_calibration(outcome.val_outputs, lineage(cells.labels["cl_ids"]))
+        save_model(folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration)
     speeds = history.get("train/cells_per_s", [0.0])
     return folder / "model", {
         "cells_per_s": float(np.median(speeds)),

@@ -7,6 +7,7 @@ here touches MLflow's global state (active run, tracking URI), and MLflow itself
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -33,7 +34,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
+import data_ingest
 import screformer
+from jobs.outbox import Entry, outbox
 from screformer.config import ExperimentConfig, TrackingConfig
 
 if TYPE_CHECKING:
@@ -44,10 +47,13 @@ logger = logging.getLogger(__name__)
 CANDIDATE = "candidate"
 """Alias of the newest registered version; `champion` is moved by hand or by promotion only."""
 
+_PATIENCE_S = 2.0
+"""For one quick question to the server before anything is sent to it in a running job."""
 _WEIGHTS = "weights.safetensors"
 _MODEL_FOLDER = "model"
 _PACKAGES = ("torch", "deepspeed", "ray", "tiledbsoma", "cellxgene-census", "mlflow", "numpy", "scipy", "pandas", "pyarrow", "safetensors")
-_LOADING_PACKAGES = ("mlflow", "torch", "numpy", "scipy", "pandas", "safetensors", "pyyaml")
+_LOADING_PACKAGES = ("mlflow", "torch", "numpy", "scipy", "pandas", "safetensors", "pyyaml", "anndata", "h5py")
+_DESCRIPTION_CHARACTERS = 5000  # the most that MLflow's database keeps
 
 
 def code_identity() -> dict[str, Any]:
@@ -115,40 +121,53 @@ class TrackedRun:
     run_id: str
     """MLflow's identifier."""
 
+    outbox: str = ""
+    """Folder or URI where entries wait while the server is away; empty sends everything at once or raises."""
+
+    def kept_in(self, run_dir: str) -> TrackedRun:
+        """The same run, which loses nothing while its server is away: what cannot be sent waits in `outbox/` of the run folder."""
+        if not self.tracking_uri.startswith("http"):
+            return self
+        folder = run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).resolve())
+        return dataclasses.replace(self, outbox=f"{folder}/outbox")
+
     def __enter__(self) -> TrackedRun:
-        client = self._client
-        if client.get_run(self.run_id).info.status != "RUNNING":  # a resumed job
-            client.update_run(self.run_id, status="RUNNING")
+        self._deliver({"kind": "running"})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self.end()
-        else:
-            self.end(error=error)
+        self.end(error=error)
 
     def end(self, *, error: BaseException | None = None) -> None:
         """Mark the run FINISHED, or FAILED (KILLED when interrupted) with the error as a tag and its traceback as an artifact."""
-        client = self._client
-        if error is None:
-            if "error" in client.get_run(self.run_id).data.tags:  # of an attempt that was resumed
-                client.delete_tag(self.run_id, "error")
-            client.set_terminated(self.run_id, "FINISHED")
-            return
-        client.set_tag(self.run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-        client.log_text(self.run_id, "".join(traceback.format_exception(error)), "error.txt")
-        client.set_terminated(self.run_id, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+        entry: Entry = {"kind": "end", "status": "FINISHED", "time_ms": int(time.time() * 1000)}
+        if error is not None:
+            self.set_tags({"error": f"{type(error).__name__}: {error}"})
+            self._deliver({"kind": "text", "path": "error.txt", "text": "".join(traceback.format_exception(error))})
+            entry["status"] = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+        self.send_kept()
+        self._deliver(entry)
+        left = len(outbox(self.outbox).names()) if self.outbox else 0
+        if left:
+            logger.warning(
+                "%s is away: %d entries of run %s are kept in %s; when it is back, `%s` sends them",
+                self.tracking_uri,
+                left,
+                self.run_id,
+                self.outbox,
+                self._sync_command,
+            )
+
+    def send_kept(self) -> tuple[int, int]:
+        """Send what waits in the outbox; gives how many entries were sent and how many are left."""
+        return outbox(self.outbox).flush(self._send) if self.outbox else (0, 0)
 
     def log_config(self, config: ExperimentConfig) -> None:
         """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`, which a job can be started from again."""
-        client = self._client
-        from mlflow.entities import Param
-
         tree = config.to_dict()
-        flat = [Param(f"{section}.{name}", str(value)[:6000]) for section, fields in tree.items() for name, value in fields.items()]
-        for start in range(0, len(flat), 100):  # the most that the store takes at once
-            client.log_batch(self.run_id, params=flat[start : start + 100])
-        client.log_text(self.run_id, yaml.safe_dump(tree, sort_keys=False), "config.yaml")
+        params = {f"{section}.{name}": str(value)[:6000] for section, fields in tree.items() for name, value in fields.items()}
+        self._deliver({"kind": "params", "params": params})
+        self._deliver({"kind": "text", "path": "config.yaml", "text": yaml.safe_dump(tree, sort_keys=False)})
 
     def log_identity(self, identity: Mapping[str, Any]) -> None:
         """Log what the run read and which code it ran.
@@ -158,27 +177,20 @@ class TrackedRun:
                 tags (`atlas.uri`) and, with `code_identity()`, the artifact `identity.json`.
         """
         whole = {**identity, "code": code_identity()}
-        client = self._client
-        for name, value in _flat(whole).items():
-            if not name.startswith("code.packages."):
-                client.set_tag(self.run_id, name, str(value)[:5000])
+        tags = {name: value for name, value in _flat(whole).items() if not name.startswith("code.packages.")}
         if re.fullmatch(r"[0-9a-f]{40}.*", whole["code"]["git"]):
-            client.set_tag(self.run_id, "mlflow.source.git.commit", whole["code"]["git"][:40])
-        client.log_text(self.run_id, json.dumps(whole, indent=2, default=str), "identity.json")
+            tags["mlflow.source.git.commit"] = whole["code"]["git"][:40]
+        self.set_tags(tags)
+        self._deliver({"kind": "text", "path": "identity.json", "text": json.dumps(whole, indent=2, default=str)})
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Log scalars, such as `{"train/loss": 0.3}`, in one request. Characters that MLflow refuses become `_`."""
-        client = self._client
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        batch = [Metric(re.sub(r"[^\w\-. :/]", "_", name), float(value), now, step) for name, value in metrics.items()]
-        for start in range(0, len(batch), 1000):
-            client.log_batch(self.run_id, metrics=batch[start : start + 1000])
+        named = {re.sub(r"[^\w\-. :/]", "_", name): float(value) for name, value in metrics.items()}
+        self._deliver({"kind": "metrics", "metrics": named, "step": step, "time_ms": int(time.time() * 1000)})
 
     def log_table(self, table: pd.DataFrame, path: str) -> None:
         """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
-        self._client.log_text(self.run_id, table.to_csv(index=False), path)
+        self._deliver({"kind": "text", "path": path, "text": table.to_csv(index=False)})
 
     def log_confusion(self, counts_kk: np.ndarray, names: Sequence[str], *, folder: str) -> None:
         """Log a confusion matrix: a picture with rows normalised to 1, and the counts as CSV.
@@ -191,7 +203,10 @@ class TrackedRun:
         table = pd.DataFrame(counts_kk, columns=list(names))
         table.insert(0, "true_label", list(names))
         self.log_table(table, f"{folder}/confusion.csv")
-        self._log_figure(confusion_figure(np.asarray(counts_kk), names), f"{folder}/confusion.png")
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "confusion.png"
+            confusion_figure(np.asarray(counts_kk), names).savefig(path)
+            self.log_file(path, folder=folder)
 
     def history(self, names: Sequence[str]) -> dict[str, list[float]]:
         """Values of metrics in the order of their steps; metrics that were never logged are left out."""
@@ -201,6 +216,100 @@ class TrackedRun:
 
     def log_curves(self) -> None:
         """Log pictures of all metrics that have more than one step; those that differ only before the `/` share one picture."""
+        self.send_kept()  # what other processes of the run could not send belongs into the pictures
+        self._deliver({"kind": "curves"})
+
+    def log_file(self, path: str | Path, *, folder: str = "") -> None:
+        """Log a file, or a directory with its name, as artifact; a directory called `model` makes `runs:/ID` resolvable."""
+        self._deliver({"kind": "file", "folder": folder}, Path(path))
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags; nested mappings are flattened with dots."""
+        self._deliver({"kind": "tags", "tags": {name: str(value)[:5000] for name, value in _flat(tags).items()}})
+
+    def register(self, model_dir: str | Path, name: str) -> int | None:
+        """Register the run's model as `register_model` does, or keep that for later where the server is away.
+
+        Returns:
+            The version number; None where `jobs.sync` has to register it.
+        """
+        if not self.outbox:
+            return register_model(self, model_dir, name)
+        versions: list[int] = []
+
+        def send(entry: Entry, content: Path | None) -> None:
+            if entry["kind"] == "register":
+                versions.append(self._register(entry))
+            else:
+                self._send(entry, content)
+
+        self.send_kept()
+        outbox(self.outbox).deliver({"kind": "register", "model_dir": str(Path(model_dir).resolve()), "name": name}, send)
+        if versions:
+            return versions[0]
+        logger.warning(
+            "the model is kept in %s; when %s is back, `%s` registers it as %s", model_dir, self.tracking_uri, self._sync_command, name
+        )
+        return None
+
+    def _deliver(self, entry: Entry, content: Path | None = None) -> None:
+        if self.outbox:
+            outbox(self.outbox).deliver(entry, self._send, content)
+        else:
+            self._apply(entry, content)
+
+    def _send(self, entry: Entry, content: Path | None) -> None:
+        """Raises `ConnectionError` when the server is away, quickly."""
+        try:
+            _probe(self.tracking_uri, timeout_s=_PATIENCE_S)
+            self._apply(entry, content)
+        except Exception as error:
+            if _is_away(error):
+                raise ConnectionError(f"the tracking server {self.tracking_uri} is away") from error
+            raise
+
+    def _apply(self, entry: Entry, content: Path | None) -> None:
+        """Do one entry. Twice is as good as once, because nobody knows whether a server that went away had done it."""
+        client, kind = self._client, entry["kind"]
+        from mlflow.entities import Metric, Param
+
+        if kind == "metrics":
+            batch = [Metric(name, value, entry["time_ms"], entry["step"]) for name, value in entry["metrics"].items()]
+            for start in range(0, len(batch), 1000):  # the most that the store takes at once
+                client.log_batch(self.run_id, metrics=batch[start : start + 1000])
+        elif kind == "params":
+            params = [Param(name, value) for name, value in entry["params"].items()]
+            for start in range(0, len(params), 100):
+                client.log_batch(self.run_id, params=params[start : start + 100])
+        elif kind == "tags":
+            for name, value in entry["tags"].items():
+                client.set_tag(self.run_id, name, value)
+        elif kind == "text":
+            client.log_text(self.run_id, entry["text"], entry["path"])
+        elif kind == "file":
+            assert content is not None
+            if content.is_dir():
+                client.log_artifacts(self.run_id, str(content), "/".join(part for part in (entry["folder"], content.name) if part))
+            else:
+                client.log_artifact(self.run_id, str(content), entry["folder"] or None)
+        elif kind == "curves":
+            self._log_curves()
+        elif kind == "register":
+            self._register(entry)
+        elif kind == "running":
+            if client.get_run(self.run_id).info.status != "RUNNING":  # a resumed job
+                client.update_run(self.run_id, status="RUNNING")
+        else:
+            assert kind == "end", f"unknown entry {kind!r}"
+            if entry["status"] == "FINISHED" and "error" in client.get_run(self.run_id).data.tags:  # of an attempt that was resumed
+                client.delete_tag(self.run_id, "error")
+            client.set_terminated(self.run_id, entry["status"], entry["time_ms"])
+
+    @property
+    def _sync_command(self) -> str:
+        return f"python -m jobs.sync --run-dir {self.outbox.removesuffix('/outbox')}"
+
+    def _log_curves(self) -> None:
         client = self._client
         groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
         for key in client.get_run(self.run_id).data.metrics:
@@ -208,21 +317,10 @@ class TrackedRun:
             if len(points) > 1:
                 groups.setdefault(key.rpartition("/")[2], {})[key] = points
         for name, curves in groups.items():
-            self._log_figure(_curve_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
+            client.log_figure(self.run_id, curve_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
 
-    def log_file(self, path: str | Path, *, folder: str = "") -> None:
-        """Log a file, or a directory with its name, as artifact; a directory called `model` makes `runs:/ID` resolvable."""
-        path = Path(path)
-        client = self._client
-        if path.is_dir():
-            client.log_artifacts(self.run_id, str(path), "/".join(part for part in (folder, path.name) if part))
-        else:
-            client.log_artifact(self.run_id, str(path), folder or None)
-
-    def set_tags(self, tags: Mapping[str, Any]) -> None:
-        """Set tags; nested mappings are flattened with dots."""
-        for name, value in _flat(tags).items():
-            self._client.set_tag(self.run_id, name, str(value)[:5000])
+    def _register(self, entry: Entry) -> int:
+        return register_model(self, entry["model_dir"], entry["name"])
 
     @property
     def _client(self) -> Any:
@@ -233,15 +331,79 @@ class TrackedRun:
             )
         return _client(self.tracking_uri)
 
-    def _log_figure(self, figure: Figure, path: str) -> None:
-        self._client.log_figure(self.run_id, figure, path)
+
+@dataclass(frozen=True, kw_only=True)
+class LoggedRun:
+    """A run as its store has it."""
+
+    run_id: str
+    name: str
+    status: str
+    """FINISHED, FAILED, KILLED or RUNNING."""
+    started_ms: int
+    ended_ms: int | None
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+    """Last value of each."""
+    artifacts: tuple[str, ...]
+    """Paths of all files but those of the model."""
+    store: str
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) points of a metric, by step."""
+        return sorted((point.step, point.value) for point in _client(self.store).get_metric_history(self.run_id, key))
+
+    def file(self, path: str) -> Path:
+        """A file of the run on this machine; a downloaded one lasts until this process ends."""
+        return Path(_client(self.store).download_artifacts(self.run_id, path, _scratch_folder()))
+
+
+def logged_run(run_id: str, tracking: TrackingConfig | None = None) -> LoggedRun:
+    """Read a run.
+
+    Args:
+        run_id: MLflow's identifier, or `runs:/ID`.
+        tracking: Where runs are kept; the default is that of the configuration.
+
+    Raises:
+        ValueError: There is no such run.
+        ConnectionError: The tracking server does not answer.
+    """
+    store, run_id = tracking_uri(tracking or TrackingConfig()), run_id.removeprefix("runs:/")
+    _probe(store)
+    client = _client(store)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise ValueError(f"run {run_id!r} is not in {store}: {error.message}") from error
+    files, folders = [], [""]
+    while folders:
+        for entry in client.list_artifacts(run_id, folders.pop() or None):
+            if not entry.is_dir:
+                files.append(entry.path)
+            elif entry.path != _MODEL_FOLDER:
+                folders.append(entry.path)
+    return LoggedRun(
+        run_id=run_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        started_ms=run.info.start_time,
+        ended_ms=run.info.end_time,
+        tags=dict(run.data.tags),
+        metrics=dict(run.data.metrics),
+        artifacts=tuple(sorted(files)),
+        store=store,
+    )
 
 
 def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: str = CANDIDATE) -> int:
     """Register a fine-tuned model directory as the next version of a model, and give it an alias.
 
-    The version is an MLflow `pyfunc` from code: the file `jobs/registry.py`, a copy of the `screformer` package and the model
-    directory itself, so that it loads in a process that has neither this repository nor Ray. It holds no pickle.
+    The version is an MLflow `pyfunc` from code: the file `jobs/registry.py`, copies of the `screformer` package and of the reader of .h5ad
+    files, the model directory itself and a model card, which is also the version's description. It loads in a process that has neither
+    this repository nor Ray, and holds no pickle.
 
     Args:
         run: The run that made the model.
@@ -262,9 +424,11 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
     from mlflow.pyfunc import save_model
 
     from jobs import registry
+    from jobs.model_card import model_card
 
     model_dir = _model_directory(Path(model_dir), str(model_dir))
     signature, example = registry.signature_and_example(model_dir)
+    card = model_card(model_dir, name=name, run_id=run.run_id)
     experiment_id = client.get_run(run.run_id).info.experiment_id
     logged = client.create_logged_model(experiment_id, name=_MODEL_FOLDER, source_run_id=run.run_id, model_type="cell-type-classifier")
     with tempfile.TemporaryDirectory() as scratch:
@@ -273,17 +437,22 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
         shutil.copytree(model_dir, source)
         package = Path(scratch) / "source" / "screformer"
         shutil.copytree(Path(screformer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        reader = Path(scratch) / "source" / "data_ingest"
+        reader.mkdir()
+        for module in ("__init__.py", "h5ad.py"):
+            shutil.copyfile(Path(data_ingest.__file__).parent / module, reader / module)
         target = Path(scratch) / "pyfunc"
         save_model(
             str(target),
             python_model=registry.__file__,
             artifacts={_MODEL_FOLDER: str(source)},
-            code_paths=[str(package)],
+            code_paths=[str(package), str(reader)],
             pip_requirements=[f"{package_name}=={_version(package_name).partition('+')[0]}" for package_name in _LOADING_PACKAGES],
             signature=signature,
             input_example=example,
             mlflow_model=Model(run_id=run.run_id, model_id=logged.model_id),
         )
+        (target / "MODEL_CARD.md").write_text(card)
         client.log_model_artifacts(logged.model_id, str(target))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run.run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -294,7 +463,10 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
             raise
     # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a server takes nothing else.
     source_uri = f"models:/{logged.model_id}" if run.tracking_uri.startswith("http") else logged.artifact_location
-    version = client.create_model_version(name, source_uri, run.run_id, model_id=logged.model_id)
+    short = card
+    if len(card) > _DESCRIPTION_CHARACTERS:
+        short = f"{card[: _DESCRIPTION_CHARACTERS - 60]}\n\n... more in MODEL_CARD.md\n"
+    version = client.create_model_version(name, source_uri, run.run_id, model_id=logged.model_id, description=short)
     if alias:
         client.set_registered_model_alias(name, alias, version.version)
     logger.info("registered %s version %s%s", name, version.version, f" as {alias}" if alias else "")
@@ -340,8 +512,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
 
     target: str | None = None
     if not location.startswith(("/", "file:")):  # files are read where they lie
-        target = tempfile.mkdtemp(prefix="screformer-model-")
-        atexit.register(shutil.rmtree, target, ignore_errors=True)
+        target = _scratch_folder()
     return _model_directory(Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri)
 
 
@@ -385,23 +556,46 @@ def tracking_uri(tracking: TrackingConfig) -> str:
     return uri
 
 
+def _scratch_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="screformer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _sqlite_path(uri: str) -> Path:
     return Path(uri.removeprefix("sqlite:///")).resolve()
 
 
-def _probe(uri: str) -> None:
+def _probe(uri: str, *, timeout_s: float = 10) -> None:
     """One quick request, because MLflow retries for minutes before it says that nobody is there."""
     if not uri.startswith(("http://", "https://")):
         return
     try:
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # something answers; a proxy may hide /health
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s).close()
+    except urllib.error.HTTPError as error:
+        # Something answers; a proxy may hide /health, or stand before a server that is away.
+        if error.code in (502, 503, 504):
+            raise ConnectionError(f"tracking.uri={uri} does not answer: {error}") from error
     except OSError as error:
         raise ConnectionError(
             f"tracking.uri={uri} does not answer ({error}); start `mlflow server` there, correct tracking.uri or MLFLOW_TRACKING_URI,"
             " or leave both empty to keep runs in ./mlflow.db"
         ) from error
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an error of MLflow's client comes from a server that is not there or not well, rather than from what it was asked."""
+    from mlflow.exceptions import RestException
+    from requests.exceptions import HTTPError, RequestException
+
+    if isinstance(error, RestException):
+        return error.get_http_status_code() >= 500 or error.get_http_status_code() == 429
+    if isinstance(error, HTTPError) and error.response is not None:
+        return error.response.status_code >= 500 or error.response.status_code == 429
+    if isinstance(error, RequestException | ConnectionError):
+        return True
+    inner = error.__cause__ or error.__context__
+    return inner is not None and _is_away(inner)
 
 
 @lru_cache(maxsize=4)
@@ -410,6 +604,9 @@ def _client(uri: str) -> Any:
     # thread that reports usage over the network.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # MLflow would try seven times for minutes, while a step waits; what fails is kept in the outbox and tried again from there.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -509,7 +706,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
-    """A picture of a confusion matrix (k, k), true labels in rows, which are normalised to 1."""
+    """Cells by true (row) and predicted (column) label, rows normalised to 1; `counts_kk` is (k, k), `names` the k labels."""
     from matplotlib.figure import Figure
 
     rows = counts_kk.sum(axis=1, keepdims=True)
@@ -530,7 +727,8 @@ def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
     return figure
 
 
-def _curve_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) -> Figure:
+def curve_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) -> Figure:
+    """Metrics of one `name` over optimizer steps; `curves` maps each to its (step, value) points."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

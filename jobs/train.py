@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.fs
 import ray
 import ray.train.torch
@@ -31,18 +32,25 @@ from scipy import sparse
 
 from cluster.connect import connect
 from data_ingest.dataset import CellStream
+from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
 from jobs import tracking
 from jobs.worker import train_loop_per_worker
+from screformer.attention import settle_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel, is_complete, load_model, read_position
 from screformer.config import ExperimentConfig, Task
+from screformer.linear import logistic_start
 from screformer.model import ScReformer
+from screformer.predictor import Predictor
 from screformer.svd import svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
+from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
+SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
+"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have no GPU, computes them."""
 MIN_OVERLAP = 0.5
 """Least share of a given model's expected expression that the query's genes must carry."""
 SAME_AS_START = ("model.dim", "model.depth", "model.heads", "model.attention", "model.ff_mult", "model.pooling")
@@ -125,7 +133,7 @@ class TrainingResult:
     metrics: dict[str, float]
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
-    """Version in the registry; None for pre-training."""
+    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync` has to register it."""
 
 
 def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_array:
@@ -158,6 +166,11 @@ def prepare_cells(
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
     """
+    if task == "pretrain" and config.tokens.expression == "binary":
+        raise ValueError(
+            "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the same expression; choose"
+            " another encoding, or fine-tune without pre-training"
+        )
     query = query or run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
@@ -192,7 +205,18 @@ def prepare_cells(
         if not len(parts[part]):
             notes.append(f"no {part} cells")
     if start is None:
-        vocabulary = query.vocabulary()
+        measured_g = query.measured_share(parts["train"]) >= config.query.min_measured
+        if not measured_g.any():
+            raise ValueError(
+                f"no gene was measured for query.min_measured={config.query.min_measured} of the training cells; lower it, or query"
+                " datasets that have genes in common"
+            )
+        if not measured_g.all():
+            notes.append(
+                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, as datasets with more than"
+                f" {1 - config.query.min_measured:.0%} of the training cells did not measure them (query.min_measured)"
+            )
+        vocabulary = query.vocabulary(measured_g)
     else:
         vocabulary = start.vocabulary
         _check_overlap(query, start)
@@ -223,16 +247,17 @@ def run_training(
     """
     saved: dict[str, Any] = {}
     if resume is not None:
-        saved = _read_run(resume)
+        saved = read_run(resume)
         config, task, init_from = ExperimentConfig.from_dict(saved["config"]).merge(overrides), saved["task"], saved["init_from"]
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
     start = _load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    config = _pinned(config, cells.query)
+    config, attention = settled(_pinned(config, cells.query), cells, start)
     run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(config, task)
     run_dir = resume or _new_run_dir(config, task, run.run_id)
+    run = run.kept_in(run_dir)
     with run:
         checkpoint = None
         if saved:
@@ -245,6 +270,7 @@ def run_training(
             plain = {"config": config.to_dict(), "task": task, "init_from": init_from, "query_hash": cells.query.hash}
             _write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
             run.log_identity(cells.identity())
+        print(attention, flush=True)
         for note in cells.notes:
             print(f"note: {note}", flush=True)
         cells, start_arrays = initial_arrays(cells, start, checkpoint)
@@ -255,7 +281,8 @@ def run_training(
             model_dir = _keep_model(Path(folder) / "model", run_dir)
             version = None
             if task == "finetune":
-                version = tracking.register_model(run, model_dir, config.tracking.model_name)
+                _log_test_cells(run, cells, model_dir)
+                version = run.register(model_dir, config.tracking.model_name)
             else:
                 run.log_file(model_dir)
         run.log_curves()
@@ -302,15 +329,16 @@ def describe(config: ExperimentConfig, cells: TrainingCells) -> dict[str, Any]:
     tokens, model, train = config.tokens, config.model, config.train
     network = ScReformer(model, tokens, num_genes=len(cells.vocabulary), num_classes=len(cells.labels["names"]), seed=train.seed)
     num_parameters = sum(param.numel() for param in network.parameters())
-    slots = 1 + (len(cells.vocabulary) if tokens.input_mode == "all" else min(tokens.max_genes, len(cells.vocabulary)))
+    slots = tokens.most_slots(len(cells.vocabulary))
     world_size = config.cluster.num_workers
     # Bytes per parameter in fp32: weights 4, gradients 4, moments 8; ZeRO spreads them from the end.
     spread = {0: 0, 1: 8, 2: 12, 3: 16}[config.zero.stage]
     state = num_parameters * (16 - spread + spread / world_size)
     # One block holds about 14 + 2 ff_mult vectors per token, LSH some more per hash round; reversible blocks hold one at a time.
-    per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if model.attention == "lsh" else 0)
+    hashes = model.attention in ("lsh", "random")
+    per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if hashes else 0)
     activations = train.micro_batch_size * slots * model.dim * 4 * (6 + per_block * (1 if model.reversible else model.depth))
-    if model.attention == "lsh":
+    if hashes:
         activations += train.micro_batch_size * slots * model.heads * model.n_hashes * 2 * model.bucket_size * 4
     num_train = len(cells.parts["train"])
     return {
@@ -354,10 +382,12 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
         init_from = getattr(arguments, "init_from", None)
         if arguments.dry_run:
             if arguments.resume is not None:
-                config = ExperimentConfig.from_dict(_read_run(arguments.resume)["config"]).merge(overrides)
+                config = ExperimentConfig.from_dict(read_run(arguments.resume)["config"]).merge(overrides)
             start = _load_start(config, init_from) if init_from else None
+            cells = prepare_cells(config, task, start=start)
+            config, attention = settled(config, cells, start)
             print(yaml.safe_dump(config.to_dict(), sort_keys=False))
-            print(yaml.safe_dump(describe(config, prepare_cells(config, task, start=start)), sort_keys=False), end="")
+            print(yaml.safe_dump(describe(config, cells), sort_keys=False) + attention)
             return 0
         result = run_training(config, task, init_from=init_from, resume=arguments.resume, overrides=overrides)
     except (ValueError, ConnectionError, FileNotFoundError) as error:
@@ -372,7 +402,7 @@ def _load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
     ours, theirs = config.to_dict(), start.config.to_dict()
     for path in (*SAME_AS_START, *SAME_TOKENS):
         section, name = path.split(".")
-        if ours[section][name] != theirs[section][name]:
+        if ours[section][name] not in (theirs[section][name], "auto"):
             raise ValueError(
                 f"{path}={ours[section][name]!r}, but the model {init_from} was trained with {theirs[section][name]!r};"
                 f" set {path}={theirs[section][name]}, or start from another model"
@@ -404,14 +434,30 @@ def initial_arrays(
     if start is not None:
         same_labels = start.labels["names"] == cells.labels["names"]
         weights = {name: tensor.numpy() for name, tensor in start.model.state_dict().items() if same_labels or not name.startswith(HEADS)}
-        return cells, {"weights": weights}
+        return cells, {"weights": weights, **({} if same_labels else _linear_start(cells))}
     sample = cells.sample
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
     vocabulary = GeneVocabulary(cells.vocabulary.feature_ids, cells.vocabulary.feature_names, mean_g)
     arrays = {}
-    if cells.config.model.gene_embedding == "svd":
-        arrays["gene_embeddings"] = svd_gene_embeddings(sample, cells.config.model.dim, cells.config.train.seed)
-    return dataclasses.replace(cells, vocabulary=vocabulary), arrays
+    start_from, seed = cells.config.model.gene_embedding, cells.config.train.seed
+    if start_from in ("svd", "shuffled"):
+        embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
+        shuffles = start_from == "shuffled"
+        arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
+    return dataclasses.replace(cells, vocabulary=vocabulary), {**arrays, **_linear_start(cells)}
+
+
+def _linear_start(cells: TrainingCells) -> dict[str, Any]:
+    """`linear` of `jobs.worker.start_from`, or nothing where none is wanted."""
+    config = cells.config
+    if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
+        return {}
+    found = cells.stream("train").sample_counts(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    values_ng = normalised(found.counts_ng, found.total_n)
+    if config.tokens.expression == "binary":
+        values_ng.data[:] = 1
+    counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
+    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
 
 
 def train_on_cluster(
@@ -438,6 +484,7 @@ def train_on_cluster(
             "task": task,
             "streams": {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)},
             "labels": cells.labels,
+            "lineage": lineage(cells.labels["cl_ids"]).to_json(),
             "class_counts": cells.class_counts_k.tolist(),
             "start": ray.put(start_arrays),
             "meta": {"task": task, **cells.identity(), "code": tracking.code_identity(), "run_id": run.run_id},
@@ -476,6 +523,14 @@ def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
     return config.merge({"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms})
 
 
+def settled(config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None) -> tuple[ExperimentConfig, str]:
+    """The configuration with its attention named: the start model's, whose weights fit no other one, or the faster one."""
+    if start is not None and config.model.attention == "auto":
+        config = config.merge({"model.attention": start.config.model.attention})
+    model, says = settle_attention(config.model, config.tokens.most_slots(len(cells.vocabulary)))
+    return dataclasses.replace(config, model=model), says
+
+
 def _new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
     name, storage = f"{task}-{run_id[:8]}-{uuid.uuid4().hex[:4]}", config.cluster.storage_path
     return f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage or "runs").resolve() / name)
@@ -492,14 +547,19 @@ def _write_run(run_dir: str, tree: dict[str, Any]) -> None:
         out.write(json.dumps(tree, indent=2).encode())
 
 
-def _read_run(run_dir: str) -> dict[str, Any]:
+def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
+    """What a run wrote into its folder when it started: `config`, `task`, `init_from`, `query_hash` and `run`.
+
+    Raises:
+        ValueError: No such folder; the message names the command's option.
+    """
     files, path = _filesystem(run_dir)
     try:
         with files.open_input_stream(f"{path}/{RUN_FILE}") as source:
             return json.loads(source.read())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
+            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
         ) from error
 
 
@@ -528,6 +588,35 @@ def _newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
                 return checkpoint
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None
+
+
+def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
+    """Log what the model says of some test cells, with their embeddings, for the pictures of `jobs.report`."""
+    if not len(cells.parts["test"]):
+        return
+    predictor = Predictor.load(model_dir)
+    slots = (
+        min(cells.config.tokens.max_genes, len(cells.vocabulary)) if cells.config.tokens.input_mode == "detected" else len(cells.vocabulary)
+    )
+    found = cells.stream("test").sample_counts(max(1, min(SHOWN_CELLS, SHOWN_TOKENS // slots)), cells.config.train.seed)
+    counts = found.counts_ng
+    said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=found.total_n)
+    position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
+    groups = {name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")}
+    table = pd.DataFrame(
+        {
+            "joinid": found.joinids_n,
+            **groups,
+            "label": np.array(cells.labels["names"], dtype=object)[found.labels_n],
+            "prediction": said.labels,
+            "confidence": said.confidence,
+            "embedding": list(said.embedding_nd),
+        }
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "cells.parquet"
+        table.to_parquet(path, index=False)
+        run.log_file(path, folder="test")
 
 
 def _keep_model(source: Path, run_dir: str) -> Path:

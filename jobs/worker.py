@@ -17,6 +17,15 @@ import ray.train
 import torch
 
 from data_ingest.dataset import CellStream
+from jobs.figures import reliability_figure
+from screformer.calibration import (
+    Calibration,
+    CellOutputs,
+    Lineage,
+    expected_calibration_error,
+    fit_calibration,
+    reliability,
+)
 from screformer.checkpoint import POSITION, load_training, read_position, read_weights, save_model, save_training, seal
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import build_engine
@@ -31,8 +40,9 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     """Train on this rank's share of the cells; the same on every rank.
 
     Args:
-        loop_config: Made by `jobs.train`: `config` (plain), `task`, `streams` (part to `CellStream`), `labels`, `class_counts`, `start`
-            (an ObjectRef of arrays to start from), `meta`, `run` (`jobs.tracking.TrackedRun`), `resume` (a Checkpoint or None).
+        loop_config: Made by `jobs.train`: `config` (plain), `task`, `streams` (part to `CellStream`), `labels`, `lineage` (plain),
+            `class_counts`, `start` (an ObjectRef of arrays to start from), `meta`, `run` (`jobs.tracking.TrackedRun`), `resume` (a
+            Checkpoint or None).
     """
     config = ExperimentConfig.from_dict(loop_config["config"])
     task, streams, labels = loop_config["task"], loop_config["streams"], loop_config["labels"]
@@ -57,7 +67,9 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
             resume = (Progress.from_dict(position), read_weights(Path(folder) / "model") if rank == 0 else {})
             _say(rank, f"resumed after step {resume[0].global_step} (epoch {resume[0].epoch}, {resume[0].cells_consumed} cells into it)")
 
-    def write(scores: dict[str, float], weights: Weights, progress: Progress, *, finished: bool) -> None:
+    def write(
+        scores: dict[str, float], weights: Weights, progress: Progress, *, finished: bool, calibration: Calibration | None = None
+    ) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             position = {**progress.to_dict(), "finished": finished}
@@ -67,7 +79,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
                 save_training(folder, engine, position)
             if rank == 0:
                 meta = {**loop_config["meta"], "best_step": progress.best_step, "metrics": scores}
-                save_model(folder / "model", weights, config, vocabulary, labels, meta)
+                save_model(folder / "model", weights, config, vocabulary, labels, meta, calibration)
             seal(folder)
             ray.train.report(scores, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
@@ -88,12 +100,52 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
         resume=resume,
     )
     scores = {**(outcome.val.scores("best_val") if outcome.val else {}), **(outcome.test.scores("test") if outcome.test else {})}
+    calibration = None
+    if outcome.val_outputs is not None and len(outcome.val_outputs):
+        calibration = fit_calibration(outcome.val_outputs, Lineage.from_json(loop_config["lineage"]))
+        scores |= calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
+        if rank == 0:
+            loop_config["run"].log_metrics(
+                {name: value for name, value in scores.items() if "/ece" in name or "unknown" in name}, step=config.train.max_steps
+            )
+            _log_reliability(loop_config["run"], calibration, outcome.val_outputs, outcome.test_outputs)
     if rank == 0 and task == "finetune":
         for folder, counts in (("val", outcome.val), ("test", outcome.test)):
             if counts is not None:
                 loop_config["run"].log_confusion(counts.confusion_kk, labels["names"], folder=folder)
                 loop_config["run"].log_table(pd.DataFrame(counts.table(labels["names"])), f"{folder}/per_class.csv")
-    write(scores, outcome.weights, outcome.progress, finished=True)
+    write(scores, outcome.weights, outcome.progress, finished=True, calibration=calibration)
+
+
+def calibration_scores(calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> dict[str, float]:
+    """Metrics of a calibration: `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` of known types, for `best_val` and `test`."""
+    scores: dict[str, float] = {}
+    for part, outputs in (("best_val", val), ("test", test)):
+        if outputs is None or not len(outputs):
+            continue
+        unknown = calibration.unknown_scores(outputs.logits_nk) > calibration.unknown_threshold
+        scores |= {
+            f"{part}/ece_uncalibrated": expected_calibration_error(Calibration().probabilities(outputs.logits_nk), outputs.labels_n),
+            f"{part}/ece": expected_calibration_error(calibration.probabilities(outputs.logits_nk), outputs.labels_n),
+            f"{part}/unknown_share": float(unknown.mean()),
+        }
+    return scores
+
+
+def _log_reliability(run: Any, calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> None:
+    """Log `calibration/reliability.csv` and `.png`: confidence against accuracy before and after, of validation and test cells."""
+    tables = []
+    for part, outputs in (("validation", val), ("test", test)):
+        for state, used in (("before", Calibration()), ("after", calibration)):
+            if outputs is not None and len(outputs):
+                rows = pd.DataFrame(reliability(used.probabilities(outputs.logits_nk), outputs.labels_n))
+                tables.append(rows.assign(part=part, calibration=state))
+    table = pd.concat(tables, ignore_index=True)
+    run.log_table(table, "calibration/reliability.csv")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "reliability.png"
+        reliability_figure(table).savefig(path, dpi=120)
+        run.log_file(path, folder="calibration")
 
 
 def train_alone(
@@ -146,13 +198,16 @@ def start_from(model: ScReformer, start: dict[str, Any]) -> None:
 
     Args:
         model: The network.
-        start: `gene_embeddings` (g, d), or `weights` by name, which may leave out some; empty leaves the random start.
+        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k) and bias (k,) of a
+            linear classifier. Each may be missing; without any the random start is left.
     """
     if "gene_embeddings" in start:
         model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))
     if "weights" in start:
         state = model.state_dict()
         model.load_state_dict({**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}})
+    if "linear" in start:
+        model.set_linear_start(*(torch.from_numpy(np.array(array)) for array in start["linear"]))
 
 
 def _parts(streams: dict[str, CellStream], config: ExperimentConfig, rank: int, world_size: int) -> Parts:

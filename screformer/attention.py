@@ -1,4 +1,4 @@
-"""Attention over the tokens of a cell: LSH (Reformer's), full, local, or none.
+"""Attention over the tokens of a cell: LSH (Reformer's), full, local, over random buckets, or none.
 
 Axes: n cells, l token slots, h heads, e head width, d model width, r hash rounds, m slots of a bucket, w windows (a bucket of
 queries beside two buckets of keys), s slots of the sorted buffer.
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -97,6 +97,17 @@ def hash_buckets(qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n
         index = best[..., 0] + (turned.gather(-1, best)[..., 0] < 0) * count_nf
         bucket_nlhr[cells] = index[..., 0, :] * (2 * count_nf[..., 1, :]).clamp(min=1) + index[..., 1, :]
     return bucket_nlhr.permute(0, 2, 3, 1)
+
+
+def random_buckets(qk_nlhe: Tensor, *, n_hashes: int, seed: int) -> Tensor:
+    """Random numbers in the place and shape of `hash_buckets`' hashes: tokens sorted by them are shuffled.
+
+    The number of a token follows from seed, slot and round, so that a cell does not depend on its neighbours or on padding.
+    """
+    n, length, h, _ = qk_nlhe.shape
+    generator = torch.Generator().manual_seed(seed)
+    drawn_lr = torch.randint(torch.iinfo(torch.int16).max, (length, n_hashes), generator=generator, dtype=torch.int16)
+    return drawn_lr.T.to(qk_nlhe.device).expand(n, h, -1, -1)
 
 
 def _hash_columns(num_buckets: int) -> tuple[int, int]:
@@ -411,10 +422,12 @@ class LSHSelfAttention(nn.Module):
         heads: Heads, which divide the width.
         bucket_size: Tokens per bucket.
         n_hashes: Hash rounds; may be changed at any time, no parameter depends on it.
+        random: Shuffle the tokens into buckets instead of hashing them; a control that shows what the hashes are worth.
     """
 
-    def __init__(self, dim: int, heads: int, *, bucket_size: int, n_hashes: int) -> None:
+    def __init__(self, dim: int, heads: int, *, bucket_size: int, n_hashes: int, random: bool = False) -> None:
         super().__init__()
+        self.random = random
         self.heads, self.bucket_size, self.n_hashes = heads, bucket_size, n_hashes
         self.toqk = nn.Linear(dim, dim, bias=False)
         self.tov = nn.Linear(dim, dim, bias=False)
@@ -437,7 +450,10 @@ class LSHSelfAttention(nn.Module):
         if tokens is None:
             with torch.no_grad():
                 lengths = key_mask_nl.sum(1).tolist()
-                bucket = hash_buckets(qk, lengths, bucket_size=self.bucket_size, n_hashes=self.n_hashes, seed=hash_seed)
+                if self.random:
+                    bucket = random_buckets(qk, n_hashes=self.n_hashes, seed=hash_seed)
+                else:
+                    bucket = hash_buckets(qk, lengths, bucket_size=self.bucket_size, n_hashes=self.n_hashes, seed=hash_seed)
                 tokens = sort_tokens(bucket, lengths)
             if memo is not None:
                 memo.sorted_tokens = tokens
@@ -494,8 +510,15 @@ class NoAttention(nn.Module):
 
 def make_attention(config: ModelConfig) -> nn.Module:
     """Build the attention layer that `model.attention` names; a `SelfAttention`."""
-    if config.attention == "lsh":
-        return LSHSelfAttention(config.dim, config.heads, bucket_size=config.bucket_size, n_hashes=config.n_hashes)
+    assert config.attention != "auto", "attention is settled before layers are built; see settle_attention"
+    if config.attention in ("lsh", "random"):
+        return LSHSelfAttention(
+            config.dim,
+            config.heads,
+            bucket_size=config.bucket_size,
+            n_hashes=config.n_hashes,
+            random=config.attention == "random",
+        )
     if config.attention == "full":
         return FullSelfAttention(config.dim, config.heads)
     if config.attention == "local":
@@ -503,11 +526,23 @@ def make_attention(config: ModelConfig) -> nn.Module:
     return NoAttention()
 
 
-def choose_attention(max_length: int) -> tuple[Literal["lsh", "full"], str]:
-    """Say which attention is the faster one for cells of up to `max_length` tokens, and why, in words for the log."""
-    if max_length >= CROSSOVER_TOKENS:
-        return (
-            "lsh",
-            f"lsh attention: cells have up to {max_length} tokens, and from {CROSSOVER_TOKENS} on it is faster than full attention",
-        )
-    return "full", f"full attention: cells have up to {max_length} tokens, and below {CROSSOVER_TOKENS} it is faster than lsh attention"
+def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig, str]:
+    """Replace `auto` by the faster one of `lsh` and `full`, and say in words what was taken.
+
+    Args:
+        config: The architecture; what is not `auto` stays.
+        most_slots: Tokens of the longest cell.
+
+    Returns:
+        The architecture with its attention named, and a line for the log, which also names settings that have no effect with it.
+    """
+    why = ""
+    if config.attention == "auto":
+        config = replace(config, attention="lsh" if most_slots >= CROSSOVER_TOKENS else "full")
+        why = f" (auto: cells have up to {most_slots:,} tokens, and lsh is the faster one from {CROSSOVER_TOKENS:,} on)"
+    idle = [
+        f"model.{name}={getattr(config, name)}"
+        for name, kinds in (("n_hashes", ("lsh", "random")), ("bucket_size", ("lsh", "random", "local")))
+        if config.attention not in kinds and getattr(config, name) != getattr(ModelConfig(), name)
+    ]
+    return config, f"attention: {config.attention}{why}" + (f"; {' and '.join(idle)} without effect" if idle else "")

@@ -1,8 +1,9 @@
 """Directories of a model and of a training run, without pickles, that say what is wrong with them when they are read.
 
-A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`. A training checkpoint holds
-the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same state whole and by parameter name in
-`training_state.safetensors` (so that another world size or ZeRO stage can go on), `position.json`, and `manifest.json`, written last.
+A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after fine-tuning with
+validation cells `calibration.json`. A training checkpoint holds the best model so far in `model/`, each rank's part of DeepSpeed's state
+in `deepspeed/`, the same state whole and by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage can
+go on), `position.json`, and `manifest.json`, written last.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from screformer import engine as engines
+from screformer.calibration import Calibration
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
 
 FORMAT = "1"
 WEIGHTS, CONFIG, VOCABULARY, LABELS, META = "weights.safetensors", "config.json", "vocabulary.json", "labels.json", "meta.json"
+CALIBRATION = "calibration.json"
 TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
 """Labels of a model that was only pre-trained."""
@@ -43,6 +46,8 @@ class LoadedModel:
     """`column` of obs, `names` of the k classes in the order of the logits, and their `cl_ids` ("" where unknown)."""
     meta: dict[str, Any]
     """Where it comes from: atlas, query hash, versions, metrics."""
+    calibration: Calibration = Calibration()
+    """How logits become answers; the default for a model without one, such as those of earlier versions."""
 
 
 def save_model(
@@ -52,6 +57,7 @@ def save_model(
     vocabulary: GeneVocabulary,
     labels: Mapping[str, Any],
     meta: Mapping[str, Any],
+    calibration: Calibration | None = None,
 ) -> None:
     """Write a model directory.
 
@@ -62,18 +68,24 @@ def save_model(
         vocabulary: Its genes.
         labels: As `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
         meta: Plain values of JSON.
+        calibration: How its logits become answers; None where there were no validation cells to learn it from.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary.save(directory / VOCABULARY)
     for name, tree in ((CONFIG, config.to_dict()), (LABELS, dict(labels)), (META, dict(meta))):
         (directory / name).write_text(json.dumps(tree, indent=2, default=str))
+    hashed = [CONFIG, VOCABULARY, LABELS]
+    (directory / CALIBRATION).unlink(missing_ok=True)  # of weights that lay here before
+    if calibration is not None:
+        (directory / CALIBRATION).write_text(json.dumps(calibration.to_json(), indent=2))
+        hashed.append(CALIBRATION)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     weights = {
         name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
         for name, tensor in state.items()
     }
-    metadata = {"kind": "screformer model", "format": FORMAT, **{name: _sha256(directory / name) for name in (CONFIG, VOCABULARY, LABELS)}}
+    metadata = {"kind": "screformer model", "format": FORMAT, **{name: _sha256(directory / name) for name in hashed}}
     save_file(weights, directory / WEIGHTS, metadata=metadata)
 
 
@@ -92,11 +104,12 @@ def load_model(directory: str | Path) -> LoadedModel:
         raise ValueError(f"{directory / WEIGHTS} holds weights of something else than a screformer model")
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"model directory {directory} has format {metadata.get('format')}, this screformer reads {FORMAT};"
-            " use the version that its meta.json names"
+            f"model directory {directory} has format {metadata.get('format')}, this screformer reads {FORMAT}; load it with"
+            f" screformer {_writer(directory)}, which wrote it"
         )
-    for name in (CONFIG, VOCABULARY, LABELS):
-        if metadata.get(name) != _sha256(directory / name):
+    hashed = [CONFIG, VOCABULARY, LABELS] + [CALIBRATION] * (CALIBRATION in metadata or (directory / CALIBRATION).exists())
+    for name in hashed:
+        if not (directory / name).is_file() or metadata.get(name) != _sha256(directory / name):
             raise ValueError(f"{directory / name} is not the file that was saved with these weights; restore it, or train again")
     config = ExperimentConfig.from_dict(_read_json(directory / CONFIG))
     vocabulary = GeneVocabulary.load(directory / VOCABULARY)
@@ -104,7 +117,20 @@ def load_model(directory: str | Path) -> LoadedModel:
     model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
     check_weights(model, weights, source=str(directory))
     model.load_state_dict(weights)
-    return LoadedModel(model=model.eval(), config=config, vocabulary=vocabulary, labels=labels, meta=_read_json(directory / META))
+    calibration = Calibration()
+    if CALIBRATION in hashed:
+        try:
+            calibration = Calibration.from_json(_read_json(directory / CALIBRATION))
+        except ValueError as error:
+            raise ValueError(f"model directory {directory}: {error}") from error
+    return LoadedModel(
+        model=model.eval(),
+        config=config,
+        vocabulary=vocabulary,
+        labels=labels,
+        meta=_read_json(directory / META),
+        calibration=calibration,
+    )
 
 
 def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
@@ -211,6 +237,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds {type(tree).__name__}, not a JSON object; restore it")
     return tree
+
+
+def _writer(directory: Path) -> str:
+    """Version of screformer that wrote a model directory, as its meta.json says."""
+    code = _read_json(directory / META).get("code", {})
+    return f"{code.get('screformer', '(version not recorded)')} (git {code.get('git', 'not recorded')})"
 
 
 def _sha256(path: Path) -> str:

@@ -52,10 +52,14 @@ class QueryConfig:
     """Such as `feature_id in ['ENSG00000156738']`; empty takes every gene."""
     is_primary_data: bool = True
     """Drop cells that Census marks as copies of cells in another dataset."""
+    min_measured: float = 0.9
+    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes every gene. A gene that is
+    missing in some datasets tells which dataset a cell is from, and so which types to expect: that does not hold elsewhere."""
     file: str = ""
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
+        _require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
         _require(
             not (self.file and (self.obs_filter or self.var_filter)),
             f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or query.file",
@@ -103,15 +107,20 @@ class TokensConfig:
     max_genes: int = 1024
     """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the gene's mean expression
     over the training cells, and the run says how many were cut."""
-    expression: Literal["continuous", "log2_bins", "quantile_bins"] = "continuous"
+    expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = "continuous"
     """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 + counts per 10,000) as in
-    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT."""
+    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT; `binary`: detected or not, a control that leaves
+    pre-training nothing to learn."""
     num_bins: int = 16
     """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
 
     def __post_init__(self) -> None:
         _require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
         _require(2 <= self.num_bins <= 1024, f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected")
+
+    def most_slots(self, num_genes: int) -> int:
+        """Token slots of the longest possible cell, the [CLS] included, with a vocabulary of `num_genes`."""
+        return 1 + (num_genes if self.input_mode == "all" else min(self.max_genes, num_genes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +154,13 @@ class ModelConfig:
     """Reformer blocks, each attention and feed-forward."""
     heads: int = 4
     """Attention heads; the head width is dim / heads."""
-    attention: Literal["lsh", "full", "local", "none"] = "lsh"
-    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `local`: neighbouring tokens only; `none`: a control without attention."""
+    attention: Literal["auto", "lsh", "full", "local", "random", "none"] = "auto"
+    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the longest cell, settled when a run
+    starts; `local`: neighbouring tokens only; and two controls, `random`: lsh with random buckets, `none`: without attention."""
     n_hashes: int = 4
-    """LSH hash rounds."""
+    """Hash rounds of `lsh` and `random`."""
     bucket_size: int = 64
-    """Tokens per LSH bucket (and per local window)."""
+    """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
     reversible: bool = True
     """Recompute activations in the backward pass, so that memory does not grow with depth."""
     ff_mult: int = 4
@@ -159,17 +169,22 @@ class ModelConfig:
     """Slices of the sequence that pass through the feed-forward layer one after another; more only where memory asks for it."""
     dropout: float = 0.0
     """Dropout after attention and feed-forward."""
-    gene_embedding: Literal["random", "svd"] = "svd"
-    """Start of the gene embeddings: random, or the truncated SVD of the training cells (much better on few cells)."""
+    gene_embedding: Literal["random", "svd", "shuffled", "none"] = "svd"
+    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better on few cells). Two controls:
+    `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
     pooling: Literal["cls", "mean", "attention"] = "attention"
     """How token vectors become a cell vector for the classification head."""
     linear_skip: bool = True
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
+    linear_start_cells: int = 8192
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted for `linear_skip` to start from, so
+    that the network begins as good as that; 0 starts at zero."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name}={value} must be at least 1")
+        _require(self.linear_start_cells >= 0, f"model.linear_start_cells={self.linear_start_cells} must not be negative")
         _require(
             self.dim % self.heads == 0,
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try model.dim={-(-self.dim // self.heads) * self.heads}",

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-NUM_RELIABILITY_BINS = 15
-
 
 class LabelCounts:
     """Confusion counts and loss sums. Sums are joined first and divided last, so batches and ranks of any size weigh right.
@@ -124,29 +122,6 @@ class LabelCounts:
             {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "cells": int(c)}
             for name, p, r, f, c in zip(names, *columns, strict=True)
         ]
-
-
-def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
-    """Confidence against accuracy: one row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`."""
-    confidence_n = probabilities_nk.max(axis=1)
-    right_n = probabilities_nk.argmax(axis=1) == labels_n
-    bin_n = np.minimum((confidence_n * NUM_RELIABILITY_BINS).astype(np.int64), NUM_RELIABILITY_BINS - 1)
-    return [
-        {
-            "from": index / NUM_RELIABILITY_BINS,
-            "to": (index + 1) / NUM_RELIABILITY_BINS,
-            "cells": int((bin_n == index).sum()),
-            "confidence": float(confidence_n[bin_n == index].mean()),
-            "accuracy": float(right_n[bin_n == index].mean()),
-        }
-        for index in np.unique(bin_n).tolist()
-    ]
-
-
-def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Mean distance of confidence and accuracy over bins of equal width, weighted by their cells; in [0, 1]."""
-    rows = reliability(probabilities_nk, labels_n)
-    return float(sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / max(sum(row["cells"] for row in rows), 1))
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from screformer.attention import settle_attention
 from screformer.config import ModelConfig, TokensConfig
 from screformer.reversible import ReversibleEncoder
 from screformer.tokenizer import NUM_SPECIAL, PAD
@@ -51,8 +52,9 @@ class ScReformer(nn.Module):
     def __init__(self, model: ModelConfig, tokens: TokensConfig, *, num_genes: int, num_classes: int, seed: int):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
+        model, _ = settle_attention(model, tokens.most_slots(num_genes))
         with torch.random.fork_rng(devices=[]):
-            self.gene_embedding = nn.Embedding(num_genes + NUM_SPECIAL, model.dim)
+            self.gene_embedding = nn.Embedding((1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim)
             self.expression_embedding = _ExpressionEmbedding(model.dim, tokens)
             self.encoder = ReversibleEncoder(model)
             self.pooling = _Pooling(model)
@@ -73,7 +75,8 @@ class ScReformer(nn.Module):
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         real_nl = batch["token_ids"] != PAD
-        x_nld = self.gene_embedding(batch["token_ids"])
+        # Where all genes share one vector, it is the last one.
+        x_nld = self.gene_embedding(batch["token_ids"].clamp(max=self.gene_embedding.num_embeddings - 1))
         values_nl = batch["values"].to(x_nld.dtype)
         shift_nld, gain_nld = self.expression_embedding(values_nl, batch["bin_ids"], hidden)
         x_nld = self.encoder(x_nld * (1 + gain_nld) + shift_nld, real_nl, hash_seed=hash_seed)
@@ -100,6 +103,25 @@ class ScReformer(nn.Module):
         if matrix_gd.shape != weight.shape:
             raise ValueError(f"gene embeddings have shape {tuple(matrix_gd.shape)}, the network needs {tuple(weight.shape)}")
         weight.copy_(matrix_gd)
+
+    @torch.no_grad()
+    def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor) -> None:
+        """Start as a given linear classifier, to which the encoder adds nothing yet; before an engine is built.
+
+        Raises:
+            ValueError: Another shape, or a network without a linear part.
+        """
+        if self.linear_skip is None or self.classification_head is None:
+            raise ValueError("a linear start needs model.linear_skip=true and labels")
+        weight = self.linear_skip.weight.weight[NUM_SPECIAL:]
+        if weights_gk.shape != weight.shape or bias_k.shape != self.classification_head.bias.shape:
+            raise ValueError(
+                f"linear start has shapes {tuple(weights_gk.shape)} and {tuple(bias_k.shape)}, the network needs {tuple(weight.shape)} and"
+                f" {tuple(self.classification_head.bias.shape)}"
+            )
+        weight.copy_(weights_gk)
+        self.classification_head.bias.copy_(bias_k)
+        self.classification_head.weight.zero_()
 
 
 class _ExpressionEmbedding(nn.Module):
@@ -174,16 +196,14 @@ class _ExpressionHead(nn.Module):
 
 
 class _LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to length 1, which evens out depth and size of gene panels."""
-
-    SCALE = 16.0
+    """A linear classifier on the cell's expression values, scaled to one length, which evens out depth and size of gene panels."""
 
     def __init__(self, num_genes: int, num_classes: int):
         super().__init__()
         self.weight = nn.EmbeddingBag(num_genes + NUM_SPECIAL, num_classes, mode="sum")
 
     def forward(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
-        return self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * self.SCALE)
+        return self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * LINEAR_SCALE)
 
 
 def _draw_weights(network: ScReformer, seed: int) -> None:
@@ -206,6 +226,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
                 first.bias.copy_(-first.weight[:, 0] * torch.linspace(0, 6, len(first.bias)))
 
 
+LINEAR_SCALE = 16.0
+"""Length of the values that the linear part sees, about that of a cell's log1p values."""
 EMBEDDING_STD = 0.1
 """Of random gene embeddings, and the root mean square of SVD ones."""
 

@@ -5,15 +5,18 @@ Axes: n cells, g genes of the vocabulary, d model width, k classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import sparse
 
+from screformer.calibration import LEVELS, UNKNOWN
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.tokenizer import CellTokenizer, GeneVocabulary
 
@@ -22,11 +25,27 @@ MIN_GENE_OVERLAP = 0.1
 because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a whole atlas is mostly genes that are
 never seen."""
 
+ANSWER_COLUMNS = (
+    "predicted_labels",
+    "conf_score",
+    "cell_type_ontology_term_id",
+    "label_level",
+    "unknown",
+    "unknown_score",
+    "best_label",
+)
+"""What is said of a cell, as columns: made by `Predictions.table`."""
+
 HASH_SEED = 0
 """Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
 
 _TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 131_072}  # small batches stay in a CPU's cache: a quarter less time than 32,768
 _CELLS_PER_BATCH = 256
+
+
+_FOREIGN_ID = re.compile(r"ENS[A-Z]{3,4}G\d{11}")
+_SPECIES = {"ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque", "ENSSSCG": "pig"}
+_MOUSE_SYMBOL = re.compile(r"[A-Z][a-z0-9-]*[a-z][a-z0-9-]*$")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +64,8 @@ class GeneMatch:
     """Genes of the model, found or not."""
     expression_share: float
     """Share of the model's expected expression that the found genes carry, in [0, 1]."""
+    species: str = ""
+    """Another species than human that most columns look like, with an example; empty where they don't."""
 
     @property
     def num_found(self) -> int:
@@ -70,31 +91,51 @@ class GeneMatch:
         """
         if self.num_found and self.expression_share >= minimum:
             return
+        looks = f"These are genes of another species: {self.species}. " if self.species else ""
         raise ValueError(
-            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed. Give human Ensembl gene ids (ENSG...)"
-            " or HGNC symbols; another species needs its own model"
+            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed. {looks}Give human Ensembl gene ids"
+            " (ENSG...) or HGNC symbols; another species needs its own model"
         )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Predictions:
-    """What the model says of n cells, in the order of the input."""
+    """What the model says of n cells, in the order of the input. A model without calibration always says its best label."""
 
-    label_codes: np.ndarray
-    """Index of the predicted label, int64 (n,)."""
+    answer_codes: np.ndarray
+    """Index of what is said among the predictor's `answer_names`, int64 (n,)."""
     labels: np.ndarray
-    """Predicted label, object (n,)."""
+    """What is said, object (n,): a label, a more general Cell Ontology term where no label is likely enough, or `unknown`."""
     cl_ids: np.ndarray
-    """Cell Ontology id of the predicted label, object (n,), `unknown` where it has none."""
+    """Cell Ontology id of what is said, object (n,), `unknown` where it has none."""
     confidence: np.ndarray
-    """Probability of the predicted label, float32 (n,), in [0, 1]."""
+    """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, of an unknown cell's best label."""
+    level_codes: np.ndarray
+    """Index into `screformer.calibration.LEVELS`: whether a label, a broader term or `unknown` is said, int8 (n,)."""
+    unknown_score: np.ndarray
+    """How unlike the training cells, float32 (n,); above the calibration's threshold a cell is unknown."""
+    label_codes: np.ndarray
+    """Index of the best label, int64 (n,), whatever is said."""
+    best_labels: np.ndarray
+    """The best label, object (n,)."""
     probabilities_nk: np.ndarray
-    """Probability of every label, float32 (n, k)."""
+    """Calibrated probability of every label, float32 (n, k)."""
     embedding_nd: np.ndarray
     """Cell embedding, float32 (n, d)."""
 
     def __len__(self) -> int:
         return len(self.label_codes)
+
+    @property
+    def unknown(self) -> np.ndarray:
+        """Which cells are said to be unknown, bool (n,)."""
+        return self.level_codes == LEVELS.index(UNKNOWN)
+
+    def table(self, index: pd.Index | None = None) -> pd.DataFrame:
+        """The columns that every way of applying a model gives: `ANSWER_COLUMNS`, one row per cell."""
+        levels = np.array(LEVELS, dtype=object)[self.level_codes]
+        columns = (self.labels, self.confidence, self.cl_ids, levels, self.unknown, self.unknown_score, self.best_labels)
+        return pd.DataFrame(dict(zip(ANSWER_COLUMNS, columns, strict=True)), index=index)
 
 
 class Predictor:
@@ -110,6 +151,9 @@ class Predictor:
         self.label_names = np.array(loaded.labels["names"], dtype=object)
         self.label_cl_ids = np.array([cl_id or "unknown" for cl_id in loaded.labels["cl_ids"]], dtype=object)
         self.label_column: str = loaded.labels["column"]
+        self.calibration = loaded.calibration
+        answers = self.calibration.answer_names(list(self.label_names), list(self.label_cl_ids))
+        self.answer_names, self.answer_cl_ids = (np.array(texts, dtype=object) for texts in answers)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = loaded.model.to(self._device).eval()
         self._tokenizer = CellTokenizer(loaded.config.tokens, loaded.vocabulary)
@@ -171,7 +215,33 @@ class Predictor:
             num_ambiguous=num_ambiguous + int(repeated.sum()),
             num_model_genes=len(self.vocabulary),
             expression_share=float(weight[np.unique(found[found >= 0])].sum(dtype=np.float64) / weight.sum(dtype=np.float64)),
+            species=self._species(ids, symbols),
         )
+
+    def match_var(self, var: pd.DataFrame) -> GeneMatch:
+        """Find the model's genes in a table of genes: ids and names are each taken from where most of them stand, index or text column.
+
+        Args:
+            var: A row per column of the counts, as `AnnData.var`.
+        """
+        places = [var.index] + [column for _, column in var.items() if not pd.api.types.is_numeric_dtype(column.dtype)]
+        texts = [["" if pd.isna(value) else str(value) for value in place] for place in places]
+        nothing = [""] * len(var)
+        ids = max(texts, key=lambda text: self.match_genes(text, nothing).num_by_id)
+        names = max(texts, key=lambda text: self.match_genes(nothing, text).num_by_name)
+        return self.match_genes(ids, names)
+
+    def _species(self, ids: np.ndarray, symbols: np.ndarray) -> str:
+        """What most genes look like, if not human: ids with a species in them, or symbols in the case of mouse and rat ("Cd3d")."""
+        foreign = [text for text in ids if _FOREIGN_ID.match(text)]
+        if 2 * len(foreign) > len(ids):
+            prefix = foreign[0].rstrip("0123456789")
+            return f"ids such as {foreign[0]} ({_SPECIES.get(prefix, 'not human')})"
+        known = {name.upper() for name in self.vocabulary.feature_names}
+        mouse = [text for text in symbols if _MOUSE_SYMBOL.match(text) and text.upper() in known]
+        if len(mouse) > sum(text in known for text in symbols):
+            return f"symbols such as {mouse[0]} instead of {mouse[0].upper()} (mouse or rat)"
+        return ""
 
     @cached_property
     def _names(self) -> tuple[dict[str, int], set[str]]:
@@ -220,20 +290,27 @@ class Predictor:
         """
         num_cells = len(offsets) - 1
         lengths = np.diff(offsets)
-        probabilities = np.zeros((num_cells, len(self.label_names)), dtype=np.float32)
+        logits = np.zeros((num_cells, len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((num_cells, self.config.model.dim), dtype=np.float32)
         for cells in self._batches(lengths):
             starts = np.concatenate([[0], np.cumsum(lengths[cells])])
             entries = np.repeat(offsets[cells] - starts[:-1], lengths[cells]) + np.arange(starts[-1])
             total = None if total_counts is None else total_counts[cells]
             tokens = self._tokenizer(gene_ids[entries], counts[entries], starts, total_counts=total)
-            probabilities[cells], embedding[cells] = self._forward(tokens, len(cells))
-        codes = probabilities.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
+            logits[cells], embedding[cells] = self._forward(tokens, len(cells))
+        probabilities = self.calibration.probabilities(logits)
+        scores = self.calibration.unknown_scores(logits)
+        answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids))
+        best = probabilities.argmax(axis=1)
         return Predictions(
-            label_codes=codes,
-            labels=self.label_names[codes],
-            cl_ids=self.label_cl_ids[codes],
-            confidence=np.take_along_axis(probabilities, codes[:, None], axis=1)[:, 0],
+            answer_codes=answers.codes_n,
+            labels=self.answer_names[answers.codes_n],
+            cl_ids=self.answer_cl_ids[answers.codes_n],
+            confidence=answers.probability_n,
+            level_codes=answers.levels_n,
+            unknown_score=scores,
+            label_codes=best,
+            best_labels=self.label_names[best],
             probabilities_nk=probabilities,
             embedding_nd=embedding,
         )
@@ -249,7 +326,7 @@ class Predictor:
         batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
         with torch.inference_mode():
             output = self._model(batch, task="finetune", hidden=None, hash_seed=HASH_SEED)
-            return output.logits_nk.float().softmax(dim=1).cpu().numpy(), output.embedding_nd.float().cpu().numpy()
+            return output.logits_nk.float().cpu().numpy(), output.embedding_nd.float().cpu().numpy()
 
     def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
         """Cells of like length together, so that little is padded; each batch within a bound on tokens."""

@@ -121,8 +121,9 @@ class CellTokenizer:
             total_counts: Counts of each cell over all measured genes, (n,), the library size; None sums the given counts.
 
         Returns:
-            `token_ids` int32 (n, l); `values` float32 (n, l), log1p of counts per 10,000, 0 for [CLS], PAD and genes that are not
-            detected; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly where the value is 0 (in `continuous` mode 1 elsewhere);
+            `token_ids` int32 (n, l); `values` float32 (n, l), log1p of counts per 10,000 (1 with `binary`), 0 for [CLS], PAD and genes
+            that are not detected; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly where the value is 0 (with `continuous` and
+            `binary` 1 elsewhere);
             `num_cut`, the number of cells that lost genes. l is 1 + the number of genes of the longest cell.
 
         Raises:
@@ -148,7 +149,7 @@ class CellTokenizer:
         values = np.log1p(cp10k)
         bins = self._bins(cells, values, cp10k, num_cells)
         if self.config.input_mode == "all":
-            return self._every_gene(cells, gene_ids, values, bins, num_cells)
+            return self._every_gene(cells, gene_ids, self._shown(values), bins, num_cells)
         lengths_n = np.bincount(cells, minlength=num_cells)
         num_cut = int((lengths_n > self.config.max_genes).sum())
         if num_cut:
@@ -159,7 +160,7 @@ class CellTokenizer:
         gene_slots_nl = (slots > 0) & (slots <= lengths_n[:, None])
         tokens = _empty_tokens(num_cells, len(slots))
         tokens["token_ids"][gene_slots_nl] = gene_ids + NUM_SPECIAL
-        tokens["values"][gene_slots_nl] = values
+        tokens["values"][gene_slots_nl] = self._shown(values)
         tokens["bin_ids"][gene_slots_nl] = bins
         return {**tokens, "num_cut": num_cut}
 
@@ -171,9 +172,13 @@ class CellTokenizer:
         tokens["bin_ids"][cells, gene_ids + 1] = bins
         return {**tokens, "num_cut": 0}
 
+    def _shown(self, values: np.ndarray) -> np.ndarray:
+        """What the network gets of the values; which genes a cell keeps is decided before, alike for every encoding."""
+        return np.ones_like(values) if self.config.expression == "binary" else values
+
     def _bins(self, cells: np.ndarray, values: np.ndarray, cp10k: np.ndarray, num_cells: int) -> np.ndarray:
         levels = self.config.num_bins - 1
-        if self.config.expression == "continuous":
+        if self.config.expression in ("continuous", "binary"):
             return np.ones(len(values), dtype=np.int32)
         if self.config.expression == "log2_bins":
             return np.minimum(1 + np.log2(1 + cp10k).astype(np.int32), levels)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from screformer.calibration import CellOutputs, OutputSample
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import gather_weights, learning_rate, load_weights, set_learning_rate
 from screformer.metrics import LabelCounts
@@ -84,6 +85,9 @@ class Outcome:
     val: LabelCounts | None
     """Of the best weights."""
     test: LabelCounts | None
+    val_outputs: CellOutputs | None = None
+    """Of the best weights, for calibration; only of fine-tuning."""
+    test_outputs: CellOutputs | None = None
 
 
 def fit(
@@ -153,15 +157,20 @@ def fit(
 
     if progress.best_step != progress.global_step:
         load_weights(engine, best_weights)
-    val = evaluate(engine, parts.val(), objective) if parts.val else None
-    test = evaluate(engine, parts.test(), objective) if parts.test else None
+    val_sample, test_sample = OutputSample(objective.num_classes), OutputSample(objective.num_classes)
+    val = evaluate(engine, parts.val(), objective, val_sample) if parts.val else None
+    test = evaluate(engine, parts.test(), objective, test_sample) if parts.test else None
+    val_outputs, test_outputs = (sample.gather() if task == "finetune" else None for sample in (val_sample, test_sample))
     final = {**(val.scores("best_val") if val else {}), **(test.scores("test") if test else {})}
     report({**final, "best_step": float(progress.best_step)}, progress.global_step)
-    return Outcome(weights=best_weights, progress=progress, val=val, test=test)
+    return Outcome(weights=best_weights, progress=progress, val=val, test=test, val_outputs=val_outputs, test_outputs=test_outputs)
 
 
-def evaluate(engine: Any, batches: Iterator[Batch], objective: _Objective) -> LabelCounts:
-    """Loss and label counts over all ranks' batches, unweighted by class. The same weights and cells give the same bits."""
+def evaluate(engine: Any, batches: Iterator[Batch], objective: _Objective, sample: OutputSample | None = None) -> LabelCounts:
+    """Loss and label counts over all ranks' batches, unweighted by class; logits go to `sample`.
+
+    The same weights and cells give the same bits.
+    """
     counts = LabelCounts(objective.num_classes)
     engine.module.eval()
     with torch.no_grad():
@@ -173,6 +182,8 @@ def evaluate(engine: Any, batches: Iterator[Batch], objective: _Objective) -> La
             else:
                 loss, weight = classification_loss(output.logits_nk, batch["labels"], None)
                 counts.add(batch["labels"], output.logits_nk.argmax(dim=1))
+                if sample is not None:
+                    sample.add(batch["joinids"], batch["labels"], output.logits_nk)
             counts.add_loss(loss.item(), weight.item())
     engine.module.train()
     counts.all_reduce(engine.device)

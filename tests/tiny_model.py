@@ -28,7 +28,10 @@ def tiny_vocabulary(feature_ids: Sequence[str] | None = None, feature_names: Seq
 def write_tiny_model(directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object) -> Path:
     """Save a model whose weights are random enough that cells differ in their labels."""
     vocabulary = vocabulary or tiny_vocabulary()
-    small = {"model.dim": 16, "model.depth": 2, "model.heads": 2, "model.bucket_size": 4, "model.n_hashes": 2, "tokens.max_genes": 64}
+    small = {
+        "model.dim": 16, "model.depth": 2, "model.heads": 2, "model.attention": "lsh", "model.bucket_size": 4, "model.n_hashes": 2,
+        "tokens.max_genes": 64,
+    }  # fmt: skip
     config = ExperimentConfig().merge({**small, **overrides})
     labels = LABELS if has_labels else NO_LABELS
     model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=0)

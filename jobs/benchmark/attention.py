@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -26,8 +27,27 @@ from screformer.config import ModelConfig
 from screformer.reversible import ReversibleEncoder
 
 
-def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: torch.device) -> dict[str, float]:
-    """Run each step once to warm up, then all in turn; return the median seconds of each."""
+@dataclass(frozen=True)
+class Times:
+    """Seconds of peers that took turns: of each peer, one for each round."""
+
+    rounds: Mapping[str, Sequence[float]]
+
+    def seconds(self, name: str) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.rounds[name])
+
+    def ratio(self, slow: str, fast: str) -> float:
+        """Median over the rounds of `slow` / `fast`: other load falls on both sides of a round, so it cancels."""
+        return statistics.median(one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True))
+
+
+LINEAR_LENGTHS = (5_000, 10_000, 20_000)
+"""Lengths at which memory per token is compared."""
+
+
+def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: torch.device) -> Times:
+    """Run each step once to warm up, then all in turn."""
 
     def seconds(step: Callable[[], None]) -> float:
         start = time.perf_counter()
@@ -42,11 +62,11 @@ def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: t
     for _ in range(rounds):
         for name, step in steps.items():
             taken[name].append(seconds(step))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return Times(taken)
 
 
 def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
-    """Most memory that tensors made by `step` held at once, in MiB: counted by the allocator, so other load does not matter."""
+    """Most memory that tensors made by `step` held at once, in MiB: counted by the allocator, so that other load does not matter."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -69,7 +89,7 @@ def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
 def peak_activation_mb(*, depth: int, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
     """Peak memory of one forward and backward pass of a reversible encoder (width 128, 4 heads), without the gradients of its weights."""
     device = torch.device(device)
-    encoder = ReversibleEncoder(ModelConfig(depth=depth)).to(device, dtype)
+    encoder = ReversibleEncoder(ModelConfig(depth=depth, attention="lsh")).to(device, dtype)
     x = torch.randn(1, length, 128, device=device, dtype=dtype)
     mask = torch.ones(1, length, dtype=torch.bool, device=device)
 
@@ -142,13 +162,45 @@ def _equal_hash_steps(length: int, args: argparse.Namespace) -> dict[str, Callab
     return {"lsh": ours, "reformer_pytorch": reformer_pytorch}
 
 
+PEAK_BF16_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "GH200": 989,
+    "B200": 2250,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "A10": 125,
+    "RTX 4090": 165,
+}
+"""Dense bfloat16 TFLOP/s by NVIDIA's data sheets, found by a part of the card's name."""
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
+    """FLOP/s that the device can do: as given, or by the name of the card in bfloat16; None where it is not known."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    found = [name for name in PEAK_BF16_TFLOPS if all(word in words for word in name.split())]
+    return PEAK_BF16_TFLOPS[max(found, key=len)] * 1e12 if found else None
+
+
+def utilisation(flops: float, seconds: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation, in [0, 1]: arithmetic that the mathematics asks for, over time x peak; None where that is not known."""
+    return None if peak is None else round(flops / seconds / peak, 4)
+
+
 def attention_flops(length: int, *, heads: int, head_width: int, n_hashes: int, bucket_size: int) -> float:
     """Arithmetic of one forward and backward pass of LSH attention over a cell.
 
-    Two products forward and five backward (with the recomputed scores), each of 2 x head width operations for every query and its
-    2 x bucket keys in every round.
+    Two products forward and four backward, each of 2 x head width operations for every query and its 2 x bucket keys in every round;
+    scores that are computed anew in the backward pass do not count, as is usual for model FLOPs.
     """
-    return 7 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
+    return 6 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,41 +216,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--peak-tflops", type=float, help="what the device can do, for the utilisation; known by name for some GPUs")
     parser.add_argument("--memory-length", type=int, default=8192, help="tokens for the comparison of depths; 0 leaves it out")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    result: dict[str, Any] = {"lsh_vs_reformer_pytorch": {}, "lsh_vs_reformer_pytorch_equal_hashes": {}, "lsh_vs_full": {}}
+    peak = peak_flops(device, getattr(torch, args.dtype), args.peak_tflops)
+    ratio_keys = ("lsh_vs_reformer_pytorch", "lsh_vs_reformer_pytorch_equal_hashes", "lsh_vs_full", "model_flops_utilisation")
+    result: dict[str, Any] = {name: {} for name in ratio_keys}
     seconds: dict[str, dict[str, float]] = {}
     print(f"{'tokens':>8}{'lsh s':>10}{'library s':>12}{'full s':>10}{'vs library':>12}{'equal hash':>12}{'vs full':>10}{'GFLOP/s':>10}")
     for length in args.lengths:
         times = alternate(_attention_steps(length, args), rounds=args.rounds, device=device)
-        ratios = {name: times[name] / times["lsh"] for name in ("reformer_pytorch", "full")}
+        ratios = {name: times.ratio(name, "lsh") for name in ("reformer_pytorch", "full")}
         equal = math.nan
         if length % (2 * args.bucket_size) == 0:
             pair = alternate(_equal_hash_steps(length, args), rounds=args.rounds, device=device)
-            equal = pair["reformer_pytorch"] / pair["lsh"]
+            equal = pair.ratio("reformer_pytorch", "lsh")
             result["lsh_vs_reformer_pytorch_equal_hashes"][str(length)] = round(equal, 2)
         flops = args.cells * attention_flops(
             length, heads=args.heads, head_width=args.head_width, n_hashes=args.n_hashes, bucket_size=args.bucket_size
         )
         print(
-            f"{length:>8}{times['lsh']:>10.4f}{times['reformer_pytorch']:>12.4f}{times['full']:>10.4f}{ratios['reformer_pytorch']:>12.2f}"
-            f"{equal:>12.2f}{ratios['full']:>10.2f}{flops / times['lsh'] / 1e9:>10.1f}",
+            f"{length:>8}{times.seconds('lsh'):>10.4f}{times.seconds('reformer_pytorch'):>12.4f}{times.seconds('full'):>10.4f}"
+            f"{ratios['reformer_pytorch']:>12.2f}{equal:>12.2f}{ratios['full']:>10.2f}{flops / times.seconds('lsh') / 1e9:>10.1f}",
             flush=True,
         )
         result["lsh_vs_reformer_pytorch"][str(length)] = round(ratios["reformer_pytorch"], 2)
         result["lsh_vs_full"][str(length)] = round(ratios["full"], 2)
-        seconds[str(length)] = {name: round(value, 5) for name, value in times.items()}
+        result["model_flops_utilisation"][str(length)] = utilisation(flops, times.seconds("lsh"), peak)
+        seconds[str(length)] = {name: round(times.seconds(name), 5) for name in times.rounds}
+    print("model FLOPs: 6 products x 2 x heads x head width x tokens x rounds x 2 buckets of keys, for forward and backward")
     if args.memory_length:
         dtype = getattr(torch, args.dtype)
         peaks = {depth: peak_activation_mb(depth=depth, length=args.memory_length, device=device, dtype=dtype) for depth in (2, 12)}
-        half = peak_activation_mb(depth=2, length=args.memory_length // 2, device=device, dtype=dtype)
+        per_token = {
+            length: peak_activation_mb(depth=2, length=length, device=device, dtype=dtype) * 1024 / length for length in LINEAR_LENGTHS
+        }
         result["memory_depth_12_vs_2"] = round(peaks[12] / peaks[2], 3)
-        result["memory_length_double"] = round(peaks[2] / half, 3)
+        result["memory_kib_per_token"] = {str(length): round(kib, 2) for length, kib in per_token.items()}
         print(
-            f"encoder of width 128 at {args.memory_length} tokens, forward and backward: {peaks[2]:.0f} MiB at depth 2,"
-            f" {peaks[12]:.0f} MiB at depth 12; {half:.0f} MiB at depth 2 and half the tokens"
+            f"encoder of width 128, forward and backward, {args.memory_length} tokens: {peaks[2]:.0f} MiB at depth 2,"
+            f" {peaks[12]:.0f} MiB at depth 12; depth 2, KiB per token: "
+            + ", ".join(f"{kib:.1f} at {length:,} tokens" for length, kib in per_token.items())
         )
     result |= {
         "seconds": seconds,

@@ -11,13 +11,12 @@ import pytest
 from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
-from jobs.annotate import annotate, main
+from jobs.annotate import COLUMNS, annotate, main
 from jobs.tracking import register_model, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.predictor import Predictor
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ["predicted_labels", "conf_score", "cell_type_ontology_term_id"]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +50,15 @@ def _cells(num_cells: int = 60, *, seed: int = 0) -> anndata.AnnData:
 
 def _expected(predictor: Predictor, adata: anndata.AnnData) -> pd.DataFrame:
     found = predictor.predict_counts(adata.X, predictor.match_genes(adata.var["feature_id"].tolist()))
-    return pd.DataFrame(dict(zip(COLUMNS, (found.labels, found.confidence, found.cl_ids), strict=True)), index=adata.obs_names)
+    return found.table(adata.obs_names)
 
 
 def _check(obs: pd.DataFrame, expected: pd.DataFrame) -> None:
     assert obs["predicted_labels"].astype(str).tolist() == expected["predicted_labels"].tolist()
-    assert obs["cell_type_ontology_term_id"].astype(str).tolist() == expected["cell_type_ontology_term_id"].tolist()
+    for column in ("cell_type_ontology_term_id", "label_level", "best_label"):
+        assert obs[column].astype(str).tolist() == expected[column].tolist()
+    assert obs["unknown"].tolist() == expected["unknown"].tolist()
+    np.testing.assert_allclose(obs["unknown_score"], expected["unknown_score"], atol=1e-4)
     np.testing.assert_allclose(obs["conf_score"], expected["conf_score"], atol=1e-5)
 
 

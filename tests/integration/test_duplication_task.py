@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from screformer.attention import LSHSelfAttention
 from screformer.config import ModelConfig
 from screformer.reversible import ReversibleEncoder
 
 SYMBOLS, HALF = 16, 64
 HIDDEN = SYMBOLS
-CONFIG = ModelConfig(dim=64, depth=1, heads=2, n_hashes=4, bucket_size=8)
+CONFIG = ModelConfig(dim=64, depth=1, heads=2, attention="lsh", n_hashes=4, bucket_size=8)
 
 
 class Copier(nn.Module):
@@ -40,8 +39,11 @@ class Copier(nn.Module):
         return self.out(self.encoder(x))
 
     def set_rounds(self, n_hashes: int) -> None:
-        for module in self.modules():
-            if isinstance(module, LSHSelfAttention) or type(module).__name__ == "LSHAttention":
+        if isinstance(self.encoder, ReversibleEncoder):
+            self.encoder.set_n_hashes(n_hashes)
+            return
+        for module in self.encoder.modules():
+            if type(module).__name__ == "LSHAttention":
                 module.n_hashes = n_hashes
 
 

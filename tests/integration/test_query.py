@@ -8,8 +8,10 @@ import pytest
 import tiledbsoma
 
 from data_ingest.atlas import AtlasLocator
+from data_ingest.h5ad import H5adFile
 from data_ingest.query import CellQuery, query_from_config, run_query
 from jobs.query import main
+from jobs.train import prepare_cells
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
 
 
@@ -52,6 +54,28 @@ def test_a_query_gives_cells_genes_and_labels(locator, whole):
     summary = whole.summary()
     assert summary["cells"] == 900 and sum(summary["labels"].values()) + summary["unmapped_cells"] == 900
     assert whole.vocabulary().feature_ids == whole.feature_ids
+
+
+def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, small_atlas, locator, whole):
+    measured = {}
+    for path in sim_h5ads:
+        with H5adFile.open(path) as file:
+            measured[str(file.obs["dataset_id"].iloc[0])] = np.isin(whole.feature_ids, file.var["feature_id"].astype(str))
+    names = sorted(measured)
+    np.testing.assert_array_equal(locator.measured_genes([*names, "elsewhere"], whole.var_joinids)[:-1], [measured[name] for name in names])
+    assert locator.measured_genes(["elsewhere"], whole.var_joinids).all()
+
+    config = ExperimentConfig().merge({"atlas.uri": small_atlas, "split.test_fraction": 0})
+    everywhere = np.all(list(measured.values()), axis=0)
+    assert 0 < everywhere.sum() < len(everywhere)
+    all_genes, shared = (prepare_cells(config.merge({"query.min_measured": share}), "finetune") for share in (0, 1))
+    assert all_genes.vocabulary.feature_ids == whole.feature_ids
+    assert shared.vocabulary.feature_ids == tuple(np.array(whole.feature_ids)[everywhere])
+    assert any(f"{(~everywhere).sum()} of {len(everywhere)} genes are left out" in note for note in shared.notes)
+    positions = np.flatnonzero(whole.obs["dataset_id"].isin(names[:2]))
+    sizes = whole.obs["dataset_id"].iloc[positions].astype(str).value_counts()
+    expected = sum(sizes[name] * measured[name] for name in names[:2]) / sizes.sum()
+    np.testing.assert_allclose(whole.measured_share(positions), expected)
 
 
 def test_filters_take_part_of_cells_and_genes(locator, whole):

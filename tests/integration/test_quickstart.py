@@ -41,8 +41,10 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
     # Forty steps of a tiny network are no result; a broken chain would be at chance, 0.35.
     assert result["test"]["accuracy"] > 0.6
     assert result["baseline"]["accuracy"] > 0.9
-    for stage in ("simulate", "ingest", "query", "pretrain", "finetune", "register", "evaluate", "annotate"):
+    for stage in ("simulate", "ingest", "query", "pretrain", "finetune", "register", "evaluate", "annotate", "report"):
         assert f" s] {stage}" in said
+    page = (tmp_path / "qs" / "report.html").read_text()
+    assert "logistic regression" in page and "UMAP of the model" in page and "Annotated cells" in page
     annotated = anndata.read_h5ad(result["annotated"])
     assert annotated.obs["conf_score"].between(0, 1).all()
     assert "models:/screformer/1" == annotated.uns["screformer"]["model"]

@@ -1,11 +1,6 @@
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,13 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from mlflow_server import MlflowServer
 from tiny_model import tiny_vocabulary, write_tiny_model
 
 from jobs.tracking import TrackedRun, pinned_model, register_model, resolve_model, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
-from screformer.predictor import Predictor
-
-COLUMNS = ["predicted_labels", "conf_score", "cell_type_ontology_term_id"]
+from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +57,12 @@ def test_a_version_holds_code_weights_and_no_pickle(registered: TrackedRun, stor
     root = directory.parents[1]
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))]
-    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt"} <= files
+    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt", "MODEL_CARD.md"} <= files
     requirements = (root / "requirements.txt").read_text()
     assert "torch==" in requirements and "+cpu" not in requirements and "ray" not in requirements
     info = mlflow.models.Model.load(str(root))
-    assert info.signature.outputs.input_names() == COLUMNS
-    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap"}
+    assert info.signature.outputs.input_names() == list(ANSWER_COLUMNS)
+    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap", "layer"}
     version = MlflowClient(store.uri).get_model_version("blood", "1")
     assert version.run_id == registered.run_id
 
@@ -101,7 +95,7 @@ def test_the_next_version_takes_the_alias(registered: TrackedRun, store: Trackin
 
 def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, model_dir: Path) -> None:
     found = pyfunc.predict(cells)
-    assert found.columns.tolist() == COLUMNS and found.index.tolist() == cells.index.tolist()
+    assert found.columns.tolist() == list(ANSWER_COLUMNS) and found.index.tolist() == cells.index.tolist()
     predictor = Predictor.load(model_dir, device="cpu")
     match = predictor.match_genes(cells.columns.tolist())
     assert (match.num_by_id, match.num_by_name) == (30, 10)
@@ -165,29 +159,12 @@ def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_pa
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """A real tracking server on loopback: SQLite behind it, artifacts through it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "served")]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # a queue for evaluations, with workers of its own
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
+    running = MlflowServer(tmp_path)
     try:
-        deadline = time.monotonic() + 240  # ten seconds of work, on a machine that may be busy
-        while True:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
-                time.sleep(0.25)
-        yield uri
+        running.start()
+        yield running.uri
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        running.stop()
 
 
 def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path) -> None:

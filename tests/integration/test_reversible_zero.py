@@ -1,13 +1,18 @@
-"""The encoder alone on two gloo workers: reversible and not, ZeRO 0 to 3 with really partitioned parameters, all learn the same."""
+"""The encoder alone on two gloo workers: reversible and not, ZeRO 0 to 3 with really partitioned parameters.
+
+All learn the same, with their own hashes and dropout; and with equal hashes they learn what reformer_pytorch's network learns.
+"""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from library_twin import LibraryEncoder, give_equal_hashes
 from torch import nn
 
 from screformer.config import ModelConfig
@@ -15,17 +20,16 @@ from screformer.engine import _import_deepspeed
 from screformer.reversible import ReversibleEncoder
 
 CASES = [(stage, reversible) for stage in range(4) for reversible in (True, False)]
-LENGTH, WIDTH = 45, 16
+LENGTH, WIDTH, STEPS = 45, 16, 4
+CONFIG = ModelConfig(dim=WIDTH, depth=2, heads=2, attention="lsh", bucket_size=4, n_hashes=2)
 
 
 class Regression(nn.Module):
-    """The encoder between two linear layers; its loss is that of all cells, so that two workers can be compared with one."""
+    """An encoder and a linear layer; its loss is that of all cells, so that two workers can be compared with one."""
 
-    def __init__(self, reversible: bool) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = ReversibleEncoder(
-            ModelConfig(dim=WIDTH, depth=2, heads=2, bucket_size=4, n_hashes=2, dropout=0.1, reversible=reversible)
-        )
+        self.encoder = encoder
         self.head = nn.Linear(WIDTH, 1)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, step: int) -> torch.Tensor:
@@ -33,31 +37,67 @@ class Regression(nn.Module):
         return ((self.head(hidden)[..., 0] - x.sum(-1)) ** 2 * mask).sum() / mask.sum()
 
 
-def train(stage: int, reversible: bool, rank: int, world_size: int) -> list[float]:
-    deepspeed = _import_deepspeed("cpu")
+def our_network(config: ModelConfig) -> Regression:
     torch.manual_seed(0)
-    config = {
+    return Regression(ReversibleEncoder(config))
+
+
+def draw_cells(step: int, rank: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank))
+    return x, torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+
+
+def train(stage: int, config: ModelConfig, rank: int, world_size: int, lengths: list[int]) -> dict[str, Any]:
+    """The loss of all ranks in each step, and the gradients of the encoder in the first step, by name."""
+    deepspeed = _import_deepspeed("cpu")
+    from deepspeed.utils import safe_get_full_grad
+
+    settings = {
         "train_batch_size": world_size * 2,
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6},
     }
-    module = Regression(reversible)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config, dist_init_required=False)
-    losses = []
-    for step in range(4):
-        generator = torch.Generator().manual_seed(10 * step + rank)
-        x = torch.randn(2, LENGTH, WIDTH, generator=generator)
-        mask = torch.arange(LENGTH) < torch.tensor([LENGTH, 20 + rank])[:, None]
-        loss = engine(x, mask, step)
+    module = our_network(config)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=settings, dist_init_required=False)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        loss = engine(*draw_cells(step, rank, lengths), step)
         engine.backward(loss)
+        if step == 0:
+            gradients = {name: safe_get_full_grad(param).flatten().tolist() for name, param in module.encoder.named_parameters()}
         engine.step()
         total = loss.detach() / world_size
         torch.distributed.all_reduce(total)
         losses.append(float(total))
     engine.destroy()
-    return losses
+    return {"losses": losses, "gradients": gradients}
+
+
+def train_library(world_size: int) -> dict[str, Any]:
+    """The same in one process, without DeepSpeed, by the library's network with the same weights."""
+    ours, library = our_network(CONFIG), Regression(LibraryEncoder(CONFIG))
+    assert isinstance(ours.encoder, ReversibleEncoder) and isinstance(library.encoder, LibraryEncoder)
+    library.encoder.copy_weights(ours.encoder)
+    library.head.load_state_dict(ours.head.state_dict())
+    optimizer = torch.optim.AdamW(library.parameters(), lr=1e-2)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        x, mask = (torch.cat(parts) for parts in zip(*(draw_cells(step, rank, [LENGTH] * 2) for rank in range(world_size)), strict=True))
+        loss = library(x.requires_grad_(), mask, step)  # else the library's reversible blocks do not learn
+        loss.backward()
+        if step == 0:
+            names = {id(module): name for name, module in ours.encoder.named_modules()}
+            gradients = {
+                f"{names[id(own)]}.{name}": param.grad.flatten().tolist()
+                for theirs, own in library.encoder.pairs(ours.encoder)
+                for name, param in theirs.named_parameters()
+            }
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return {"losses": losses, "gradients": gradients}
 
 
 def work(rank: int, world_size: int, folder: str) -> None:
@@ -65,22 +105,39 @@ def work(rank: int, world_size: int, folder: str) -> None:
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    losses = {f"{stage} {reversible}": train(stage, reversible, rank, world_size) for stage, reversible in CASES}
+    found = {}
+    for stage, reversible in CASES:
+        config = replace(CONFIG, reversible=reversible, dropout=0.1)
+        found[f"own hashes, {stage} {reversible}"] = train(stage, config, rank, world_size, [LENGTH, 20 + rank])
+    give_equal_hashes(setattr, LENGTH, CONFIG)
+    for stage, reversible in CASES:
+        found[f"equal hashes, {stage} {reversible}"] = train(stage, replace(CONFIG, reversible=reversible), rank, world_size, [LENGTH] * 2)
+    found["library"] = train_library(world_size)
     if rank == 0:
-        Path(folder, "losses.json").write_text(json.dumps(losses))
+        Path(folder, "found.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reversible_zero")
     torch.multiprocessing.spawn(work, args=(2, str(folder)), nprocs=2)
-    return json.loads((folder / "losses.json").read_text())
+    return json.loads((folder / "found.json").read_text())
 
 
 @pytest.mark.parametrize(("stage", "reversible"), CASES)
-def test_stages_and_reversibility_give_the_same_losses(losses: dict[str, Any], stage: int, reversible: bool) -> None:
-    reference = losses["0 False"]
+def test_stages_and_reversibility_give_the_same_losses(found: dict[str, Any], stage: int, reversible: bool) -> None:
+    reference = found["own hashes, 0 False"]["losses"]
     assert reference[-1] < reference[0]
-    np.testing.assert_allclose(losses[f"{stage} {reversible}"], reference, rtol=1e-5)
+    np.testing.assert_allclose(found[f"own hashes, {stage} {reversible}"]["losses"], reference, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "reversible"), CASES)
+def test_two_workers_learn_what_the_library_learns_from_equal_hashes(found: dict[str, Any], stage: int, reversible: bool) -> None:
+    ours, library = found[f"equal hashes, {stage} {reversible}"], found["library"]
+    assert ours["gradients"].keys() == library["gradients"].keys()
+    for name, gradient in library["gradients"].items():
+        difference = np.subtract(ours["gradients"][name], gradient)
+        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(gradient), name
+    np.testing.assert_allclose(ours["losses"], library["losses"], rtol=1e-5)

@@ -217,6 +217,14 @@ def test_sample_counts(locator):
     np.testing.assert_array_equal(stream.sample_counts(10_000, seed=1).joinids_n, np.arange(0, NUM_CELLS, 2))
 
 
+def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):
+    joinids = np.sort(np.concatenate([np.arange(label, 4 * size, 4) for label, size in enumerate((60, 20, 5))]))
+    stream = make_stream(locator, joinids=joinids)
+    assert np.bincount(stream.sample_counts(25, seed=1, even_labels=True).labels_n).tolist() == [10, 10, 5]
+    first, second = (stream.sample_counts(25, seed=seed, even_labels=True).joinids_n for seed in (1, 2))
+    assert (first != second).any()
+
+
 def test_read_tasks_are_small_cheap_and_always_the_same(locator):
     joinids = np.arange(NUM_CELLS)
     plan = EpochPlan(num_cells=NUM_CELLS, seed=0, epoch=0, run_length=8, cells_per_task=120, global_batch_size=24)

@@ -27,9 +27,10 @@ LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""
 def toy_config(**overrides: Any) -> ExperimentConfig:
     """Small enough for a second per run; 37 cells in global batches of 8 leave padding rows in the last one."""
     values = {
-        "model.dim": 16, "model.depth": 2, "model.heads": 2, "model.bucket_size": 4, "model.n_hashes": 2, "model.gene_embedding": "random",
-        "tokens.max_genes": 30, "train.global_batch_size": 8, "train.micro_batch_size": 2, "train.lr": 3e-3, "train.warmup_steps": 2,
-        "train.max_steps": 6, "train.eval_every_steps": 3, "train.log_every_steps": 1, "zero.stage3_param_persistence_threshold": 0,
+        "model.dim": 16, "model.depth": 2, "model.heads": 2, "model.attention": "lsh", "model.bucket_size": 4, "model.n_hashes": 2,
+        "model.gene_embedding": "random", "tokens.max_genes": 30, "train.global_batch_size": 8, "train.micro_batch_size": 2,
+        "train.lr": 3e-3, "train.warmup_steps": 2, "train.max_steps": 6, "train.eval_every_steps": 3, "train.log_every_steps": 1,
+        "zero.stage3_param_persistence_threshold": 0,
     }  # fmt: skip
     return ExperimentConfig().merge({**values, **overrides})
 

@@ -19,7 +19,7 @@ CONFIGS = st.builds(
     TokensConfig,
     input_mode=st.sampled_from(["detected", "all"]),
     max_genes=st.integers(1, 50),
-    expression=st.sampled_from(["continuous", "log2_bins", "quantile_bins"]),
+    expression=st.sampled_from(["continuous", "log2_bins", "quantile_bins", "binary"]),
     num_bins=st.integers(2, 20),
 )
 

@@ -6,11 +6,13 @@ from reformer_pytorch.reformer_pytorch import LSHAttention
 from reformer_pytorch.reformer_pytorch import LSHSelfAttention as LibrarySelfAttention
 
 from screformer.attention import (
+    CROSSOVER_TOKENS,
     LSHSelfAttention,
-    choose_attention,
     hash_buckets,
     lsh_attention,
     make_attention,
+    random_buckets,
+    settle_attention,
     sort_tokens,
 )
 from screformer.config import ModelConfig
@@ -35,7 +37,7 @@ def library_for(buckets_hrl, lengths, bucket_size, n_hashes, most=10**6):
     return attention, padded
 
 
-@pytest.mark.parametrize("n_hashes", [1, 2, 4, 8])
+@pytest.mark.parametrize("n_hashes", range(1, 9))
 @pytest.mark.parametrize(("bucket_size", "lengths"), CASES)
 def test_outputs_and_gradients_equal_the_library_for_equal_hashes(n_hashes, bucket_size, lengths):
     generator = torch.Generator().manual_seed(n_hashes)
@@ -94,17 +96,30 @@ def test_gradients_hold_against_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: lsh_attention(a, b, tokens, bucket_size=4), (qk, v), atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[96, 96], [70, 33]])
+@pytest.mark.parametrize("lengths", [[96, 96], [71, 0]])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_fused_kernel(lengths):
+def test_flex_attention_equals_the_fused_kernel(lengths, dtype, tolerance, monkeypatch):
+    """Outputs and gradients of the path for GPUs, run eagerly, and of the CPU's, both beside the CPU's in float32."""
+    # PyTorch refuses gradients of FlexAttention on CPUs, since its compiled kernel has none there; its reference in eager mode has.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch.manual_seed(0)
-    qk, v = (torch.randn(2, 96, 2, 16) for _ in range(2))
+    qk, v, weight = (torch.randn(2, 96, 2, 16).to(dtype) for _ in range(3))
     tokens = sort_tokens(hash_buckets(qk, lengths, bucket_size=16, n_hashes=3, seed=0), lengths)
-    fused, flex = (lsh_attention(qk, v, tokens, bucket_size=16, kernel=kernel) for kernel in ("fused", "flex"))
-    torch.testing.assert_close(fused, flex, rtol=1e-5, atol=1e-5)
+
+    def run(kernel, dtype):
+        leaves = [part.to(dtype).requires_grad_() for part in (qk, v)]
+        out = lsh_attention(*leaves, tokens, bucket_size=16, kernel=kernel)
+        return out, *torch.autograd.grad(out, leaves, weight.to(dtype))
+
+    exact = run("fused", torch.float32)
+    for kernel in ("fused", "flex"):
+        for found, expected in zip(run(kernel, dtype), exact, strict=True):
+            assert found.dtype == dtype
+            assert (found.float() - expected).norm() <= tolerance * expected.norm(), kernel
 
 
-@pytest.mark.parametrize("kind", ["lsh", "full", "local", "none"])
+@pytest.mark.parametrize("kind", ["lsh", "full", "local", "random", "none"])
 def test_a_cell_depends_neither_on_padding_nor_on_its_neighbours(kind):
     torch.manual_seed(0)
     attention = make_attention(ModelConfig(dim=32, heads=2, bucket_size=16, n_hashes=4, attention=kind))
@@ -151,7 +166,38 @@ def test_more_rounds_come_nearer_to_attention_over_all_tokens():
     assert errors[0] > errors[1] > errors[2]
 
 
-def test_auto_names_its_choice_and_its_reason():
-    assert choose_attention(256)[0] == "full"
-    assert choose_attention(16384)[0] == "lsh"
-    assert "256" in choose_attention(256)[1]
+def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
+    torch.manual_seed(0)
+    lsh, random = (make_attention(ModelConfig(dim=32, heads=2, bucket_size=16, n_hashes=2, attention=kind)) for kind in ("lsh", "random"))
+    random.load_state_dict(lsh.state_dict())
+    x, mask = torch.randn(1, 16, 32).repeat(1, 16, 1), torch.ones(1, 256, dtype=torch.bool)
+    # In one round, two buckets hold all of 32 tokens: there is nothing to choose.
+    lsh.n_hashes = random.n_hashes = 1
+    torch.testing.assert_close(lsh(x[:, :32], mask[:, :32], hash_seed=0), random(x[:, :32], mask[:, :32], hash_seed=0))
+    # Sixteen copies of each token: hashes bring them together, a shuffle does not.
+    qk = lsh.toqk(x).unflatten(-1, (2, -1))
+    hashed = hash_buckets(qk, [256], bucket_size=16, n_hashes=2, seed=0)
+    shuffled = random_buckets(qk, n_hashes=2, seed=0)
+    assert (hashed.view(1, 2, 2, 16, 16).diff(dim=3) == 0).all()
+    assert (shuffled.view(1, 2, 2, 16, 16).diff(dim=3) != 0).any()
+    orders = [sort_tokens(random_buckets(qk, n_hashes=2, seed=seed), [256]).order_nhrl for seed in (0, 0, 1)]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
+    assert not torch.equal(orders[0][:, :, 0], orders[0][:, :, 1]), "rounds shuffle differently"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most_slots", "kind", "line"),
+    [
+        ({}, CROSSOVER_TOKENS - 1, "full", f"attention: full (auto: cells have up to {CROSSOVER_TOKENS - 1:,} tokens, and lsh is"),
+        ({}, CROSSOVER_TOKENS, "lsh", f"attention: lsh (auto: cells have up to {CROSSOVER_TOKENS:,} tokens, and lsh is the faster one"),
+        ({"attention": "lsh", "n_hashes": 8}, 10, "lsh", "attention: lsh"),
+        ({"attention": "full", "n_hashes": 8, "bucket_size": 32}, 10**4, "full", "n_hashes=8 and model.bucket_size=32 without effect"),
+        ({"attention": "local", "n_hashes": 8, "bucket_size": 32}, 10**4, "local", "attention: local; model.n_hashes=8 without effect"),
+        ({"n_hashes": 2}, 10, "full", f"from {CROSSOVER_TOKENS:,} on); model.n_hashes=2 without effect"),
+    ],
+)
+def test_auto_is_settled_by_length_and_the_line_says_so(overrides, most_slots, kind, line):
+    settled, says = settle_attention(ModelConfig(**overrides), most_slots)
+    assert settled.attention == kind
+    assert line in says and ("without effect" in says) == ("without effect" in line)
+    assert settle_attention(settled, 10**6 - most_slots)[0] == settled

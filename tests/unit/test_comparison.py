@@ -6,7 +6,6 @@ from sklearn import metrics
 from jobs.comparison import difference_text, mean_interval, scores, verdict
 from jobs.study import OURS, FoldResult, Study, StudyConfig
 from jobs.tune import count_trials, search_space
-from screformer.metrics import expected_calibration_error, reliability
 
 
 def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):
@@ -67,15 +66,6 @@ def test_the_verdict_is_plain(low, high, said):
     mean = (low + high) / 2
     entry = {"title": "X", "metrics": {"macro_f1": {"mean": 0.8, "difference": {"mean": mean, "low": low, "high": high}}}}
     assert said in verdict({OURS: {"title": OURS, "metrics": {"macro_f1": {"mean": 0.8 + mean}}}, "x": entry})
-
-
-def test_calibration_error_of_known_cases():
-    probabilities = np.tile([[0.8, 0.2]], (100, 1)).astype(np.float32)
-    right = np.concatenate([np.zeros(80, int), np.ones(20, int)])
-    assert expected_calibration_error(probabilities, right) == pytest.approx(0, abs=1e-6)
-    assert expected_calibration_error(probabilities, np.zeros(100, int)) == pytest.approx(0.2, abs=1e-5)
-    (row,) = reliability(probabilities, right)
-    assert row["from"] <= 0.8 <= row["to"] and row["cells"] == 100 and row["accuracy"] == pytest.approx(0.8)
 
 
 def test_results_come_back_from_their_files(tmp_path):

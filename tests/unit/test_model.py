@@ -9,13 +9,13 @@ import torch
 from scipy import sparse
 
 from screformer.config import ModelConfig, TokensConfig
-from screformer.model import ScReformer, classification_loss, expression_loss
+from screformer.model import LINEAR_SCALE, ScReformer, classification_loss, expression_loss
 from screformer.svd import svd_gene_embeddings
-from screformer.tokenizer import CellTokenizer, GeneVocabulary
+from screformer.tokenizer import NUM_SPECIAL, CellTokenizer, GeneVocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_GENES, NUM_CLASSES = 60, 5
-TINY = {"dim": 16, "depth": 2, "heads": 2, "n_hashes": 2, "bucket_size": 4}
+TINY = {"dim": 16, "depth": 2, "heads": 2, "attention": "lsh", "n_hashes": 2, "bucket_size": 4}
 VOCABULARY = GeneVocabulary(
     tuple(f"ENSG{index:03}" for index in range(NUM_GENES)),
     tuple(f"G{index}" for index in range(NUM_GENES)),
@@ -56,7 +56,7 @@ def padded(batch: dict[str, torch.Tensor], extra: int) -> dict[str, torch.Tensor
     return {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("attention", ["lsh", "full", "local", "none"])
+@pytest.mark.parametrize("attention", ["lsh", "full", "local", "random", "none"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "attention"])
 def test_padding_and_neighbours_change_rounding_only(attention: str, pooling: str) -> None:
     counts = counts_of_cells(7)
@@ -71,7 +71,7 @@ def test_padding_and_neighbours_change_rounding_only(attention: str, pooling: st
             torch.testing.assert_close(alone.embedding_nd[0], together.embedding_nd[row])
 
 
-@pytest.mark.parametrize("attention", ["lsh", "full", "local", "none"])
+@pytest.mark.parametrize("attention", ["lsh", "full", "local", "random", "none"])
 def test_rows_of_padding_are_finite_and_change_nothing(attention: str) -> None:
     batch = batch_of(counts_of_cells(3))
     empty = {name: torch.cat([tensor, torch.zeros_like(tensor[:2])]) for name, tensor in batch.items()}
@@ -183,9 +183,39 @@ def test_linear_skip_is_linear_in_scaled_values_and_starts_at_zero() -> None:
     doubled = skip(batch["token_ids"], batch["values"] * 2)
     torch.testing.assert_close(doubled, skip(batch["token_ids"], batch["values"]))
     dense = torch.zeros(4, NUM_GENES + 2).scatter_(1, batch["token_ids"], batch["values"])
-    expected = skip.SCALE * torch.nn.functional.normalize(dense, dim=1) @ skip.weight.weight
+    expected = LINEAR_SCALE * torch.nn.functional.normalize(dense, dim=1) @ skip.weight.weight
     torch.testing.assert_close(doubled, expected)
     assert network(linear_skip=False).linear_skip is None
+
+
+def test_network_starts_as_a_given_linear_classifier() -> None:
+    batch = batch_of(counts_of_cells(4))
+    generator = torch.Generator().manual_seed(2)
+    weights, bias = torch.randn(NUM_GENES, NUM_CLASSES, generator=generator), torch.randn(NUM_CLASSES, generator=generator)
+    model = fresh_network()
+    model.set_linear_start(weights, bias)
+    dense = torch.zeros(4, NUM_GENES + NUM_SPECIAL).scatter_(1, batch["token_ids"], batch["values"])[:, NUM_SPECIAL:]
+    logits = model(batch, task="finetune").logits_nk
+    torch.testing.assert_close(logits, LINEAR_SCALE * torch.nn.functional.normalize(dense, dim=1) @ weights + bias)
+    classification_loss(logits, batch["labels"], None)[0].backward()
+    assert model.classification_head.weight.grad.abs().max() > 0  # the encoder is not cut off for good
+    with pytest.raises(ValueError, match=r"linear start has shapes \(60, 4\) and \(5,\), the network needs \(60, 5\) and \(5,\)"):
+        model.set_linear_start(weights[:, 1:], bias)
+    with pytest.raises(ValueError, match="a linear start needs model.linear_skip=true and labels"):
+        network(linear_skip=False).set_linear_start(weights, bias)
+
+
+def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
+    batch = batch_of(counts_of_cells(4))
+    genes = batch["token_ids"] >= NUM_SPECIAL
+    renamed = {**batch, "token_ids": torch.where(genes, NUM_GENES + 2 * NUM_SPECIAL - 1 - batch["token_ids"], batch["token_ids"])}
+    for embedding, same in (("none", True), ("random", False)):
+        model = network(gene_embedding=embedding, attention="full").eval()
+        with torch.no_grad():
+            first, second = (model(each, task="finetune") for each in (batch, renamed))
+        assert torch.equal(first.embedding_nd, second.embedding_nd) == same
+        assert not torch.equal(first.logits_nk, second.logits_nk)  # the linear part still knows its genes
+    assert network(gene_embedding="none").gene_embedding.weight.shape == (1 + NUM_SPECIAL, TINY["dim"])
 
 
 def test_task_and_heads_must_fit() -> None:

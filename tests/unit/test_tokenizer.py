@@ -63,6 +63,16 @@ def test_quantile_bins_are_within_the_cell_and_ties_share_one() -> None:
     assert tokens["bin_ids"].tolist() == [[0, 2, 1, 1, 2, 3, 3], [0, 1, 2, 0, 0, 0, 0]]
 
 
+def test_binary_tells_detected_genes_only_and_cuts_like_the_others() -> None:
+    tokens = tokenize(GENE_IDS, COUNTS, OFFSETS, expression="binary")
+    assert tokens["values"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
+    assert tokens["bin_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
+    every = tokenize(GENE_IDS, COUNTS, OFFSETS, expression="binary", input_mode="all")
+    assert every["values"].tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0]]
+    cut, expected = (tokenize(GENE_IDS, COUNTS, OFFSETS, expression=name, max_genes=2) for name in ("binary", "continuous"))
+    assert cut["token_ids"].tolist() == expected["token_ids"].tolist()
+
+
 def test_long_cell_keeps_the_genes_that_stand_out_and_their_order() -> None:
     genes = vocabulary([9.0, 0.0, 1.0, 0.0, 9.0, 0.0])
     counts = np.array([500, 3, 2, 1, 400, 1])

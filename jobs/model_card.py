@@ -1,0 +1,101 @@
+"""The model card: what a registered model is, what it was trained on and how well it did, as Markdown made from its own files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from screformer.calibration import MIN_PROBABILITY
+from screformer.checkpoint import LoadedModel, load_model
+
+_SHOWN_GROUPS = 12
+
+
+def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
+    """Write the card of a fine-tuned model.
+
+    Args:
+        model_dir: Model directory.
+        name: Registered model.
+        run_id: MLflow run that trained it.
+    """
+    loaded = load_model(model_dir)
+    meta = loaded.meta
+    parts = [
+        f"# {name}",
+        "scReformer-BERT, a cell-type classifier for human single-cell RNA-seq. Input: raw counts, genes by Ensembl id or symbol;"
+        " output: cell type with Cell Ontology id, calibrated probability and an unknown flag.",
+        _section("Labels", _labels(loaded)),
+        _section("Trained on", _training(meta, run_id)),
+        _section("Scores", _scores(meta)),
+        _section("Confidence", _confidence(loaded)),
+        _section("Limits", _limits(loaded)),
+        _section("Made by", _code(loaded)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([f"## {title}", "", *lines]) if lines else ""
+
+
+def _labels(loaded: LoadedModel) -> list[str]:
+    pairs = zip(loaded.labels["names"], loaded.labels["cl_ids"], strict=True)
+    return [f"{len(loaded.labels['names'])} labels of `{loaded.labels['column']}`:", ""] + [
+        f"- {label} ({cl_id or 'no Cell Ontology term'})" for label, cl_id in pairs
+    ]
+
+
+def _training(meta: Mapping[str, Any], run_id: str) -> list[str]:
+    query, split = meta.get("query", {}), meta.get("split", {})
+    atlas = query.get("atlas", meta.get("atlas", {}))
+    lines = [f"- atlas `{atlas.get('uri', 'not recorded')}` at timestamp_ms {atlas.get('timestamp_ms', 'not recorded')}"]
+    for field in ("obs_filter", "var_filter", "is_primary_data"):
+        if field in query:
+            lines.append(f"- {field}: `{query[field]}`")
+    lines.append(f"- hash of the query's cells and genes: `{query.get('hash', meta.get('query_hash', 'not recorded'))}`")
+    for part, cells in split.get("cells", {}).items():
+        groups = split.get("groups", {}).get(part, [])
+        shown = ", ".join(groups[:_SHOWN_GROUPS]) + (f" and {len(groups) - _SHOWN_GROUPS} more" if len(groups) > _SHOWN_GROUPS else "")
+        lines.append(f"- {part}: {cells:,} cells of {len(groups)} `{split['group_by']}` ({shown})")
+    return [*lines, f"- MLflow run `{run_id}`"]
+
+
+def _scores(meta: Mapping[str, Any]) -> list[str]:
+    rows = [f"| {metric} | {value:.4f} |" for metric, value in sorted(meta.get("metrics", {}).items())]
+    lines = ["| metric | value |", "|---|---|", *rows] if rows else []
+    if meta.get("folds"):
+        lines += ["", "Folds of the cross-validation with these settings:", "", "```", json.dumps(meta["folds"], indent=1), "```"]
+    return lines
+
+
+def _confidence(loaded: LoadedModel) -> list[str]:
+    calibration, measured = loaded.calibration, loaded.calibration.measured
+    if measured is None:
+        return ["Not calibrated: probabilities are the softmax of the network, and every cell gets its best label."]
+    return [
+        f"- temperature {calibration.temperature:.3f}, from {measured['cells']:,.0f} validation cells; expected calibration error"
+        f" {measured['ece_before']:.3f} before, {measured['ece_after']:.3f} after (on the same cells)",
+        f"- unknown above a score of {calibration.unknown_threshold:.4g}, which {measured['false_alarm_rate']:.0%} of these cells exceed",
+        f"- below a probability of {MIN_PROBABILITY:g} one of {len(calibration.lineage.terms)} more general terms is said, or `unknown`",
+    ]
+
+
+def _limits(loaded: LoadedModel) -> list[str]:
+    lines = [f"- {note}" for note in loaded.meta.get("notes", [])]
+    return [*lines, f"- knows {len(loaded.vocabulary):,} genes; other genes count only into a cell's library size", "- human cells only"]
+
+
+def _code(loaded: LoadedModel) -> list[str]:
+    code, tokens = loaded.meta.get("code", {}), loaded.config.tokens
+    lines = [f"- screformer {code.get('screformer', 'not recorded')}, git `{code.get('git', 'not recorded')}`"]
+    if code.get("packages"):
+        lines.append("- " + ", ".join(f"{package} {version}" for package, version in code["packages"].items()))
+    model = loaded.config.model
+    return [
+        *lines,
+        f"- tokens: {tokens.input_mode}, at most {tokens.max_genes} genes, {tokens.expression} expression in {tokens.num_bins} bins",
+        f"- network: width {model.dim}, depth {model.depth}, {model.heads} heads, attention {model.attention}",
+    ]

@@ -1,0 +1,317 @@
+"""What a model's probabilities are worth: calibration, "unknown", and the step back to a more general term.
+
+Learned on the validation cells after training and saved in the model directory as `calibration.json`: a temperature, so that of the
+cells with probability 0.8 about 80 % are right; and what tells a cell that is like nothing the model was trained on: how high each
+label's logit usually is for its own cells, and the bound of a cell's shortfall from that which a stated share of the validation cells
+(`FALSE_ALARM_RATE`) exceeds. Where no label is more likely right than wrong, the nearest more general term of the Cell Ontology whose
+labels together are likely enough is said instead.
+
+Axes: n cells, d model width, k classes, a answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp, softmax
+
+FORMAT = "1"
+UNKNOWN = "unknown"
+LABEL, BROADER = "label", "broader term"
+LEVELS = (LABEL, BROADER, UNKNOWN)
+"""At which level an answer stands: the best label, a more general term that holds it, or neither."""
+FALSE_ALARM_RATE = 0.05
+"""Share of validation cells, all of known types, that the threshold of the unknown score calls unknown."""
+MIN_PROBABILITY = 0.5
+"""Least calibrated probability of what is said, of a label or of all labels below a term: more likely right than wrong."""
+MOST_CELLS = 50_000
+"""Cells, at most, whose outputs are kept for calibration; it learns a few numbers."""
+_PRIOR_CELLS = 10
+"""Weight, in cells, of what is usual over all labels in what is usual for one: a rare label has few validation cells or none."""
+_BINS = 15
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CellOutputs:
+    """What the network said of labelled cells."""
+
+    logits_nk: np.ndarray
+    """float32."""
+    labels_n: np.ndarray
+    """True class, int64, in [0, k)."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+
+class OutputSample:
+    """Outputs of at most `MOST_CELLS` labelled cells of a stream, the same ones however the cells are spread over ranks and batches."""
+
+    def __init__(self, num_classes: int, most_cells: int = MOST_CELLS) -> None:
+        self._most = most_cells
+        self._keys = np.zeros(0, dtype=np.uint64)
+        self._labels = np.zeros(0, dtype=np.int64)
+        self._logits = np.zeros((0, num_classes), dtype=np.float32)
+
+    def add(self, joinids_n: torch.Tensor, labels_n: torch.Tensor, logits_nk: torch.Tensor) -> None:
+        """Keep a batch; cells with label -1 are left out."""
+        labels = labels_n.cpu().numpy()
+        known = labels >= 0
+        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # scattered, and unique as the joinids are
+        self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
+
+    def gather(self) -> CellOutputs:
+        """The sample of all ranks, on every rank, in an order that does not depend on their number. Every rank calls it."""
+        own = (self._keys, self._labels, self._logits)
+        parts = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+        whole = OutputSample(self._logits.shape[1], self._most)
+        for part in parts:
+            whole._join(*part)
+        order = np.argsort(whole._keys)
+        return CellOutputs(logits_nk=whole._logits[order], labels_n=whole._labels[order])
+
+    def _join(self, keys: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
+        self._keys = np.concatenate([self._keys, keys])
+        self._labels = np.concatenate([self._labels, labels])
+        self._logits = np.concatenate([self._logits, logits])
+        if len(self._keys) > self._most:
+            kept = np.argpartition(self._keys, self._most)[: self._most]
+            self._keys, self._labels, self._logits = self._keys[kept], self._labels[kept], self._logits[kept]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A term of the Cell Ontology above several of a model's labels."""
+
+    cl_id: str
+    name: str
+    labels: tuple[int, ...]
+    """Classes at or below it, increasing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """The terms above each label that hold more than the label and not every label.
+
+    Made at training time (`data_ingest.ontology.lineage`), so that prediction needs no ontology.
+    """
+
+    terms: tuple[Term, ...] = ()
+    above_k: tuple[tuple[int, ...], ...] = ()
+    """Of each class, indices of its terms, nearest first: those with the fewest labels."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the inverse of `from_json`."""
+        terms = [{"cl_id": term.cl_id, "name": term.name, "labels": list(term.labels)} for term in self.terms]
+        return {"terms": terms, "above": [list(indices) for indices in self.above_k]}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Lineage:
+        """Read what `to_json` wrote."""
+        terms = tuple(Term(cl_id=term["cl_id"], name=term["name"], labels=tuple(term["labels"])) for term in tree["terms"])
+        return cls(terms=terms, above_k=tuple(tuple(indices) for indices in tree["above"]))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Answers:
+    """What is said of n cells. Codes index the answers that `answer_names` lists."""
+
+    codes_n: np.ndarray
+    """int64."""
+    probability_n: np.ndarray
+    """Calibrated probability of the label, or of all labels below the term; of an unknown cell that of its best label. float32."""
+    levels_n: np.ndarray
+    """Index into `LEVELS`, int8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How the logits of one model become answers. The default is that of a model without calibration: softmax, and the best label."""
+
+    temperature: float = 1.0
+    """Logits are divided by it."""
+    logit_mean_k: tuple[float, ...] = ()
+    """Mean of each label's logit over its own cells; empty where the model was not calibrated."""
+    logit_std_k: tuple[float, ...] = ()
+    """Standard deviation beside it."""
+    unknown_threshold: float = float("inf")
+    """Cells whose unknown score is above it are unknown."""
+    min_probability: float = 0.0
+    """Least probability of what is said of a cell."""
+    lineage: Lineage = Lineage()
+    """Where to step back to."""
+    measured: Mapping[str, float] | None = None
+    """On which cells and how well: see `fit_calibration`. None where the model was not calibrated."""
+
+    def probabilities(self, logits_nk: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities, float32 (n, k)."""
+        return softmax(logits_nk.astype(np.float64) / self.temperature, axis=1).astype(np.float32)
+
+    def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
+        """How unlike the known cells a cell is, float32 (n,); zeros where the model was not calibrated.
+
+        It is by how many standard deviations the logit of its best label falls short of what is usual for that label. A cell that no
+        label fits has low logits throughout, where its probabilities may be sure of the least bad label.
+
+        Chosen by leaving each blood type out in turn, against the largest probability, energy (Liu et al., NeurIPS 2020), Mahalanobis
+        distances to class centroids of embeddings and of logits, and sums of them: docs/confidence.md.
+        """
+        if not self.logit_mean_k or not len(logits_nk):
+            return np.zeros(len(logits_nk), dtype=np.float32)
+        best = logits_nk.argmax(axis=1)
+        logit = logits_nk[np.arange(len(best)), best].astype(np.float64)
+        return ((np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]).astype(np.float32)
+
+    def answer_names(self, names: Sequence[str], cl_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Names and CL ids of all that may be said: the labels, then the terms that are no label themselves, then "unknown"."""
+        new = [term for term in self.lineage.terms if term.cl_id not in cl_ids]
+        more = [UNKNOWN] if self.measured is not None else []
+        return [*names, *(term.name for term in new), *more], [*cl_ids, *(term.cl_id for term in new), *more]
+
+    def answer(self, probabilities_nk: np.ndarray, unknown_score_n: np.ndarray, cl_ids: Sequence[str]) -> Answers:
+        """Say the best label, else the nearest term above it that is likely enough, else "unknown".
+
+        Args:
+            probabilities_nk: Of `probabilities`.
+            unknown_score_n: Of `unknown_scores`.
+            cl_ids: Of the labels.
+        """
+        num_cells = len(probabilities_nk)
+        codes = probabilities_nk.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
+        probability = probabilities_nk[np.arange(num_cells), codes]
+        levels = np.zeros(num_cells, dtype=np.int8)
+        _, all_ids = self.answer_names([""] * len(cl_ids), cl_ids)
+        unknown = unknown_score_n > self.unknown_threshold
+        for cell in np.flatnonzero((probability < self.min_probability) & ~unknown):
+            for index in self.lineage.above_k[codes[cell]] if self.lineage.above_k else ():
+                term = self.lineage.terms[index]
+                total = probabilities_nk[cell, list(term.labels)].sum(dtype=np.float64)
+                if total >= self.min_probability:
+                    codes[cell], probability[cell], levels[cell] = all_ids.index(term.cl_id), min(total, 1.0), LEVELS.index(BROADER)
+                    break
+            else:
+                unknown[cell] = True
+        codes[unknown], levels[unknown] = len(all_ids) - 1, LEVELS.index(UNKNOWN)
+        return Answers(codes_n=codes, probability_n=probability, levels_n=levels)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the inverse of `from_json`."""
+        return {
+            "format": FORMAT,
+            "temperature": self.temperature,
+            "logit_mean": list(self.logit_mean_k),
+            "logit_std": list(self.logit_std_k),
+            "unknown_threshold": self.unknown_threshold,
+            "min_probability": self.min_probability,
+            "lineage": self.lineage.to_json(),
+            "measured": dict(self.measured or {}),
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Calibration:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: Another format, or a part is missing.
+        """
+        if tree.get("format") != FORMAT:
+            raise ValueError(f"calibration has format {tree.get('format')}, this screformer reads {FORMAT}; use the version that wrote it")
+        missing = {"temperature", "logit_mean", "logit_std", "unknown_threshold", "min_probability", "lineage", "measured"} - set(tree)
+        if missing:
+            raise ValueError(f"calibration lacks {', '.join(sorted(missing))}; it was not written by screformer")
+        return cls(
+            temperature=float(tree["temperature"]),
+            logit_mean_k=tuple(tree["logit_mean"]),
+            logit_std_k=tuple(tree["logit_std"]),
+            unknown_threshold=float(tree["unknown_threshold"]),
+            min_probability=float(tree["min_probability"]),
+            lineage=Lineage.from_json(tree["lineage"]),
+            measured=dict(tree["measured"]),
+        )
+
+
+def fit_calibration(outputs: CellOutputs, lineage: Lineage, *, false_alarm_rate: float = FALSE_ALARM_RATE) -> Calibration:
+    """Learn the temperature, the usual logits and the unknown threshold.
+
+    Args:
+        outputs: Of validation cells, at least one; none of them trained the weights.
+        lineage: Terms above the labels.
+        false_alarm_rate: Share of these cells that the threshold calls unknown, in (0, 1).
+
+    Returns:
+        The calibration; `measured` holds `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
+
+    Source: Guo et al., On calibration of modern neural networks, ICML 2017.
+    """
+    assert len(outputs), "calibration needs cells"
+    logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
+    rows = np.arange(len(labels))
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
+
+    # Bounded: with a handful of cells that are all right the best temperature would be 0.
+    temperature = float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20.0)), method="bounded").x))
+    mean_k, std_k = _usual_logits(logits[rows, labels], labels, logits.shape[1])
+    fitted = Calibration(temperature=temperature, logit_mean_k=mean_k, logit_std_k=std_k)
+    threshold = np.quantile(fitted.unknown_scores(outputs.logits_nk), 1 - false_alarm_rate, method="higher")
+    return dataclasses.replace(
+        fitted,
+        unknown_threshold=float(threshold),
+        min_probability=MIN_PROBABILITY,
+        lineage=lineage,
+        measured={
+            "cells": float(len(labels)),
+            "false_alarm_rate": false_alarm_rate,
+            "accuracy": float((logits.argmax(axis=1) == labels).mean()),
+            "ece_before": expected_calibration_error(softmax(logits, axis=1), labels),
+            "ece_after": expected_calibration_error(softmax(logits / temperature, axis=1), labels),
+        },
+    )
+
+
+def _usual_logits(own_n: np.ndarray, labels_n: np.ndarray, num_classes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each label's logit over its own cells, drawn to those of all labels by `_PRIOR_CELLS`."""
+    groups = [own_n[labels_n == label] for label in range(num_classes)]
+    mean = np.mean([group.mean() for group in groups if len(group)])
+    variance = np.mean([group.var() for group in groups if len(group)])
+    means = [(group.sum() + _PRIOR_CELLS * mean) / (len(group) + _PRIOR_CELLS) for group in groups]
+    variances = [
+        (((group - center) ** 2).sum() + _PRIOR_CELLS * variance) / (len(group) + _PRIOR_CELLS)
+        for group, center in zip(groups, means, strict=True)
+    ]
+    return tuple(map(float, means)), tuple(float(max(value, 1e-12) ** 0.5) for value in variances)
+
+
+def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
+    """Confidence against accuracy: one row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`."""
+    confidence = probabilities_nk.max(axis=1)
+    right = probabilities_nk.argmax(axis=1) == labels_n
+    bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    rows = []
+    for index in np.unique(bins):
+        inside = bins == index
+        rows.append(
+            {
+                "from": index / _BINS,
+                "to": (index + 1) / _BINS,
+                "cells": int(inside.sum()),
+                "confidence": float(confidence[inside].mean()),
+                "accuracy": float(right[inside].mean()),
+            }
+        )
+    return rows
+
+
+def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
+    """Mean distance of confidence and accuracy over 15 bins of equal width, weighted by their cells; in [0, 1]."""
+    rows = reliability(probabilities_nk, labels_n)
+    return float(sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / max(sum(row["cells"] for row in rows), 1))

@@ -1,0 +1,125 @@
+"""A tracking server that goes away while a run logs, and comes back: nothing stops, nothing waits, nothing is lost."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from mlflow_server import MlflowServer
+from tiny_model import write_tiny_model
+
+from jobs import outbox as outboxes
+from jobs import sync
+from jobs.outbox import outbox
+from jobs.tracking import TrackedRun, start_run
+from screformer.config import ExperimentConfig
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[MlflowServer]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    running = MlflowServer(folder)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+
+
+def _steps(client: MlflowClient, run: TrackedRun) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run.run_id, "train/loss"))
+
+
+@pytest.mark.timeout(900)
+def test_a_server_that_goes_away_loses_nothing(
+    server: MlflowServer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outboxes, "_RETRY_S", 0.0)
+    caplog.set_level(logging.WARNING)
+    client, run_dir = MlflowClient(server.uri), tmp_path / "run"
+    run_dir.mkdir()
+    config = ExperimentConfig().merge({"tracking.uri": server.uri, "tracking.model_name": "blood"})
+    run = start_run(config, "finetune").kept_in(str(run_dir))
+    (run_dir / "run.json").write_text(json.dumps({"run": dataclasses.asdict(run)}))
+    with run:
+        run.log_metrics({"train/loss": 0.0}, step=0)
+        server.stop()
+        began = time.monotonic()
+        for step in (1, 2, 3):
+            run.log_metrics({"train/loss": float(step)}, step=step)
+        run.set_tags({"kept": "yes"})
+        run.log_confusion(np.eye(2), ["B cell", "T cell"], folder="test")
+        (tmp_path / "gone.txt").write_text("kept")
+        run.log_file(tmp_path / "gone.txt")
+        (tmp_path / "gone.txt").unlink()
+        assert time.monotonic() - began < 10, "seven log calls waited for a server that is away"
+        assert (
+            f"the tracking server {server.uri} is away" in caplog.text
+            and "the job goes on" in caplog.text
+            and len(outbox(run.outbox).names()) == 7
+        )
+        logged_ms = time.time() * 1000
+
+        server.start()
+        run.log_metrics({"train/loss": 4.0}, step=4)  # takes the others along
+        assert not outbox(run.outbox).names()
+        assert _steps(client, run) == [(step, float(step)) for step in range(5)]
+        assert all(point.timestamp <= logged_ms for point in client.get_metric_history(run.run_id, "train/loss")[:4])
+        assert client.get_run(run.run_id).data.tags["kept"] == "yes"
+        assert Path(client.download_artifacts(run.run_id, "gone.txt")).read_text() == "kept"
+        assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {"test/confusion.csv", "test/confusion.png"}
+
+        server.stop()
+        outbox.cache_clear()  # as in another process of the run
+        run.log_metrics({"train/loss": 5.0}, step=5)
+        assert run.register(write_tiny_model(run_dir / "model"), "blood") is None
+        run.log_curves()
+    ended_ms = time.time() * 1000
+    command = f"python -m jobs.sync --run-dir {run_dir}"
+    assert f"`{command}` registers it as blood" in caplog.text and f"`{command}` sends them" in caplog.text
+
+    assert sync.main(["--run-dir", str(run_dir)]) == 1
+    assert capsys.readouterr().err.startswith("python -m jobs.sync: ConnectionError: 4 entries of run")
+    server.start()
+    assert sync.main(["--run-dir", str(run_dir)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 4}
+    info = client.get_run(run.run_id).info
+    assert info.status == "FINISHED" and info.end_time <= ended_ms, "it ended when it ended, not when that could be said"
+    assert _steps(client, run) == [(step, float(step)) for step in range(6)]
+    assert client.get_model_version_by_alias("blood", "candidate").run_id == run.run_id
+    assert [entry.path for entry in client.list_artifacts(run.run_id, "curves")] == ["curves/loss.png"]
+    assert sync.main(["--run-dir", str(run_dir)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["sent"] == 0
+
+
+def test_a_refused_entry_stays_and_holds_nothing_up(tmp_path: Path) -> None:
+    sent, box = [], outbox(str(tmp_path / "outbox"))
+
+    def away(entry: dict, content: Path | None) -> None:
+        raise ConnectionError("away")
+
+    def picky(entry: dict, content: Path | None) -> None:
+        if entry["n"] == 1:
+            raise ValueError("too long")
+        sent.append((entry["n"], content.read_text() if content else None))
+
+    (tmp_path / "a").write_text("text")
+    for n in range(3):
+        box.deliver({"n": n}, away, tmp_path / "a" if n == 2 else None)
+    assert box.flush(picky) == (2, 1)
+    assert sent == [(0, None), (2, "text")] and len(box.names()) == 1
+
+
+def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sync.main(["--run-dir", str(tmp_path)]) == 1
+    assert f"ValueError: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err
