@@ -138,17 +138,17 @@ def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any
 
 
 def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
-    """ASHA stops the configuration that learns nothing; the worker process of its folds must not stay."""
+    """ASHA stops the configuration that learns nothing after its first fold; the process that trains its second must not stay."""
     import ray
     from ray import tune
 
     config, run_id, folder = prepared
-    config = config.merge({"search.scheduler": "asha", "search.concurrent_trials": 2, "train.max_steps": 12, "train.eval_every_steps": 12})
+    config = config.merge({"search.scheduler": "asha", "model.linear_skip": False, "train.max_steps": 16, "train.eval_every_steps": 16})
     study = open_study(config, run_dir=folder / "asha", folds_from=run_id)
     before = ray.available_resources()["CPU"]
-    rates = run_trials(study, {"train.lr": tune.grid_search([1e-2, 1e-9])})
-    folds = {setting["train.lr"]: len(results_of(study.trial_folder(setting), 3)) for setting in rates}
-    assert folds[1e-2] == 3
+    tried = run_trials(study, {"train.lr": tune.grid_search([1e-2, 1e-9])})
+    folds = {setting["train.lr"]: len(results_of(study.trial_folder(setting), 3)) for setting in tried}
+    assert folds[1e-2] == 3 > folds[1e-9] >= 1
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU", 0) < before - 0.01 and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -203,21 +203,16 @@ def test_dry_run_says_what_will_happen(settings: list[str], tmp_path: Path, caps
 def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
-    config = StudyConfig.from_file(recipe).merge(StudyConfig.from_file(SMOKE).to_dict()["model"] and {}).merge(settings)
-    config = config.merge(
-        {
-            "model.dim": 16,
-            "model.depth": 1,
-            "tokens.max_genes": 64,
-            "crossval.num_folds": 2,
-            "crossval.max_cells": 400,
-            "train.max_steps": 3,
-        }
-    )
-    result = ablate.run_ablation(config, axes=["attention", "ff_chunks"])
-    assert result["variants"].keys() == {
-        "reference", "model.attention=none", "model.attention=full", "model.attention=local", "model.ff_chunks=4",
-    }  # fmt: skip
+    small = {"model.dim": 16, "model.depth": 1, "tokens.max_genes": 64, "train.max_steps": 3, "train.micro_batch_size": 16}
+    few = {
+        "crossval.num_folds": 2,
+        "crossval.max_cells": 300,
+        "ablation.axes": {"attention": ["model.attention=none"], "ff": ["model.ff_chunks=4"]},
+    }
+    config = StudyConfig.from_file(recipe).merge(settings).merge(small | few)
+    result = ablate.run_ablation(config)
+    assert result["variants"].keys() == {"reference", "model.attention=none", "model.ff_chunks=4"}
+    assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 6, "three architectures, two folds"
     tree = json.loads((Path(result["run_dir"]) / "report.json").read_text())
     same = {row["variant"]: row["identical"] for row in tree["variants"]}
     assert same["model.ff_chunks=4"] and not same["model.attention=none"], "feed-forward chunks change no bit"
