@@ -187,7 +187,7 @@ def _logistic_l2(cells: BaselineCells, seed: int) -> Answer:
     def make(**settings: Any) -> Any:
         return LogisticRegression(class_weight="balanced", max_iter=200, **settings)
 
-    return _chosen(cells, ({"C": c} for c in (0.01, 0.1, 1.0)), make, seed)
+    return _chosen(cells, ({"C": c} for c in (0.01, 0.1, 1.0, 10.0)), make, seed)
 
 
 def _logistic_l1(cells: BaselineCells, seed: int) -> Answer:
@@ -197,7 +197,7 @@ def _logistic_l1(cells: BaselineCells, seed: int) -> Answer:
         # Source of the choice: saga is the one solver of a multinomial L1 model; its last digits are not worth its time.
         return LogisticRegression(l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=40, tol=1e-2, **settings)
 
-    return _chosen(cells, ({"C": c} for c in (0.1, 1.0)), make, seed)
+    return _chosen(cells, ({"C": c} for c in (0.1, 1.0, 10.0)), make, seed)
 
 
 def _linear_svm(cells: BaselineCells, seed: int) -> Answer:
@@ -206,7 +206,7 @@ def _linear_svm(cells: BaselineCells, seed: int) -> Answer:
     def make(**settings: Any) -> Any:
         return LinearSVC(class_weight="balanced", max_iter=300, **settings)
 
-    return _chosen(cells, ({"C": c} for c in (1e-4, 1e-3, 1e-2)), make, seed)
+    return _chosen(cells, ({"C": c} for c in (1e-4, 1e-3, 1e-2, 1e-1)), make, seed)
 
 
 def _pca_knn(cells: BaselineCells, seed: int) -> Answer:
