@@ -117,15 +117,15 @@ def test_runs_nest_and_keep_the_report(killed: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def prepared(killed: Any, settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, str, Path]:
-    """A configuration for studies in this process, and the folds of the killed one."""
+def prepared(settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, Path]:
+    """A configuration for studies in this process, and where they go."""
     config = StudyConfig.from_file(SMOKE).merge(settings).merge({"crossval.baselines": [], "crossval.pretrain": "none"})
-    return config, killed[1]["run_id"], tmp_path_factory.mktemp("studies")
+    return config, tmp_path_factory.mktemp("studies")
 
 
 def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any, killed: Any) -> None:
-    config, run_id, folder = prepared
-    study = open_study(config.merge({"crossval.num_folds": 5}), run_dir=folder / "same", folds_from=run_id)
+    config, folder = prepared
+    study = open_study(config.merge({"crossval.num_folds": 5}), run_dir=folder / "same", folds_from=killed[1]["run_id"])
     assert len(study.folds) == 2
     settings = {"crossval.pretrain": "fold", "train.seed": 0}
     first = run_fold(study, settings, 1)
@@ -143,9 +143,9 @@ def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
     import ray
     from ray import tune
 
-    config, run_id, folder = prepared
+    config, folder = prepared
     config = config.merge({"search.scheduler": "asha", "model.linear_skip": False, "train.max_steps": 16, "train.eval_every_steps": 16})
-    study = open_study(config, run_dir=folder / "asha", folds_from=run_id)
+    study = open_study(config, run_dir=folder / "asha")
     before = ray.available_resources()["CPU"]
     tried = run_trials(study, {"train.lr": tune.grid_search([1e-2, 1e-9])})
     folds = {setting["train.lr"]: len(results_of(study.trial_folder(setting), 2)) for setting in tried}
