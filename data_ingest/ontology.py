@@ -165,6 +165,11 @@ def cell_term_name(cl_id: str) -> str:
     return str(_ontology()[cl_id]["label"])
 
 
+def is_at_or_below(cl_id: str, general: str) -> bool:
+    """Whether a term is another one or a more special one than it."""
+    return cl_id == general or (is_cell_term(cl_id) and general in _ancestors(cl_id))
+
+
 _FORM = {"CL:0000000", "CL:0000003", "CL:0000255", "CL:0002242", "CL:0000226", "CL:0000548", "CL:0000219"}
 """Terms that tell a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate, animal, motile cell."""
 

@@ -66,17 +66,39 @@ def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: 
     test = held_out[group_n]
     val = np.zeros(len(test), bool)
     if config.val_fraction:
-        rest = np.flatnonzero(~held_out)
-        chosen = _choose(counts_dk[rest], config.val_fraction, rng)
-        problem = _problem(counts_dk[rest], chosen, config.val_fraction)
-        if not problem:
-            val = np.isin(group_n, rest[chosen])
-        else:
-            notes.append(f"validation cells are random cells of the training groups, since {problem}; their score flatters")
-            val[_random_cells(np.flatnonzero(~test), label_n, config.val_fraction, rng)] = True
+        val, note = choose_validation(group_n, label_n - 1, ~test, config.val_fraction, rng)
+        notes += [note] if note else []
     for note in notes:
         logger.warning("split: %s", note)
     return Split({"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)}, notes)
+
+
+def choose_validation(
+    group_n: np.ndarray, label_n: np.ndarray, among_n: np.ndarray, fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, str]:
+    """Take whole groups out of the training cells, or a share of each label's cells where whole groups will not do.
+
+    Args:
+        group_n: Code of each cell's group, int (n,).
+        label_n: Label code of each cell, int (n,), -1 for none.
+        among_n: The cells that may be taken, bool (n,).
+        fraction: Share of them to take, above 0.
+        rng: Makes the choice.
+
+    Returns:
+        The chosen cells, bool (n,), and a note where they are no whole groups.
+    """
+    _, own_n = np.unique(group_n[among_n], return_inverse=True)
+    counts_dk = np.zeros((int(own_n.max(initial=-1)) + 1, int(label_n.max(initial=-1)) + 2), np.int64)
+    np.add.at(counts_dk, (own_n, label_n[among_n] + 1), 1)
+    chosen = _choose(counts_dk, fraction, rng)
+    problem = _problem(counts_dk, chosen, fraction)
+    val_n = np.zeros(len(group_n), bool)
+    if chosen is not None and not problem:
+        val_n[np.flatnonzero(among_n)[chosen[own_n]]] = True
+        return val_n, ""
+    val_n[random_cells(np.flatnonzero(among_n), label_n, fraction, rng)] = True
+    return val_n, f"validation cells are random cells of the training groups, since {problem}; their score flatters"
 
 
 def _named(names: np.ndarray, config: SplitConfig) -> np.ndarray:
@@ -128,10 +150,10 @@ def _problem(counts_dk: np.ndarray, chosen: np.ndarray | None, fraction: float) 
     return ""
 
 
-def _random_cells(cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """A share of each label's cells; a label of few cells keeps at least one to train on."""
+def random_cells(cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """A share of each label's cells, in any order; a label of few cells keeps at least one that is not taken."""
     shuffled = rng.permutation(cells)
-    labels = label_n[shuffled]
+    labels = label_n[shuffled] + 1
     by_label = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
     rank = np.arange(len(cells)) - np.repeat(np.cumsum(counts) - counts, counts)

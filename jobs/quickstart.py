@@ -12,7 +12,6 @@ import logging
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ import pandas as pd
 import ray
 import tiledbsoma
 import torch
-from scipy import sparse
 
 from cluster.connect import connect
 from data_ingest.h5ad import H5adFile, read_table
@@ -32,10 +30,11 @@ from data_ingest.ingest import IngestOptions, ingest
 from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from jobs.annotate import annotate
+from jobs.baselines import BaselineCells, baseline_parts, run_baseline
 from jobs.cli import split_overrides
 from jobs.run_report import BASELINES, OURS, SCORES, run_report
 from jobs.tracking import TrackedRun, logged_run, tracking_uri
-from jobs.train import TrainingCells, normalised, prepare_cells, run_training
+from jobs.train import TrainingCells, prepare_cells, run_training
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
 from screformer.predictor import Predictor
@@ -44,8 +43,6 @@ from screformer.predictor import Predictor
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.yaml"
 _MARKER = ".screformer-quickstart"
-_C_GRID = (0.01, 0.1, 1.0)
-_MOST_FITTED = 50_000
 _MOST_EXPORTED = 5_000
 
 
@@ -59,37 +56,16 @@ class Baseline:
 
 
 def logistic_regression(cells: TrainingCells) -> Baseline:
-    """Fit on the training cells, choose C on the validation cells, score the test cells. Ray must be running.
-
-    It gets what the model gets: the same genes and cells, as log1p of counts per 10,000, the training cells alone for its weights
-    (at most 50,000 of them) and the validation cells for its one setting. Classes are weighted by inverse frequency.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    x: dict[str, sparse.csr_matrix] = {}
-    labels: dict[str, np.ndarray] = {}
-    for part, positions in cells.parts.items():
-        most = min(len(positions), _MOST_FITTED) if part == "train" else len(positions)
-        found = cells.stream(part).sample_counts(most, cells.config.train.seed)
-        x[part], labels[part] = sparse.csr_matrix(normalised(found.counts_ng, found.total_n)), found.labels_n
-
-    def score(model: LogisticRegression, part: str) -> LabelCounts:
-        counts = LabelCounts(len(cells.labels["names"]))
-        counts.add(torch.from_numpy(labels[part]), torch.from_numpy(model.predict(x[part])))
-        return counts
-
-    best: tuple[float, float, LogisticRegression] | None = None
-    with warnings.catch_warnings():
-        # A weakly regularised fit need not converge to be compared on the validation cells.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for c in _C_GRID:
-            model = LogisticRegression(C=c, class_weight="balanced", max_iter=200).fit(x["train"], labels["train"])
-            macro_f1 = score(model, "val").macro_f1
-            if best is None or macro_f1 > best[0]:
-                best = (macro_f1, c, model)
-    assert best is not None
-    return Baseline(c=best[1], test=score(best[2], "test"))
+    """Fit `logistic_l2` of `jobs.baselines` on the cells and genes that the model gets. Ray must be running."""
+    parts, _ = baseline_parts(cells)
+    k = len(cells.labels["names"])
+    found = BaselineCells(
+        train=parts["train"], val=parts["val"], test_x_ng=parts["test"].x_ng, num_classes=k, genes=cells.vocabulary.feature_ids
+    )
+    answer, _ = run_baseline("logistic_l2", found, cells.config.train.seed)
+    counts = LabelCounts(k)
+    counts.add(torch.from_numpy(parts["test"].labels_n), torch.from_numpy(answer.predicted_n))
+    return Baseline(c=answer.chosen["C"], test=counts)
 
 
 class _Clock:

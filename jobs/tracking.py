@@ -208,6 +208,12 @@ class TrackedRun:
             confusion_figure(np.asarray(counts_kk), names).savefig(path)
             self.log_file(path, folder=folder)
 
+    def history(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Values of metrics in the order of their steps; metrics that were never logged are left out."""
+        client = self._client
+        found = {name: sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, name)) for name in names}
+        return {name: [value for _, value in points] for name, points in found.items() if points}
+
     def log_curves(self) -> None:
         """Log pictures of all metrics that have more than one step; those that differ only before the `/` share one picture."""
         self.send_kept()  # what other processes of the run could not send belongs into the pictures
@@ -533,6 +539,27 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     if not location.startswith(("/", "file:")):  # files are read where they lie
         target = _scratch_folder()
     return _model_directory(Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri)
+
+
+def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
+    """Fetch an artifact of a run; a downloaded one lasts until this process ends.
+
+    Raises:
+        ValueError: No such run or artifact.
+        ConnectionError: The tracking server does not answer.
+    """
+    store = tracking_uri(tracking)
+    _probe(store)
+    _client(store)
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    target = tempfile.mkdtemp(prefix="screformer-artifact-")
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    try:
+        return Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=target, tracking_uri=store))
+    except (MlflowException, OSError) as error:
+        raise ValueError(f"run {run_id!r} in {store} has no artifact {name}: {error}") from error
 
 
 def tracking_uri(tracking: TrackingConfig) -> str:

@@ -34,7 +34,7 @@ from cluster.connect import connect
 from data_ingest.dataset import CellStream
 from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
-from data_ingest.split import split_cells
+from data_ingest.split import Split, split_cells
 from jobs import tracking
 from jobs.worker import train_loop_per_worker
 from screformer.attention import settle_attention
@@ -143,7 +143,14 @@ def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_a
     return values
 
 
-def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | None = None) -> TrainingCells:
+def prepare_cells(
+    config: ExperimentConfig,
+    task: Task,
+    *,
+    start: LoadedModel | None = None,
+    query: QueryResult | None = None,
+    split: Split | None = None,
+) -> TrainingCells:
     """Run the query, split its cells, and choose classes and genes. Ray is not needed.
 
     All cells of the query are split, labelled or not, so that pre-training and fine-tuning of one configuration hold out the same groups.
@@ -153,6 +160,8 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
         config: The run's settings.
         task: `finetune` needs labels.
         start: A model to start from, whose vocabulary is kept.
+        query: The query's result, where it is known.
+        split: Parts of the query's cells, such as those of a fold; None splits as `config.split` says.
 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow training.
@@ -162,10 +171,11 @@ def prepare_cells(config: ExperimentConfig, task: Task, *, start: LoadedModel | 
             "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the same expression; choose"
             " another encoding, or fine-tune without pre-training"
         )
-    query = run_query(config)
+    query = query or run_query(config)
     label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     all_names = [str(name) for name in query.obs["label"].cat.categories]
-    split = split_cells(query.obs[config.split.group_by].astype(str).to_numpy(), label_codes_n, config.split, config.train.seed)
+    if split is None:
+        split = split_cells(query.obs[config.split.group_by].astype(str).to_numpy(), label_codes_n, config.split, config.train.seed)
     parts, notes = dict(split), list(split.notes)
 
     labels, codes_n = dict(NO_LABELS), np.full(len(label_codes_n), -1, dtype=np.int64)
@@ -244,7 +254,7 @@ def run_training(
     check_layout(config, ray.nodes())
     start = _load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    config, attention = _settled(_pinned(config, cells.query), cells, start)
+    config, attention = settled(_pinned(config, cells.query), cells, start)
     run = tracking.TrackedRun(**saved["run"]) if saved else tracking.start_run(config, task)
     run_dir = resume or _new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
@@ -263,9 +273,9 @@ def run_training(
         print(attention, flush=True)
         for note in cells.notes:
             print(f"note: {note}", flush=True)
-        cells, start_arrays = _start_arrays(cells, start, checkpoint)
+        cells, start_arrays = initial_arrays(cells, start, checkpoint)
         print(f"{task} in {run_dir} (go on after an interruption with --resume {run_dir})", flush=True)
-        result = _train(config, task, cells, start_arrays, run, run_dir, checkpoint)
+        result = train_on_cluster(config, task, cells, start_arrays, run, run_dir, checkpoint)
         metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
         with result.checkpoint.as_directory() as folder:
             model_dir = _keep_model(Path(folder) / "model", run_dir)
@@ -375,7 +385,7 @@ def main(task: Task, description: str, argv: Sequence[str] | None = None) -> int
                 config = ExperimentConfig.from_dict(read_run(arguments.resume)["config"]).merge(overrides)
             start = _load_start(config, init_from) if init_from else None
             cells = prepare_cells(config, task, start=start)
-            config, attention = _settled(config, cells, start)
+            config, attention = settled(config, cells, start)
             print(yaml.safe_dump(config.to_dict(), sort_keys=False))
             print(yaml.safe_dump(describe(config, cells), sort_keys=False) + attention)
             return 0
@@ -411,7 +421,7 @@ def _check_overlap(query: QueryResult, start: LoadedModel) -> None:
     print(text, flush=True)
 
 
-def _start_arrays(
+def initial_arrays(
     cells: TrainingCells, start: LoadedModel | None, checkpoint: ray.train.Checkpoint | None
 ) -> tuple[TrainingCells, dict[str, Any]]:
     """The cells with their final vocabulary, and the arrays that the network starts from."""
@@ -450,7 +460,7 @@ def _linear_start(cells: TrainingCells) -> dict[str, Any]:
     return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
 
 
-def _train(
+def train_on_cluster(
     config: ExperimentConfig,
     task: Task,
     cells: TrainingCells,
@@ -459,6 +469,7 @@ def _train(
     run_dir: str,
     checkpoint: ray.train.Checkpoint | None,
 ) -> ray.train.Result:
+    """Train with a group of Ray Train workers; the result holds the last checkpoint, with the best model in its folder `model`."""
     from ray.train.torch import TorchConfig
 
     # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see it.
@@ -512,7 +523,7 @@ def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
     return config.merge({"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms})
 
 
-def _settled(config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None) -> tuple[ExperimentConfig, str]:
+def settled(config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None) -> tuple[ExperimentConfig, str]:
     """The configuration with its attention named: the start model's, whose weights fit no other one, or the faster one."""
     if start is not None and config.model.attention == "auto":
         config = config.merge({"model.attention": start.config.model.attention})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,10 +27,10 @@ from screformer.calibration import (
     reliability,
 )
 from screformer.checkpoint import POSITION, load_training, read_position, read_weights, save_model, save_training, seal
-from screformer.config import ExperimentConfig
+from screformer.config import ExperimentConfig, Task
 from screformer.engine import build_engine
 from screformer.model import ScReformer
-from screformer.training import Batch, Parts, Progress, Weights, fit, freeze_parameters
+from screformer.training import Batch, Outcome, Parts, Progress, Weights, fit, freeze_parameters
 
 REPLAY_BYTES = 512 * 2**20
 """Validation batches of a rank up to this size are kept in memory, so that each validation after the first reads nothing."""
@@ -53,10 +54,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     if not config.cluster.use_gpu:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
-    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
-    start_from(model, ray.get(loop_config["start"]))
-    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
-    engine = build_engine(config, model, world_size)
+    engine = _engine(config, task, streams["train"], len(labels["names"]), ray.get(loop_config["start"]), world_size)
 
     # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole names one itself.
     checkpoint, resume = ray.train.get_checkpoint() or loop_config["resume"], None
@@ -148,6 +146,51 @@ def _log_reliability(run: Any, calibration: Calibration, val: CellOutputs, test:
         path = Path(scratch) / "reliability.png"
         reliability_figure(table).savefig(path, dpi=120)
         run.log_file(path, folder="calibration")
+
+
+def train_alone(
+    config: ExperimentConfig,
+    task: Task,
+    streams: dict[str, CellStream],
+    labels: dict[str, Any],
+    class_counts_k: np.ndarray,
+    start: dict[str, Any],
+    report: Callable[[dict[str, float], int], None],
+) -> Outcome:
+    """Train in this process, the only rank, and keep no checkpoints: for trainings shorter than Ray Train's start of workers.
+
+    Args:
+        config: The run's settings; one worker.
+        task: As `jobs.train.prepare_cells`.
+        streams: Part to its cells; `train` at least.
+        labels: As `LoadedModel.labels`.
+        class_counts_k: Training cells of each label.
+        start: As `start_from` takes it.
+        report: Takes metrics and the step.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if config.cluster.use_gpu else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not config.cluster.use_gpu:
+        torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    engine = _engine(config, task, streams["train"], len(labels["names"]), start, 1)
+    return fit(
+        config,
+        engine,
+        _parts(streams, config, 0, 1),
+        task=task,
+        class_counts_k=class_counts_k,
+        report=report,
+        save_checkpoint=lambda progress, weights, metrics: None,
+    )
+
+
+def _engine(config: ExperimentConfig, task: Task, stream: CellStream, num_classes: int, start: dict[str, Any], world_size: int) -> Any:
+    model = ScReformer(config.model, config.tokens, num_genes=len(stream.vocabulary), num_classes=num_classes, seed=config.train.seed)
+    start_from(model, start)
+    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
+    return build_engine(config, model, world_size)
 
 
 def start_from(model: ScReformer, start: dict[str, Any]) -> None:

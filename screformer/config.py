@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 
@@ -341,7 +341,7 @@ class ExperimentConfig:
         return size // unit
 
     @classmethod
-    def from_file(cls, path: str | Path) -> ExperimentConfig:
+    def from_file(cls, path: str | Path) -> Self:
         """Read a YAML recipe; what it leaves out keeps its default.
 
         Raises:
@@ -353,7 +353,7 @@ class ExperimentConfig:
         return cls.from_dict(tree)
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> ExperimentConfig:
+    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
         """Build from nested plain values, the inverse of `to_dict`."""
         return _build(cls, tree, where="")
 
@@ -361,7 +361,7 @@ class ExperimentConfig:
         """Nested plain values (str, int, float, bool, list, dict), fit for YAML, JSON and another process."""
         return _plain(dataclasses.asdict(self))
 
-    def merge(self, overrides: Iterable[str] | Mapping[str, Any]) -> ExperimentConfig:
+    def merge(self, overrides: Iterable[str] | Mapping[str, Any]) -> Self:
         """A copy with some fields replaced.
 
         Args:

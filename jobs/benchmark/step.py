@@ -52,8 +52,12 @@ class ScBert(nn.Module):
 
     def forward(self, bin_ids_nl: Tensor) -> Tensor:
         """Scores of bins at every token, (n, l, bins)."""
+        return self.to_out(self.encode(bin_ids_nl))
+
+    def encode(self, bin_ids_nl: Tensor) -> Tensor:
+        """Vectors of all tokens, (n, l, d)."""
         x = self.expression(bin_ids_nl) + self.gene(torch.arange(bin_ids_nl.shape[1], device=bin_ids_nl.device))
-        return self.to_out(self.norm(self.performer(x)))
+        return self.norm(self.performer(x))
 
 
 def _draw_cells(cells: int, num_genes: int, num_detected: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

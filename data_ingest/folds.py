@@ -1,0 +1,206 @@
+"""Folds of a cross-validation: which cells each fold tests, and which choose its model.
+
+Axes: `n` cells, `d` groups (such as donors), `k` labels, `f` folds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_ingest.split import Split, choose_validation, random_cells
+
+FoldKind = Literal["donor", "dataset", "random"]
+FILE = "folds.parquet"
+_TRIALS = 64
+"""Orders in which the groups are dealt out; fewer where there are very many groups."""
+_META = b"screformer.folds"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Folds:
+    """A division of cells into test folds. Every cell is tested once; validation cells come out of a fold's other cells."""
+
+    kind: FoldKind
+    """`donor` and `dataset` keep those together, `random` does not."""
+    fold_n: np.ndarray
+    """Test fold of each cell, int16 (n,)."""
+    names: tuple[str, ...]
+    """What each fold tests: the data set of `dataset`, else its number."""
+    seed: int
+    notes: tuple[str, ...]
+    """What a reader of the results must know."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def parts(self, fold: int, donors: Sequence[str] | np.ndarray, labels: np.ndarray, val_fraction: float) -> Split:
+        """The cells that train, choose and test in one fold.
+
+        The validation part is made of whole donors where that works out (see `choose_validation`), of random cells for `random` folds.
+
+        Args:
+            fold: In [0, f).
+            donors: Shape (n,), each cell's donor.
+            labels: Shape (n,), label code of each cell, -1 for none.
+            val_fraction: Share of the cells outside the fold that validate; 0 takes none.
+        """
+        rng, test = np.random.default_rng([self.seed, 13, fold]), self.fold_n == fold
+        val, notes = np.zeros(len(test), bool), []
+        label_n = np.asarray(labels, np.int64)
+        if val_fraction and self.kind == "random":
+            val[random_cells(np.flatnonzero(~test), label_n, val_fraction, rng)] = True
+        elif val_fraction:
+            _, donor_n = np.unique(np.asarray(donors, dtype=str), return_inverse=True)
+            val, note = choose_validation(donor_n, label_n, ~test, val_fraction, rng)
+            notes = [f"fold {self.names[fold]}: {note}"] if note else []
+        return Split({"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)}, notes)
+
+    def labels_of_one_fold(self, labels: np.ndarray) -> dict[int, str]:
+        """Label codes whose cells are all in one fold, with its name: when it is tested nobody can have learned them."""
+        labels = np.asarray(labels, np.int64)
+        found = {int(label): np.unique(self.fold_n[labels == label]) for label in np.unique(labels[labels >= 0])}
+        return {label: self.names[int(fold_f[0])] for label, fold_f in found.items() if len(fold_f) == 1}
+
+    def save(self, path: str | Path, joinids: np.ndarray) -> None:
+        """Write (joinid, fold) as Parquet; `load_folds` reads it."""
+        meta = {"kind": self.kind, "names": self.names, "seed": self.seed, "notes": self.notes}
+        table = pa.table({"joinid": np.asarray(joinids, np.int64), "fold": self.fold_n})
+        pq.write_table(table.replace_schema_metadata({_META: json.dumps(meta).encode()}), path)
+
+
+def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
+    """Read folds for the cells of a query.
+
+    Args:
+        path: Written by `Folds.save`.
+        joinids: Shape (n,), the query's cells; the file may hold more.
+
+    Raises:
+        ValueError: No such file, or it lacks some of the cells.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"folds {path} cannot be read ({error}); give a run of jobs.crossval, or its {FILE}") from error
+    saved = (table.schema.metadata or {}).get(_META)
+    if saved is None:
+        raise ValueError(f"{path} holds no folds; give the {FILE} of a run of jobs.crossval")
+    meta: dict[str, Any] = json.loads(saved)
+    theirs = table["joinid"].to_numpy()
+    order = np.argsort(theirs)
+    place = np.minimum(np.searchsorted(theirs, joinids, sorter=order), max(len(theirs) - 1, 0))
+    missing = np.flatnonzero(theirs[order[place]] != joinids) if len(theirs) else np.arange(len(joinids))
+    if len(missing):
+        raise ValueError(
+            f"folds {path} lack {len(missing)} of the query's {len(joinids)} cells (such as joinid {joinids[missing[0]]}); use the query"
+            " and the atlas version that they were made for"
+        )
+    return Folds(
+        kind=meta["kind"],
+        fold_n=table["fold"].to_numpy()[order[place]].astype(np.int16),
+        names=tuple(meta["names"]),
+        seed=meta["seed"],
+        notes=tuple(meta["notes"]),
+    )
+
+
+def make_folds(
+    kind: FoldKind, donors: Sequence[str] | np.ndarray, datasets: Sequence[str] | np.ndarray, labels: np.ndarray, num_folds: int, seed: int
+) -> Folds:
+    """Divide cells into folds.
+
+    `donor`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells than the largest donor has.
+    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds differ by one of them at most.
+
+    Args:
+        kind: What stays together.
+        donors: Shape (n,).
+        datasets: Shape (n,).
+        labels: Shape (n,), label code of each cell, -1 for none.
+        num_folds: f; `dataset` does not use it.
+        seed: Of every choice.
+
+    Raises:
+        ValueError: Fewer than two folds are possible.
+    """
+    label_n = np.asarray(labels, np.int64)
+    donor_n, dataset_n = np.asarray(donors, dtype=str), np.asarray(datasets, dtype=str)
+    rng, notes = np.random.default_rng([seed, 12]), []
+    if num_folds < 2:
+        raise ValueError(f"crossval.num_folds={num_folds} must be at least 2")
+    if kind == "dataset":
+        names, fold_n = np.unique(dataset_n, return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(f"crossval.split=dataset needs at least 2 data sets, the query has {len(names)}; use crossval.split=donor")
+        for donor in np.unique(donor_n):
+            found = np.unique(dataset_n[donor_n == donor])
+            if len(found) > 1:
+                notes.append(f"donor {donor} is in the data sets {', '.join(found)}, so on both sides of some fold")
+        return Folds(kind=kind, fold_n=fold_n.astype(np.int16), names=tuple(names.tolist()), seed=seed, notes=tuple(notes))
+    if kind == "random":
+        if len(label_n) < num_folds:
+            raise ValueError(f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it")
+        notes.append("folds are random cells: a donor's cells are on both sides, which flatters every method")
+        shuffled = rng.permutation(len(label_n))
+        by_label = shuffled[np.argsort(label_n[shuffled], kind="stable")]
+        fold_n = np.empty(len(label_n), np.int16)
+        fold_n[by_label] = np.arange(len(label_n)) % num_folds  # dealt on over the labels, so that sizes differ by one cell at most too
+        names_f = tuple(str(fold) for fold in range(num_folds))
+        return Folds(kind=kind, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
+    names, group_n = np.unique(donor_n, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(
+            f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use crossval.split=random"
+        )
+    if len(names) < num_folds:
+        notes.append(f"{len(names)} donors make {len(names)} folds, not crossval.num_folds={num_folds}")
+        num_folds = len(names)
+    counts_dk = np.zeros((len(names), int(label_n.max(initial=-1)) + 2), np.int64)
+    np.add.at(counts_dk, (group_n, label_n + 1), 1)
+    single = [str(names[d]) for d in np.flatnonzero((counts_dk[:, 1:] > 0).sum(1) == 1)]
+    if single:
+        notes.append(f"{len(single)} donors have cells of one label only ({', '.join(single[:5])}): they say nothing of the others")
+    fold_d = _deal(counts_dk, num_folds, rng)
+    names_f = tuple(str(fold) for fold in range(num_folds))
+    return Folds(kind=kind, fold_n=fold_d[group_n].astype(np.int16), names=names_f, seed=seed, notes=tuple(notes))
+
+
+def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Fold of each group: of many greedy deals the one whose folds have the most even share of each label, int (d,)."""
+    sizes_d, total_k = counts_dk.sum(1), counts_dk.sum(0)
+    share_dk = counts_dk[:, total_k > 0] / total_k[total_k > 0]
+
+    def cost(fold_d: np.ndarray) -> float:
+        share_fk = np.zeros((num_folds, share_dk.shape[1]))
+        np.add.at(share_fk, fold_d, share_dk)
+        size_f = np.bincount(fold_d, weights=sizes_d, minlength=num_folds) / sizes_d.sum()
+        return float(share_fk.var(axis=0).mean() + size_f.var())
+
+    def deal(order: np.ndarray, by_size: bool) -> np.ndarray:
+        fold_d, size_f, share_fk = np.zeros(len(order), np.int64), np.zeros(num_folds), np.zeros((num_folds, share_dk.shape[1]))
+        for group in order:
+            gain_f = size_f if by_size else (share_fk @ share_dk[group]) + size_f * sizes_d[group] / sizes_d.sum() ** 2
+            fold = int(np.argmin(gain_f))
+            fold_d[group] = fold
+            size_f[fold] += sizes_d[group]
+            share_fk[fold] += share_dk[group]
+        return fold_d
+
+    # The largest first, each to the smallest fold: this deal keeps the promise on sizes, the others are taken where they keep it too.
+    best = deal(np.argsort(-sizes_d, kind="stable"), True)
+    best_cost = cost(best)
+    for _ in range(min(_TRIALS, max(8, 20_000 // len(sizes_d)))):
+        order = np.argsort(-sizes_d * np.exp(rng.normal(0, 0.5, len(sizes_d))), kind="stable")
+        found = deal(order, False)
+        size_f = np.bincount(found, weights=sizes_d, minlength=num_folds)
+        if size_f.min() > 0 and size_f.max() - size_f.min() <= sizes_d.max() and (found_cost := cost(found)) < best_cost:
+            best, best_cost = found, found_cost
+    return best

@@ -1,0 +1,232 @@
+"""The door to Ray Tune: configurations as trials, each of which trains its folds in workers that stay warm.
+
+A trial is a driver that holds next to nothing. Its folds are trained by actors that it owns, which keep their imports, process group and
+data connections from fold to fold and end with the trial, so that a stopped one gives everything back. After each fold it reports the mean
+of the folds so far: schedulers compare configurations on the same folds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import yaml
+from ray.util.placement_group import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from jobs.comparison import scores
+from jobs.study import Study, StudyConfig, run_fold
+from jobs.train import check_layout
+
+DRIVER_CPUS = 0.01
+"""What a trial's driver reserves; Ray Tune takes no trial that reserves nothing."""
+BASELINE_CPUS = 1
+"""Of the task that fits a baseline; one runs at a time."""
+_DRAWN = re.compile(r"(uniform|loguniform|randint)\(\s*([^,]+)\s*,\s*([^,]+)\s*\)")
+
+
+def num_cpus(config: StudyConfig) -> float:
+    """CPUs that a study reserves at its most."""
+    cluster, trials = config.cluster, config.search.concurrent_trials
+    return (
+        trials * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
+        + cluster.cpus_per_read_task
+        + (BASELINE_CPUS if config.crossval.baselines else 0)
+    )
+
+
+def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> None:
+    """Refuse what the cluster could never hold, before anything starts.
+
+    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for it.
+
+    Args:
+        config: The recipe.
+        nodes: As `ray.nodes()` gives them.
+
+    Raises:
+        ValueError: Too few CPUs or GPUs, with the sum.
+    """
+    cluster, trials, folds = config.cluster, config.search.concurrent_trials, config.crossval.concurrent_folds
+    check_layout(config, nodes)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = (sum(float(node.get(kind, 0)) for node in alive) for kind in ("CPU", "GPU"))
+    needed, workers = num_cpus(config), trials * folds * cluster.num_workers
+    if needed > cpus + 1e-9:
+        baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
+        raise ValueError(
+            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x cluster.num_workers="
+            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}"
+            f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
+        )
+    if cluster.use_gpu and workers > gpus:
+        raise ValueError(
+            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need"
+            f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
+        )
+
+
+def search_space(config: StudyConfig) -> dict[str, Any]:
+    """The space of a recipe in Ray Tune's terms, by setting.
+
+    Raises:
+        ValueError: An unknown setting, a value that it does not take, or a range where `grid` needs a list.
+    """
+    from ray import tune
+
+    space: dict[str, Any] = {}
+    for name, text in config.search.space.items():
+        drawn = _DRAWN.fullmatch(text.strip())
+        if drawn:
+            if config.search.algorithm == "grid":
+                raise ValueError(f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use random or optuna")
+            kind, low, high = drawn[1], float(drawn[2]), float(drawn[3])
+            probes: list[Any] = [int(low)] if kind == "randint" else [low, high]
+            space[name] = tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
+        else:
+            probes = yaml.safe_load(text)
+            if not isinstance(probes, list) or not probes:
+                raise ValueError(
+                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)"
+                )
+            space[name] = tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
+        for value in probes:
+            config.merge({name: value})
+    return space
+
+
+def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) -> list[dict[str, Any]]:
+    """Run configurations over the folds, and give back the settings of each in the order they were started.
+
+    Args:
+        study: With its parent run.
+        space: Setting to values, in Ray Tune's terms; `{"settings": tune.grid_search([...])}` lists whole configurations.
+        num_samples: Configurations to draw, where the space is drawn from.
+
+    Raises:
+        RuntimeError: A trial failed; the first one's error.
+    """
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+
+    search = study.config.search
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results are in the study's folder and in MLflow
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    scheduler = None
+    if search.scheduler == "asha":
+        scheduler = ASHAScheduler(time_attr="folds", max_t=len(study.folds), grace_period=1, reduction_factor=2)
+    algorithm: Any
+    if search.algorithm == "optuna" and search.space:
+        algorithm = _optuna(study.config)
+    else:
+        from ray.tune.search.basic_variant import BasicVariantGenerator
+
+        algorithm = BasicVariantGenerator(random_state=study.config.train.seed, max_concurrent=search.concurrent_trials)
+    bundles = [{"CPU": DRIVER_CPUS}] + [_fold_bundle(study.config)] * (
+        study.config.crossval.concurrent_folds if _fold_bundle(study.config) else 0
+    )
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_trial, study=study), tune.PlacementGroupFactory(bundles)),
+        param_space=dict(space),
+        tune_config=tune.TuneConfig(
+            metric="macro_f1",
+            mode="max",
+            search_alg=algorithm,
+            scheduler=scheduler,
+            num_samples=num_samples,
+            max_concurrent_trials=search.concurrent_trials if search.algorithm == "optuna" and search.space else None,
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(study.run_dir), verbose=0),
+    )
+    results = tuner.fit()
+    if results.errors:
+        raise RuntimeError(f"a trial failed, finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}")
+    return [settings_of(result.config) for result in results]
+
+
+def settings_of(trial_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides of a trial."""
+    return dict(trial_config["settings"]) if "settings" in trial_config else dict(trial_config)
+
+
+def _trial(trial_config: dict[str, Any], study: Study) -> None:
+    from ray import tune
+
+    settings = settings_of(trial_config)
+    # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not bound to it.
+    inside = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_capture_child_tasks=False)
+    bundle = _fold_bundle(study.config)
+    worker = _FoldWorker.options(  # type: ignore[attr-defined]
+        num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
+    )
+    folds, shared = range(len(study.folds)), ray.put(study)
+    idle = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, len(study.folds)))]
+    waiting, busy = list(folds), {}
+    done: dict[int, float] = {}
+    while len(done) < len(folds):
+        while waiting and idle:
+            actor, fold = idle.pop(), waiting.pop(0)
+            busy[actor.run.remote(settings, fold)] = (actor, fold)
+        (reference,), _ = ray.wait(list(busy), num_returns=1)
+        actor, fold = busy.pop(reference)
+        reported = _in_order(done)
+        done[fold] = ray.get(reference)
+        idle.append(actor)
+        # Folds are reported in their order, so that each report stands for the same folds in every trial.
+        for count in range(reported + 1, _in_order(done) + 1):
+            values = [done[index] for index in range(count)]
+            tune.report(
+                {"folds": count, "macro_f1": float(np.mean(values)), "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0}
+            )
+
+
+def _fold_bundle(config: StudyConfig) -> dict[str, float]:
+    """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
+    cluster = config.cluster
+    if cluster.num_workers > 1:
+        return {}
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+
+
+def _in_order(done: Mapping[int, float]) -> int:
+    """How many folds are finished from the first one on."""
+    return next(count for count in range(len(done) + 1) if count not in done)
+
+
+@ray.remote(max_restarts=0)
+class _FoldWorker:
+    """Trains folds one after another in one process."""
+
+    def __init__(self, study: Study) -> None:
+        for name in ("ray.train", "ray.data"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self._study = study
+
+    def run(self, settings: dict[str, Any], fold: int) -> float:
+        """Macro-F1 of a fold's test cells."""
+        return scores(run_fold(self._study, settings, fold), self._study)["macro_f1"]
+
+
+def _optuna(config: StudyConfig) -> Any:
+    try:
+        import optuna  # noqa: F401
+        from ray.tune.search.optuna import OptunaSearch
+    except ImportError as error:
+        raise ValueError("search.algorithm=optuna needs the package optuna; pip install 'screformer[search]', or use random") from error
+    return OptunaSearch(metric="macro_f1", mode="max", seed=config.train.seed)
+
+
+def count_trials(config: StudyConfig) -> int:
+    """Configurations that a search tries."""
+    if not config.search.space:
+        return 1
+    if config.search.algorithm != "grid":
+        return config.search.num_samples
+    return math.prod(len(yaml.safe_load(text)) for text in config.search.space.values())

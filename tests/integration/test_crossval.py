@@ -1,0 +1,224 @@
+"""Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with models of seconds."""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import ablate, crossval
+from jobs.baselines import BASELINES
+from jobs.study import OURS, StudyConfig, open_study, results_of, run_fold
+from jobs.tune import check_study_layout, num_cpus, run_trials
+
+REPO_ROOT = Path(__file__).resolve().parents[2]
+SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
+QUICK = ["majority", "logistic_l2"]
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for two commands, one of them killed
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
+
+
+@pytest.fixture(scope="module")
+def settings(small_atlas: str) -> list[str]:
+    return [
+        f"atlas.uri={small_atlas}", "crossval.num_folds=2", "crossval.pretrain_steps=2", "labels.min_cells=2", "train.max_steps=4",
+        "cluster.cpus_per_worker=0.5",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
+    """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of the first fold's files."""
+    folder = tmp_path_factory.mktemp("crossval")
+    words = command("jobs.crossval", "--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]")
+    job = subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert job.stdout is not None
+    run_dir, deadline = Path(), time.monotonic() + 500
+    for line in job.stdout:
+        assert time.monotonic() < deadline
+        if found := re.search(r"--resume (\S+)\)", line):
+            run_dir = Path(found[1])
+            break
+    while not list(run_dir.glob("trials/*/fold-0.json")):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.1)
+    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.wait()
+    before = {path: path.stat().st_mtime_ns for path in run_dir.glob("*/*/fold-*")}
+    assert not list(run_dir.glob("trials/*/fold-1.json"))
+    resumed = command("jobs.crossval", "--resume", str(run_dir))
+    done = subprocess.run(resumed, cwd=folder, env=environment(), capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir, json.loads(done.stdout.splitlines()[-1]), before, done.stdout
+
+
+def test_a_killed_cross_validation_goes_on_without_repeating_folds(killed: Any) -> None:
+    run_dir, result, before, _ = killed
+    assert before and all(path.stat().st_mtime_ns == changed for path, changed in before.items())
+    (trial,) = (run_dir / "trials").iterdir()
+    assert [result.fold for result in results_of(trial, 2)] == [0, 1]
+    folds = pq.read_table(run_dir / "folds.parquet").to_pandas().set_index("joinid")["fold"]
+    for fold in range(2):
+        tested = [pq.read_table(folder / f"fold-{fold}.parquet") for folder in (trial, *(run_dir / "baselines").iterdir())]
+        for table in tested:
+            assert (folds[table["joinid"].to_numpy()] == fold).all()
+            np.testing.assert_array_equal(table["joinid"].to_numpy(), tested[0]["joinid"].to_numpy())
+            np.testing.assert_array_equal(table["label"].to_numpy(), tested[0]["label"].to_numpy())
+    assert result["baselines"].keys() == set(QUICK)
+    assert result["baselines"]["logistic_l2"] > 0.7 > result["baselines"]["majority"]
+
+
+def test_the_report_says_how_ours_compares(killed: Any) -> None:
+    run_dir, result, _, printed = killed
+    assert f"{OURS} has macro-F1" in printed
+    tree = json.loads((run_dir / "report.json").read_text())
+    for metric in ("macro_f1", "accuracy", "weighted_f1", "balanced_accuracy", "ontology_f1", "ece"):
+        assert 0 <= tree["methods"][OURS]["metrics"][metric]["mean"] <= 1, metric
+    difference = tree["methods"]["logistic_l2"]["metrics"]["macro_f1"]["difference"]
+    assert difference["low"] < difference["mean"] < difference["high"] and difference["folds"] == 2
+    ours, theirs = (tree["methods"][name]["metrics"]["macro_f1"]["values"] for name in (OURS, "logistic_l2"))
+    assert difference["mean"] == pytest.approx(np.mean(np.subtract(ours, theirs)))
+    markdown, html = (run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()
+    for text in ("logistic regression, L2", "95 % interval", "Confusion of scReformer-BERT", "Reliability", "F1 of each type"):
+        assert text in markdown and text in html, text
+    assert tree["methods"][OURS]["parameters"] > 0 and tree["methods"][OURS]["peak_memory_gb"] > 0
+
+
+def test_runs_nest_and_keep_the_report(killed: Any) -> None:
+    from mlflow import MlflowClient
+
+    _, result, _, _ = killed
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    client = MlflowClient(uri, registry_uri=uri)
+    run = client.get_run(result["run_id"])
+    assert run.info.status == "FINISHED" and run.data.metrics["cv/macro_f1"] == pytest.approx(result["scores"]["macro_f1"])
+    kept = {entry.path for entry in client.list_artifacts(result["run_id"])}
+    assert {"folds.parquet", "report.md", "report.html", "report.json", "report_files"} <= kept
+    children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{result['run_id']}'")
+    assert {child.data.tags["fold"] for child in children if child.info.status == "FINISHED"} == {"0", "1"}
+
+
+@pytest.fixture(scope="module")
+def prepared(settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, Path]:
+    """A configuration for studies in this process, and where they go."""
+    config = StudyConfig.from_file(SMOKE).merge(settings).merge({"crossval.baselines": [], "crossval.pretrain": "none"})
+    return config, tmp_path_factory.mktemp("studies")
+
+
+def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any, killed: Any) -> None:
+    config, folder = prepared
+    study = open_study(config.merge({"crossval.num_folds": 5}), run_dir=folder / "same", folds_from=killed[1]["run_id"])
+    assert len(study.folds) == 2
+    settings = {"crossval.pretrain": "fold", "train.seed": 0}
+    first = run_fold(study, settings, 1)
+    (trial,) = (killed[0] / "trials").iterdir()
+    theirs = results_of(trial, 2)[1]
+    np.testing.assert_array_equal(first.joinids_n, theirs.joinids_n)
+    np.testing.assert_allclose(first.probabilities_nk, theirs.probabilities_nk, atol=1e-5)
+    again = time.perf_counter()
+    run_fold(study, settings, 1)
+    assert time.perf_counter() - again < 1
+
+
+def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
+    """ASHA stops the configuration that learns nothing after its first fold; the process that trains its second must not stay."""
+    import ray
+    from ray import tune
+
+    config, folder = prepared
+    config = config.merge({"search.scheduler": "asha", "model.linear_skip": False, "train.max_steps": 16, "train.eval_every_steps": 16})
+    study = open_study(config, run_dir=folder / "asha")
+    before = ray.available_resources()["CPU"]
+    tried = run_trials(study, {"train.lr": tune.grid_search([1e-2, 1e-9])})
+    folds = {setting["train.lr"]: len(results_of(study.trial_folder(setting), 2)) for setting in tried}
+    assert folds == {1e-2: 2, 1e-9: 1}
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU", 0) < before - 0.01 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == pytest.approx(before, abs=0.01)
+
+
+def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
+    def node(cpus: float, gpus: float = 0) -> dict[str, Any]:
+        return {"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
+
+    config = StudyConfig().merge({"search.concurrent_trials": 2, "crossval.concurrent_folds": 2})
+    assert num_cpus(config) == pytest.approx(2 * (0.01 + 2) + 0.5 + 1)
+    check_study_layout(config, [node(4), node(2)])
+    with pytest.raises(
+        ValueError, match=r"concurrent_trials=2 x .* \+ one read task of 0.5 \+ 1 for a baseline = 5.52 CPUs, but Ray has 4"
+    ):
+        check_study_layout(config, [node(4)])
+    with pytest.raises(ValueError, match="need 4 GPUs, but Ray has 2"):
+        check_study_layout(config.merge({"cluster.use_gpu": True}), [node(8, 2)])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["crossval.baselines=[logistic]"], "crossval.baselines has no 'logistic'; there is all, majority"),
+        (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must lie between 0 and 1"),
+        (["crossval.num_fold=3"], "unknown setting crossval.num_fold; did you mean crossval.num_folds?"),
+        (["--dry-run", "--folds", "nowhere"], "has no artifact folds.parquet"),
+        (["--resume", "nowhere"], "give nothing beside it"),
+    ],
+)
+def test_bad_input_is_said_in_one_line(settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_dry_run_says_what_will_happen(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", str(SMOKE), *settings, "--split", "dataset", "--dry-run"]
+    assert crossval.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "split: dataset" in printed and "name: sim_blood_panel" in printed and re.search(r"ours: \d", printed)
+    recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
+    assert ablate.main(["--config", str(recipe), *settings, "--axes", "attention", "pooling", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "- model.attention=none" in printed and "- model.pooling=cls" in printed and "- model.dim=64" not in printed
+    assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 1
+    assert "there is no axis 'atention'; there is attention" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
+    small = {"model.dim": 16, "model.depth": 1, "tokens.max_genes": 64, "train.max_steps": 3, "train.micro_batch_size": 16}
+    few = {
+        "crossval.num_folds": 2,
+        "crossval.max_cells": 300,
+        "ablation.axes": {"attention": ["model.attention=none"], "ff": ["model.ff_chunks=4"]},
+    }
+    config = StudyConfig.from_file(recipe).merge(settings).merge(small | few)
+    result = ablate.run_ablation(config)
+    assert result["variants"].keys() == {"reference", "model.attention=none", "model.ff_chunks=4"}
+    assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 6, "three architectures, two folds"
+    tree = json.loads((Path(result["run_dir"]) / "report.json").read_text())
+    same = {row["variant"]: row["identical"] for row in tree["variants"]}
+    assert same["model.ff_chunks=4"] and not same["model.attention=none"], "feed-forward chunks change no bit"
+    assert all(row["seconds_per_1000_cells"] > 0 and row["parameters"] > 0 for row in tree["variants"])
+
+
+def test_every_baseline_has_its_time_and_title() -> None:
+    assert len({baseline.title for baseline in BASELINES.values()}) == len(BASELINES) >= 10
