@@ -1,7 +1,8 @@
-"""Label the cells of .h5ad files with a registered model.
+"""Label the cells of .h5ad files, or of an atlas query, with a registered model.
 
-Each output is a copy of its input with new obs columns. Cells are read, labelled and written in chunks, so memory does not grow
-with their number; X and everything else of the input stay as they are, byte by byte.
+The output of a file is a copy of it with new obs columns (X and everything else stay as they are, byte by byte), or a folder of
+Parquet; that of an atlas query is a folder of Parquet, or new obs columns of the atlas. Cells are read, labelled and written in chunks,
+so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from anndata.io import write_elem
 from tqdm import tqdm
 
 from data_ingest.h5ad import H5adFile, check_counts
+from jobs.cells import AtlasCells, CellSource, H5adCells, query_cells
+from jobs.labelling import OBS_PREFIX, label_cells, write_to_atlas
 from jobs.tracking import code_identity, pinned_model, resolve_model
 from screformer.calibration import LEVELS
 from screformer.config import TrackingConfig
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = ANSWER_COLUMNS
 """obs columns that are written."""
+MAJORITY_COLUMN = "majority_label"
 PROVENANCE = "screformer"
 """Key in uns that says which model labelled the file."""
 
@@ -85,6 +89,7 @@ def annotate(
     min_gene_overlap: float = MIN_GENE_OVERLAP,
     probabilities: bool = False,
     embedding: bool = False,
+    majority_vote: str = "",
     overwrite: bool = False,
 ) -> Annotation:
     """Copy an .h5ad file and label its cells.
@@ -103,6 +108,8 @@ def annotate(
         min_gene_overlap: Least share of the model's expected expression that the file's genes must carry, in [0, 1].
         probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the label's categories.
         embedding: Also write `obsm["X_screformer"]`, float32 (n, d).
+        majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most frequent best label of the cell's
+            cluster. Empty writes none.
         overwrite: Replace an existing target.
 
     Returns:
@@ -120,6 +127,7 @@ def annotate(
     with H5adFile.open(source, layer=layer, raw=raw) as file:
         match = predictor.match_var(file.var)
         match.require(min_gene_overlap, source=f"{source} ({file.source})")
+        clusters = _clusters(file.obs, majority_vote) if majority_vote else None
         for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
             check_counts(counts, file=file, start=start)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +138,8 @@ def annotate(
                 writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding)
                 _label(predictor, file, match, writer)
                 writer.finish(model=model, file=file, match=match)
+                if clusters is not None:
+                    writer.vote(clusters)
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -203,7 +213,7 @@ class _Writer:
         """List the new columns in obs, and say where they come from."""
         obs = self._copy["obs"]
         order = [_text(name) for name in obs.attrs["column-order"]]
-        order = [f"{name}_original" if name in self.moved else name for name in order]
+        order = [f"{name}_original" if name in self.moved else name for name in order if name in obs or name in self.moved]
         order += [name for name in COLUMNS if name not in order]
         obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
         write_elem(
@@ -222,12 +232,21 @@ class _Writer:
             },
         )
 
+    def vote(self, clusters_n: np.ndarray) -> None:
+        """Add `majority_label`: of each cluster (codes >= 0), the best label that most of its cells have."""
+        obs = self._copy["obs"]
+        obs.pop(MAJORITY_COLUMN, None)
+        voted = majority(self._best_codes[:], clusters_n, len(self._predictor.label_names))
+        self._categorical(MAJORITY_COLUMN, self._predictor.label_names, len(voted))[:] = voted
+        order = [_text(name) for name in obs.attrs["column-order"]]
+        obs.attrs.create("column-order", [*order, MAJORITY_COLUMN], dtype=h5py.string_dtype())
+
     def _make_room(self) -> tuple[str, ...]:
         """Rename columns of the input that have our names; those of an earlier run go."""
         obs = self._copy["obs"]
         ours = "uns" in self._copy and PROVENANCE in self._copy["uns"]
         moved = []
-        for name in COLUMNS:
+        for name in (*COLUMNS, MAJORITY_COLUMN):
             if name not in obs:
                 continue
             if ours:
@@ -253,6 +272,63 @@ class _Writer:
         return self._array(group, "codes", (num_cells,), np.int8 if len(categories) < 128 else np.int16)
 
 
+def annotate_adata(adata: Any, model: str | Path, *, layer: str = "", majority_vote: str = "", tracking_uri: str = "") -> Any:
+    """Label the cells of an AnnData.
+
+    Args:
+        adata: Raw counts in X, genes by Ensembl id or symbol. It is not changed.
+        model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` or a model directory.
+        layer: Counts are in this layer instead of X.
+        majority_vote: obs column of clusters; adds `majority_label`.
+        tracking_uri: Where models are kept; empty takes MLFLOW_TRACKING_URI, else ./mlflow.db.
+
+    Returns:
+        A copy with the obs columns `screformer.predictor.ANSWER_COLUMNS` (those of these names are replaced) and
+        `obsm["X_screformer"]`, float32 (n, d).
+
+    Raises:
+        ValueError: No such model or layer, too few genes, or values that are no raw counts.
+    """
+    predictor = Predictor.load(resolve_model(str(model), TrackingConfig(uri=tracking_uri)))
+    if layer and layer not in adata.layers:
+        raise ValueError(f"adata has no layer {layer!r}; it has {', '.join(adata.layers) or 'none'}")
+    counts = adata.layers[layer] if layer else adata.X
+    match = predictor.match_var(adata.var)
+    match.require(MIN_GENE_OVERLAP, source="adata")
+    tables, codes, embeddings = [], [], []
+    for start in range(0, adata.n_obs, _CELLS_PER_CHUNK):
+        rows = slice(start, start + _CELLS_PER_CHUNK)
+        found = predictor.predict_counts(counts[rows], match, source="adata")
+        tables.append(found.table(adata.obs_names[rows]))
+        codes.append(found.label_codes)
+        embeddings.append(found.embedding_nd)
+    labelled = adata.copy()
+    table = pd.concat(tables)
+    for name in COLUMNS:
+        labelled.obs[name] = table[name].astype("category") if table[name].dtype == object else table[name]
+    labelled.obsm["X_screformer"] = np.concatenate(embeddings)
+    if majority_vote:
+        voted = majority(np.concatenate(codes), _clusters(adata.obs, majority_vote), len(predictor.label_names))
+        labelled.obs[MAJORITY_COLUMN] = pd.Categorical.from_codes(voted, categories=predictor.label_names.tolist())
+    return labelled
+
+
+def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np.ndarray:
+    """The most frequent label code of each cell's cluster (ties: the first label); a cell without cluster (-1) keeps its own."""
+    inside = clusters_n >= 0
+    votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
+    np.add.at(votes, (clusters_n[inside], codes_n[inside]), 1)
+    voted = codes_n.copy()
+    voted[inside] = votes.argmax(axis=1)[clusters_n[inside]]
+    return voted
+
+
+def _clusters(obs: pd.DataFrame, column: str) -> np.ndarray:
+    if column not in obs:
+        raise ValueError(f"--majority-vote {column}: obs has no such column; it has {', '.join(map(str, obs.columns)) or 'none'}")
+    return obs[column].astype("category").cat.codes.to_numpy().astype(np.int64)
+
+
 def _label(predictor: Predictor, file: H5adFile, match: GeneMatch, writer: _Writer) -> None:
     known = (match.vocabulary_index >= 0).astype(np.float32)
     size = _CELLS_PER_CSC_CHUNK if file.format == "csc" else _CELLS_PER_CHUNK
@@ -269,10 +345,20 @@ def _text(value: Any) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.annotate", description="Label the cells of .h5ad files with a registered model.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.annotate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory")
-    parser.add_argument("--h5ad", required=True, nargs="+", type=Path, metavar="IN", help=".h5ad files of raw counts")
-    parser.add_argument("--out", required=True, type=Path, help="the annotated copy; for several files, a folder for them")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--h5ad", nargs="+", type=Path, metavar="IN", help=".h5ad files of raw counts")
+    where.add_argument("--atlas", metavar="URI", help="atlas whose cells are labelled")
+    parser.add_argument("--obs-filter", default="", metavar="FILTER", help="which cells of the atlas")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="the annotated copy; NAME.parquet for a folder of Parquet files; for several files, or with --parquet, a folder for them",
+    )
+    parser.add_argument("--parquet", action="store_true", help="write Parquet instead of .h5ad copies")
+    parser.add_argument("--write-obs", action="store_true", help="also write the labels into obs of the atlas, as screformer_...")
+    parser.add_argument("--majority-vote", default="", metavar="COLUMN", help="obs column of clusters; adds majority_label")
     counts = parser.add_mutually_exclusive_group()
     counts.add_argument("--layer", help="take counts from this layer instead of X")
     counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X (default) or raw.X")
@@ -286,17 +372,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--probabilities", action="store_true", help="also write obsm['screformer_probabilities']")
     parser.add_argument("--embedding", action="store_true", help="also write obsm['X_screformer']")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument("--resume", action="store_true", help="keep the .h5ad copies that an interrupted run finished (Parquet always is)")
     parser.add_argument("--tracking-uri", default="", help="where models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        targets = _targets(args.h5ad, args.out)
         tracking = TrackingConfig(uri=args.tracking_uri)
+        targets = _targets(args)
         model = pinned_model(args.model, tracking)
-        predictor = Predictor.load(resolve_model(model, tracking), device=args.device)
+        model_dir = resolve_model(model, tracking)
+        predictor = Predictor.load(model_dir, device=args.device)
         print(f"model {model}: {len(predictor.label_names)} labels, {len(predictor.vocabulary):,} genes")
-        for source, target in zip(args.h5ad, targets, strict=True):
+        for source, target in targets:
+            if target.suffix == ".parquet":
+                _to_parquet(predictor, model_dir, source, target, model, args)
+                continue
+            if args.resume and target.exists():
+                print(f"{target} is there already, as an earlier run made it")
+                continue
             done = annotate(
                 predictor,
                 source,
@@ -307,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 min_gene_overlap=args.min_gene_overlap,
                 probabilities=args.probabilities,
                 embedding=args.embedding,
+                majority_vote=args.majority_vote,
                 overwrite=args.overwrite,
             )
             print(done)
@@ -316,17 +411,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _targets(sources: Sequence[Path], out: Path) -> list[Path]:
-    """Where each copy goes: the file itself for one input, a folder for several."""
+def _to_parquet(predictor: Predictor, model_dir: Path, path: Path, target: Path, model: str, args: argparse.Namespace) -> None:
+    """Label one file, or the atlas query, into a folder of Parquet files, and print the summary."""
+    started = time.perf_counter()
+    source: CellSource
+    if args.atlas:
+        source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap)
+    else:
+        source = H5adCells.open(predictor, path, min_gene_overlap=args.min_gene_overlap, layer=args.layer, raw=args.use == "raw")
+    table = label_cells(
+        predictor,
+        model_dir,
+        source,
+        target,
+        model=model,
+        probabilities=args.probabilities,
+        embedding=args.embedding,
+        overwrite=args.overwrite,
+    )
+    seconds = time.perf_counter() - started
+    print(f"{target}: {source.num_cells:,} cells in {seconds:.1f} s ({source.num_cells / seconds:,.0f} cells/s)")
+    print(table.to_string(index=False))
+    if args.write_obs:
+        assert isinstance(source, AtlasCells)
+        write_to_atlas(source, target)
+        print(f"obs of {args.atlas} has the columns {', '.join(OBS_PREFIX + name for name in COLUMNS)}")
+
+
+def _targets(args: argparse.Namespace) -> list[tuple[Path, Path]]:
+    """Each input and where its output goes: the file itself for one input, a folder for several."""
+    sources, out = args.h5ad or [], args.out
+    if out is None:
+        raise ValueError("--out is missing; name the annotated copy, or NAME.parquet")
+    if args.atlas:
+        if args.majority_vote:
+            raise ValueError("--majority-vote works on .h5ad files, whose clusters stand in obs; drop it or --atlas")
+        return [(Path(), out if out.suffix == ".parquet" else out.with_name(out.name + ".parquet"))]
+    if args.write_obs:
+        raise ValueError("--write-obs writes into an atlas; give --atlas instead of --h5ad")
+    if args.parquet or out.suffix == ".parquet":
+        if args.majority_vote:
+            raise ValueError("--majority-vote writes into .h5ad copies; drop it or --parquet")
+        if len(sources) == 1 and out.suffix == ".parquet":
+            return [(sources[0], out)]
+        return [(source, out / f"{source.stem}.parquet") for source in sources]
     if len(sources) == 1:
-        return [out / sources[0].name if out.is_dir() else out]
+        return [(sources[0], out / sources[0].name if out.is_dir() else out)]
     if out.suffix == ".h5ad" or out.is_file():
         raise ValueError(f"--out {out} is one file, but there are {len(sources)} inputs; name a folder")
     names = [source.name for source in sources]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled:
         raise ValueError(f"two inputs are called {doubled}, and both would go to {out / doubled}; annotate them one by one")
-    return [out / name for name in names]
+    return [(source, out / source.name) for source in sources]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 if TYPE_CHECKING:
@@ -30,4 +32,66 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
         )
         axes.legend(loc="upper left", fontsize=8)
         axes.grid(alpha=0.3)
+    return figure
+
+
+def curve_figure(curves: pd.DataFrame) -> Figure:
+    """Curves over the share of genes, one per column."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, values in curves.items():
+        axes.plot(curves.index, values, marker=".", linestyle="--" if "random" in str(name) else "-", label=name)
+    axes.set(xlabel="share of the cell's genes", ylabel="probability of the label", ylim=(0, 1))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str) -> Figure:
+    """Mean contribution of genes, one bar each, the first on top."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 0.6 + 0.24 * len(genes)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(genes)), values, color="tab:red")
+    axes.set_yticks(range(len(genes)), list(genes))
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="mean contribution to the logit")
+    return figure
+
+
+def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, title: str) -> Figure:
+    """Contribution of genes in each cell, a row of dots per gene, the first on top; dots that would overlap stand beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 0.6 + 0.3 * len(genes)), layout="constrained")
+    axes = figure.add_subplot()
+    bins = np.linspace(values_ng.min(), values_ng.max() + 1e-9, 80)
+    for row in range(len(genes)):
+        place = np.digitize(values_ng[:, row], bins)
+        rank = pd.Series(place).groupby(place).cumcount().to_numpy()
+        size = pd.Series(place).groupby(place).transform("size").to_numpy()
+        offset = (rank - (size - 1) / 2) * min(0.06, 0.8 / max(size.max(), 1))
+        colors = np.where(values_ng[:, row] > 0, "tab:red", "tab:blue")
+        axes.scatter(values_ng[:, row], row + offset, s=6, c=colors.tolist(), linewidths=0)
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set_yticks(range(len(genes)), list(genes))
+    axes.invert_yaxis()
+    axes.set(title=f"{title} ({len(values_ng):,} cells)", xlabel="contribution to the logit")
+    return figure
+
+
+def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[str] | np.ndarray) -> Figure:
+    """Classes (rows) by genes, mean contributions, red for and blue against."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels)), layout="constrained")
+    axes = figure.add_subplot()
+    largest = max(float(np.abs(values_kg).max()), 1e-9)
+    image = axes.imshow(values_kg, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(len(genes)), list(genes), rotation=90, fontsize=7)
+    axes.set_yticks(range(len(labels)), list(labels))
+    figure.colorbar(image, ax=axes, label="mean contribution to the logit")
     return figure

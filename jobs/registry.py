@@ -36,7 +36,8 @@ class CellTypeModel(PythonModel):
         """Read the model directory that was registered as the artifact `model`."""
         self.predictor = Predictor.load(context.artifacts["model"])
 
-    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    # Of the hints for what it takes, this is the one that MLflow neither warns of nor makes a schema of.
+    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Label cells.
 
         Args:

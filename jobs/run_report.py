@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from jobs.figures import reliability_figure
 from jobs.report import Report
 from jobs.tracking import LoggedRun, confusion_figure, curve_figure
 from screformer.config import ExperimentConfig
@@ -41,7 +42,8 @@ SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mac
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
 _MOST_ROWS = 40
 _MOST_COLOURS = 20
-_FEWEST_FOR_UMAP = 30
+_FEWEST_FOR_UMAP = 250
+"""Fewer cells have no neighbourhoods worth the 20 s of CPU that UMAP's compilation takes in each process."""
 
 
 def run_report(run: LoggedRun, *others: LoggedRun) -> Report:
@@ -182,18 +184,17 @@ class _Builder:
         self.report.section("How far to trust a score")
         if self._has(RELIABILITY):
             table = self._table(RELIABILITY)
-            curves = {f"{part}, {state} calibration": rows for (part, state), rows in table.groupby(["part", "calibration"], sort=False)}
-            self.used.add("calibration/reliability.png")
         else:
-            curves = {"test cells": reliability_bins(self._table(CELLS))}
+            table = reliability_bins(self._table(CELLS)).assign(part="test", calibration="without")
+        self.used.add("calibration/reliability.png")
         errors = {
-            name: float((rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum())
-            for name, rows in curves.items()
+            f"{part} cells {state} calibration": (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum()
+            for (part, state), rows in table.groupby(["part", "calibration"], sort=False)
         }
-        said = "; ".join(f"{name}: {error:.3f}" for name, error in errors.items())
+        said = "; ".join(f"{name} {error:.3f}" for name, error in errors.items())
         self.report.figure(
             "Reliability",
-            _reliability_figure(curves),
+            reliability_figure(table),
             "Cells in bins of their score: on the dashed line 90 of 100 cells with score 0.9 are right; below it the model is too sure of"
             f" itself. Expected calibration error: {said}.",
             f"Share of right predictions by score. Expected calibration error: {said}.",
@@ -211,10 +212,14 @@ class _Builder:
             f"{how} of the model's embeddings of {len(cells):,} test cells. Cells that the model sees as alike lie together; distances"
             " between far groups mean little."
         )
-        wrong = float((cells["label"] != cells["prediction"]).mean())
+        wrong, unsure = float((cells["label"] != cells["prediction"]).mean()), float((cells["said"] != cells["prediction"]).mean())
         for column, title, caption in (
             ("label", "By true type", "Each point is a cell."),
-            ("prediction", "By prediction", f"The same cells; for {wrong:.1%} of them the prediction is not the true type."),
+            (
+                "prediction",
+                "By prediction",
+                f"The same cells by best label, wrong for {wrong:.1%}; of {unsure:.1%} the model says less: unknown, or a broader term.",
+            ),
             ("donor_id", "By donor", "Donors that stay apart within a type would be a batch effect."),
         ):
             counts = cells[column].value_counts()
@@ -337,7 +342,7 @@ def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]
         return PCA(n_components=2, random_state=seed).fit_transform(embedding_nd), "Principal components"
     from umap import UMAP
 
-    return UMAP(n_neighbors=15, min_dist=0.3, init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"
+    return UMAP(init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"
 
 
 def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) -> Figure:
@@ -360,20 +365,6 @@ def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) ->
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
     figure.legend(loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False)
-    return figure
-
-
-def _reliability_figure(curves: Mapping[str, pd.DataFrame]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.0, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
-    for name, rows in curves.items():
-        axes.plot(rows["confidence"], rows["accuracy"], marker="o", markersize=4, label=name)
-    axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="score", ylabel="share that is right")
-    axes.legend(loc="upper left", fontsize=8)
-    axes.grid(alpha=0.3)
     return figure
 
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CANDIDATE = "candidate"
-"""Alias of the newest registered version; `champion` is moved by hand or by promotion only."""
+CANDIDATE, CHAMPION = "candidate", "champion"
+"""Aliases of the newest registered version, and of the one in use, which is moved by hand or by `jobs.promote` only."""
 
 _PATIENCE_S = 2.0
 """For one quick question to the server before anything is sent to it in a running job."""
@@ -150,10 +150,10 @@ class TrackedRun:
         left = len(outbox(self.outbox).names()) if self.outbox else 0
         if left:
             logger.warning(
-                "%s is away: %d entries of run %s are kept in %s; when it is back, `%s` sends them",
-                self.tracking_uri,
+                "%d entries of run %s did not reach %s and are kept in %s; when it is back, `%s` sends them",
                 left,
                 self.run_id,
+                self.tracking_uri,
                 self.outbox,
                 self._sync_command,
             )
@@ -471,6 +471,31 @@ def register_model(run: TrackedRun, model_dir: str | Path, name: str, *, alias: 
         client.set_registered_model_alias(name, alias, version.version)
     logger.info("registered %s version %s%s", name, version.version, f" as {alias}" if alias else "")
     return int(version.version)
+
+
+def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str, int]:
+    """The aliases of a registered model and the versions they name.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    store = tracking_uri(tracking or TrackingConfig())
+    _probe(store)
+    client = _client(store)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        raise ValueError(f"no registered model {name!r} in {store}: {error.message}") from error
+    return {alias: int(version) for alias, version in aliases.items()}
+
+
+def move_alias(name: str, alias: str, version: int, *, reason: Mapping[str, Any], tracking: TrackingConfig | None = None) -> None:
+    """Let an alias name another version, which keeps the reason as tag `promotion.ALIAS`."""
+    client = _client(tracking_uri(tracking or TrackingConfig()))
+    client.set_model_version_tag(name, str(version), f"promotion.{alias}", json.dumps(dict(reason), default=str)[:5000])
+    client.set_registered_model_alias(name, alias, str(version))
 
 
 def pinned_model(uri: str, tracking: TrackingConfig | None = None) -> str:

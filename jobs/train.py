@@ -595,10 +595,8 @@ def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: P
     if not len(cells.parts["test"]):
         return
     predictor = Predictor.load(model_dir)
-    slots = (
-        min(cells.config.tokens.max_genes, len(cells.vocabulary)) if cells.config.tokens.input_mode == "detected" else len(cells.vocabulary)
-    )
-    found = cells.stream("test").sample_counts(max(1, min(SHOWN_CELLS, SHOWN_TOKENS // slots)), cells.config.train.seed)
+    most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.vocabulary)))
+    found = cells.stream("test").sample_counts(most_cells, cells.config.train.seed)
     counts = found.counts_ng
     said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=found.total_n)
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
@@ -608,8 +606,9 @@ def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: P
             "joinid": found.joinids_n,
             **groups,
             "label": np.array(cells.labels["names"], dtype=object)[found.labels_n],
-            "prediction": said.labels,
-            "confidence": said.confidence,
+            "prediction": said.best_labels,
+            "confidence": said.probabilities_nk.max(axis=1),
+            "said": said.labels,
             "embedding": list(said.embedding_nd),
         }
     )

@@ -189,7 +189,7 @@ def train_alone(
 def _engine(config: ExperimentConfig, task: Task, stream: CellStream, num_classes: int, start: dict[str, Any], world_size: int) -> Any:
     model = ScReformer(config.model, config.tokens, num_genes=len(stream.vocabulary), num_classes=num_classes, seed=config.train.seed)
     start_from(model, start)
-    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder)
+    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
     return build_engine(config, model, world_size)
 
 

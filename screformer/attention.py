@@ -36,7 +36,7 @@ SELF_SCORE = -5e4
 _MAX_COLUMNS = 64
 """Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend on its neighbours."""
 CROSSOVER_TOKENS = 1024
-"""Cell length from which an LSH layer beats a full one (docs/performance.md): width 128, 4 heads, 4 rounds, bucket 64, on a CPU core."""
+"""Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a CPU (docs/performance.md)."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
 """Memory given back and taken anew costs more than the arithmetic in it; blocks of this size stay in allocator and cache."""

@@ -177,8 +177,8 @@ class ModelConfig:
     linear_skip: bool = True
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
     linear_start_cells: int = 8192
-    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted for `linear_skip` to start from, so
-    that the network begins as good as that; 0 starts at zero."""
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be the `linear_skip`: the network
+    begins as good as that, and trains the rest beside it (trained on, it lost on other data sets). 0 starts at zero and trains it."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):

@@ -75,11 +75,8 @@ class ScReformer(nn.Module):
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         real_nl = batch["token_ids"] != PAD
-        # Where all genes share one vector, it is the last one.
-        x_nld = self.gene_embedding(batch["token_ids"].clamp(max=self.gene_embedding.num_embeddings - 1))
-        values_nl = batch["values"].to(x_nld.dtype)
-        shift_nld, gain_nld = self.expression_embedding(values_nl, batch["bin_ids"], hidden)
-        x_nld = self.encoder(x_nld * (1 + gain_nld) + shift_nld, real_nl, hash_seed=hash_seed)
+        x_nld = self.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"], hidden)
+        x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed)
         embedding_nd = self.pooling(x_nld, real_nl)
 
         if task == "pretrain" and hidden is not None:
@@ -89,8 +86,15 @@ class ScReformer(nn.Module):
         assert self.classification_head is not None, "a network without classes cannot classify"
         logits_nk = self.classification_head(embedding_nd)
         if self.linear_skip is not None:
-            logits_nk = logits_nk + self.linear_skip(batch["token_ids"], values_nl)
+            logits_nk = logits_nk + self.linear_skip(batch["token_ids"], batch["values"].to(x_nld.dtype))
         return ModelOutput(embedding_nd, logits_nk, None)
+
+    def embed_tokens(self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None) -> Tensor:
+        """Gene and expression of each token as one vector, (n, l, d): what the encoder reads."""
+        # Where all genes share one vector, it is the last one.
+        x_nld = self.gene_embedding(token_ids_nl.clamp(max=self.gene_embedding.num_embeddings - 1))
+        shift_nld, gain_nld = self.expression_embedding(values_nl.to(x_nld.dtype), bin_ids_nl, hidden_nl)
+        return x_nld * (1 + gain_nld) + shift_nld
 
     @torch.no_grad()
     def set_gene_embeddings(self, matrix_gd: Tensor) -> None:
@@ -164,7 +168,8 @@ class _Pooling(nn.Module):
             self.score = nn.Linear(model.dim, model.heads)
         self.norm = nn.LayerNorm(model.dim)
 
-    def forward(self, x_nld: Tensor, real_nl: Tensor) -> Tensor:
+    def forward(self, x_nld: Tensor, real_nl: Tensor, presence_nl: Tensor | None = None) -> Tensor:
+        """Pool; `presence_nl` in [0, 1] lets a token take part by that much, for explanations."""
         if self.kind == "cls":
             return self.norm(x_nld[:, 0])
         if self.kind == "mean":
@@ -173,6 +178,9 @@ class _Pooling(nn.Module):
             scores_nlh = self.score(self.score_norm(x_nld))
             # The lowest finite number, not -inf: the softmax over a cell of PAD only must not be NaN.
             weights_nlh = scores_nlh.masked_fill(~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min).softmax(1)
+        if presence_nl is not None:
+            weights_nlh = weights_nlh * presence_nl.unsqueeze(-1)
+            weights_nlh = weights_nlh / weights_nlh.sum(1, keepdim=True)
         parts_nlhe = x_nld.unflatten(-1, (weights_nlh.shape[-1], -1))
         return self.norm(torch.einsum("nlh,nlhe->nhe", weights_nlh.to(x_nld.dtype), parts_nlhe).flatten(1))
 

@@ -154,9 +154,9 @@ class Predictor:
         self.calibration = loaded.calibration
         answers = self.calibration.answer_names(list(self.label_names), list(self.label_cl_ids))
         self.answer_names, self.answer_cl_ids = (np.array(texts, dtype=object) for texts in answers)
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model = loaded.model.to(self._device).eval()
-        self._tokenizer = CellTokenizer(loaded.config.tokens, loaded.vocabulary)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = loaded.model.to(self.device).eval()
+        self.tokenizer = CellTokenizer(loaded.config.tokens, loaded.vocabulary)
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device | None = None) -> Predictor:
@@ -296,7 +296,7 @@ class Predictor:
             starts = np.concatenate([[0], np.cumsum(lengths[cells])])
             entries = np.repeat(offsets[cells] - starts[:-1], lengths[cells]) + np.arange(starts[-1])
             total = None if total_counts is None else total_counts[cells]
-            tokens = self._tokenizer(gene_ids[entries], counts[entries], starts, total_counts=total)
+            tokens = self.tokenizer(gene_ids[entries], counts[entries], starts, total_counts=total)
             logits[cells], embedding[cells] = self._forward(tokens, len(cells))
         probabilities = self.calibration.probabilities(logits)
         scores = self.calibration.unknown_scores(logits)
@@ -323,9 +323,9 @@ class Predictor:
             "labels": torch.full((num_cells,), -1),
             "joinids": torch.arange(num_cells),
         }
-        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.inference_mode():
-            output = self._model(batch, task="finetune", hidden=None, hash_seed=HASH_SEED)
+            output = self.model(batch, task="finetune", hidden=None, hash_seed=HASH_SEED)
             return output.logits_nk.float().cpu().numpy(), output.embedding_nd.float().cpu().numpy()
 
     def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
@@ -335,7 +335,7 @@ class Predictor:
         else:
             slots = 1 + np.minimum(lengths, self.config.tokens.max_genes)
         order = np.argsort(slots, kind="stable")
-        budget = _TOKENS_PER_BATCH.get(self._device.type, 32_768)
+        budget = _TOKENS_PER_BATCH.get(self.device.type, 32_768)
         start = 0
         while start < len(order):
             window = slots[order[start : start + _CELLS_PER_BATCH]]

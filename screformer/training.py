@@ -190,13 +190,20 @@ def evaluate(engine: Any, batches: Iterator[Batch], objective: _Objective, sampl
     return counts
 
 
-def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool) -> None:
-    """Leave out of training what this task does not use, and for `freeze_encoder` all but pooling, classifier and linear skip."""
+def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, freeze_linear: bool) -> None:
+    """Leave out of training what fine-tuning does not use, and what is to stay as it is.
+
+    Args:
+        model: The network.
+        task: `pretrain` trains all.
+        freeze_encoder: Train pooling, classifier and linear skip only.
+        freeze_linear: Leave the linear skip's weights alone.
+    """
     heads = ("pooling.", "classification_head.", "linear_skip.")
+    left = ("expression_head.", "expression_embedding.hidden.", *(("linear_skip.",) if freeze_linear else ()))
     for name, param in model.named_parameters():
         if task == "finetune":
-            unused = name.startswith(("expression_head.", "expression_embedding.hidden."))
-            param.requires_grad_(not unused and (not freeze_encoder or name.startswith(heads)))
+            param.requires_grad_(not name.startswith(left) and (not freeze_encoder or name.startswith(heads)))
 
 
 def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:

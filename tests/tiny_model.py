@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from screformer.checkpoint import NO_LABELS, save_model
+from data_ingest.ontology import lineage
+from screformer.calibration import Calibration
+from screformer.checkpoint import NO_LABELS, load_model, save_model
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
@@ -23,6 +25,21 @@ def tiny_vocabulary(feature_ids: Sequence[str] | None = None, feature_names: Seq
     ids = tuple(feature_ids or (f"ENSG{i:011d}" for i in range(40)))
     names = tuple(feature_names or (f"GENE{i}" for i in range(len(ids))))
     return GeneVocabulary(ids, names, np.linspace(2.0, 0.1, len(ids)).astype(np.float32))
+
+
+def calibrated_tiny_model(directory: Path) -> Path:
+    """The tiny model with a calibration that calls some cells unknown."""
+    loaded = load_model(write_tiny_model(directory))
+    calibration = Calibration(
+        temperature=2.0,
+        logit_mean_k=(1.0,) * 4,
+        logit_std_k=(0.5,) * 4,
+        unknown_threshold=0.0,
+        lineage=lineage(LABELS["cl_ids"]),
+        measured={"cells": 9.0, "false_alarm_rate": 0.05, "accuracy": 0.5, "ece_before": 0.2, "ece_after": 0.1},
+    )
+    save_model(directory, loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta, calibration)
+    return directory
 
 
 def write_tiny_model(directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object) -> Path:

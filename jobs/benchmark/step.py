@@ -80,11 +80,13 @@ def _detected_only(batch: dict[str, Tensor], hidden: Tensor, num_detected: int) 
 def step_flops(model: ModelConfig, length: int) -> float:
     """Arithmetic of one training step for a cell of `length` tokens, in products of matrices; what is recomputed does not count.
 
-    Forward, for each block and token: 2 x (3 + 2 x ff_mult) x dim^2 of the linear layers, and 4 x dim for each key of the attention, of
-    which there are 2 x bucket_size in every round, or `length` in full attention. The backward pass takes twice as much.
+    Forward, for each block and token: 2 x (p + 2 x ff_mult) x dim^2 of the linear layers, with p = 3 projections (shared queries and keys,
+    values, output) or 4 in full attention; and 4 x dim for each key of the attention, of which there are 2 x bucket_size in every round,
+    or `length` in full attention. The backward pass takes twice as much.
     """
+    projections = 4 if model.attention == "full" else 3
     keys = length if model.attention == "full" else 2 * model.bucket_size * model.n_hashes
-    return 3 * model.depth * length * (2 * (3 + 2 * model.ff_mult) * model.dim**2 + 4 * model.dim * keys)
+    return 3 * model.depth * length * (2 * (projections + 2 * model.ff_mult) * model.dim**2 + 4 * model.dim * keys)
 
 
 def _step(network: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -138,7 +140,9 @@ def _measure_base(args: argparse.Namespace) -> dict[str, Any]:
         result["lsh_vs_full"][str(length)] = round(ratio, 2)
         result["model_flops_utilisation"][str(length)] = {kind: utilisation(flops[kind], seconds[kind], peak) for kind in kinds}
         result["base_seconds"][str(length)] = {kind: round(value, 4) for kind, value in seconds.items()}
-    print("model FLOPs: 3 x depth x tokens x (2 x (3 + 2 ff_mult) x dim^2 + 4 x dim x keys); keys 2 x bucket x rounds, or all in full")
+    print(
+        "model FLOPs: 3 x depth x tokens x (2 x (p + 2 ff_mult) x dim^2 + 4 x dim x keys); lsh: p 3, keys 2 x bucket x rounds; full: 4, all"
+    )
     return result
 
 

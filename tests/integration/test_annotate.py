@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
+import screformer
+from data_ingest.atlas import AtlasLocator
+from jobs import labelling
 from jobs.annotate import COLUMNS, annotate, main
 from jobs.tracking import register_model, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -244,6 +248,99 @@ def test_several_files_go_to_a_folder(model_dir: Path, tmp_path: Path) -> None:
         == 0
     )
     assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["1.h5ad", "2.h5ad"]
+
+
+def test_parquet_is_the_same_table_and_is_resumed(
+    model_dir: Path, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adata = _cells()
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 25)
+    out = tmp_path / "out.parquet"
+    command = ["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]
+    assert main([*command, "--probabilities", "--embedding"]) == 0, capsys.readouterr().err
+    made = pd.read_parquet(out).set_index("cell")
+    assert made.index.tolist() == adata.obs_names.tolist()
+    _check(made, _expected(predictor, adata))
+    assert {"probability: mystery cell", "embedding_15"} <= set(made.columns)
+
+    shards = sorted(out.glob("0*.parquet"))
+    assert [len(pd.read_parquet(path)) for path in shards] == [25, 25, 10]
+    before = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    assert main([*command, "--probabilities", "--embedding"]) == 0
+    assert shards[0].stat().st_mtime_ns == before and shards[1].exists(), "only what was missing is made"
+    pd.testing.assert_frame_equal(pd.read_parquet(out).set_index("cell"), made)
+    assert main(command) == 1
+    assert "holds labels of other cells, another model or other columns" in capsys.readouterr().err
+    assert main([*command, "--overwrite"]) == 0
+    assert "embedding_0" not in pd.read_parquet(out)
+    (tmp_path / "mine.parquet").mkdir()
+    assert main([*command[:-1], str(tmp_path / "mine.parquet"), "--overwrite"]) == 1
+    assert "was not made by this command" in capsys.readouterr().err
+
+
+def test_many_cells_are_labelled_in_parallel(
+    ray_local: None, model_dir: Path, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = _cells()
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
+    monkeypatch.setattr(labelling, "CELLS_FOR_RAY", 60)
+    out = tmp_path / "out.parquet"
+    assert main(["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]) == 0
+    assert len(list(out.glob("0*.parquet"))) == 3
+    _check(pd.read_parquet(out).set_index("cell"), _expected(predictor, adata))
+
+
+def test_an_atlas_query_is_labelled_and_written_back(
+    ray_local: None, small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(small_atlas, tmp_path / "atlas")
+    atlas = str(tmp_path / "atlas")
+    with AtlasLocator(atlas).open() as experiment:
+        var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
+        before = experiment.obs.read().concat().to_pandas()
+    chosen = before["donor_id"].astype(str) == before["donor_id"].astype(str)[0]
+    write_tiny_model(tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist()))
+    command = ["--model", str(tmp_path / "model"), "--atlas", atlas, "--obs-filter", f"donor_id == '{before['donor_id'][0]}'"]
+    command += ["--out", str(tmp_path / "out.parquet"), "--write-obs"]
+    assert main(command) == 0, capsys.readouterr().err
+    made = pd.read_parquet(tmp_path / "out.parquet")
+    assert made["cell"].astype(int).tolist() == before["soma_joinid"][chosen].tolist() and len(made) == chosen.sum()
+    with AtlasLocator(atlas).open() as experiment:
+        after = experiment.obs.read().concat().to_pandas()
+    assert after["screformer_predicted_labels"][chosen].tolist() == made["predicted_labels"].tolist()
+    np.testing.assert_allclose(after["screformer_conf_score"][chosen], made["conf_score"])
+    assert (after["screformer_predicted_labels"][~chosen] == "").all() and after["screformer_conf_score"][~chosen].isna().all()
+    for column in before:
+        assert after[column].astype(str).tolist() == before[column].astype(str).tolist(), f"{column} stays as it is"
+
+
+def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tmp_path: Path) -> None:
+    adata = _cells()
+    best = _expected(predictor, adata)["best_label"].to_numpy()
+    adata.obs["leiden"] = pd.Categorical(np.where(np.arange(60) < 40, "0", "1")).astype(object)
+    adata.obs.loc[adata.obs_names[-1], "leiden"] = np.nan
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", majority_vote="leiden")
+    voted = anndata.read_h5ad(tmp_path / "out.h5ad").obs["majority_label"].astype(str)
+    names = LABELS["names"]
+    for rows in (slice(0, 40), slice(40, 59)):
+        votes = [(best[rows] == name).sum() for name in names]
+        assert set(voted.iloc[rows]) == {names[int(np.argmax(votes))]}
+    assert voted.iloc[-1] == best[-1], "a cell without cluster keeps its label"
+    annotate(predictor, tmp_path / "out.h5ad", tmp_path / "again.h5ad", model="model", majority_vote="leiden")
+    with pytest.raises(ValueError, match="--majority-vote louvain: obs has no such column"):
+        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", majority_vote="louvain")
+
+    adata.var.index = adata.var["feature_id"]
+    labelled = screformer.annotate(adata, model=model_dir, majority_vote="leiden")
+    _check(labelled.obs, _expected(predictor, adata))
+    assert labelled.obs["majority_label"].astype(str).tolist() == voted.tolist()
+    assert labelled.obsm["X_screformer"].shape == (60, 16) and "predicted_labels" not in adata.obs
+    with pytest.raises(ValueError, match="adata has no layer 'other'"):
+        screformer.annotate(adata, model=model_dir, layer="other")
 
 
 def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
     for stage in ("simulate", "ingest", "query", "pretrain", "finetune", "register", "evaluate", "annotate", "report"):
         assert f" s] {stage}" in said
     page = (tmp_path / "qs" / "report.html").read_text()
-    assert "logistic regression" in page and "UMAP of the model" in page and "Annotated cells" in page
+    assert "logistic regression" in page and "of the model&#39;s embeddings" in page and "Annotated cells" in page
     annotated = anndata.read_h5ad(result["annotated"])
     assert annotated.obs["conf_score"].between(0, 1).all()
     assert "models:/screformer/1" == annotated.uns["screformer"]["model"]

@@ -1,25 +1,33 @@
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from mlflow_server import MlflowServer
-from tiny_model import tiny_vocabulary, write_tiny_model
+from tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 
-from jobs.tracking import TrackedRun, pinned_model, register_model, resolve_model, start_run
+from jobs.annotate import annotate
+from jobs.tracking import TrackedRun, move_alias, pinned_model, register_model, resolve_model, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("trained") / "checkpoint_7")
+    return calibrated_tiny_model(tmp_path_factory.mktemp("trained") / "checkpoint_7")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +134,7 @@ def test_a_fresh_process_gives_the_same_predictions(registered: TrackedRun, cell
         "assert not {'ray', 'deepspeed', 'tiledbsoma', 'jobs'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, registered.tracking_uri], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-I", "-c", code, registered.tracking_uri], cwd=tmp_path, capture_output=True, text=True, timeout=400
     )
     assert (done.returncode, done.stderr) == (0, "")
     found = pd.read_json(tmp_path / "found.json")
@@ -150,6 +158,102 @@ def test_bad_tables_are_refused(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.Dat
         pyfunc.predict(cells.assign(donor="a"))
     with pytest.raises(ValueError, match="input is a list; give a pandas DataFrame"):
         pyfunc.predict([1, 2])
+    with pytest.raises(ValueError, match=r"genes of another species: ids such as ENSMUSG00000000000 \(mouse\)"):
+        pyfunc.predict(cells.set_axis([f"ENSMUSG{i:011d}" for i in range(41)], axis=1))
+    with pytest.raises(ValueError, match=r"another species: symbols such as Gene0 instead of GENE0 \(mouse or rat\)"):
+        pyfunc.predict(cells.set_axis([f"Gene{i}" for i in range(41)], axis=1))
+
+
+def test_files_and_anndata_give_the_same_as_a_table(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, tmp_path: Path) -> None:
+    expected = pyfunc.predict(cells)
+    adata = anndata.AnnData(cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns))
+    adata.layers["counts"], adata.raw = adata.X.copy(), adata
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    path = str(tmp_path / "cells.h5ad")
+    two = pyfunc.predict(pd.DataFrame({"file": [path, path]}))
+    pd.testing.assert_frame_equal(two.iloc[12:], expected, check_names=False)
+    for same in (path, f"file://{path}", adata):
+        pd.testing.assert_frame_equal(pyfunc.predict(same), expected, check_names=False)
+    adata.X = np.log1p(adata.X)
+    with pytest.raises(ValueError, match="is fractional"):
+        pyfunc.predict(adata)
+    for layer in ("counts", "raw"):
+        pd.testing.assert_frame_equal(pyfunc.predict(adata, params={"layer": layer}), expected, check_names=False)
+    adata.write_h5ad(tmp_path / "normalised.h5ad")
+    with pytest.raises(ValueError, match=r"normalised.h5ad: X holds .* it is not a whole number"):
+        pyfunc.predict(str(tmp_path / "normalised.h5ad"))
+    with pytest.raises(ValueError, match="input has no layer 'other'; it has counts"):
+        pyfunc.predict(adata, params={"layer": "other"})
+    with pytest.raises(ValueError, match="none.h5ad does not exist"):
+        pyfunc.predict(str(tmp_path / "none.h5ad"))
+
+
+def test_the_model_card_says_what_the_model_is(registered: TrackedRun, store: TrackingConfig) -> None:
+    card = (resolve_model("models:/blood/1", store).parents[1] / "MODEL_CARD.md").read_text()
+    assert MlflowClient(store.uri).get_model_version("blood", "1").description == card
+    for words in ("# blood", "- B cell (CL:0000236)", "- mystery cell (no Cell Ontology term)", "ab12", registered.run_id):
+        assert words in card
+    assert "temperature 2.000" in card and "test/macro_f1 | 0.5000" in card
+
+
+def test_served_annotated_and_loaded_answers_are_the_same(
+    registered: TrackedRun, store: TrackingConfig, cells: pd.DataFrame, pyfunc: mlflow.pyfunc.PyFuncModel, tmp_path: Path
+) -> None:
+    """The server that MLflow starts for a registered model, over HTTP, against the pyfunc in this process and `jobs.annotate`."""
+    move_alias("blood", "champion", 1, reason={"why": "test"}, tracking=store)
+    loaded = pyfunc.predict(cells)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blood@champion", "--env-manager", "local"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (tmp_path / "serve.log").open("w") as log:
+        # The command starts uvicorn by its name, which an activated environment has on the PATH.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"MLFLOW_TRACKING_URI": registered.tracking_uri, "PATH": path}
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
+    try:
+        _wait(f"http://127.0.0.1:{port}/ping", process, tmp_path / "serve.log")
+        table = json.loads(cells.to_json(orient="split"))
+        status, answer = _post(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": table})
+        assert status == 200
+        served = pd.DataFrame(answer["predictions"], index=cells.index)
+        status, answer = _post(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": table | {"data": (-cells).to_numpy().tolist()}})
+        assert status >= 400 and "is negative" in json.dumps(answer)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    adata = anndata.AnnData(cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns))
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    model = resolve_model("models:/blood@champion", store)
+    annotate(Predictor.load(model, device="cpu"), tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="models:/blood@champion")
+    annotated = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert loaded["unknown"].any() and loaded["predicted_labels"].nunique() > 1, "a constant answer would test nothing"
+    for other in (served, annotated):
+        for column in ("predicted_labels", "cell_type_ontology_term_id", "label_level", "best_label"):
+            assert other[column].astype(str).tolist() == loaded[column].tolist()
+        for column in ("conf_score", "unknown_score"):
+            np.testing.assert_allclose(other[column].astype(float), loaded[column], atol=1e-6)
+
+
+def _post(url: str, body: dict) -> tuple[int, dict]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 400  # seconds of work, on a machine that may be busy
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.25)
 
 
 def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
     run.log_table(pd.DataFrame({"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}), "test/baselines.csv")
     cells = pd.DataFrame({"joinid": np.arange(120), "dataset_id": "set", "donor_id": rng.choice(["d4", "d5"], 120)})
     cells = cells.assign(label=np.array(TYPES)[labels], prediction=np.array(TYPES)[predictions], confidence=rng.uniform(0.6, 1, 120))
+    cells["said"] = cells["prediction"].where(cells["confidence"] > 0.65, "unknown")
     cells["embedding"] = list((np.eye(5, 8)[labels] * 4 + rng.normal(size=(120, 8))).astype(np.float32))
     cells.to_parquet(folder / "cells.parquet")
     run.log_file(folder / "cells.parquet", folder="test")
@@ -163,7 +164,11 @@ def test_it_says_what_the_run_said(page: Path, run: TrackedRun) -> None:
         "s3://atlases/blood",
     ):
         assert said in text
-    assert "the best baseline on the same cells" in text and "UMAP of the model" in text and "platelet &amp; &lt;rare&gt;" in text
+    assert (
+        "the best baseline on the same cells" in text
+        and "Principal components of the model" in text
+        and "platelet &amp; &lt;rare&gt;" in text
+    )
     assert not re.search(r'(src|href)="https?:', text)
     logged = Path(MlflowClient(run.tracking_uri).download_artifacts(run.run_id, "report.html"))
     assert logged.read_text() == text
@@ -198,6 +203,11 @@ def test_settings_that_differ_and_few_cells() -> None:
     assert changed.to_numpy().tolist() == [["model.n_hashes", "8", str(ExperimentConfig().model.n_hashes)]]
     points, how = layout(np.random.default_rng(0).normal(size=(12, 4)))
     assert (points.shape, how) == ((12, 2), "Principal components")
+    groups = np.repeat([0, 1], 150)
+    points, how = layout((np.random.default_rng(0).normal(size=(300, 8)) + 20 * groups[:, None]).astype(np.float32))
+    assert (points.shape, how) == ((300, 2), "UMAP")
+    centres = np.stack([points[groups == group].mean(axis=0) for group in (0, 1)])
+    assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), "groups lie apart"
     cells = pd.DataFrame({"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]})
     assert reliability_bins(cells).to_numpy().tolist() == [[0.525, 0.5, 2.0], [0.975, 1.0, 2.0]]
 

@@ -94,7 +94,7 @@ def train(
     """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. Returns also what was reported."""
     labels = LABELS if task == "finetune" else NO_LABELS
     model = ScReformer(config.model, config.tokens, num_genes=NUM_GENES, num_classes=len(labels["names"]), seed=config.train.seed)
-    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder)
+    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=False)
     engine = build_engine(config, model, world_size)
     start = None
     if resume is not None:

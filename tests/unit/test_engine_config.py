@@ -112,12 +112,15 @@ def test_dropped_genes_leave_whole_tokens_in_order() -> None:
 
 def test_frozen_parameters() -> None:
     model = ScReformer(ModelConfig(dim=8, depth=1, heads=2, bucket_size=4), TokensConfig(), num_genes=9, num_classes=2, seed=0)
-    freeze_parameters(model, "finetune", freeze_encoder=False)
+    freeze_parameters(model, "finetune", freeze_encoder=False, freeze_linear=False)
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     assert {name.split(".")[0] for name in frozen} == {"expression_head", "expression_embedding"}
-    freeze_parameters(model, "finetune", freeze_encoder=True)
+    freeze_parameters(model, "finetune", freeze_encoder=True, freeze_linear=False)
     trained = {name.split(".")[0] for name, param in model.named_parameters() if param.requires_grad}
     assert trained == {"pooling", "classification_head", "linear_skip"}
+    freeze_parameters(model, "finetune", freeze_encoder=False, freeze_linear=True)
+    assert not any(param.requires_grad for name, param in model.named_parameters() if name.startswith("linear_skip"))
+    assert model.gene_embedding.weight.requires_grad
 
 
 def test_deepspeed_is_not_imported_before_an_engine_is_built() -> None:

@@ -15,7 +15,7 @@ def _report() -> Report:
     report.warning("Only **two** donors.")
     table = pd.DataFrame({"model": ["a|b", "c"], "macro-F1": [0.91234, np.nan], "cells": [12345.0, np.nan], "known": [True, False]})
     report.table("Scores", table, "higher is better")
-    for num_points in (10, 20_000):
+    for num_points in (10, 5_000):
         figure = Figure()
         figure.add_subplot().scatter(*np.random.default_rng(0).random((2, num_points)))
         report.figure(f"{num_points} cells", figure, "each point a cell", "points")

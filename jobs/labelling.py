@@ -1,0 +1,185 @@
+"""Label any number of cells into Parquet shards: in parallel where they are many, and going on where an interrupted run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import ray
+import tiledbsoma
+import tiledbsoma.io
+from tqdm import tqdm
+
+from cluster.connect import connect
+from data_ingest.atlas import AtlasLocator
+from jobs.cells import AtlasCells, CellSource
+from screformer.predictor import ANSWER_COLUMNS, Predictor
+
+CELLS_PER_SHARD = 4_096
+CELLS_FOR_RAY = 20_000
+"""From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling fewer."""
+OBS_PREFIX = "screformer_"
+"""Of the obs columns in an atlas, whose own columns are never touched."""
+_PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
+
+
+def label_cells(
+    predictor: Predictor,
+    model_dir: Path,
+    source: CellSource,
+    folder: Path,
+    *,
+    model: str,
+    probabilities: bool = False,
+    embedding: bool = False,
+    overwrite: bool = False,
+) -> pd.DataFrame:
+    """Label cells into a folder of Parquet files, which pandas and pyarrow read as one table.
+
+    Args:
+        predictor: The model.
+        model_dir: Its directory, which Ray tasks load it from.
+        source: The cells.
+        folder: Where the shards go. Those that are there already, from an interrupted run, are kept.
+        model: URI of the model with its version.
+        probabilities: Also a column `probability: LABEL` per label.
+        embedding: Also columns `embedding_0`, ...
+        overwrite: Begin anew where the folder is there already.
+
+    Returns:
+        One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first.
+
+    Raises:
+        ValueError: The folder holds labels of other cells or of another model, or something else.
+    """
+    weights = hashlib.sha256(Path(model_dir, "weights.safetensors").read_bytes()).hexdigest()
+    plan = {"model": model, "weights": weights, "source": source.identity(), "probabilities": probabilities, "embedding": embedding}
+    if folder.exists() and not (folder / _PLAN).exists():
+        raise ValueError(f"--out {folder} is there already and was not made by this command; name another folder")
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan, indent=2)
+    if (folder / _PLAN).exists() and (folder / _PLAN).read_text() != text:
+        raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
+    (folder / _PLAN).write_text(text)
+    ends = [(start, min(start + CELLS_PER_SHARD, source.num_cells)) for start in range(0, source.num_cells, CELLS_PER_SHARD)]
+    shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
+    missing = sum(stop - start for start, stop in shards)
+    with tqdm(total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None) as progress:
+        for num_cells in _label_all(predictor, model_dir, source, folder, shards, probabilities=probabilities, embedding=embedding):
+            progress.update(num_cells)
+    return _summary(predictor, folder)
+
+
+def write_to_atlas(source: AtlasCells, folder: Path) -> None:
+    """Put the labels into obs of the atlas they came from, as columns `screformer_...`; cells outside the query keep what they had.
+
+    The new columns make a new version of the atlas; a pinned one stays as it is. obs is held in memory for it.
+
+    Raises:
+        ValueError: A public release of Census, which nobody can write to.
+    """
+    if source.locator.census_release is not None:
+        raise ValueError(f"{source.locator.uri} cannot be written to; name a folder with --out instead")
+    labels = pd.concat([pd.read_parquet(path) for path in _files(folder)]).set_index("cell")
+    labels.index = labels.index.astype(np.int64)
+    newest = AtlasLocator(source.locator.uri, source.locator.measurement, source.locator.x_layer, 0, source.locator.tiledb_config)
+    with newest.open() as experiment:
+        obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
+    place = pd.Index(obs["soma_joinid"]).get_indexer(labels.index)
+    assert (place >= 0).all(), "cells of the query are cells of the atlas"
+    for name in ANSWER_COLUMNS:
+        column, values = OBS_PREFIX + name, labels[name].to_numpy()
+        if column not in obs:
+            obs[column] = "" if labels[name].dtype == object else False if labels[name].dtype == bool else np.float32("nan")
+        whole = obs[column].to_numpy(dtype=object if labels[name].dtype == object else labels[name].dtype, copy=True)
+        whole[place] = values
+        obs[column] = whole
+    writable = tiledbsoma.SOMATileDBContext(tiledb_config=dict(context.tiledb_config))  # the newest version, not a pinned one
+    with tiledbsoma.Experiment.open(uri, "w", context=writable) as experiment:
+        tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))
+
+
+def _label_all(
+    predictor: Predictor,
+    model_dir: Path,
+    source: CellSource,
+    folder: Path,
+    shards: list[tuple[int, int]],
+    *,
+    probabilities: bool,
+    embedding: bool,
+) -> Iterator[int]:
+    if source.num_cells < CELLS_FOR_RAY:
+        for shard in shards:
+            yield _label_shard(predictor, source, folder, shard, probabilities=probabilities, embedding=embedding)
+        return
+    connect()
+    shared = ray.put((str(model_dir), source, str(folder), probabilities, embedding))
+    remote, at_once = ray.remote(num_cpus=1)(_label_task), max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = list(shards)
+    running: list[ray.ObjectRef] = []
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            running.append(remote.remote(shared, waiting.pop(0)))
+        (finished,), running = ray.wait(running, num_returns=1)
+        yield ray.get(finished)
+
+
+_LOADED: dict[str, Predictor] = {}
+
+
+def _label_task(shared: tuple[str, CellSource, str, bool, bool], shard: tuple[int, int]) -> int:
+    model_dir, source, folder, probabilities, embedding = shared
+    if model_dir not in _LOADED:
+        _LOADED[model_dir] = Predictor.load(model_dir)
+    return _label_shard(_LOADED[model_dir], source, Path(folder), shard, probabilities=probabilities, embedding=embedding)
+
+
+def _label_shard(
+    predictor: Predictor, source: CellSource, folder: Path, shard: tuple[int, int], *, probabilities: bool, embedding: bool
+) -> int:
+    cells = np.arange(*shard)
+    flat = source.read(cells)
+    found = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts)
+    parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table()]
+    if probabilities:
+        parts.append(pd.DataFrame(found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]))
+    if embedding:
+        parts.append(pd.DataFrame(found.embedding_nd, columns=[f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]))
+    path = _path(folder, shard[0])
+    scratch = path.with_name(f"_{path.name}.part")
+    pd.concat(parts, axis=1).to_parquet(scratch, index=False)
+    os.replace(scratch, path)
+    return len(cells)
+
+
+def _path(folder: Path, start: int) -> Path:
+    return folder / f"{start:012d}.parquet"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.parquet"))
+
+
+def _summary(predictor: Predictor, folder: Path) -> pd.DataFrame:
+    cells: dict[str, int] = {}
+    confidence: dict[str, float] = {}
+    for path in _files(folder):
+        part = pd.read_parquet(path, columns=["predicted_labels", "conf_score"]).groupby("predicted_labels")["conf_score"]
+        for label, count in part.size().items():
+            cells[label] = cells.get(label, 0) + int(count)
+            confidence[label] = confidence.get(label, 0.0) + float(part.sum()[label])
+    cl_id_of = dict(zip(predictor.answer_names, predictor.answer_cl_ids, strict=True))
+    rows = [
+        {"label": label, "cl_id": cl_id_of[label], "cells": n, "share": n / sum(cells.values()), "mean_confidence": confidence[label] / n}
+        for label, n in sorted(cells.items(), key=lambda item: -item[1])
+    ]
+    return pd.DataFrame(rows)

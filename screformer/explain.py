@@ -1,0 +1,297 @@
+"""Why a cell got its label: expected gradients of a logit, as one value per gene, that add up to the whole logit.
+
+A cell is compared with background cells, and what stands between the two logits is shared out over genes. A background cell has other
+genes, and here a gene that is not detected is no token. So the path between the two cells runs over the tokens of both: at its ends each
+cell is itself, and on the way three things move in a straight line,
+
+- the embedding of each token (gene and expression together), where both cells have the gene;
+- the presence of each token, 0 or 1 at the ends: its weight as a key of attention and in the pooling;
+- the expression value that the linear skip sees.
+
+The gradient along each of them, times its change, is summed for each gene and integrated over the path by Gauss-Legendre nodes, then
+averaged over the background. A gene that only the background has gets a value too: its absence is evidence. This is expected gradients
+with the integral by quadrature in place of random points, which costs fewer passes for the same error. The values of a cell sum to its
+logit minus the background's mean logit; `additivity_error` says how nearly. What is left is the error of the quadrature, and the jumps of
+LSH attention where a hash changes on the way.
+
+`shap.GradientExplainer` cannot be asked for this: its inputs have one shape for cell and background, with no presence, and its `(model,
+layer)` mode multiplies gradients by the interpolated activation instead of the difference, so that the sums are wrong. Where neither
+matters (a network whose every gene is a token) the two agree, which tests/unit/test_explain.py holds.
+
+Everything runs in eval mode on the ordinary (not reversible) backward pass with the hashes of `HASH_SEED`.
+
+Axes: n cells, r rows (pairs of background cell and node of the path), l token slots, g genes, d model width, k classes.
+
+Source: Erion et al., Improving performance of deep learning models with axiomatic attribution priors and expected gradients, 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, hash_buckets, lsh_attention, random_buckets, sort_tokens
+from screformer.model import LINEAR_SCALE, ScReformer
+from screformer.predictor import HASH_SEED, Predictor
+from screformer.reversible import AttentionSublayer, Block, _mix_seed
+from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
+
+NUM_NODES = 3
+"""Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood cells, LSH attention)."""
+_TOKENS_AT_ONCE = 16_384
+_TINY = 1e-6
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CellTokens:
+    """The tokens of one cell, [CLS] first; each array (l,)."""
+
+    token_ids: np.ndarray
+    values: np.ndarray
+    bin_ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attribution:
+    """Why one cell has its logit of one class."""
+
+    genes: np.ndarray
+    """Vocabulary indices of the genes of the cell and of the background, increasing, int32."""
+    values: np.ndarray
+    """Contribution of each gene to the logit, float32."""
+    label: int
+    """The class."""
+    output: float
+    """The cell's logit."""
+    base: float
+    """Mean logit of the background."""
+
+    @property
+    def additivity_error(self) -> float:
+        """Distance of the summed values from output minus base."""
+        return abs(float(self.values.sum(dtype=np.float64)) - (self.output - self.base))
+
+
+class Explainer:
+    """Attributes logits of a model to genes, against a fixed background.
+
+    Args:
+        predictor: The model. Its attention may be any but local.
+        background: Cells to compare with.
+        num_nodes: Points of each path.
+        hash_seed: Seeds the LSH hashes; other values than the default only show how much the hashes matter.
+
+    Raises:
+        ValueError: A model with local attention, or no background.
+    """
+
+    def __init__(self, predictor: Predictor, background: Sequence[CellTokens], *, num_nodes: int = NUM_NODES, hash_seed: int = HASH_SEED):
+        if not background:
+            raise ValueError("the background has no cells; give at least one")
+        if predictor.config.model.attention == "local":
+            raise ValueError("a model with model.attention='local' cannot be explained; any other attention can")
+        self._model, self._device, self._hash_seed = predictor.model, predictor.device, hash_seed
+        self._background = list(background)
+        nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+        self._nodes, self._weights = (nodes + 1) / 2, weights / 2
+        self._base_bk = np.concatenate([self.logits([cell]) for cell in self._background])
+
+    def logits(self, cells: Sequence[CellTokens]) -> np.ndarray:
+        """What the network says of cells, float32 (n, k)."""
+        with torch.no_grad():
+            output = self._model(self._batch(cells), task="finetune", hash_seed=self._hash_seed)
+        assert output.logits_nk is not None
+        return output.logits_nk.float().cpu().numpy()
+
+    def attribute(self, cell: CellTokens, labels: Sequence[int]) -> list[Attribution]:
+        """The contribution of each gene to the cell's logits of some classes."""
+        num_genes = self._model.num_genes
+        sums = np.zeros((len(labels), num_genes + NUM_SPECIAL))
+        seen = np.zeros(num_genes + NUM_SPECIAL, dtype=bool)
+        pairs = [_Pair.of(cell, other) for other in self._background]
+        for group in _groups(pairs, len(self._nodes)):
+            ids, gradients = self._integrate(group, labels)
+            for row, token_ids in enumerate(ids):
+                seen[token_ids] = True
+                for index in range(len(labels)):
+                    sums[index, token_ids] += gradients[index][row][: len(token_ids)]
+        seen[:NUM_SPECIAL] = False
+        genes = np.flatnonzero(seen)
+        output = self.logits([cell])[0]
+        return [
+            Attribution(
+                genes=(genes - NUM_SPECIAL).astype(np.int32),
+                values=(sums[index, genes] / len(self._background)).astype(np.float32),
+                label=int(label),
+                output=float(output[label]),
+                base=float(self._base_bk[:, label].mean()),
+            )
+            for index, label in enumerate(labels)
+        ]
+
+    def _batch(self, cells: Sequence[CellTokens]) -> dict[str, Tensor]:
+        arrays = {name: [getattr(cell, name) for cell in cells] for name in ("token_ids", "values", "bin_ids")}
+        padded = {name: torch.from_numpy(_pad(rows)) for name, rows in arrays.items()}
+        return {name: (tensor if name == "values" else tensor.long()).to(self._device) for name, tensor in padded.items()}
+
+    def _integrate(self, pairs: Sequence[_Pair], labels: Sequence[int]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Token ids of each pair, and by class and pair the integrated gradient times change of each token."""
+        model, device, count = self._model, self._device, len(self._nodes)
+        ids = torch.from_numpy(_pad([pair.token_ids for pair in pairs])).long().to(device)
+        real = ids != PAD
+        ends = {}
+        with torch.no_grad():
+            for side in ("cell", "other"):
+                values = torch.from_numpy(_pad([getattr(pair, f"{side}_values") for pair in pairs])).to(device)
+                bins = torch.from_numpy(_pad([getattr(pair, f"{side}_bins") for pair in pairs])).long().to(device)
+                present = torch.from_numpy(_pad([getattr(pair, f"{side}_present") for pair in pairs])).to(device)
+                ends[side] = [model.embed_tokens(ids, values, bins), present, values]
+            # A token that one cell lacks has no embedding there: only its presence moves.
+            for side, else_side in (("cell", "other"), ("other", "cell")):
+                lacks = (ends[side][1] == 0).unsqueeze(-1)
+                ends[side][0] = torch.where(lacks, ends[else_side][0], ends[side][0])
+        changes = [to - start for to, start in zip(ends["cell"], ends["other"], strict=True)]
+        node_r = torch.tensor(np.repeat(self._nodes, len(pairs)), dtype=torch.float32, device=device)
+        weight_r = torch.tensor(np.repeat(self._weights, len(pairs)), dtype=torch.float32, device=device)
+        points = []
+        for start, change in zip(ends["other"], changes, strict=True):
+            shape = (-1,) + (1,) * (change.ndim - 1)
+            tiled = [part.repeat(count, *(1,) * (part.ndim - 1)) for part in (start, change)]
+            points.append((tiled[0] + node_r.view(shape) * tiled[1]).requires_grad_())
+        with torch.enable_grad():
+            logits = _forward(model, ids.repeat(count, 1), real.repeat(count, 1), *points, hash_seed=self._hash_seed)
+        found: list[list[np.ndarray]] = []
+        for index, label in enumerate(labels):
+            last = index == len(labels) - 1
+            grads = torch.autograd.grad((logits[:, label] * weight_r).sum(), points, retain_graph=not last, allow_unused=True)
+            total = torch.zeros(ids.shape, device=device)
+            for grad, change in zip(grads, changes, strict=True):
+                if grad is None:  # values of a network without linear skip, presence where it has neither attention nor pooling over tokens
+                    continue
+                part = grad.unflatten(0, (count, len(pairs))).sum(0) * change
+                total += part.sum(-1) if part.ndim == 3 else part
+            summed = total.cpu().numpy()
+            found.append(list(summed))
+        return [pair.token_ids for pair in pairs], found
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """The tokens of a cell and of a background cell together, in the order of the vocabulary, [CLS] first."""
+
+    token_ids: np.ndarray
+    cell_values: np.ndarray
+    cell_bins: np.ndarray
+    cell_present: np.ndarray
+    other_values: np.ndarray
+    other_bins: np.ndarray
+    other_present: np.ndarray
+
+    @classmethod
+    def of(cls, cell: CellTokens, other: CellTokens) -> _Pair:
+        token_ids = np.union1d(cell.token_ids, other.token_ids)
+        sides = []
+        for one in (cell, other):
+            place = np.searchsorted(token_ids, one.token_ids)
+            for source in (one.values, one.bin_ids, np.ones(len(place), dtype=np.float32)):
+                whole = np.zeros(len(token_ids), dtype=source.dtype)
+                whole[place] = source
+                sides.append(whole)
+        return cls(token_ids, *sides)
+
+
+def _forward(
+    model: ScReformer, ids_rl: Tensor, real_rl: Tensor, x_rld: Tensor, present_rl: Tensor, values_rl: Tensor, *, hash_seed: int
+) -> Tensor:
+    """Logits of `ScReformer.forward` for given token embeddings, with tokens that are present in part.
+
+    Where presence is 0 or 1 it is the network without the tokens that are absent, up to the room that these take in LSH's buckets.
+    """
+    gate_rl = present_rl * real_rl
+    y1 = y2 = x_rld
+    for index, block in enumerate(model.encoder.blocks):
+        assert isinstance(block, Block)
+        y1 = y1 + _attend(block.f, y2, real_rl, gate_rl, _mix_seed(hash_seed, 2 * index))
+        y2 = y2 + block.g(y1, real_rl, seed=_mix_seed(hash_seed, 2 * index + 1))
+    embedding_rd = model.pooling((y1 + y2) / 2, real_rl, gate_rl)
+    assert model.classification_head is not None
+    logits_rk = model.classification_head(embedding_rd)
+    if model.linear_skip is not None:
+        # As the network's, but embedding_bag gives no gradient for weights per sample beside a frozen table on every device.
+        scaled_rl = F.normalize(values_rl, dim=1) * LINEAR_SCALE
+        logits_rk = logits_rk + torch.einsum("rl,rlk->rk", scaled_rl, F.embedding(ids_rl, model.linear_skip.weight.weight))
+    return logits_rk
+
+
+def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl: Tensor, seed: int) -> Tensor:
+    """Attention in which a token weighs as a key by its presence.
+
+    With weights w of the softmax over all keys, those over keys of presence p are w p / sum(w p): two calls of the same attention, one on p
+    times the values and one on p. Full attention takes log p as a bias.
+    """
+    layer, x = sublayer.attention, sublayer.norm(x_rld)
+    if isinstance(layer, LSHSelfAttention):
+        qk, v = (part(x).unflatten(-1, (layer.heads, -1)) for part in (layer.toqk, layer.tov))
+        with torch.no_grad():
+            lengths = real_rl.sum(1).tolist()
+            if layer.random:
+                bucket = random_buckets(qk, n_hashes=layer.n_hashes, seed=seed)
+            else:
+                bucket = hash_buckets(qk, lengths, bucket_size=layer.bucket_size, n_hashes=layer.n_hashes, seed=seed)
+            tokens = sort_tokens(bucket, lengths)
+        gate = gate_rl[..., None, None].expand_as(v).contiguous()
+        above, below = (lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate))
+        return layer.to_out((above / below.clamp(min=_TINY)).flatten(2))
+    if isinstance(layer, FullSelfAttention):
+        q, k, v = layer._split(x)
+        bias = gate_rl.clamp(min=_TINY**2).log()[:, None, None]
+        return layer.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+    assert isinstance(layer, NoAttention)
+    return x_rld * 0
+
+
+def cell_tokens(tokens: dict[str, np.ndarray]) -> list[CellTokens]:
+    """Cut what `CellTokenizer` gives into cells, without padding."""
+    cells = []
+    for ids, values, bins in zip(tokens["token_ids"], tokens["values"], tokens["bin_ids"], strict=True):
+        used = ids != PAD
+        cells.append(CellTokens(token_ids=ids[used], values=values[used], bin_ids=bins[used]))
+    return cells
+
+
+def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
+    """The cell as if some genes (vocabulary indices) had not been detected."""
+    kept = ~np.isin(cell.token_ids, np.asarray(genes) + NUM_SPECIAL)
+    assert kept[cell.token_ids == CLS].all()
+    return CellTokens(token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])
+
+
+def markers() -> pd.DataFrame:
+    """Canonical marker genes of major types, chosen by hand: columns `cell_type`, `cl_id`, `symbol`, `feature_id`."""
+    with resources.files("screformer").joinpath("markers.tsv").open() as file:
+        return pd.read_csv(file, sep="\t", dtype=str)
+
+
+def _groups(pairs: Sequence[_Pair], num_nodes: int) -> list[list[_Pair]]:
+    """Pairs of like length together, each group within a bound on tokens."""
+    ordered = sorted(pairs, key=lambda pair: len(pair.token_ids))
+    groups: list[list[_Pair]] = [[]]
+    for pair in ordered:
+        if groups[-1] and len(pair.token_ids) * (len(groups[-1]) + 1) * num_nodes > _TOKENS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(pair)
+    return groups
+
+
+def _pad(rows: Sequence[np.ndarray]) -> np.ndarray:
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=rows[0].dtype)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded

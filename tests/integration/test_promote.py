@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from scipy import sparse
+from tiny_model import write_tiny_model
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.query import CellQuery, QueryResult
+from jobs.cells import AtlasCells
+from jobs.promote import compare, main
+from jobs.tracking import model_aliases, register_model, start_run
+from screformer.checkpoint import load_model, save_model
+from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.linear import logistic_start
+from screformer.predictor import Predictor
+
+
+def test_the_difference_is_paired_and_has_its_interval() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.array(["A"] * 400 + ["B"] * 40, dtype=object)
+    champion = rng.random(440) < 0.8
+    candidate = champion.copy()
+    candidate[np.flatnonzero(~champion)[:30]] = True
+    found = compare({"candidate": candidate, "champion": champion}, labels, ["d"])
+    by_type = [(candidate[labels == label].mean() - champion[labels == label].mean()) for label in ("A", "B")]
+    assert found.difference == pytest.approx(np.mean(by_type)) and found.table["difference"].tolist() == pytest.approx(by_type)
+    assert 0 < found.low < found.difference < found.high
+    same = compare({"candidate": champion, "champion": champion}, labels, ["d"])
+    assert (same.low, same.difference, same.high) == (0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def result(small_atlas: str) -> QueryResult:
+    return CellQuery().run(AtlasLocator(small_atlas).pinned(), "cell_type_major", ("donor_id",))
+
+
+def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str]) -> Path:
+    """A model of the atlas's cells: with random weights, or started from a logistic regression of the donors that are not held out."""
+    names = [str(name) for name in result.obs["label"].cat.categories]
+    loaded = load_model(write_tiny_model(folder, result.vocabulary()))
+    model = type(loaded.model)(loaded.config.model, loaded.config.tokens, num_genes=len(result.feature_ids), num_classes=len(names), seed=0)
+    labels = {"column": "cell_type_major", "names": names, "cl_ids": [result.label_cl_ids[name] for name in names]}
+    donors = result.obs["donor_id"].astype(str).to_numpy()
+    train = sorted(set(donors) - set(test))
+    meta = {
+        "query": result.identity(),
+        "split": {"group_by": "donor_id", "groups": {"train": train, "val": [], "test": test}, "cells": {}},
+    }
+    save_model(folder, model, loaded.config, loaded.vocabulary, labels, meta)
+    if learned:
+        predictor = Predictor.load(folder, device="cpu")
+        rows = np.flatnonzero(~np.isin(donors, test) & (result.obs["label"].cat.codes >= 0))
+        flat = AtlasCells.open(predictor, result, min_gene_overlap=0.1).read(rows)
+        values = np.log1p(flat.counts * np.repeat(1e4 / flat.total_counts, np.diff(flat.offsets)))
+        x = sparse.csr_array((values, flat.gene_ids, flat.offsets), shape=(len(rows), len(result.feature_ids)))
+        weights, bias = logistic_start(x, result.obs["label"].cat.codes.to_numpy()[rows].astype(np.int64), np.ones(len(names)))
+        predictor.model.set_linear_start(torch.from_numpy(weights), torch.from_numpy(bias))
+        save_model(folder, predictor.model, loaded.config, loaded.vocabulary, labels, meta)
+    return folder
+
+
+def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    donors = sorted(set(result.obs["donor_id"].astype(str)))
+    random = _model(tmp_path / "random", result, learned=False, test=donors[:4])
+    learned = _model(tmp_path / "learned", result, learned=True, test=donors[:4])
+    other = _model(tmp_path / "other", result, learned=True, test=donors[4:])
+
+    def promote(*words: str) -> tuple[int, dict, str]:
+        status = main(["--model", "blood", "--tracking-uri", tracking.uri, *words])
+        printed = capsys.readouterr()
+        return status, json.loads(printed.out.splitlines()[-1]) if printed.out else {}, printed.out + printed.err
+
+    assert promote()[0] == 2
+    with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
+        register_model(run, random, "blood")
+        status, found, text = promote()
+        assert (status, found["promoted"]) == (0, True) and "there was no champion" in text
+        assert promote()[0] == 1
+
+        register_model(run, learned, "blood")
+        status, found, text = promote()
+        assert (status, found["champion"]) == (0, 2), text
+        assert found["comparison"]["low"] > 0.1 and found["comparison"]["groups"] == donors[:4]
+        assert model_aliases("blood", tracking) == {"candidate": 2, "champion": 2}
+
+        register_model(run, random, "blood")
+        status, found, text = promote()
+        assert (status, found["promoted"]) == (1, False) and "the champion stays version 2: balanced accuracy -" in text
+        assert model_aliases("blood", tracking)["champion"] == 2
+        status, found, text = promote("--force")
+        assert (status, found["champion"]) == (0, 3) and "(forced)" in text
+        reason = json.loads(MlflowClient(tracking.uri).get_model_version("blood", "3").tags["promotion.champion"])
+        assert reason["forced"] is True and reason["champion_before"] == 2 and "balanced accuracy -" in reason["reason"]
+
+        register_model(run, other, "blood")
+        status, _, text = promote()
+        assert status == 2 and "the champion was trained on all of the candidate's held-out groups" in text
