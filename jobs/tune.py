@@ -118,7 +118,7 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     search = study.config.search
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results are in the study's folder and in MLflow
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    logging.getLogger("ray.tune").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that were turned off
     scheduler = None
     if search.scheduler == "asha":
         scheduler = ASHAScheduler(time_attr="folds", max_t=len(study.folds), grace_period=1, reduction_factor=2)
