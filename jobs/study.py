@@ -157,12 +157,20 @@ class FoldResult:
 
     def save(self, folder: Path) -> None:
         """Write both files; the account last, which marks the fold as finished."""
+        self.save_predictions(folder)
+        self.finish(folder)
+
+    def save_predictions(self, folder: Path) -> None:
+        """Write the predictions alone."""
         folder.mkdir(parents=True, exist_ok=True)
         columns = {"joinid": self.joinids_n, "label": self.labels_n.astype(np.int16), "predicted": self.predicted_n.astype(np.int16)}
         if self.probabilities_nk is not None:
             flat = pa.array(self.probabilities_nk.astype(np.float32).ravel())
             columns["probabilities"] = pa.FixedSizeListArray.from_arrays(flat, self.probabilities_nk.shape[1])
         pq.write_table(pa.table(columns), folder / f"fold-{self.fold}.parquet")
+
+    def finish(self, folder: Path) -> None:
+        """Write the account: the fold won't be run again."""
         tree = {"method": self.method, "fold": self.fold, "known": self.known, **self.account}
         _write_whole(folder / f"fold-{self.fold}.json", json.dumps(tree, indent=2))
 
@@ -376,8 +384,9 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             known=known,
             account=account,
         )
-        result.save(folder)
+        result.save_predictions(folder)
         run.log_file(folder / f"fold-{fold}.parquet")
+    result.finish(folder)  # after its run has ended, so that a kill between the two leaves no finished fold with an open run
     return result
 
 
