@@ -29,7 +29,7 @@ def cells():
     return found, test.labels_n
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "scbert" else name for name in BASELINES])
 def test_baseline(name, cells):
     for module in BASELINES[name].needs:
         pytest.importorskip(module)
