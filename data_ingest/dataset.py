@@ -28,8 +28,13 @@ Batch = dict[str, torch.Tensor]
 _MOST_READ_TASKS = 8
 """Read tasks at a time for one rank; more than any model here can take cells from."""
 _CELLS_PER_SAMPLE_TASK = 4096
-_QUIET = {"ray.data._internal.progress": logging.ERROR, "ray.data._internal.execution.streaming_executor": logging.WARNING}
-"""Loggers of Ray Data that would write a line for each epoch of each rank."""
+_QUIET = {
+    "ray.data._internal.progress": logging.ERROR,
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.execution.resource_manager": logging.ERROR,
+}
+"""Loggers of Ray Data that would write a line for each epoch of each rank. The last one warns that reading might wait for ever wherever all
+CPUs are taken at the moment; the jobs have checked that workers leave one for it."""
 
 
 class CountSample(NamedTuple):
