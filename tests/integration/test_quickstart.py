@@ -60,8 +60,8 @@ def test_own_files_with_named_test_donors(tmp_path: Path, sim_h5ads: list[Path])
     assert f"held-out donor_id: {', '.join(donors)}" in said
     annotated = anndata.read_h5ad(result["annotated"])
     assert sorted(annotated.obs["donor_id"].unique()) == donors
-    agreement = (annotated.obs["predicted_labels"].astype(str) == annotated.obs["cell_type_major"].astype(str)).mean()
-    # The very cells of the test, read from the file instead of the atlas: the same labels but for rounding.
+    agreement = (annotated.obs["best_label"].astype(str) == annotated.obs["cell_type_major"].astype(str)).mean()
+    # The very cells of the test, read from the file instead of the atlas: the same best labels but for rounding.
     assert agreement == pytest.approx(result["test"]["accuracy"], abs=0.005)
 
 
