@@ -33,7 +33,7 @@ class Cluster:
 
     def workers_on(self, node: int) -> int:
         """Ray Train workers that a node had, by the logs it keeps. Ray Train itself tells nodes apart by address only."""
-        logs = Path(self.folders[node]).glob("session_*/logs/worker-*.out")
+        logs = Path(self.folders[node]).glob("session_latest/logs/worker-*.out")
         return sum(":actor_name:RayTrainWorker" in path.read_text() for path in logs)
 
     def submit(self, *entrypoint: str, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 240) -> tuple[int, str]:
