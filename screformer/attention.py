@@ -448,16 +448,26 @@ class LSHSelfAttention(nn.Module):
         qk, v = (layer(x_nld).unflatten(-1, (self.heads, -1)) for layer in (self.toqk, self.tov))
         tokens = memo.sorted_tokens if memo is not None else None
         if tokens is None:
-            with torch.no_grad():
-                lengths = key_mask_nl.sum(1).tolist()
-                if self.random:
-                    bucket = random_buckets(qk, n_hashes=self.n_hashes, seed=hash_seed)
-                else:
-                    bucket = hash_buckets(qk, lengths, bucket_size=self.bucket_size, n_hashes=self.n_hashes, seed=hash_seed)
-                tokens = sort_tokens(bucket, lengths)
+            tokens = self.sort(qk, key_mask_nl, hash_seed=hash_seed)
             if memo is not None:
                 memo.sorted_tokens = tokens
         return self.to_out(lsh_attention(qk, v, tokens, bucket_size=self.bucket_size).flatten(2))
+
+    @torch.no_grad()
+    def sort(self, qk_nlhe: Tensor, key_mask_nl: Tensor, *, hash_seed: int) -> SortedTokens:
+        """Hash and sort the tokens, as `forward` does.
+
+        Args:
+            qk_nlhe: Shared queries and keys, shape (n, l, h, e).
+            key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
+            hash_seed: Seeds the rotations, or the random buckets.
+        """
+        lengths = key_mask_nl.sum(1).tolist()
+        if self.random:
+            bucket = random_buckets(qk_nlhe, n_hashes=self.n_hashes, seed=hash_seed)
+        else:
+            bucket = hash_buckets(qk_nlhe, lengths, bucket_size=self.bucket_size, n_hashes=self.n_hashes, seed=hash_seed)
+        return sort_tokens(bucket, lengths)
 
 
 class FullSelfAttention(nn.Module):

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, hash_buckets, lsh_attention, random_buckets, sort_tokens
+from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, lsh_attention
 from screformer.model import LINEAR_SCALE, ScReformer
 from screformer.predictor import HASH_SEED, Predictor
 from screformer.reversible import AttentionSublayer, Block, _mix_seed
@@ -239,13 +239,7 @@ def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl
     layer, x = sublayer.attention, sublayer.norm(x_rld)
     if isinstance(layer, LSHSelfAttention):
         qk, v = (part(x).unflatten(-1, (layer.heads, -1)) for part in (layer.toqk, layer.tov))
-        with torch.no_grad():
-            lengths = real_rl.sum(1).tolist()
-            if layer.random:
-                bucket = random_buckets(qk, n_hashes=layer.n_hashes, seed=seed)
-            else:
-                bucket = hash_buckets(qk, lengths, bucket_size=layer.bucket_size, n_hashes=layer.n_hashes, seed=seed)
-            tokens = sort_tokens(bucket, lengths)
+        tokens = layer.sort(qk, real_rl, hash_seed=seed)
         gate = gate_rl[..., None, None].expand_as(v).contiguous()
         above, below = (lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate))
         return layer.to_out((above / below.clamp(min=_TINY)).flatten(2))
