@@ -1,27 +1,42 @@
 """Vary one thing at a time over the same folds, and say what each part of the model is worth.
 
 The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out (`jobs.crossval` has them), and
-variants that pre-train alike share their pre-training.
+variants that pre-train alike share their pre-training. A variant that changes the cells, their labels or the folds runs on folds of its
+own, and is set beside the reference without a paired difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 
-from jobs.comparison import difference_text, mean_interval, scores, write_report
+from data_ingest.folds import FILE
+from jobs.comparison import difference_text, mean_interval, scores, spread_text, write_report
 from jobs.crossval import add_arguments, describe_study, log_report, opened, run_command
 from jobs.report import Report
-from jobs.study import FoldResult, Study, StudyConfig, open_study, results_of
+from jobs.study import FoldResult, Study, StudyConfig, open_study, results_of, settings_key
 from jobs.tune import run_trials
+from screformer.config import ExperimentConfig
+from screformer.model import ScReformer, classification_loss
+from screformer.tokenizer import NUM_SPECIAL
 
 REFERENCE = "reference"
+_OWN_FOLDS = (
+    "atlas.", "query.obs_filter", "query.var_filter", "query.is_primary_data", "query.file", "labels.column", "crossval.split",
+    "crossval.num_folds", "crossval.val_fraction", "crossval.max_cells",
+)  # fmt: skip
+"""Settings that change cells, labels or folds."""
+_CHUNKS = 4
+"""Feed-forward slices of the check that they change nothing."""
 
 
 class Variant(NamedTuple):
@@ -35,6 +50,11 @@ class Variant(NamedTuple):
     def with_seed(self, seed: int) -> dict[str, Any]:
         """Overrides of one of its runs."""
         return {"train.seed": seed} | self.settings
+
+    @property
+    def of_the_study(self) -> dict[str, Any]:
+        """Its settings that call for folds of its own."""
+        return {name: value for name, value in self.settings.items() if name.startswith(_OWN_FOLDS)}
 
 
 def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
@@ -93,22 +113,27 @@ def run_ablation(
         listed = listed or variants(study.config, axes)
         for note in study.notes():
             print(f"note: {note}", flush=True)
+        exact = exactness(study.config.experiment, num_genes=len(study.query.feature_ids), num_classes=len(study.label_names))
+        print("\n".join(exact_lines(exact)), flush=True)
         seeds = range(study.config.train.seed, study.config.train.seed + study.config.ablation.num_seeds)
-        runs = [variant.with_seed(seed) for variant in listed for seed in seeds]
-        run_trials(study, {"settings": tune.grid_search(runs)})
-        rows = [_row(study, variant, listed[0], seeds) for variant in listed]
-        tree = {"variants": rows, "notes": study.notes(), "config": study.config.to_dict()}
-        write_report(_report(study, rows, len(seeds)), study.run_dir, tree)
+        found: dict[str, dict[str, Any]] = {}
+        for changed, group in _by_folds(listed):
+            part = _beside(study, changed) if changed else study
+            run_trials(part, {"settings": tune.grid_search([variant.with_seed(seed) for variant in group for seed in seeds])})
+            found |= {variant.name: _row(part, variant, None if changed else listed[0], seeds) for variant in group}
+        rows = [found[variant.name] | {"axis": variant.axis} for variant in listed]
+        tree = {"variants": rows, "exact": exact, "notes": study.notes(), "config": study.config.to_dict()}
+        write_report(_report(study, rows, exact, len(seeds)), study.run_dir, tree)
         log_report(study, {})
         assert study.run is not None
-        study.run.log_metrics({f"ablation/{row['variant']}/macro_f1": row["macro_f1"] for row in rows}, step=0)
+        study.run.log_metrics({f"ablation/{row['variant']}/macro_f1": row["mean"] for row in rows}, step=0)
         print("\n".join(conclusions(rows)), flush=True)
         print(_text_table(rows), flush=True)
         return {
             "run_id": study.run.run_id,
             "run_dir": str(study.run_dir),
             "report": str(study.run_dir / "report.html"),
-            "variants": {row["variant"]: {"macro_f1": row["macro_f1"], "difference": row["difference"]} for row in rows},
+            "variants": {row["variant"]: {"macro_f1": row["mean"], "difference": row["difference"]} for row in rows},
         }
 
 
@@ -117,12 +142,59 @@ def without_extras(config: StudyConfig) -> StudyConfig:
     return config.merge({"crossval.baselines": [], "search.space": {}, "search.algorithm": "grid", "search.scheduler": "none"})
 
 
+def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> dict[str, Any]:
+    """Whether what must not change a result leaves it alone, on the reference's network and random cells of different lengths.
+
+    Returns:
+        `ff_chunks_bit_equal`: feed-forward in slices gives the same bits; `reversible_gradient_error`: largest difference, over all
+        parameters, between their gradients with and without recomputation, over the norm of the latter.
+    """
+    longest = config.tokens.most_slots(num_genes) - 1
+    generator, slots = torch.Generator().manual_seed(config.train.seed), torch.arange(longest)
+    lengths_n = torch.tensor([longest, max(1, longest // 2), max(1, longest // 3)])
+    token_ids = torch.stack([torch.randperm(num_genes, generator=generator)[:longest].sort().values for _ in lengths_n]) + NUM_SPECIAL
+    real_nl = slots < lengths_n[:, None]
+    batch = {
+        "token_ids": token_ids * real_nl,
+        "values": torch.rand(token_ids.shape, generator=generator) * 4 * real_nl,
+        "bin_ids": torch.ones_like(token_ids) * real_nl,
+        "labels": torch.arange(len(lengths_n)) % num_classes,
+    }
+
+    def network(**changes: Any) -> ScReformer:
+        model = dataclasses.replace(config.model, dropout=0.0, **changes)
+        return ScReformer(model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=config.train.seed)
+
+    def gradients(model: ScReformer) -> list[torch.Tensor]:
+        logits_nk = model.train()(batch, task="finetune", hash_seed=0).logits_nk
+        classification_loss(logits_nk, batch["labels"], None)[0].backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    with torch.no_grad():
+        whole, sliced = (network(ff_chunks=chunks).eval()(batch, task="finetune").logits_nk for chunks in (1, _CHUNKS))
+    ours, theirs = (gradients(network(reversible=reversible)) for reversible in (True, False))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True) if b.norm() > 0]
+    return {"ff_chunks_bit_equal": bool(torch.equal(whole, sliced)), "reversible_gradient_error": max(errors)}
+
+
+def exact_lines(exact: Mapping[str, Any]) -> list[str]:
+    """`exactness` in words."""
+    same = "the same bits" if exact["ff_chunks_bit_equal"] else "**other bits**"
+    return [
+        f"Feed-forward in {_CHUNKS} slices gives {same} as in one.",
+        f"Gradients with recomputation (reversible) differ from those without it by at most {exact['reversible_gradient_error']:.1e}"
+        " of their norm.",
+    ]
+
+
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What the table says of each axis, plainly: what helps, what harms, what the folds do not tell."""
     said = []
     for row in rows[1:]:
         difference = row["difference"]
-        if row["identical"]:
+        if difference is None:
+            said.append(f"{row['variant']}: {spread_text(row)} on folds of its own, the reference has {spread_text(rows[0])}; not paired.")
+        elif row["identical"]:
             said.append(f"{row['variant']}: gives the very same predictions as the reference.")
         elif difference["low"] > 0:
             said.append(
@@ -135,29 +207,51 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
     return said
 
 
-def _row(study: Study, variant: Variant, reference: Variant, seeds: Sequence[int] | range) -> dict[str, Any]:
-    ours, theirs = _by_seed(study, variant, seeds), _by_seed(study, reference, seeds)
+def _by_folds(listed: Sequence[Variant]) -> list[tuple[dict[str, Any], list[Variant]]]:
+    """The variants by the settings that call for folds of their own; none first, which is the reference's folds."""
+    groups: dict[str, tuple[dict[str, Any], list[Variant]]] = {}
+    for variant in listed:
+        groups.setdefault(json.dumps(variant.of_the_study, sort_keys=True), (variant.of_the_study, []))[1].append(variant)
+    return list(groups.values())
+
+
+def _beside(study: Study, changed: Mapping[str, Any]) -> Study:
+    """The study on other cells, labels or folds, in a folder of its own; begun, or taken up again."""
+    folder = study.run_dir / "folds" / settings_key(changed)
+    begun = (folder / FILE).is_file()
+    part = dataclasses.replace(open_study(study.config.merge(changed), run_dir=folder, resume=begun), run=study.run)
+    if not begun:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.folds.save(folder / FILE, part.query.obs_joinids)
+    return part
+
+
+def _row(study: Study, variant: Variant, reference: Variant | None, seeds: Sequence[int] | range) -> dict[str, Any]:
+    ours = _by_seed(study, variant, seeds)
     # Seeds of one fold share its cells, so their mean is one observation: the interval is over folds.
     by_fold = {fold: float(np.mean([values[fold] for values in ours.values()])) for fold in range(len(study.folds))}
-    reference_by_fold = {fold: float(np.mean([values[fold] for values in theirs.values()])) for fold in by_fold}
-    mean, low, high = mean_interval([by_fold[fold] - reference_by_fold[fold] for fold in by_fold])
     results = [result for seed in seeds for result in _results(study, variant, seed)]
-    others = [result for seed in seeds for result in _results(study, reference, seed)]
+    difference, same = None, False
+    if reference is not None:
+        theirs = _by_seed(study, reference, seeds)
+        mean, low, high = mean_interval([by_fold[fold] - float(np.mean([values[fold] for values in theirs.values()])) for fold in by_fold])
+        difference = {"mean": mean, "low": low, "high": high, "folds": len(by_fold)}
+        others = [result for seed in seeds for result in _results(study, reference, seed)]
+        same = variant.name != REFERENCE and all(
+            a.probabilities_nk is not None and b.probabilities_nk is not None and np.array_equal(a.probabilities_nk, b.probabilities_nk)
+            for a, b in zip(results, others, strict=True)
+        )
     speeds = [result.account["cells_per_s"] for result in results if result.account.get("cells_per_s")]
-    same = variant.name != REFERENCE and all(
-        a.probabilities_nk is not None and b.probabilities_nk is not None and np.array_equal(a.probabilities_nk, b.probabilities_nk)
-        for a, b in zip(results, others, strict=True)
-    )
     values = [value for scored in ours.values() for value in scored.values()]
     return {
         "axis": variant.axis,
         "variant": variant.name,
-        "macro_f1": float(np.mean(values)),
+        "mean": float(np.mean(values)),
         "sd": float(np.std(list(by_fold.values()), ddof=1)) if len(by_fold) > 1 else None,
         "seed_sd": float(np.mean([np.std([scored[fold] for scored in ours.values()], ddof=1) for fold in by_fold]))
         if len(ours) > 1
         else None,
-        "difference": {"mean": mean, "low": low, "high": high, "folds": len(by_fold)},
+        "difference": difference,
         "identical": same,
         "seconds_per_1000_cells": 1000 / float(np.median(speeds)) if speeds else None,
         "peak_memory_gb": max(result.account["peak_memory_gb"] for result in results),
@@ -180,8 +274,8 @@ def _table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
             {
                 "axis": row["axis"],
                 "variant": row["variant"],
-                "macro-F1": f"{row['macro_f1']:.3f}" + (f" ± {row['sd']:.3f}" if row["sd"] is not None else ""),
-                "minus reference": "" if row["variant"] == REFERENCE else difference_text(row["difference"]),
+                "macro-F1": spread_text(row),
+                "minus reference": "" if row["variant"] == REFERENCE else difference_text(row["difference"]) or "other folds",
                 "s per 1,000 cells": row["seconds_per_1000_cells"],
                 "peak GB": row["peak_memory_gb"],
                 "parameters": row["parameters"],
@@ -195,29 +289,30 @@ def _text_table(rows: Sequence[dict[str, Any]]) -> str:
     return _table(rows).to_string(index=False, float_format=lambda value: f"{value:.2f}")
 
 
-def _report(study: Study, rows: Sequence[dict[str, Any]], num_seeds: int) -> Report:
+def _report(study: Study, rows: Sequence[dict[str, Any]], exact: Mapping[str, Any], num_seeds: int) -> Report:
     from matplotlib.figure import Figure
 
     folds = study.folds
     report = Report("Ablation", f"{len(folds)} folds ({folds.kind}), {num_seeds} seeds, {len(study.labels_n):,} cells")
-    report.text("\n".join(f"- {line}" for line in conclusions(rows)))
+    report.text("\n".join(f"- {line}" for line in [*conclusions(rows), *exact_lines(exact)]))
     for note in study.notes():
         report.warning(note)
     caption = (
         "macro-F1: mean and standard deviation over folds. Minus reference: mean of the differences over the same folds, each the mean over"
-        " its seeds, with its 95 % interval by Student's t; below zero, the reference is better. Seconds are those of training; memory is"
-        " that of the whole process."
+        " its seeds, with its 95 % interval by Student's t; below zero, the reference is better. A variant with other cells, labels or"
+        " folds has none. Seconds are those of training; memory is that of the whole process."
     )
     report.table("Variants", _table(rows), caption)
-    figure = Figure(figsize=(7.5, 1 + 0.3 * len(rows)), layout="constrained")
+    drawn = [row for row in rows if row["difference"] is not None]
+    figure = Figure(figsize=(7.5, 1 + 0.3 * len(drawn)), layout="constrained")
     axes = figure.add_subplot()
-    for place, row in enumerate(reversed(rows)):
+    for place, row in enumerate(reversed(drawn)):
         difference = row["difference"]
         finite = np.isfinite(difference["low"]) and row["variant"] != REFERENCE
         error = [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]] if finite else None
         axes.errorbar(difference["mean"], place, xerr=error, fmt="o", color="#4878a8", capsize=3)
     axes.axvline(0, color="gray", linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)])
+    axes.set_yticks(range(len(drawn)), [row["variant"] for row in reversed(drawn)])
     axes.set_xlabel("macro-F1 minus reference")
     axes.grid(axis="x", alpha=0.3)
     report.figure("", figure, "Differences to the reference with their 95 % intervals.", "Macro-F1 of each variant minus the reference.")
@@ -233,9 +328,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def dry_run(config: StudyConfig) -> dict[str, Any]:
         listed = variants(config, arguments.axes)
-        study = open_study(without_extras(config), folds_from=arguments.folds)
-        configs = [study.config.merge(variant.settings).experiment for variant in listed]
-        return describe_study(study, configs, repeats=config.ablation.num_seeds) | {"variants": [variant.name for variant in listed]}
+        described = []
+        for changed, group in _by_folds(listed):
+            study = open_study(without_extras(config).merge(changed), folds_from=None if changed else arguments.folds)
+            configs = [study.config.merge(variant.settings).experiment for variant in group]
+            described.append(describe_study(study, configs, repeats=config.ablation.num_seeds))
+        minutes = round(sum(part["minutes"]["ours"] for part in described), 1)
+        return described[0] | {"variants": [variant.name for variant in listed], "minutes": minutes}
 
     def run(config: StudyConfig, *, folds_from: str | None, resume: str | None) -> dict[str, Any]:
         return run_ablation(config, folds_from=folds_from, resume=resume, axes=arguments.axes)

@@ -253,7 +253,7 @@ class Study:
         """Where the folds of a configuration leave their results."""
         config = self.config.merge(settings)
         pretraining = [config.crossval.pretrain, config.crossval.pretrain_steps]
-        return self.run_dir / "trials" / _key([config.experiment.to_dict(), pretraining])
+        return self.run_dir / "trials" / settings_key([config.experiment.to_dict(), pretraining])
 
     def baseline_folder(self, name: str) -> Path:
         """Where the folds of a baseline leave their results."""
@@ -448,12 +448,12 @@ def results_of(folder: Path, num_folds: int) -> list[FoldResult]:
 
 def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: tracking.TrackedRun) -> Path:
     """The pre-trained model of a fold: made once and shared by all configurations that pre-train alike."""
-    config = config.merge({"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0})
+    config = config.merge({"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0, "model.eval_n_hashes": 0})
     tree = config.to_dict()
     for section, names in PRETRAIN_IGNORES.items():
         for name in names if names is not None else list(tree[section]):
             tree[section].pop(name, None)
-    key = _key({**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"})
+    key = settings_key({**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"})
     target = study.run_dir / "pretrained" / key
     if not target.is_dir():
         cells = study.cells(config, "pretrain", fold)
@@ -532,7 +532,8 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _key(tree: Any) -> str:
+def settings_key(tree: Any) -> str:
+    """A short name for settings, alike for equal ones."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

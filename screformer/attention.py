@@ -422,13 +422,14 @@ class LSHSelfAttention(nn.Module):
         heads: Heads, which divide the width.
         bucket_size: Tokens per bucket.
         n_hashes: Hash rounds; may be changed at any time, no parameter depends on it.
+        eval_n_hashes: Hash rounds in eval mode; 0 takes `n_hashes`.
         random: Shuffle the tokens into buckets instead of hashing them; a control that shows what the hashes are worth.
     """
 
-    def __init__(self, dim: int, heads: int, *, bucket_size: int, n_hashes: int, random: bool = False) -> None:
+    def __init__(self, dim: int, heads: int, *, bucket_size: int, n_hashes: int, eval_n_hashes: int = 0, random: bool = False) -> None:
         super().__init__()
         self.random = random
-        self.heads, self.bucket_size, self.n_hashes = heads, bucket_size, n_hashes
+        self.heads, self.bucket_size, self.n_hashes, self.eval_n_hashes = heads, bucket_size, n_hashes, eval_n_hashes or n_hashes
         self.toqk = nn.Linear(dim, dim, bias=False)
         self.tov = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
@@ -462,11 +463,11 @@ class LSHSelfAttention(nn.Module):
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the rotations, or the random buckets.
         """
-        lengths = key_mask_nl.sum(1).tolist()
+        lengths, n_hashes = key_mask_nl.sum(1).tolist(), self.n_hashes if self.training else self.eval_n_hashes
         if self.random:
-            bucket = random_buckets(qk_nlhe, n_hashes=self.n_hashes, seed=hash_seed)
+            bucket = random_buckets(qk_nlhe, n_hashes=n_hashes, seed=hash_seed)
         else:
-            bucket = hash_buckets(qk_nlhe, lengths, bucket_size=self.bucket_size, n_hashes=self.n_hashes, seed=hash_seed)
+            bucket = hash_buckets(qk_nlhe, lengths, bucket_size=self.bucket_size, n_hashes=n_hashes, seed=hash_seed)
         return sort_tokens(bucket, lengths)
 
 
@@ -527,6 +528,7 @@ def make_attention(config: ModelConfig) -> nn.Module:
             config.heads,
             bucket_size=config.bucket_size,
             n_hashes=config.n_hashes,
+            eval_n_hashes=config.eval_n_hashes,
             random=config.attention == "random",
         )
     if config.attention == "full":
@@ -552,7 +554,11 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
         why = f" (auto: cells have up to {most_slots:,} tokens, and lsh is the faster one from {CROSSOVER_TOKENS:,} on)"
     idle = [
         f"model.{name}={getattr(config, name)}"
-        for name, kinds in (("n_hashes", ("lsh", "random")), ("bucket_size", ("lsh", "random", "local")))
+        for name, kinds in (
+            ("n_hashes", ("lsh", "random")),
+            ("eval_n_hashes", ("lsh", "random")),
+            ("bucket_size", ("lsh", "random", "local")),
+        )
         if config.attention not in kinds and getattr(config, name) != getattr(ModelConfig(), name)
     ]
     return config, f"attention: {config.attention}{why}" + (f"; {' and '.join(idle)} without effect" if idle else "")

@@ -159,6 +159,8 @@ class ModelConfig:
     starts; `local`: neighbouring tokens only; and two controls, `random`: lsh with random buckets, `none`: without attention."""
     n_hashes: int = 4
     """Hash rounds of `lsh` and `random`."""
+    eval_n_hashes: int = 0
+    """Hash rounds where the network is not trained: validation, prediction, explanations; 0 takes `n_hashes`."""
     bucket_size: int = 64
     """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
     reversible: bool = True
@@ -184,7 +186,8 @@ class ModelConfig:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name}={value} must be at least 1")
-        _require(self.linear_start_cells >= 0, f"model.linear_start_cells={self.linear_start_cells} must not be negative")
+        for name in ("linear_start_cells", "eval_n_hashes"):
+            _require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         _require(
             self.dim % self.heads == 0,
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try model.dim={-(-self.dim // self.heads) * self.heads}",

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from screformer.attention import HashMemo, LSHSelfAttention, make_attention
+from screformer.attention import HashMemo, make_attention
 from screformer.config import ModelConfig
 
 
@@ -134,13 +134,6 @@ class ReversibleEncoder(nn.Module):
         super().__init__()
         self.reversible = config.reversible
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-
-    def set_n_hashes(self, n_hashes: int) -> None:
-        """Hash in so many rounds from now on; no parameter depends on it, so that a trained network may take more or fewer."""
-        assert n_hashes >= 1, f"{n_hashes} hash rounds"
-        for module in self.modules():
-            if isinstance(module, LSHSelfAttention):
-                module.n_hashes = n_hashes
 
     def _branches(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(block.f, block.g) for block in self.blocks if isinstance(block, Block)]

@@ -203,21 +203,23 @@ def test_dry_run_says_what_will_happen(settings: list[str], tmp_path: Path, caps
 
 def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
+    recipe, fine = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml", "labels.column=cell_type crossval.pretrain=none"
     small = {"model.dim": 16, "model.depth": 1, "tokens.max_genes": 64, "train.max_steps": 3, "train.micro_batch_size": 16}
     few = {
         "crossval.num_folds": 2,
         "crossval.max_cells": 300,
-        "ablation.axes": {"attention": ["model.attention=none"], "ff": ["model.ff_chunks=4"]},
+        "ablation.axes": {"attention": ["model.attention=none"], "label_level": [fine]},
     }
     config = StudyConfig.from_file(recipe).merge(settings).merge(small | few)
     result = ablate.run_ablation(config)
-    assert result["variants"].keys() == {"reference", "model.attention=none", "model.ff_chunks=4"}
-    assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 6, "three architectures, two folds"
+    assert result["variants"].keys() == {"reference", "model.attention=none", fine}
+    assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 4, "two architectures, two folds"
     tree = json.loads((Path(result["run_dir"]) / "report.json").read_text())
-    same = {row["variant"]: row["identical"] for row in tree["variants"]}
-    assert not same["model.attention=none"]
+    _, without, fine_row = tree["variants"]
+    assert not without["identical"] and without["difference"]["folds"] == 2
+    assert fine_row["difference"] is None and fine_row["mean"] != tree["variants"][0]["mean"], "labels of its own: nothing to pair"
     assert all(row["seconds_per_1000_cells"] > 0 and row["parameters"] > 0 for row in tree["variants"])
+    assert tree["exact"]["ff_chunks_bit_equal"] and tree["exact"]["reversible_gradient_error"] < 1e-5
 
 
 def test_every_baseline_has_its_time_and_title() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from screformer.attention import LSHSelfAttention
 from screformer.config import ModelConfig
 from screformer.reversible import ReversibleEncoder
 
@@ -39,11 +40,10 @@ class Copier(nn.Module):
         return self.out(self.encoder(x))
 
     def set_rounds(self, n_hashes: int) -> None:
-        if isinstance(self.encoder, ReversibleEncoder):
-            self.encoder.set_n_hashes(n_hashes)
-            return
         for module in self.encoder.modules():
-            if type(module).__name__ == "LSHAttention":
+            if isinstance(module, LSHSelfAttention):
+                module.eval_n_hashes = n_hashes
+            elif type(module).__name__ == "LSHAttention":
                 module.n_hashes = n_hashes
 
 

@@ -103,14 +103,18 @@ def test_encoder_equals_the_librarys_reformer_for_equal_hashes(reversible, n_has
             assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), name
 
 
+ROUNDS = ({"n_hashes": 2}, {"n_hashes": 2, "eval_n_hashes": 6}, {"n_hashes": 6})
+
+
 def test_a_trained_network_takes_more_rounds_at_evaluation():
-    encoder, more = (ReversibleEncoder(replace(CONFIG, n_hashes=n_hashes)).eval() for n_hashes in (2, 6))
-    more.load_state_dict(encoder.state_dict())
+    plain, more, both = (ReversibleEncoder(replace(CONFIG, **rounds)) for rounds in ROUNDS)
+    for encoder in (more, both):
+        encoder.load_state_dict(plain.state_dict())
     x, mask = torch.randn(1, 50, 32), torch.ones(1, 50, dtype=torch.bool)
-    before = encoder(x, mask, hash_seed=0)
-    encoder.set_n_hashes(6)
-    assert torch.equal(encoder(x, mask, hash_seed=0), more(x, mask, hash_seed=0))
-    assert not torch.equal(encoder(x, mask, hash_seed=0), before)
+    trained = [encoder(x, mask, hash_seed=0) for encoder in (plain, more, both)]
+    found = [encoder.eval()(x, mask, hash_seed=0) for encoder in (plain, more, both)]
+    assert torch.equal(trained[0], trained[1]) and not torch.equal(trained[1], trained[2])
+    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
 
 
 def test_memory_of_training_hardly_grows_with_depth_and_in_line_with_length():
