@@ -5,6 +5,7 @@ Axes: `n` cells, `d` groups (such as donors), `k` labels, `f` folds.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class Folds:
         labels = np.asarray(labels, np.int64)
         found = {int(label): np.unique(self.fold_n[labels == label]) for label in np.unique(labels[labels >= 0])}
         return {label: self.names[int(fold_f[0])] for label, fold_f in found.items() if len(fold_f) == 1}
+
+    def hash(self, joinids: np.ndarray) -> str:
+        """Names the division of these cells: two runs with the same hash tested the same cells in each fold."""
+        pairs = np.stack([np.asarray(joinids, np.int64), self.fold_n.astype(np.int64)])
+        return hashlib.sha256(np.ascontiguousarray(pairs[:, np.argsort(pairs[0])]).tobytes()).hexdigest()
 
     def save(self, path: str | Path, joinids: np.ndarray) -> None:
         """Write (joinid, fold) as Parquet; `load_folds` reads it."""

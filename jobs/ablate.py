@@ -139,7 +139,9 @@ def run_ablation(
 
 def without_extras(config: StudyConfig) -> StudyConfig:
     """The recipe without baselines and search, which an ablation does not run."""
-    return config.merge({"crossval.baselines": [], "search.space": {}, "search.algorithm": "grid", "search.scheduler": "none"})
+    return config.merge(
+        {"crossval.baselines": [], "crossval.register": False, "search.space": {}, "search.algorithm": "grid", "search.scheduler": "none"}
+    )
 
 
 def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> dict[str, Any]:

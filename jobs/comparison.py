@@ -102,6 +102,18 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
     return tree
 
 
+def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:
+    """What a model carries of the cross-validation of its settings: which folds, and each metric's value in each of them."""
+    scored = [scores(result, study) for result in results]
+    return {
+        "run_id": study.run.run_id if study.run else None,
+        "kind": study.folds.kind,
+        "hash": study.folds.hash(study.query.obs_joinids),
+        "names": list(study.folds.names),
+        "metrics": {metric: [fold[metric] for fold in scored] for metric in METRICS if all(metric in fold for fold in scored)},
+    }
+
+
 def difference_text(difference: Mapping[str, float] | None) -> str:
     """A difference with its interval, such as `+0.012 [-0.004, +0.028]`."""
     if difference is None:

@@ -28,9 +28,9 @@ from cluster.connect import connect
 from data_ingest.folds import FILE
 from jobs import tracking
 from jobs.baselines import BASELINES, check_names
-from jobs.comparison import scores, verdict, write_crossval_report
-from jobs.study import OURS, STUDY, Study, StudyConfig, open_study, read_baseline_cells, results_of, run_baseline_fold
-from jobs.tune import BASELINE_CPUS, check_study_layout, count_trials, num_cpus, run_trials, search_space
+from jobs.comparison import fold_scores, scores, verdict, write_crossval_report
+from jobs.study import OURS, STUDY, Study, StudyConfig, open_study, read_baseline_cells, register_final, results_of, run_baseline_fold
+from jobs.tune import BASELINE_CPUS, check_study_layout, count_trials, fold_bundle, num_cpus, run_trials, search_space
 from screformer.attention import settle_attention
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer, classification_loss
@@ -46,7 +46,8 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         resume: Folder of a study that was interrupted; finished folds are not run again.
 
     Returns:
-        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1 by name), `skipped`.
+        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1 by name), `skipped`,
+        `model_version` (of `crossval.register`, else None).
 
     Raises:
         ValueError: Settings, cells, folds or cluster do not allow it.
@@ -85,6 +86,11 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         tree = write_crossval_report(study, methods, trials, notes)
         log_report(study, tree["methods"])
         print(verdict(tree["methods"]), flush=True)
+        version = None
+        if config.crossval.register:
+            bundle = fold_bundle(config)
+            task = ray.remote(register_final).options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))
+            version = ray.get(task.remote(study, best, fold_scores(study, ours)))
         macro_f1 = {name: entry["metrics"]["macro_f1"]["mean"] for name, entry in tree["methods"].items()}
         return {
             "run_id": study.run.run_id,
@@ -93,6 +99,7 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
             "scores": {name: entry["mean"] for name, entry in tree["methods"][OURS]["metrics"].items()},
             "baselines": {name: value for name, value in macro_f1.items() if name != OURS},
             "skipped": sorted(skipped),
+            "model_version": version,
         }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +64,17 @@ def _training(meta: Mapping[str, Any], run_id: str) -> list[str]:
 
 def _scores(meta: Mapping[str, Any]) -> list[str]:
     rows = [f"| {metric} | {value:.4f} |" for metric, value in sorted(meta.get("metrics", {}).items())]
-    lines = ["| metric | value |", "|---|---|", *rows] if rows else []
+    lines = ["| metric | value |", "|---|---|", *rows, ""] if rows else []
     if meta.get("folds"):
-        lines += ["", "Folds of the cross-validation with these settings:", "", "```", json.dumps(meta["folds"], indent=1), "```"]
+        folds = meta["folds"]
+        lines += [
+            f"Cross-validation of these settings, {len(folds['names'])} {folds['kind']} folds (run `{folds['run_id']}`); then"
+            " trained on the cells of all of them:",
+            "",
+            f"| metric | {' | '.join(f'fold {name}' for name in folds['names'])} |",
+            f"|---|{'---|' * len(folds['names'])}",
+            *(f"| {metric} | {' | '.join(f'{value:.4f}' for value in values)} |" for metric, values in folds["metrics"].items()),
+        ]
     return lines
 
 

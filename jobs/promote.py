@@ -1,8 +1,10 @@
 """Let `champion` name the candidate, if it is better than the champion on the same cells that neither was trained on.
 
-The cells are those that the candidate's training held out, less those of groups (such as donors) that the champion was trained on.
-Both models label each cell, and the difference of their balanced accuracies is taken with its interval, from bootstrap samples of
-the cells within each type. The last line on stdout is one JSON object; the exit status is 1 where the champion stays.
+Two models that carry the scores of a cross-validation on the same folds (`crossval.register`) are compared by these: the mean difference
+of macro-F1 over the folds, with its interval by Student's t. Otherwise the cells are those that the candidate's training held out, less
+those of groups (such as donors) that the champion was trained on. Both models label each cell, and the difference of their balanced
+accuracies is taken with its interval, from bootstrap samples of the cells within each type. The last line on stdout is one JSON object;
+the exit status is 1 where the champion stays.
 
 Axes: n cells.
 """
@@ -14,7 +16,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ import pandas as pd
 from data_ingest.atlas import AtlasLocator
 from data_ingest.query import CellQuery
 from jobs.cells import AtlasCells
+from jobs.comparison import mean_interval
 from jobs.tracking import CANDIDATE, CHAMPION, model_aliases, move_alias, resolve_model, start_run
 from screformer.config import TrackingConfig
 from screformer.predictor import MIN_GENE_OVERLAP, Predictor
@@ -84,6 +87,23 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
         accuracy={name: float(right.mean()) for name, right in right_n.items()},
         table=table,
     )
+
+
+def compare_folds(candidate: Mapping[str, Any] | None, champion: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Candidate less champion over the folds that both were cross-validated on.
+
+    Args:
+        candidate: What `jobs.comparison.fold_scores` gave; None where a model carries nothing of the kind.
+        champion: Likewise.
+
+    Returns:
+        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None unless both have the same folds.
+    """
+    if candidate is None or champion is None or candidate["hash"] != champion["hash"]:
+        return None
+    ours, theirs = (folds["metrics"]["macro_f1"] for folds in (candidate, champion))
+    difference, low, high = mean_interval(np.subtract(ours, theirs).tolist())
+    return {"difference": difference, "low": low, "high": high, "folds": len(ours), "kind": candidate["kind"]}
 
 
 def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
@@ -154,30 +174,41 @@ def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: 
     if before == version:
         return {**found, "promoted": False, "reason": f"version {version} is the champion already"}
     candidate, comparison = Predictor.load(resolve_model(f"models:/{name}/{version}", tracking)), None
+    measured: dict[str, Any] = {}
     if before is None:
         better, reason = True, "there was no champion"
     else:
+        champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking))
+        folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
         try:
-            comparison = compare_models(candidate, Predictor.load(resolve_model(f"models:/{name}/{before}", tracking)))
-            better = comparison.low > margin
+            comparison = compare_models(candidate, champion) if folds is None else None
+            if comparison is not None:
+                measured = {key: getattr(comparison, key) for key in ("difference", "low", "high", "num_cells", "accuracy")}
+                measured["groups"] = list(comparison.groups)
+                metric, where = "balanced accuracy", f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}"
+            else:
+                assert folds is not None
+                measured = folds
+                metric, where = "macro-F1", f"the {folds['folds']} {folds['kind']} folds of both cross-validations"
+            better = measured["low"] > margin
             reason = (
-                f"balanced accuracy {comparison.difference:+.4f} (95 % interval {comparison.low:+.4f} to {comparison.high:+.4f})"
-                f" on {comparison.num_cells:,} cells of {', '.join(comparison.groups)}; the interval must lie above {margin:+.4f}"
+                f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to {measured['high']:+.4f})"
+                f" on {where}; the interval must lie above {margin:+.4f}"
             )
         except ValueError as error:
             if not force:
                 raise
             better, reason = False, f"not compared: {error}"
     found |= {"promoted": better or force, "reason": reason, "champion": version if better or force else before}
-    if comparison is not None:
-        numbers = ("num_cells", "difference", "low", "high", "accuracy")
-        found["comparison"] = {key: getattr(comparison, key) for key in numbers} | {"groups": list(comparison.groups)}
+    if measured:
+        found["comparison"] = measured
     config = candidate.config.merge({"tracking.uri": tracking.uri})
     with start_run(dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "promote") as run:
         run.set_tags({f"promote.{key}": value for key, value in found.items()})
         if comparison is not None:
             run.log_table(comparison.table, "promote/per_type.csv")
-            run.log_metrics({"promote/difference": comparison.difference, "promote/low": comparison.low}, step=0)
+        if measured:
+            run.log_metrics({"promote/difference": measured["difference"], "promote/low": measured["low"]}, step=0)
         if found["promoted"]:
             move_alias(name, CHAMPION, version, reason={**found, "run": run.run_id}, tracking=tracking)
     return found

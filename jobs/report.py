@@ -157,6 +157,8 @@ class Report:
         )
         note = Markup("<figcaption>{}</figcaption>").format(_inline(caption)) if caption else Markup("")
         html = _heading(title) + Markup('<figure><div class="scroll" tabindex="0">{}</div>{}</figure>').format(image, note)
+        if size_in and size_in[0] <= _WIDE_INCHES:
+            html = Markup('<div class="narrow">{}</div>').format(html)  # two neighbours stand side by side where there is room
         markdown = _join(f"### {title}" if title else "", f"![{_cell(alt)}]({_PICTURE})", caption)
         self._add(_Part(html=html, markdown=markdown, picture=(kind, content)))
 

@@ -34,7 +34,7 @@ from jobs.baselines import BASELINES, Baseline, BaselineCells, Part, baseline_pa
 from jobs.train import TrainingCells, initial_arrays, prepare_cells, settled, train_on_cluster
 from jobs.worker import train_alone
 from screformer.calibration import fit_calibration
-from screformer.checkpoint import load_model, save_model
+from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
@@ -73,6 +73,8 @@ class CrossvalConfig:
     """Methods to compare with, by name; empty compares with none."""
     concurrent_folds: int = 1
     """Folds of a configuration that are trained at a time."""
+    register: bool = False
+    """In the end train the (best) configuration on the cells of all folds, and add it to `tracking.model_name` with its folds' scores."""
 
     def __post_init__(self) -> None:
         check_names(self.baselines)
@@ -390,6 +392,29 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     return result
 
 
+def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str, Any]) -> int | None:
+    """Train a configuration on the cells of all folds and add it to the registry. Ray must be running.
+
+    Args:
+        study: The study.
+        settings: Overrides of the configuration.
+        folds: What its folds gave; goes into the model's meta data, where the model card and `jobs.promote` find it.
+
+    Returns:
+        The version; None where the tracking server is away and takes the model later.
+    """
+    everything = len(study.folds)  # no cell is tested there, so all take part
+    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
+    config = config.merge({"tracking.run_name": "all folds"})
+    with tracking.start_run(config, "crossval", parent=study.run) as run:
+        run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
+        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, everything, run)
+        cells = study.cells(config, "finetune", everything, start_dir)
+        model_dir, _ = _train(config, "finetune", cells, start_dir, run, study.run_dir / "final")
+        add_meta(model_dir, {"folds": dict(folds)})
+        return run.register(model_dir, config.tracking.model_name)
+
+
 def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndarray, np.ndarray, list[int]]:
     """A fold's cells for the baselines, in the classes of the whole query. Ray must be running.
 
@@ -461,7 +486,8 @@ def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig
             whole = np.sort(np.concatenate([cells.parts["train"], study.split(fold)["test"]]))
             cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
         scratch = study.run_dir / "pretrained" / f"{key}.{os.getpid()}"
-        config = config.merge({"tracking.run_name": f"pre-training, fold {study.folds.names[fold]}"})
+        name = f"fold {study.folds.names[fold]}" if fold < len(study.folds) else "all folds"
+        config = config.merge({"tracking.run_name": f"pre-training, {name}"})
         with tracking.start_run(config, "pretrain", parent=run) as own_run:
             model_dir, _ = _train(config, "pretrain", cells, None, own_run, scratch)
         try:

@@ -129,8 +129,8 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         algorithm = BasicVariantGenerator(random_state=study.config.train.seed, max_concurrent=search.concurrent_trials)
-    bundles = [{"CPU": DRIVER_CPUS}] + [_fold_bundle(study.config)] * (
-        study.config.crossval.concurrent_folds if _fold_bundle(study.config) else 0
+    bundles = [{"CPU": DRIVER_CPUS}] + [fold_bundle(study.config)] * (
+        study.config.crossval.concurrent_folds if fold_bundle(study.config) else 0
     )
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(_trial, study=study), tune.PlacementGroupFactory(bundles)),
@@ -162,7 +162,7 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     settings = settings_of(trial_config)
     # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not bound to it.
     inside = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_capture_child_tasks=False)
-    bundle = _fold_bundle(study.config)
+    bundle = fold_bundle(study.config)
     worker = _FoldWorker.options(  # type: ignore[attr-defined]
         num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
     )
@@ -187,7 +187,7 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
             )
 
 
-def _fold_bundle(config: StudyConfig) -> dict[str, float]:
+def fold_bundle(config: StudyConfig) -> dict[str, float]:
     """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
     cluster = config.cluster
     if cluster.num_workers > 1:

@@ -89,6 +89,17 @@ def save_model(
     save_file(weights, directory / WEIGHTS, metadata=metadata)
 
 
+def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
+    """Add to the meta data of a model directory; no weight depends on them.
+
+    Args:
+        directory: Model directory.
+        more: Plain values of JSON.
+    """
+    path = Path(directory) / META
+    path.write_text(json.dumps(_read_json(path) | dict(more), indent=2, default=str))
+
+
 def load_model(directory: str | Path) -> LoadedModel:
     """Read a model directory onto the CPU, in eval mode.
 

@@ -17,8 +17,11 @@ import pytest
 
 from jobs import ablate, crossval
 from jobs.baselines import BASELINES
+from jobs.model_card import model_card
 from jobs.study import OURS, StudyConfig, open_study, results_of, run_fold
+from jobs.tracking import resolve_model
 from jobs.tune import check_study_layout, num_cpus, run_trials
+from screformer.checkpoint import load_model
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
@@ -46,7 +49,9 @@ def settings(small_atlas: str) -> list[str]:
 def killed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
     """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of the first fold's files."""
     folder = tmp_path_factory.mktemp("crossval")
-    words = command("jobs.crossval", "--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]")
+    words = command(
+        "jobs.crossval", "--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]", "crossval.register=true"
+    )
     job = subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert job.stdout is not None
     run_dir, deadline = Path(), time.monotonic() + 500
@@ -113,7 +118,17 @@ def test_runs_nest_and_keep_the_report(killed: Any) -> None:
     kept = {entry.path for entry in client.list_artifacts(result["run_id"])}
     assert {"folds.parquet", "report.md", "report.html", "report.json", "report_files"} <= kept
     children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{result['run_id']}'")
-    assert {child.data.tags["fold"] for child in children if child.info.status == "FINISHED"} == {"0", "1"}
+    assert {child.data.tags["fold"] for child in children if child.info.status == "FINISHED"} == {"0", "1", "all"}
+
+
+def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
+    _, result, _, _ = killed
+    model_dir = resolve_model(f"models:/screformer/{result['model_version']}")
+    meta = load_model(model_dir).meta
+    assert meta["folds"]["run_id"] == result["run_id"] and meta["folds"]["kind"] == "donor" and len(meta["folds"]["names"]) == 2
+    assert np.mean(meta["folds"]["metrics"]["macro_f1"]) == pytest.approx(result["scores"]["macro_f1"])
+    assert meta["split"]["cells"]["test"] == 0
+    assert "2 donor folds" in model_card(model_dir, name="screformer", run_id=result["run_id"])
 
 
 @pytest.fixture(scope="module")

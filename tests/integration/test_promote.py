@@ -11,9 +11,9 @@ from tiny_model import write_tiny_model
 from data_ingest.atlas import AtlasLocator
 from data_ingest.query import CellQuery, QueryResult
 from jobs.cells import AtlasCells
-from jobs.promote import compare, main
+from jobs.promote import compare, compare_folds, main
 from jobs.tracking import model_aliases, register_model, start_run
-from screformer.checkpoint import load_model, save_model
+from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.linear import logistic_start
 from screformer.predictor import Predictor
@@ -31,6 +31,22 @@ def test_the_difference_is_paired_and_has_its_interval() -> None:
     assert 0 < found.low < found.difference < found.high
     same = compare({"candidate": champion, "champion": champion}, labels, ["d"])
     assert (same.low, same.difference, same.high) == (0, 0, 0)
+
+
+def test_models_of_the_same_folds_are_compared_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    folds = {"run_id": "r", "kind": "donor", "hash": "h", "names": ["0", "1", "2"]}
+    with start_run(ExperimentConfig(tracking=tracking), "crossval") as run:
+        for macro_f1 in ([0.70, 0.60, 0.80], [0.75, 0.66, 0.84], [0.77, 0.60, 0.90]):
+            add_meta(write_tiny_model(tmp_path / "model"), {"folds": {**folds, "metrics": {"macro_f1": macro_f1}}})
+            register_model(run, tmp_path / "model", "blood")
+            main(["--model", "blood", "--tracking-uri", tracking.uri])
+    first, second, third = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    assert first["reason"] == "there was no champion"
+    assert second["promoted"] and second["comparison"]["difference"] == pytest.approx(0.05) and 0 < second["comparison"]["low"] < 0.05
+    assert "macro-F1 +0.0500" in second["reason"] and "on the 3 donor folds of both cross-validations" in second["reason"]
+    assert not third["promoted"] and third["comparison"]["low"] < 0 < third["comparison"]["difference"]
+    assert compare_folds({**folds, "hash": "other"}, folds) is None and compare_folds(None, folds) is None
 
 
 @pytest.fixture(scope="module")
