@@ -475,6 +475,8 @@ def train_on_cluster(
     # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see it.
     for name in ("CONTROLLER_STRUCTURED_LOGGING", "WORKER_STRUCTURED_LOGGING", "PRINT_PATCH"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
+    # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the next look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(

@@ -6,7 +6,6 @@ Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,27 +39,6 @@ def real_data() -> Path:
     if not (folder / "pbmc3k_10x.h5ad").exists():
         pytest.skip(f"no real data in {folder}")
     return folder
-
-
-@contextmanager
-def _local_ray() -> Iterator[None]:
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(address="local", num_cpus=4, object_store_memory=300 * 2**20, include_dashboard=False, log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    """A private Ray of four CPUs for the tests of one module, never a cluster that happens to run on this machine."""
-    with _local_ray():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -107,9 +85,11 @@ def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
     """URI of an atlas with the cells of `sim_h5ads`, ingested once; read it only."""
+    from local_ray import some_ray
+
     from data_ingest.ingest import ingest
 
     uri = str(tmp_path_factory.mktemp("atlas") / "atlas")
-    with _local_ray():
+    with some_ray():
         ingest(sim_h5ads, uri)
     return uri

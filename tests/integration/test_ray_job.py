@@ -94,7 +94,7 @@ def stop(process: subprocess.Popen) -> None:
     """End one node as a pod is ended; `ray stop` would end every Ray on this machine."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=30)
+        process.wait(timeout=5)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
