@@ -29,7 +29,7 @@ from data_ingest.h5ad import H5adFile, check_counts
 from jobs.cells import AtlasCells, CellSource, H5adCells, query_cells
 from jobs.labelling import OBS_PREFIX, label_cells, write_to_atlas
 from jobs.tracking import code_identity, pinned_model, resolve_model
-from screformer.calibration import LEVELS
+from screformer.calibration import LEVELS, present_labels
 from screformer.config import TrackingConfig
 from screformer.predictor import ANSWER_COLUMNS, MIN_GENE_OVERLAP, GeneMatch, Predictor
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 COLUMNS = ANSWER_COLUMNS
 """obs columns that are written."""
 MAJORITY_COLUMN = "majority_label"
+PRESENT_COLUMN = "present_label"
 PROVENANCE = "screformer"
 """Key in uns that says which model labelled the file."""
 
@@ -90,6 +91,7 @@ def annotate(
     probabilities: bool = False,
     embedding: bool = False,
     majority_vote: str = "",
+    drop_absent: bool = False,
     overwrite: bool = False,
 ) -> Annotation:
     """Copy an .h5ad file and label its cells.
@@ -110,6 +112,8 @@ def annotate(
         embedding: Also write `obsm["X_screformer"]`, float32 (n, d).
         majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most frequent best label of the cell's
             cluster. Empty writes none.
+        drop_absent: Also write `present_label`, the best label among those that the file's cells as a whole hold
+            (`screformer.calibration.present_labels`); holds 4 bytes per cell and label in memory.
         overwrite: Replace an existing target.
 
     Returns:
@@ -127,6 +131,7 @@ def annotate(
     with H5adFile.open(source, layer=layer, raw=raw) as file:
         match = predictor.match_var(file.var)
         match.require(min_gene_overlap, source=f"{source} ({file.source})")
+        _require_prior(predictor, drop_absent)
         clusters = _clusters(file.obs, majority_vote) if majority_vote else None
         for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
             check_counts(counts, file=file, start=start)
@@ -135,11 +140,13 @@ def annotate(
         try:
             shutil.copyfile(source, partial)
             with h5py.File(partial, "r+") as copy:
-                writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding)
+                writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding, drop_absent=drop_absent)
                 _label(predictor, file, match, writer)
                 writer.finish(model=model, file=file, match=match)
                 if clusters is not None:
                     writer.vote(clusters)
+                if drop_absent:
+                    writer.drop_absent()
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
@@ -160,7 +167,9 @@ def annotate(
 class _Writer:
     """Adds our columns to an open copy, chunk by chunk."""
 
-    def __init__(self, copy: h5py.File, predictor: Predictor, file: H5adFile, *, probabilities: bool, embedding: bool):
+    def __init__(
+        self, copy: h5py.File, predictor: Predictor, file: H5adFile, *, probabilities: bool, embedding: bool, drop_absent: bool
+    ) -> None:
         obs = copy["obs"]
         if not isinstance(obs, h5py.Group):
             raise ValueError(f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again")
@@ -170,6 +179,7 @@ class _Writer:
         if length != num_cells:
             raise ValueError(f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged, write it again")
         self._copy, self._predictor = copy, predictor
+        self._probabilities_nk = np.zeros((num_cells if drop_absent else 0, num_labels), np.float32)
         self.cells_a, self.confidence_a, self.num_empty = np.zeros(num_answers, np.int64), np.zeros(num_answers), 0
         self.moved = self._make_room()
         cl_ids, self._cl_code_a = np.unique(predictor.answer_cl_ids.astype(str), return_inverse=True)
@@ -202,6 +212,8 @@ class _Writer:
         self._scores[start:stop] = found.confidence
         self._unknown_scores[start:stop] = found.unknown_score
         self._unknown[start:stop] = found.unknown
+        if len(self._probabilities_nk):
+            self._probabilities_nk[start:stop] = found.probabilities_nk
         for key, values in (("screformer_probabilities", found.probabilities_nk), ("X_screformer", found.embedding_nd)):
             if key in self._obsm:
                 self._obsm[key][start:stop] = values
@@ -234,19 +246,25 @@ class _Writer:
 
     def vote(self, clusters_n: np.ndarray) -> None:
         """Add `majority_label`: of each cluster (codes >= 0), the best label that most of its cells have."""
+        self._add_labels(MAJORITY_COLUMN, majority(self._best_codes[:], clusters_n, len(self._predictor.label_names)))
+
+    def drop_absent(self) -> None:
+        """Add `present_label`: the best label among those that the cells as a whole hold."""
+        self._add_labels(PRESENT_COLUMN, present_labels(self._probabilities_nk, self._predictor.calibration.prior_k))
+
+    def _add_labels(self, column: str, codes_n: np.ndarray) -> None:
         obs = self._copy["obs"]
-        obs.pop(MAJORITY_COLUMN, None)
-        voted = majority(self._best_codes[:], clusters_n, len(self._predictor.label_names))
-        self._categorical(MAJORITY_COLUMN, self._predictor.label_names, len(voted))[:] = voted
+        obs.pop(column, None)
+        self._categorical(column, self._predictor.label_names, len(codes_n))[:] = codes_n
         order = [_text(name) for name in obs.attrs["column-order"]]
-        obs.attrs.create("column-order", [*order, MAJORITY_COLUMN], dtype=h5py.string_dtype())
+        obs.attrs.create("column-order", [*order, column], dtype=h5py.string_dtype())
 
     def _make_room(self) -> tuple[str, ...]:
         """Rename columns of the input that have our names; those of an earlier run go."""
         obs = self._copy["obs"]
         ours = "uns" in self._copy and PROVENANCE in self._copy["uns"]
         moved = []
-        for name in (*COLUMNS, MAJORITY_COLUMN):
+        for name in (*COLUMNS, MAJORITY_COLUMN, PRESENT_COLUMN):
             if name not in obs:
                 continue
             if ours:
@@ -272,7 +290,15 @@ class _Writer:
         return self._array(group, "codes", (num_cells,), np.int8 if len(categories) < 128 else np.int16)
 
 
-def annotate_adata(adata: Any, model: str | Path, *, layer: str = "", majority_vote: str = "", tracking_uri: str = "") -> Any:
+def annotate_adata(
+    adata: Any,
+    model: str | Path,
+    *,
+    layer: str = "",
+    majority_vote: str = "",
+    drop_absent: bool = False,
+    tracking_uri: str = "",
+) -> Any:
     """Label the cells of an AnnData.
 
     Args:
@@ -280,6 +306,7 @@ def annotate_adata(adata: Any, model: str | Path, *, layer: str = "", majority_v
         model: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` or a model directory.
         layer: Counts are in this layer instead of X.
         majority_vote: obs column of clusters; adds `majority_label`.
+        drop_absent: Adds `present_label`, the best label among those that the cells as a whole hold.
         tracking_uri: Where models are kept; empty takes MLFLOW_TRACKING_URI, else ./mlflow.db.
 
     Returns:
@@ -295,13 +322,16 @@ def annotate_adata(adata: Any, model: str | Path, *, layer: str = "", majority_v
     counts = adata.layers[layer] if layer else adata.X
     match = predictor.match_var(adata.var)
     match.require(MIN_GENE_OVERLAP, source="adata")
-    tables, codes, embeddings = [], [], []
+    _require_prior(predictor, drop_absent)
+    tables, codes, embeddings, probabilities = [], [], [], []
     for start in range(0, adata.n_obs, _CELLS_PER_CHUNK):
         rows = slice(start, start + _CELLS_PER_CHUNK)
         found = predictor.predict_counts(counts[rows], match, source="adata")
         tables.append(found.table(adata.obs_names[rows]))
         codes.append(found.label_codes)
         embeddings.append(found.embedding_nd)
+        if drop_absent:
+            probabilities.append(found.probabilities_nk)
     labelled = adata.copy()
     table = pd.concat(tables)
     for name in COLUMNS:
@@ -310,6 +340,9 @@ def annotate_adata(adata: Any, model: str | Path, *, layer: str = "", majority_v
     if majority_vote:
         voted = majority(np.concatenate(codes), _clusters(adata.obs, majority_vote), len(predictor.label_names))
         labelled.obs[MAJORITY_COLUMN] = pd.Categorical.from_codes(voted, categories=predictor.label_names.tolist())
+    if drop_absent:
+        present = present_labels(np.concatenate(probabilities), predictor.calibration.prior_k)
+        labelled.obs[PRESENT_COLUMN] = pd.Categorical.from_codes(present, categories=predictor.label_names.tolist())
     return labelled
 
 
@@ -321,6 +354,13 @@ def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np
     voted = codes_n.copy()
     voted[inside] = votes.argmax(axis=1)[clusters_n[inside]]
     return voted
+
+
+def _require_prior(predictor: Predictor, drop_absent: bool) -> None:
+    if drop_absent and not predictor.calibration.prior_k:
+        raise ValueError(
+            "--drop-absent needs a model that knows its labels' shares in training; this one is older, or had no validation cells"
+        )
 
 
 def _clusters(obs: pd.DataFrame, column: str) -> np.ndarray:
@@ -359,6 +399,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--parquet", action="store_true", help="write Parquet instead of .h5ad copies")
     parser.add_argument("--write-obs", action="store_true", help="also write the labels into obs of the atlas, as screformer_...")
     parser.add_argument("--majority-vote", default="", metavar="COLUMN", help="obs column of clusters; adds majority_label")
+    parser.add_argument(
+        "--drop-absent", action="store_true", help="adds present_label: the best label among those that the file as a whole holds"
+    )
     counts = parser.add_mutually_exclusive_group()
     counts.add_argument("--layer", help="take counts from this layer instead of X")
     counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X (default) or raw.X")
@@ -402,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 probabilities=args.probabilities,
                 embedding=args.embedding,
                 majority_vote=args.majority_vote,
+                drop_absent=args.drop_absent,
                 overwrite=args.overwrite,
             )
             print(done)
@@ -446,12 +490,15 @@ def _targets(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     if args.atlas:
         if args.majority_vote:
             raise ValueError("--majority-vote works on .h5ad files, whose clusters stand in obs; drop it or --atlas")
+        if args.drop_absent:
+            raise ValueError("--drop-absent writes into .h5ad copies; drop it or --atlas")
         return [(Path(), out if out.suffix == ".parquet" else out.with_name(out.name + ".parquet"))]
     if args.write_obs:
         raise ValueError("--write-obs writes into an atlas; give --atlas instead of --h5ad")
     if args.parquet or out.suffix == ".parquet":
-        if args.majority_vote:
-            raise ValueError("--majority-vote writes into .h5ad copies; drop it or --parquet")
+        for flag, given in (("--majority-vote", args.majority_vote), ("--drop-absent", args.drop_absent)):
+            if given:
+                raise ValueError(f"{flag} writes into .h5ad copies; drop it or --parquet")
         if len(sources) == 1 and out.suffix == ".parquet":
             return [(sources[0], out)]
         return [(source, out / f"{source.stem}.parquet") for source in sources]

@@ -5,6 +5,7 @@ Axes: n cells, k classes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from jobs.figures import reliability_figure
 from jobs.report import Report
 from jobs.study import OURS, FoldResult, Study, baseline_title
 from jobs.tracking import confusion_figure
-from screformer.calibration import expected_calibration_error, reliability
+from screformer.calibration import expected_calibration_error, present_labels, reliability
 from screformer.metrics import LabelCounts
 
 if TYPE_CHECKING:
@@ -31,12 +32,13 @@ METRICS = {
     "accuracy": "accuracy",
     "weighted_f1": "weighted F1",
     "balanced_accuracy": "balanced accuracy",
+    "macro_f1_present": "macro-F1, absent types dropped",
     "macro_f1_known": "macro-F1 of known types",
     "ontology_f1": "ontology-aware macro-F1",
     "ece": "calibration error",
 }
 """Scores by name, with how they are called."""
-COMPARED = ("macro_f1", "accuracy", "balanced_accuracy")
+COMPARED = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy")
 """Scores whose differences the report shows; `report.json` has all."""
 CONFIDENCE = 0.95
 
@@ -52,7 +54,9 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
     """Scores of one fold.
 
     Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which leaves them out. In
-    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the more general one.
+    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the more general one. In
+    `macro_f1_present` labels are dropped that the test cells as a whole do not hold (`screformer.calibration.present_labels`); their own
+    labels are not asked for that.
     """
     k = len(study.label_names)
     whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)
@@ -65,6 +69,8 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
     found |= {"macro_f1_known": known.macro_f1, "ontology_f1": lenient.macro_f1}
     if result.probabilities_nk is not None:
         found["ece"] = expected_calibration_error(result.probabilities_nk, result.labels_n)
+        present = dataclasses.replace(result, predicted_n=present_labels(result.probabilities_nk, result.account["prior"]))
+        found["macro_f1_present"] = float(counts(present, k).macro_f1)
     return found
 
 
@@ -131,14 +137,19 @@ def spread_text(entry: Mapping[str, Any] | None) -> str:
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
-    """In a sentence, how ours does against the best baseline in macro-F1."""
-    others = {name: entry for name, entry in tree.items() if name != OURS and "difference" in entry["metrics"].get("macro_f1", {})}
+    """In a few sentences, how ours does against the best baseline in macro-F1, and with absent types dropped on both sides."""
+    said = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
+    return "\n\n".join(dict.fromkeys(said))
+
+
+def _verdict(tree: Mapping[str, Any], metric: str) -> str:
+    others = {name: entry for name, entry in tree.items() if name != OURS and "difference" in entry["metrics"].get(metric, {})}
     if not others:
         return "There is no baseline to compare with."
-    best = max(others, key=lambda name: others[name]["metrics"]["macro_f1"]["mean"])
-    difference, title = others[best]["metrics"]["macro_f1"]["difference"], others[best]["title"]
-    ours, theirs = tree[OURS]["metrics"]["macro_f1"]["mean"], others[best]["metrics"]["macro_f1"]["mean"]
-    said = f"{OURS} has macro-F1 {ours:.3f}; the best baseline, {title}, has {theirs:.3f}."
+    best = max(others, key=lambda name: others[name]["metrics"][metric]["mean"])
+    difference, title = others[best]["metrics"][metric]["difference"], others[best]["title"]
+    ours, theirs = tree[OURS]["metrics"][metric]["mean"], others[best]["metrics"][metric]["mean"]
+    said = f"{OURS} has {METRICS[metric]} {ours:.3f}; the best baseline, {title}, has {theirs:.3f}."
     said += f" The paired difference is {difference_text(difference)}: "
     if difference["low"] > 0:
         return said + f"{OURS} is better."

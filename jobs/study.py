@@ -37,6 +37,7 @@ from screformer.calibration import fit_calibration
 from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
+from screformer.training import label_prior
 
 OURS = "scReformer-BERT"
 STUDY = "study.json"
@@ -155,7 +156,8 @@ class FoldResult:
     known: list[int]
     """Classes that the fold's training cells have."""
     account: dict[str, Any]
-    """`seconds`, `cells_per_s` of training, `peak_memory_gb`, `parameters`, `chosen` settings, `notes`."""
+    """`seconds`, `cells_per_s` of training, `peak_memory_gb`, `parameters`, `chosen` settings, `notes`; `prior`, the share of each of the k
+    classes in training."""
 
     def save(self, folder: Path) -> None:
         """Write both files; the account last, which marks the fold as finished."""
@@ -365,7 +367,10 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             counts = sample.counts_ng
             said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=sample.total_n)
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
+        prior = np.zeros(len(study.label_names))
+        prior[known] = predictor.calibration.prior_k
         account = {
+            "prior": prior.tolist(),
             "seconds": time.perf_counter() - start_s,
             "cpu_seconds": time.process_time() - cpu_start_s,
             "train_seconds": train_s,
@@ -454,6 +459,7 @@ def run_baseline_fold(
         probabilities_nk=answer.probabilities_nk,
         known=known,
         account={
+            "prior": (np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)).tolist(),
             "seconds": cost.seconds,
             "cpu_seconds": cost.cpu_seconds,
             "peak_memory_gb": cost.peak_memory_gb,
@@ -524,7 +530,8 @@ def _train(
         outcome = train_alone(config, task, streams, cells.labels, cells.class_counts_k, arrays, report)
         calibration = None
         if outcome.val_outputs is not None and len(outcome.val_outputs):
-            calibration = fit_calibration(outcome.val_outputs, lineage(cells.labels["cl_ids"]))
+            prior_k = label_prior(cells.class_counts_k, config.train.class_weighting)
+            calibration = fit_calibration(outcome.val_outputs, lineage(cells.labels["cl_ids"]), prior_k=prior_k)
         save_model(folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration)
     speeds = history.get("train/cells_per_s", [0.0])
     return folder / "model", {

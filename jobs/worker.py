@@ -30,7 +30,7 @@ from screformer.checkpoint import POSITION, load_training, read_position, read_w
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import build_engine
 from screformer.model import ScReformer
-from screformer.training import Batch, Outcome, Parts, Progress, Weights, fit, freeze_parameters
+from screformer.training import Batch, Outcome, Parts, Progress, Weights, fit, freeze_parameters, label_prior
 
 REPLAY_BYTES = 512 * 2**20
 """Validation batches of a rank up to this size are kept in memory, so that each validation after the first reads nothing."""
@@ -102,7 +102,8 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     scores = {**(outcome.val.scores("best_val") if outcome.val else {}), **(outcome.test.scores("test") if outcome.test else {})}
     calibration = None
     if outcome.val_outputs is not None and len(outcome.val_outputs):
-        calibration = fit_calibration(outcome.val_outputs, Lineage.from_json(loop_config["lineage"]))
+        prior_k = label_prior(np.asarray(loop_config["class_counts"]), config.train.class_weighting)
+        calibration = fit_calibration(outcome.val_outputs, Lineage.from_json(loop_config["lineage"]), prior_k=prior_k)
         scores |= calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
         if rank == 0:
             loop_config["run"].log_metrics(

@@ -32,6 +32,9 @@ MIN_PROBABILITY = 0.5
 """Least calibrated probability of what is said, of a label or of all labels below a term: more likely right than wrong."""
 MOST_CELLS = 50_000
 """Cells, at most, whose outputs are kept for calibration; it learns a few numbers."""
+LEAST_CELLS = 0.5
+"""A label of which a query holds fewer cells, by the estimate of `composition`, is absent: the estimate rounds to none."""
+_EM_STEPS = 300
 _PRIOR_CELLS = 10
 """Weight, in cells, of what is usual over all labels in what is usual for one: a rare label has few validation cells or none."""
 _BINS = 15
@@ -147,6 +150,8 @@ class Calibration:
     """Least probability of what is said of a cell."""
     lineage: Lineage = Lineage()
     """Where to step back to."""
+    prior_k: tuple[float, ...] = ()
+    """Share of each label in what the network was trained on, weighted as in its loss; empty where that is not known."""
     measured: Mapping[str, float] | None = None
     """On which cells and how well: see `fit_calibration`. None where the model was not calibrated."""
 
@@ -211,6 +216,7 @@ class Calibration:
             "unknown_threshold": self.unknown_threshold,
             "min_probability": self.min_probability,
             "lineage": self.lineage.to_json(),
+            "prior": list(self.prior_k),
             "measured": dict(self.measured or {}),
         }
 
@@ -233,16 +239,20 @@ class Calibration:
             unknown_threshold=float(tree["unknown_threshold"]),
             min_probability=float(tree["min_probability"]),
             lineage=Lineage.from_json(tree["lineage"]),
+            prior_k=tuple(tree.get("prior", ())),  # models of before 2026-12 have none
             measured=dict(tree["measured"]),
         )
 
 
-def fit_calibration(outputs: CellOutputs, lineage: Lineage, *, false_alarm_rate: float = FALSE_ALARM_RATE) -> Calibration:
+def fit_calibration(
+    outputs: CellOutputs, lineage: Lineage, *, prior_k: Sequence[float] | np.ndarray = (), false_alarm_rate: float = FALSE_ALARM_RATE
+) -> Calibration:
     """Learn the temperature, the usual logits and the unknown threshold.
 
     Args:
         outputs: Of validation cells, at least one; none of them trained the weights.
         lineage: Terms above the labels.
+        prior_k: Share of each label in what the network was trained on, weighted as in its loss.
         false_alarm_rate: Share of these cells that the threshold calls unknown, in (0, 1).
 
     Returns:
@@ -268,6 +278,7 @@ def fit_calibration(outputs: CellOutputs, lineage: Lineage, *, false_alarm_rate:
         unknown_threshold=float(threshold),
         min_probability=MIN_PROBABILITY,
         lineage=lineage,
+        prior_k=tuple(float(share) for share in prior_k),
         measured={
             "cells": float(len(labels)),
             "false_alarm_rate": false_alarm_rate,
@@ -276,6 +287,41 @@ def fit_calibration(outputs: CellOutputs, lineage: Lineage, *, false_alarm_rate:
             "ece_after": expected_calibration_error(softmax(logits / temperature, axis=1), labels),
         },
     )
+
+
+def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
+    """How many cells of each label a query holds, estimated from all of its cells together.
+
+    The probabilities of a cell presume the shares that the labels had in training. Expectation-maximisation finds the query's own shares:
+    those which, put in the place of the former, are again the mean over the cells.
+
+    Args:
+        probabilities_nk: Of the query's cells, calibrated.
+        prior_k: Shares in training; a label whose share is 0 stays at 0.
+
+    Returns:
+        Expected cells of each label, float64 (k,).
+
+    Source: Saerens et al., Adjusting the outputs of a classifier to new a priori probabilities, Neural Computation 2002.
+    """
+    probabilities, prior = probabilities_nk.astype(np.float64), np.asarray(prior_k, np.float64)
+    relative_nk = np.divide(probabilities, prior, out=np.zeros_like(probabilities), where=prior > 0)
+    share = prior / prior.sum()
+    for _ in range(_EM_STEPS):
+        joint_nk = relative_nk * share
+        share = (joint_nk / np.maximum(joint_nk.sum(axis=1, keepdims=True), 1e-300)).mean(axis=0)
+    return share * len(probabilities)
+
+
+def present_labels(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
+    """The best label of each cell among those that the query as a whole holds, int64 (n,); arguments as of `composition`.
+
+    A type that is not there can still be the best label of a few odd cells, each of which stands for a type of its own in a summary.
+    """
+    if not len(probabilities_nk):
+        return np.zeros(0, np.int64)
+    present = composition(probabilities_nk, prior_k) >= LEAST_CELLS
+    return np.where(present | ~present.any(), probabilities_nk, -1.0).argmax(axis=1)
 
 
 def _usual_logits(own_n: np.ndarray, labels_n: np.ndarray, num_classes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

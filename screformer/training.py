@@ -214,6 +214,12 @@ def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
     return (weights_k / max((weights_k * frequency_k).sum(), 1e-12)).astype(np.float32)
 
 
+def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
+    """Share of each label in the loss, (k,): what a network takes for granted before it sees a cell."""
+    shares_k = counts_k * class_weights(counts_k, weighting)
+    return shares_k / max(shares_k.sum(), 1e-12)
+
+
 def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tensor:
     """Detected genes whose expression pre-training hides, bool (n, l): a pure function of seed, step, cell and gene."""
     detected_nl = (batch["token_ids"] >= NUM_SPECIAL) & (batch["values"] > 0)

@@ -36,6 +36,7 @@ def calibrated_tiny_model(directory: Path) -> Path:
         logit_std_k=(0.5,) * 4,
         unknown_threshold=0.0,
         lineage=lineage(LABELS["cl_ids"]),
+        prior_k=(0.25,) * 4,
         measured={"cells": 9.0, "false_alarm_rate": 0.05, "accuracy": 0.5, "ece_before": 0.2, "ece_after": 0.1},
     )
     save_model(directory, loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta, calibration)

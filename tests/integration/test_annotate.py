@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
-from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
+from tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 
 import screformer
 from data_ingest.atlas import AtlasLocator
 from jobs import labelling
 from jobs.annotate import COLUMNS, annotate, main
 from jobs.tracking import register_model, start_run
+from screformer.calibration import present_labels
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.predictor import Predictor
 
@@ -315,6 +316,22 @@ def test_an_atlas_query_is_labelled_and_written_back(
     assert (after["screformer_predicted_labels"][~chosen] == "").all() and after["screformer_conf_score"][~chosen].isna().all()
     for column in before:
         assert after[column].astype(str).tolist() == before[column].astype(str).tolist(), f"{column} stays as it is"
+
+
+def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp_path: Path) -> None:
+    adata, model_dir = _cells(), calibrated_tiny_model(tmp_path / "model")
+    calibrated = Predictor.load(model_dir, device="cpu")
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    annotate(calibrated, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", drop_absent=True, probabilities=True)
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    expected = present_labels(written.obsm["screformer_probabilities"], calibrated.calibration.prior_k)
+    found = written.obs["present_label"].astype(str).tolist()
+    assert found == [LABELS["names"][code] for code in expected] and len(set(found)) > 1
+    _check(written.obs, _expected(calibrated, adata))  # the other columns are those of each cell for itself
+    adata.var.index = adata.var["feature_id"]
+    assert screformer.annotate(adata, model=model_dir, drop_absent=True).obs["present_label"].astype(str).tolist() == found
+    with pytest.raises(ValueError, match="--drop-absent needs a model that knows its labels' shares in training"):
+        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", drop_absent=True)
 
 
 def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tmp_path: Path) -> None:

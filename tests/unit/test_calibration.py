@@ -14,8 +14,10 @@ from screformer.calibration import (
     Lineage,
     OutputSample,
     Term,
+    composition,
     expected_calibration_error,
     fit_calibration,
+    present_labels,
     reliability,
 )
 from screformer.checkpoint import load_model, save_model
@@ -42,6 +44,33 @@ def test_the_temperature_undoes_over_and_underconfidence(stretch: float) -> None
     after = expected_calibration_error(calibration.probabilities(other.logits_nk), other.labels_n)
     assert after < 0.015 and (stretch == 1 or after < before / 3)
     assert calibration.measured is not None and calibration.measured["ece_after"] < 0.015
+
+
+def _query(shares: list[float], num_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels drawn with these shares, and the probabilities of who expects equal shares and sees each label's number with noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(len(shares), num_cells, p=shares)
+    seen = np.eye(len(shares))[labels] + rng.normal(0, 0.5, (num_cells, len(shares)))
+    likelihood = np.exp(-((seen[:, None] - np.eye(len(shares))) ** 2).sum(2) / (2 * 0.5**2))
+    return labels, likelihood / likelihood.sum(axis=1, keepdims=True)
+
+
+def test_the_composition_of_a_query_is_found_and_absent_types_are_dropped() -> None:
+    shares = [0.7, 0.27, 0.03, 0.0]
+    labels, probabilities = _query(shares, 5_000)
+    best = probabilities.argmax(axis=1)
+    assert (best == 3).sum() > 100, "some cells look like the type that is not there"
+    found = composition(probabilities, [0.25] * 4)
+    assert found.sum() == pytest.approx(5_000) and found[:3] == pytest.approx(np.bincount(labels, minlength=3), rel=0.15)
+    assert found[3] < 0.5
+    present = present_labels(probabilities, [0.25] * 4)
+    assert set(present) == {0, 1, 2} and (present[best < 3] == best[best < 3]).all(), "other cells keep their label"
+    assert (present == labels).mean() > (best == labels).mean()
+    # Where the training shares are other ones, probabilities are other ones too, and the composition is the same.
+    prior = np.array([0.1, 0.1, 0.4, 0.4])
+    shifted = probabilities * prior / (probabilities * prior).sum(axis=1, keepdims=True)
+    assert composition(shifted, prior) == pytest.approx(found, rel=1e-3, abs=0.5)
+    assert len(present_labels(np.zeros((0, 4), np.float32), prior)) == 0
 
 
 def test_the_calibration_error_is_its_definition() -> None:
