@@ -1,21 +1,22 @@
 """One Ray for all tests of this folder, so that not each module pays for its start and its workers' imports."""
 
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="package")
-def _end_of_ray() -> Iterator[None]:
-    import ray
-
-    yield
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
-def ray_local(_end_of_ray: None) -> None:
+def ray_local() -> None:
     """A private Ray of four CPUs, which later modules go on with."""
     from local_ray import start_ray
 
     start_ray()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End it after the folder's last test: others want none."""
+    last = nextitem is None or Path(__file__).parent not in nextitem.path.parents
+    if last and "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
