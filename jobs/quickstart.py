@@ -185,12 +185,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         sizes = ", ".join(f"{part} {len(positions):,}" for part, positions in cells.parts.items())
         clock.say("query", f"{len(cells.labels['names'])} major types; cells: {sizes}; held-out {config.split.group_by}: {held}")
 
-        pretrained = run_training(config.merge({"train.max_steps": args.pretrain_steps}), "pretrain")
-        clock.say(
-            "pretrain", f"{args.pretrain_steps} steps, loss {pretrained.metrics.get('best_val/loss', float('nan')):.4f} on validation cells"
-        )
+        start = None
+        if args.pretrain_steps:
+            pretrained = run_training(config.merge({"train.max_steps": args.pretrain_steps}), "pretrain")
+            start, loss = pretrained.model_dir, pretrained.metrics.get("best_val/loss", float("nan"))
+            clock.say("pretrain", f"{args.pretrain_steps} steps, loss {loss:.4f} on validation cells")
 
-        tuned = run_training(config, "finetune", init_from=pretrained.model_dir)
+        tuned = run_training(config, "finetune", init_from=start)
         assert tuned.model_version is not None
         model = f"models:/{config.tracking.model_name}/{tuned.model_version}"
         clock.say("finetune", f"{config.train.max_steps} steps, macro-F1 {tuned.metrics['best_val/macro_f1']:.3f} on validation cells")
@@ -280,7 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--annotate", type=Path, metavar="FILE", help=".h5ad to label in the end; default: the held-out donors' cells")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (default ./quickstart)")
     parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="settings (default jobs/recipes/quickstart.yaml)")
-    parser.add_argument("--pretrain-steps", type=int, default=100, metavar="N", help="steps of pre-training (default %(default)s)")
+    parser.add_argument(
+        "--pretrain-steps", type=int, default=100, metavar="N", help="steps of pre-training; 0 leaves it out (default %(default)s)"
+    )
     parser.add_argument("--cells", type=int, default=2400, metavar="N", help="cells to simulate (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from the recipe")
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)

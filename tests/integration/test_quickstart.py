@@ -56,7 +56,10 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
 def test_own_files_with_named_test_donors(tmp_path: Path, sim_h5ads: list[Path]) -> None:
     donors = ["sim_blood_donor2", "sim_blood_panel_donor4"]
     files = [str(path) for path in sim_h5ads[:2]]
-    result, said = run_quickstart(tmp_path / "qs", "--h5ad", *files, "--test-donors", *donors, "cluster.num_workers=1")
+    result, said = run_quickstart(
+        tmp_path / "qs", "--h5ad", *files, "--test-donors", *donors, "--pretrain-steps", "0", "cluster.num_workers=1"
+    )
+    assert "] finetune" in said and "] pretrain" not in said
     assert f"held-out donor_id: {', '.join(donors)}" in said
     annotated = anndata.read_h5ad(result["annotated"])
     assert sorted(annotated.obs["donor_id"].unique()) == donors
