@@ -35,7 +35,7 @@ SELF_SCORE = -5e4
 """Score of a token with itself, taken only where there is nothing else to attend to. reformer-pytorch's value, safe in half precision."""
 _MAX_COLUMNS = 64
 """Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend on its neighbours."""
-CROSSOVER_TOKENS = 1024
+CROSSOVER_TOKENS = 1536
 """Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a CPU (docs/performance.md)."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
