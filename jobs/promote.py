@@ -178,9 +178,9 @@ def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: 
     if before is None:
         better, reason = True, "there was no champion"
     else:
-        champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking))
-        folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
         try:
+            champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking))
+            folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
             comparison = compare_models(candidate, champion) if folds is None else None
             if comparison is not None:
                 measured = {key: getattr(comparison, key) for key in ("difference", "low", "high", "num_cells", "accuracy")}

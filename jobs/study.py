@@ -368,7 +368,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=sample.total_n)
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
-        prior[known] = predictor.calibration.prior_k
+        prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)
         account = {
             "prior": prior.tolist(),
             "seconds": time.perf_counter() - start_s,

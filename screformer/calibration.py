@@ -239,7 +239,7 @@ class Calibration:
             unknown_threshold=float(tree["unknown_threshold"]),
             min_probability=float(tree["min_probability"]),
             lineage=Lineage.from_json(tree["lineage"]),
-            prior_k=tuple(tree.get("prior", ())),  # models of before 2026-12 have none
+            prior_k=tuple(tree.get("prior", ())),  # older models have none
             measured=dict(tree["measured"]),
         )
 
