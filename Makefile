@@ -21,7 +21,7 @@ quickstart: install
 	$(RUN) -m jobs.quickstart $(ARGS)
 
 test: $(VENV)/installed-for-tests
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-for-tests
 	$(RUN) -m ruff check .

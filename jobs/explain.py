@@ -288,7 +288,8 @@ def _summarise(
                 "label": names[code],
                 "cells": int(counts_k[code]),
                 "markers": ", ".join(hits),
-                "markers_known": len(known),
+                "markers_listed": len(known),
+                "markers_in_model": int(known["feature_id"].isin(predictor.vocabulary.feature_ids).sum()),
                 "shared_with_regression": shared,
                 "top_genes": ", ".join(gene_names[top[code]]),
             }
@@ -438,7 +439,8 @@ def _said(summary: dict[str, Any]) -> str:
         f"memory: {summary['memory_gb']['task_peak']:.2f} GB in a task, {summary['memory_gb']['driver_peak']:.2f} GB in the driver",
     ]
     for row in summary["classes"]:
-        found = row["markers"] or ("none of the known markers" if row["markers_known"] else "no markers are listed for it")
+        known = f"{row['markers_in_model']} of the {row['markers_listed']} listed for it are among the model's genes"
+        found = row["markers"] or f"none; {known}"
         lines.append(f"  {row['label']} ({row['cells']} cells), markers among the top {TOP_GENES}: {found}")
         lines.append(f"    {row['top_genes']}")
     return "\n".join(lines)

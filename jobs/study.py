@@ -408,6 +408,10 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     Returns:
         The version; None where the tracking server is away and takes the model later.
     """
+    registered = study.run_dir / "registered.json"
+    if registered.exists():  # a study that is resumed after its end registers nothing twice
+        version: int | None = json.loads(registered.read_text())["version"]
+        return version
     everything = len(study.folds)  # no cell is tested there, so all take part
     crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
     config = config.merge({"tracking.run_name": "all folds"})
@@ -417,7 +421,9 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
         cells = study.cells(config, "finetune", everything, start_dir)
         model_dir, _ = _train(config, "finetune", cells, start_dir, run, study.run_dir / "final")
         add_meta(model_dir, {"folds": dict(folds)})
-        return run.register(model_dir, config.tracking.model_name)
+        version = run.register(model_dir, config.tracking.model_name)
+    registered.write_text(json.dumps({"version": version, "settings": dict(settings)}))
+    return version
 
 
 def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndarray, np.ndarray, list[int]]:

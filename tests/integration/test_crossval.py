@@ -17,8 +17,9 @@ import pytest
 
 from jobs import ablate, crossval
 from jobs.baselines import BASELINES
+from jobs.crossval import read_study
 from jobs.model_card import model_card
-from jobs.study import OURS, StudyConfig, open_study, results_of, run_fold
+from jobs.study import OURS, StudyConfig, open_study, register_final, results_of, run_fold
 from jobs.tracking import resolve_model
 from jobs.tune import check_study_layout, num_cpus, run_trials
 from screformer.checkpoint import load_model
@@ -151,6 +152,12 @@ def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any
     again = time.perf_counter()
     run_fold(study, settings, 1)
     assert time.perf_counter() - again < 1
+
+
+def test_a_finished_study_registers_nothing_twice(prepared: Any, killed: Any) -> None:
+    run_dir, result, _, _ = killed
+    study = open_study(StudyConfig.from_dict(read_study(str(run_dir))["config"]), run_dir=run_dir, resume=True)
+    assert register_final(study, {}, {}) == result["model_version"], "the version that is there, not another one"
 
 
 def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:

@@ -36,7 +36,7 @@ class Cluster:
         logs = Path(self.folders[node]).glob("session_latest/logs/worker-*.out")
         return sum(":actor_name:RayTrainWorker" in path.read_text() for path in logs)
 
-    def submit(self, *entrypoint: str, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 240) -> tuple[int, str]:
+    def submit(self, *entrypoint: str, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 480) -> tuple[int, str]:
         """Exit status and output of `ray job submit`, which waits for the job."""
         command = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--working-dir", REPO_ROOT, "--", *entrypoint]
         done = subprocess.run(
@@ -219,7 +219,7 @@ def test_local_ray_from_any_directory(tmp_path: Path) -> None:
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", program, REPO_ROOT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program, REPO_ROOT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
