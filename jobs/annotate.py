@@ -1,8 +1,9 @@
 """Label the cells of .h5ad files, or of an atlas query, with a registered model.
 
 The output of a file is a copy of it with new obs columns (X and everything else stay as they are, byte by byte), or a folder of
-Parquet; that of an atlas query is a folder of Parquet, or new obs columns of the atlas. Cells are read, labelled and written in chunks,
-so memory does not grow with their number.
+Parquet; that of an atlas query is a folder of Parquet, or new obs columns of the atlas. Cells are labelled into shards of Parquet first
+(`jobs.labelling`), so memory does not grow with their number, many are labelled in parallel, and an interrupted run goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import h5py
 import numpy as np
 import pandas as pd
 from anndata.io import write_elem
-from tqdm import tqdm
 
 from data_ingest.h5ad import H5adFile, check_counts
 from jobs.cells import AtlasCells, CellSource, H5adCells, query_cells
@@ -43,7 +43,6 @@ PROVENANCE = "screformer"
 """Key in uns that says which model labelled the file."""
 
 _CELLS_PER_CHUNK = 2048
-_CELLS_PER_CSC_CHUNK = 16384  # each block of a CSC matrix costs a pass over all of it
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,7 +70,7 @@ class Annotation:
         ]
         lines += [f"  obs[{name!r}] of the input is kept as {name + '_original'!r}" for name in self.moved]
         if self.num_empty:
-            lines.append(f"  {self.num_empty:,} cells have no count in any gene that the model knows; their labels mean nothing")
+            lines.append(_empty_cells(self.num_empty))
         shown = self.table.assign(
             share=self.table["share"].map("{:.1%}".format), mean_confidence=self.table["mean_confidence"].map("{:.3f}".format)
         )
@@ -98,7 +97,7 @@ def annotate(
 
     Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and says in `uns["screformer"]` where they come from. Columns of these names
     that the input already has are kept as `NAME_original`, unless an earlier run of this command wrote them. The copy appears under its
-    name only when it is complete.
+    name only when it is complete; until then the labels are kept in the folder `TARGET.labels`, from which an interrupted run goes on.
 
     Args:
         predictor: The model.
@@ -128,10 +127,9 @@ def annotate(
     if target.exists() and not overwrite:
         raise ValueError(f"--out {target} exists already; name another file or add --overwrite")
     started = time.perf_counter()
+    _require_prior(predictor, drop_absent)
+    cells = H5adCells.open(predictor, source, min_gene_overlap=min_gene_overlap, layer=layer, raw=raw)
     with H5adFile.open(source, layer=layer, raw=raw) as file:
-        match = predictor.match_var(file.var)
-        match.require(min_gene_overlap, source=f"{source} ({file.source})")
-        _require_prior(predictor, drop_absent)
         clusters = _clusters(file.obs, majority_vote) if majority_vote else None
         for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
             check_counts(counts, file=file, start=start)
@@ -141,8 +139,19 @@ def annotate(
             shutil.copyfile(source, partial)
             with h5py.File(partial, "r+") as copy:
                 writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding, drop_absent=drop_absent)
-                _label(predictor, file, match, writer)
-                writer.finish(model=model, file=file, match=match)
+                labelled = label_cells(
+                    predictor,
+                    cells,
+                    target.with_name(target.name + ".labels"),
+                    model=model,
+                    probabilities=probabilities or drop_absent,
+                    embedding=embedding,
+                    overwrite=overwrite,
+                    scratch=True,
+                )
+                for shard in labelled.shards():
+                    writer.write(shard)
+                writer.finish(model=model, file=file, match=cells.match)
                 if clusters is not None:
                     writer.vote(clusters)
                 if drop_absent:
@@ -150,15 +159,13 @@ def annotate(
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-    table = pd.DataFrame({"label": predictor.answer_names, "cl_id": predictor.answer_cl_ids, "cells": writer.cells_a})
-    table["share"] = table["cells"] / file.n_cells
-    table["mean_confidence"] = writer.confidence_a / np.maximum(writer.cells_a, 1)
+    labelled.discard()
     return Annotation(
         path=target,
-        table=table[table["cells"] > 0].sort_values("cells", ascending=False, kind="stable", ignore_index=True),
-        genes=match,
+        table=labelled.table,
+        genes=cells.match,
         num_cells=file.n_cells,
-        num_empty=writer.num_empty,
+        num_empty=labelled.num_empty,
         moved=writer.moved,
         seconds=time.perf_counter() - started,
     )
@@ -174,22 +181,24 @@ class _Writer:
         if not isinstance(obs, h5py.Group):
             raise ValueError(f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again")
         num_labels, num_cells = len(predictor.label_names), file.n_cells
-        num_answers = len(predictor.answer_names)
         length = obs[obs.attrs["_index"]].shape[0]
         if length != num_cells:
             raise ValueError(f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged, write it again")
         self._copy, self._predictor = copy, predictor
         self._probabilities_nk = np.zeros((num_cells if drop_absent else 0, num_labels), np.float32)
-        self.cells_a, self.confidence_a, self.num_empty = np.zeros(num_answers, np.int64), np.zeros(num_answers), 0
+        self._num_written = 0
         self.moved = self._make_room()
-        cl_ids, self._cl_code_a = np.unique(predictor.answer_cl_ids.astype(str), return_inverse=True)
-        self._label_codes = self._categorical("predicted_labels", predictor.answer_names, num_cells)
-        self._cl_codes = self._categorical("cell_type_ontology_term_id", cl_ids, num_cells)
-        self._level_codes = self._categorical("label_level", np.array(LEVELS), num_cells)
-        self._best_codes = self._categorical("best_label", predictor.label_names, num_cells)
-        self._scores = self._array(obs, "conf_score", (num_cells,))
-        self._unknown_scores = self._array(obs, "unknown_score", (num_cells,))
-        self._unknown = self._array(obs, "unknown", (num_cells,), np.bool_)
+        self._categories = {
+            "predicted_labels": pd.Index(predictor.answer_names),
+            "cell_type_ontology_term_id": pd.Index(np.unique(predictor.answer_cl_ids.astype(str))),
+            "label_level": pd.Index(LEVELS),
+            "best_label": pd.Index(predictor.label_names),
+        }
+        self._codes = {name: self._categorical(name, values.to_numpy(), num_cells) for name, values in self._categories.items()}
+        self._values = {
+            name: self._array(obs, name, (num_cells,), dtype)
+            for name, dtype in (("conf_score", np.float32), ("unknown_score", np.float32), ("unknown", np.bool_))
+        }
         for key in ("uns", "obsm"):
             if key not in copy:
                 write_elem(copy, key, {})
@@ -202,24 +211,22 @@ class _Writer:
                 copy["obsm"].pop(key, None)
                 self._obsm[key] = self._array(copy["obsm"], key, (num_cells, width))
 
-    def write(self, start: int, counts: Any, found: Any, known: np.ndarray) -> None:
-        """Store the predictions of the cells from `start` on."""
-        stop = start + len(found)
-        self._label_codes[start:stop] = found.answer_codes
-        self._cl_codes[start:stop] = self._cl_code_a[found.answer_codes]
-        self._level_codes[start:stop] = found.level_codes
-        self._best_codes[start:stop] = found.label_codes
-        self._scores[start:stop] = found.confidence
-        self._unknown_scores[start:stop] = found.unknown_score
-        self._unknown[start:stop] = found.unknown
+    def write(self, shard: pd.DataFrame) -> None:
+        """Store the labels of the cells that come next."""
+        rows = slice(self._num_written, self._num_written + len(shard))
+        self._num_written = rows.stop
+        for name, codes in self._codes.items():
+            codes[rows] = self._categories[name].get_indexer(shard[name])
+        for name, values in self._values.items():
+            values[rows] = shard[name]
+        found = {
+            "screformer_probabilities": shard.filter(regex="^probability: "),
+            "X_screformer": shard.filter(regex="^embedding_"),
+        }
         if len(self._probabilities_nk):
-            self._probabilities_nk[start:stop] = found.probabilities_nk
-        for key, values in (("screformer_probabilities", found.probabilities_nk), ("X_screformer", found.embedding_nd)):
-            if key in self._obsm:
-                self._obsm[key][start:stop] = values
-        self.cells_a += np.bincount(found.answer_codes, minlength=len(self.cells_a))
-        self.confidence_a += np.bincount(found.answer_codes, weights=found.confidence, minlength=len(self.cells_a))
-        self.num_empty += int((counts @ known == 0).sum())
+            self._probabilities_nk[rows] = found["screformer_probabilities"]
+        for key, matrix in self._obsm.items():
+            matrix[rows] = found[key]
 
     def finish(self, *, model: str, file: H5adFile, match: GeneMatch) -> None:
         """List the new columns in obs, and say where they come from."""
@@ -246,7 +253,7 @@ class _Writer:
 
     def vote(self, clusters_n: np.ndarray) -> None:
         """Add `majority_label`: of each cluster (codes >= 0), the best label that most of its cells have."""
-        self._add_labels(MAJORITY_COLUMN, majority(self._best_codes[:], clusters_n, len(self._predictor.label_names)))
+        self._add_labels(MAJORITY_COLUMN, majority(self._codes["best_label"][:], clusters_n, len(self._predictor.label_names)))
 
     def drop_absent(self) -> None:
         """Add `present_label`: the best label among those that the cells as a whole hold."""
@@ -369,14 +376,8 @@ def _clusters(obs: pd.DataFrame, column: str) -> np.ndarray:
     return obs[column].astype("category").cat.codes.to_numpy().astype(np.int64)
 
 
-def _label(predictor: Predictor, file: H5adFile, match: GeneMatch, writer: _Writer) -> None:
-    known = (match.vocabulary_index >= 0).astype(np.float32)
-    size = _CELLS_PER_CSC_CHUNK if file.format == "csc" else _CELLS_PER_CHUNK
-    with tqdm(total=file.n_cells, unit="cell", desc=file.path.name, disable=None) as progress:
-        for start, counts in file.chunks(size):
-            check_counts(counts, file=file, start=start)
-            writer.write(start, counts, predictor.predict_counts(counts, match, source=str(file.path)), known)
-            progress.update(counts.shape[0])
+def _empty_cells(count: int) -> str:
+    return f"  {count:,} cells have no count in any gene that the model knows; their labels mean nothing"
 
 
 def _text(value: Any) -> str:
@@ -415,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--probabilities", action="store_true", help="also write obsm['screformer_probabilities']")
     parser.add_argument("--embedding", action="store_true", help="also write obsm['X_screformer']")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument("--resume", action="store_true", help="keep the .h5ad copies that an interrupted run finished (Parquet always is)")
+    parser.add_argument("--resume", action="store_true", help="keep the .h5ad copies that an interrupted run finished (labels always are)")
     parser.add_argument("--tracking-uri", default="", help="where models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     args = parser.parse_args(argv)
@@ -429,7 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"model {model}: {len(predictor.label_names)} labels, {len(predictor.vocabulary):,} genes")
         for source, target in targets:
             if target.suffix == ".parquet":
-                _to_parquet(predictor, model_dir, source, target, model, args)
+                _to_parquet(predictor, source, target, model, args)
                 continue
             if args.resume and target.exists():
                 print(f"{target} is there already, as an earlier run made it")
@@ -455,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _to_parquet(predictor: Predictor, model_dir: Path, path: Path, target: Path, model: str, args: argparse.Namespace) -> None:
+def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args: argparse.Namespace) -> None:
     """Label one file, or the atlas query, into a folder of Parquet files, and print the summary."""
     started = time.perf_counter()
     source: CellSource
@@ -463,9 +464,8 @@ def _to_parquet(predictor: Predictor, model_dir: Path, path: Path, target: Path,
         source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap)
     else:
         source = H5adCells.open(predictor, path, min_gene_overlap=args.min_gene_overlap, layer=args.layer, raw=args.use == "raw")
-    table = label_cells(
+    labelled = label_cells(
         predictor,
-        model_dir,
         source,
         target,
         model=model,
@@ -475,7 +475,9 @@ def _to_parquet(predictor: Predictor, model_dir: Path, path: Path, target: Path,
     )
     seconds = time.perf_counter() - started
     print(f"{target}: {source.num_cells:,} cells in {seconds:.1f} s ({source.num_cells / seconds:,.0f} cells/s)")
-    print(table.to_string(index=False))
+    if labelled.num_empty:
+        print(_empty_cells(labelled.num_empty))
+    print(labelled.table.to_string(index=False))
     if args.write_obs:
         assert isinstance(source, AtlasCells)
         write_to_atlas(source, target)

@@ -23,6 +23,7 @@ from screformer.predictor import GeneMatch, Predictor
 from screformer.tokenizer import GeneVocabulary
 
 _CELLS_PER_READ = 2048
+_CELLS_PER_CSC_READ = 16384  # each read of a CSC matrix costs a pass over all of it
 
 
 class FlatCounts(NamedTuple):
@@ -115,10 +116,11 @@ class H5adCells:
         to_genes = sparse.csr_matrix(entries, shape=(len(self.match.vocabulary_index), self.match.num_model_genes))
         rows, totals = [], []
         with H5adFile.open(self.path, layer=self.layer, raw=self.raw) as file:
-            for first in np.unique(positions // _CELLS_PER_READ) * _CELLS_PER_READ:
-                inside = positions[(positions >= first) & (positions < first + _CELLS_PER_READ)]
+            size = _CELLS_PER_CSC_READ if file.format == "csc" else _CELLS_PER_READ
+            for first in np.unique(positions // size) * size:
+                inside = positions[(positions >= first) & (positions < first + size)]
                 start, stop = int(inside[0]), int(inside[-1]) + 1
-                for _, counts in file.chunks(_CELLS_PER_READ, start=start, stop=stop):
+                for _, counts in file.chunks(size, start=start, stop=stop):
                     chosen = counts[inside - start]
                     check_counts(counts, file=file, start=start)
                     totals.append(np.asarray(chosen.sum(axis=1, dtype=np.float64)).ravel())

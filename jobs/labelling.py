@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,33 @@ CELLS_FOR_RAY = 20_000
 """From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling fewer."""
 OBS_PREFIX = "screformer_"
 """Of the obs columns in an atlas, whose own columns are never touched."""
+EMPTY = "empty"
+"""Column of cells without a count in any gene that the model knows; their label means nothing."""
 _PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
+
+
+@dataclass(frozen=True)
+class LabelledCells:
+    """A finished folder of labels."""
+
+    folder: Path
+    table: pd.DataFrame
+    """One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
+    num_empty: int
+    """Cells without a count in any gene that the model knows."""
+
+    def shards(self) -> Iterator[pd.DataFrame]:
+        """The cells in their order, some thousands at a time."""
+        for path in _files(self.folder):
+            yield pd.read_parquet(path)
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
 
 
 def label_cells(
     predictor: Predictor,
-    model_dir: Path,
     source: CellSource,
     folder: Path,
     *,
@@ -39,33 +61,35 @@ def label_cells(
     probabilities: bool = False,
     embedding: bool = False,
     overwrite: bool = False,
-) -> pd.DataFrame:
+    scratch: bool = False,
+) -> LabelledCells:
     """Label cells into a folder of Parquet files, which pandas and pyarrow read as one table.
 
     Args:
-        predictor: The model.
-        model_dir: Its directory, which Ray tasks load it from.
+        predictor: The model; Ray tasks load it from its directory.
         source: The cells.
         folder: Where the shards go. Those that are there already, from an interrupted run, are kept.
         model: URI of the model with its version.
         probabilities: Also a column `probability: LABEL` per label.
         embedding: Also columns `embedding_0`, ...
         overwrite: Begin anew where the folder is there already.
+        scratch: The folder is the caller's own and goes when he is done: labels of other cells there, or of another model, are replaced
+            instead of refused, and nothing stays behind where cells cannot be labelled.
 
     Returns:
-        One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first.
+        The folder and what is in it.
 
     Raises:
-        ValueError: The folder holds labels of other cells or of another model, or something else.
+        ValueError: The folder holds labels of other cells or of another model, or something else; or cells that cannot be labelled.
     """
-    weights = hashlib.sha256(Path(model_dir, "weights.safetensors").read_bytes()).hexdigest()
+    weights = hashlib.sha256((predictor.directory / "weights.safetensors").read_bytes()).hexdigest()
     plan = {"model": model, "weights": weights, "source": source.identity(), "probabilities": probabilities, "embedding": embedding}
     if folder.exists() and not (folder / _PLAN).exists():
         raise ValueError(f"--out {folder} is there already and was not made by this command; name another folder")
-    if overwrite and folder.exists():
+    text = json.dumps(plan, indent=2)
+    if folder.exists() and (overwrite or (scratch and (folder / _PLAN).read_text() != text)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plan, indent=2)
     if (folder / _PLAN).exists() and (folder / _PLAN).read_text() != text:
         raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
     (folder / _PLAN).write_text(text)
@@ -73,8 +97,13 @@ def label_cells(
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
     missing = sum(stop - start for start, stop in shards)
     with tqdm(total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None) as progress:
-        for num_cells in _label_all(predictor, model_dir, source, folder, shards, probabilities=probabilities, embedding=embedding):
-            progress.update(num_cells)
+        try:
+            for num_cells in _label_all(predictor, source, folder, shards, probabilities=probabilities, embedding=embedding):
+                progress.update(num_cells)
+        except ValueError:
+            if scratch:
+                shutil.rmtree(folder)
+            raise
     return _summary(predictor, folder)
 
 
@@ -108,21 +137,14 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
 
 
 def _label_all(
-    predictor: Predictor,
-    model_dir: Path,
-    source: CellSource,
-    folder: Path,
-    shards: list[tuple[int, int]],
-    *,
-    probabilities: bool,
-    embedding: bool,
+    predictor: Predictor, source: CellSource, folder: Path, shards: list[tuple[int, int]], *, probabilities: bool, embedding: bool
 ) -> Iterator[int]:
     if source.num_cells < CELLS_FOR_RAY:
         for shard in shards:
             yield _label_shard(predictor, source, folder, shard, probabilities=probabilities, embedding=embedding)
         return
     connect()
-    shared = ray.put((str(model_dir), source, str(folder), probabilities, embedding))
+    shared = ray.put((str(predictor.directory), source, str(folder), probabilities, embedding))
     remote, at_once = ray.remote(num_cpus=1)(_label_task), max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting = list(shards)
     running: list[ray.ObjectRef] = []
@@ -149,7 +171,7 @@ def _label_shard(
     cells = np.arange(*shard)
     flat = source.read(cells)
     found = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts)
-    parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table()]
+    parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table(), pd.DataFrame({EMPTY: np.diff(flat.offsets) == 0})]
     if probabilities:
         parts.append(pd.DataFrame(found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]))
     if embedding:
@@ -169,11 +191,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
-def _summary(predictor: Predictor, folder: Path) -> pd.DataFrame:
+def _summary(predictor: Predictor, folder: Path) -> LabelledCells:
     cells: dict[str, int] = {}
     confidence: dict[str, float] = {}
+    num_empty = 0
     for path in _files(folder):
-        part = pd.read_parquet(path, columns=["predicted_labels", "conf_score"]).groupby("predicted_labels")["conf_score"]
+        shard = pd.read_parquet(path, columns=["predicted_labels", "conf_score", EMPTY])
+        num_empty += int(shard[EMPTY].sum())
+        part = shard.groupby("predicted_labels")["conf_score"]
         for label, count in part.size().items():
             cells[label] = cells.get(label, 0) + int(count)
             confidence[label] = confidence.get(label, 0.0) + float(part.sum()[label])
@@ -182,4 +207,4 @@ def _summary(predictor: Predictor, folder: Path) -> pd.DataFrame:
         {"label": label, "cl_id": cl_id_of[label], "cells": n, "share": n / sum(cells.values()), "mean_confidence": confidence[label] / n}
         for label, n in sorted(cells.items(), key=lambda item: -item[1])
     ]
-    return pd.DataFrame(rows)
+    return LabelledCells(folder, pd.DataFrame(rows), num_empty)

@@ -144,7 +144,8 @@ class Predictor:
     The same cell gets the same result in every call, up to rounding whatever the cells beside it.
     """
 
-    def __init__(self, loaded: LoadedModel, *, device: str | torch.device | None = None):
+    def __init__(self, loaded: LoadedModel, directory: str | Path, *, device: str | torch.device | None = None):
+        self.directory = Path(directory)
         self.config = loaded.config
         self.vocabulary: GeneVocabulary = loaded.vocabulary
         self.meta = loaded.meta
@@ -175,7 +176,7 @@ class Predictor:
                 f"model {directory} knows no labels, because it was only pre-trained; fine-tune it with"
                 f" `python -m jobs.finetune --from {directory}`"
             )
-        return cls(loaded, device=device)
+        return cls(loaded, directory, device=device)
 
     def match_genes(self, feature_ids: Sequence[str], names: Sequence[str] | None = None) -> GeneMatch:
         """Find the model's genes among the columns of an input.

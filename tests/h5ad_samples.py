@@ -42,7 +42,7 @@ def write(path: Path, sample: anndata.AnnData, **options: Any) -> Path:
 
 
 def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict[str, pd.DataFrame]:
-    """Every table and matrix of an atlas, rows in joinid order."""
+    """Every table and matrix of an atlas, rows in joinid order; without the day it was built on, which midnight may change between two."""
     import tiledbsoma as soma
 
     from data_ingest import schema
@@ -52,6 +52,9 @@ def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict
     for place in (schema.OBS, schema.VAR, schema.DATASETS, schema.SUMMARY):
         with soma.DataFrame.open(f"{uri}/{place}", context=context) as table:
             content[place] = table.read().concat().to_pandas().sort_values("soma_joinid").reset_index(drop=True)
+    built = content[schema.SUMMARY]["label"] == "census_build_date"
+    assert content[schema.SUMMARY].loc[built, "value"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
+    content[schema.SUMMARY].loc[built, "value"] = ""
     for place in (schema.X, schema.PRESENCE):
         with soma.SparseNDArray.open(f"{uri}/{place}", context=context) as array:
             table = array.read().tables().concat().to_pandas()

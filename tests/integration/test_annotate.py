@@ -16,6 +16,7 @@ import screformer
 from data_ingest.atlas import AtlasLocator
 from jobs import labelling
 from jobs.annotate import COLUMNS, annotate, main
+from jobs.cells import H5adCells
 from jobs.tracking import register_model, start_run
 from screformer.calibration import present_labels
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -292,6 +293,39 @@ def test_many_cells_are_labelled_in_parallel(
     assert main(["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]) == 0
     assert len(list(out.glob("0*.parquet"))) == 3
     _check(pd.read_parquet(out).set_index("cell"), _expected(predictor, adata))
+    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, _expected(predictor, adata))
+
+
+def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata, folder = _cells(), tmp_path / "out.h5ad.labels"
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 25)
+    source = H5adCells.open(predictor, tmp_path / "in.h5ad", min_gene_overlap=0.1)
+
+    def interrupted(model: str) -> None:
+        """What a killed run leaves: two of three shards, one of them marked, so that it is seen whether it is used."""
+        first, second, _ = sorted(labelling.label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet"))
+        pd.read_parquet(first).assign(conf_score=np.float32(0.125)).to_parquet(first, index=False)
+        second.unlink()
+
+    expected = _expected(predictor, adata)
+    for before, kept in (("model", True), ("another model", False)):
+        interrupted(before)
+        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+        made = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+        assert (made["conf_score"].iloc[:25] == 0.125).all() == kept
+        _check(made.iloc[25:], expected.iloc[25:])
+        assert not folder.exists()
+        (tmp_path / "out.h5ad").unlink()
+    late = _cells(100)
+    late.X.data[-1] = 0.5  # after the cells that are looked at first
+    late.write_h5ad(tmp_path / "late.h5ad")
+    with pytest.raises(ValueError, match="X holds 0.5 at cell"):
+        annotate(predictor, tmp_path / "late.h5ad", tmp_path / "out.h5ad", model="model")
+    assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
 
 
 def test_an_atlas_query_is_labelled_and_written_back(
