@@ -15,6 +15,7 @@ import ray
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
 _CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+_SCALER = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 
 
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
@@ -45,9 +46,11 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 def quiet_worker() -> None:
     """Run at the start of each worker process of a local Ray.
 
-    Ray Train watches its controller through the dashboard, and without one warns of that every second.
+    Ray Train watches its controller through the dashboard, and without one warns of that every second. It also asks for nodes, which a local
+    Ray cannot add, and warns with a traceback where a busy machine takes more than five seconds to take note of that.
     """
     logging.getLogger(_CLEANER).setLevel(logging.ERROR)
+    logging.getLogger(_SCALER).setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # its controller tells of each worker group it starts
 
 

@@ -146,7 +146,6 @@ def annotate(
                     model=model,
                     probabilities=probabilities or drop_absent,
                     embedding=embedding,
-                    overwrite=overwrite,
                     scratch=True,
                 )
                 for shard in labelled.shards():
