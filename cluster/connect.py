@@ -46,8 +46,8 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 def quiet_worker() -> None:
     """Run at the start of each worker process of a local Ray.
 
-    Ray Train watches its controller through the dashboard, and without one warns of that every second. It also asks for nodes, which a local
-    Ray cannot add, and warns with a traceback where a busy machine takes more than five seconds to take note of that.
+    Ray Train watches its controller through the dashboard, and without one warns of that every second. It also asks for nodes, which a
+    local Ray cannot add, and warns with a traceback where a busy machine takes more than five seconds to take note of that.
     """
     logging.getLogger(_CLEANER).setLevel(logging.ERROR)
     logging.getLogger(_SCALER).setLevel(logging.ERROR)

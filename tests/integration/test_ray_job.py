@@ -212,7 +212,8 @@ def test_local_ray_from_any_directory(tmp_path: Path) -> None:
         @ray.remote
         def worker():
             import logging, screformer.config
-            return logging.getLogger(cluster.connect._CLEANER).level == logging.ERROR, screformer.config.__file__
+            quiet = {logging.getLogger(name).level for name in (cluster.connect._CLEANER, cluster.connect._SCALER)}
+            return quiet == {logging.ERROR}, screformer.config.__file__
         quiet, path = ray.get(worker.remote())
         print("quiet", quiet, "path", path, "more", ray.cluster_resources()["CPU"] - len(os.sched_getaffinity(0)))
         print("store", ray.cluster_resources()["object_store_memory"] <= 2 * 2**30, "inherited", os.environ.get("PYTHONPATH"))
