@@ -152,7 +152,13 @@ def _label_all(
         while waiting and len(running) < at_once:
             running.append(remote.remote(shared, waiting.pop(0)))
         (finished,), running = ray.wait(running, num_returns=1)
-        yield ray.get(finished)
+        try:
+            num_cells = ray.get(finished)
+        except ValueError:
+            if running:  # none may write any more once the caller has given up
+                ray.wait(running, num_returns=len(running))
+            raise
+        yield num_cells
 
 
 _LOADED: dict[str, Predictor] = {}
