@@ -54,6 +54,10 @@ class CellSource(Protocol):
     def identity(self) -> dict[str, str]:
         """What it is, as plain values that change with the cells."""
 
+    @property
+    def column_major(self) -> bool:
+        """Whether each read passes over all cells, so that few large reads are better."""
+
 
 @dataclass(frozen=True, eq=False)
 class H5adCells:
@@ -65,6 +69,7 @@ class H5adCells:
     match: GeneMatch
     num_cells: int
     label_column: str
+    column_major: bool
 
     @classmethod
     def open(
@@ -93,7 +98,8 @@ class H5adCells:
         with H5adFile.open(path, layer=layer, raw=raw) as file:
             match = predictor.match_var(file.var)
             match.require(min_gene_overlap, source=f"{path} ({file.source})")
-            return cls(path.resolve(), layer, raw, match, file.n_cells, label_column if label_column in file.obs else "")
+            column = label_column if label_column in file.obs else ""
+            return cls(path.resolve(), layer, raw, match, file.n_cells, column, file.format == "csc")
 
     def names(self, positions: np.ndarray) -> np.ndarray:
         """As `CellSource.names`."""
@@ -116,7 +122,7 @@ class H5adCells:
         to_genes = sparse.csr_matrix(entries, shape=(len(self.match.vocabulary_index), self.match.num_model_genes))
         rows, totals = [], []
         with H5adFile.open(self.path, layer=self.layer, raw=self.raw) as file:
-            size = _CELLS_PER_CSC_READ if file.format == "csc" else _CELLS_PER_READ
+            size = _CELLS_PER_CSC_READ if self.column_major else _CELLS_PER_READ
             for first in np.unique(positions // size) * size:
                 inside = positions[(positions >= first) & (positions < first + size)]
                 start, stop = int(inside[0]), int(inside[-1]) + 1
@@ -176,6 +182,11 @@ class AtlasCells:
     def num_cells(self) -> int:
         """As `CellSource.num_cells`."""
         return len(self.joinids)
+
+    @property
+    def column_major(self) -> bool:
+        """As `CellSource.column_major`: an atlas is not."""
+        return False
 
     def names(self, positions: np.ndarray) -> np.ndarray:
         """As `CellSource.names`: the joinids."""

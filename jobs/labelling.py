@@ -93,7 +93,8 @@ def label_cells(
     if (folder / _PLAN).exists() and (folder / _PLAN).read_text() != text:
         raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
     (folder / _PLAN).write_text(text)
-    ends = [(start, min(start + CELLS_PER_SHARD, source.num_cells)) for start in range(0, source.num_cells, CELLS_PER_SHARD)]
+    size = CELLS_PER_SHARD * (4 if source.column_major else 1)
+    ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
     missing = sum(stop - start for start, stop in shards)
     with tqdm(total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None) as progress:
