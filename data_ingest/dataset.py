@@ -1,6 +1,6 @@
 """From the cells of a query to batches of tokens on each rank.
 
-Axes: `n` cells, `l` token slots, `g` genes of the vocabulary.
+Axes: `n` cells, `l` token slots, `g` genes of the vocabulary, `p` gene panels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
 from data_ingest.plan import EpochPlan
 from screformer.config import StreamConfig, TokensConfig
-from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
+from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary, Panels
 
 Batch = dict[str, torch.Tensor]
 _MOST_READ_TASKS = 8
@@ -46,6 +46,7 @@ class CountSample(NamedTuple):
     """float32: sum of all counts of each cell, also of genes outside the vocabulary."""
     joinids_n: np.ndarray
     labels_n: np.ndarray
+    panels: Panels
 
 
 class CellStream:
@@ -66,6 +67,7 @@ class CellStream:
         *,
         global_batch_size: int,
         seed: int,
+        panels: Panels | None = None,
         shuffle: bool = True,
         read_cpus: float = 0.5,
     ) -> None:
@@ -80,6 +82,7 @@ class CellStream:
             stream: Run length, cells per task, prefetching.
             global_batch_size: Cells per step over all ranks.
             seed: Of the order.
+            panels: Which genes were measured in which cells, in the order of `joinids`; None is all in all.
             shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
             read_cpus: CPUs that one read task counts as, when the free CPUs are shared out over ranks.
 
@@ -96,7 +99,8 @@ class CellStream:
         self.num_cells = len(joinids)
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
-        self._arrays: CellArrays | None = CellArrays(joinids, labels, _gene_of_var(locator, vocabulary))
+        panels = None if panels is None else panels.take(order)
+        self._arrays: CellArrays | None = CellArrays(joinids, labels, gene_of_var(locator, vocabulary), panels)
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
 
@@ -144,7 +148,7 @@ class CellStream:
 
         Yields:
             `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for none; `joinids` int64 (n,), -1
-            for padding rows, which hold PAD only.
+            for padding rows, which hold PAD only; `measured` bool (p, g) and `panels` int64 (n,): which genes were measured in which cells.
 
         Raises:
             ValueError: The global batch is not a multiple of micro-batch x world size.
@@ -230,6 +234,7 @@ class CellStream:
             total_n=np.concatenate([total for *_, total in parts]) if parts else np.zeros(0, np.float32),
             joinids_n=arrays.joinids[chosen],
             labels_n=arrays.labels[chosen],
+            panels=self._panels(chosen),
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,18 +251,27 @@ class CellStream:
             self._reference = ray.put(self._arrays)
         return self._reference
 
+    def _panels(self, cells: np.ndarray) -> Panels:
+        """Of cells in the order of the joinids."""
+        if self.arrays.panels is None:
+            return Panels.one(np.ones(len(self.vocabulary)), len(cells))
+        return self.arrays.panels.take(cells)
+
     def _tokenized(self, blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
         tokenizer = CellTokenizer(self.tokens, self.vocabulary)
         for joinids, labels, totals, offsets, genes, counts in _micro_batches(blocks, size):
             tokens = tokenizer(genes, counts, offsets, total_counts=totals)
             self.num_cut += tokens["num_cut"]
             tokens["token_ids"][joinids < 0] = PAD
+            panels = self._panels(np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0])))
             yield {
                 "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
                 "values": torch.from_numpy(tokens["values"]),
                 "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
                 "labels": torch.from_numpy(labels),
                 "joinids": torch.from_numpy(joinids),
+                "measured": torch.from_numpy(panels.measured_pg),
+                "panels": torch.from_numpy(panels.panels_n),
             }
 
 
@@ -355,7 +369,12 @@ def _sample_task(locator: AtlasLocator, arrays: CellArrays, cells: np.ndarray) -
     return read_cells(locator, arrays.joinids[cells], arrays.gene_of_var)
 
 
-def _gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarray:
+def gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarray:
+    """Vocabulary index of each var joinid, int32, -1 for a gene outside the vocabulary.
+
+    Raises:
+        ValueError: The atlas has none of the vocabulary's genes.
+    """
     with locator.open() as experiment:
         var = experiment.ms[locator.measurement].var.read(column_names=["soma_joinid", "feature_id"]).concat()
     joinids = var["soma_joinid"].to_numpy()
@@ -365,6 +384,6 @@ def _gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarra
             f"the atlas {locator.uri} has none of the vocabulary's {len(vocabulary)} genes (such as {vocabulary.feature_ids[0]!r};"
             f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
         )
-    gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
-    gene_of_var[joinids] = found
-    return gene_of_var
+    genes = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
+    genes[joinids] = found
+    return genes

@@ -20,6 +20,7 @@ from ray.data.datasource import ReadTask
 
 from data_ingest.atlas import AtlasLocator
 from data_ingest.plan import EpochPlan, ReadUnit
+from screformer.tokenizer import Panels
 
 SCHEMA = pa.schema(
     [
@@ -45,6 +46,8 @@ class CellArrays:
     """Shape (n,), int64: label code, -1 for none."""
     gene_of_var: np.ndarray
     """int32: vocabulary index of each var joinid, -1 for a gene outside the vocabulary."""
+    panels: Panels | None = None
+    """Which genes were measured in which of the n cells; None is all in all."""
 
 
 class SomaDatasource(Datasource):

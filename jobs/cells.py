@@ -20,7 +20,7 @@ from data_ingest.datasource import read_cells
 from data_ingest.h5ad import H5adFile, check_counts
 from data_ingest.query import MAJOR, CellQuery, QueryResult
 from screformer.predictor import GeneMatch, Predictor
-from screformer.tokenizer import GeneVocabulary
+from screformer.tokenizer import GeneVocabulary, Panels
 
 _CELLS_PER_READ = 2048
 _CELLS_PER_CSC_READ = 16384  # each read of a CSC matrix costs a pass over all of it
@@ -33,6 +33,7 @@ class FlatCounts(NamedTuple):
     counts: np.ndarray
     offsets: np.ndarray
     total_counts: np.ndarray
+    panels: Panels
 
 
 class CellSource(Protocol):
@@ -50,6 +51,9 @@ class CellSource(Protocol):
 
     def read(self, positions: np.ndarray) -> FlatCounts:
         """Raw counts over the model's genes of cells at increasing positions."""
+
+    def panels(self, positions: np.ndarray) -> Panels:
+        """Which of the model's genes were measured in which cells."""
 
     def identity(self) -> dict[str, str]:
         """What it is, as plain values that change with the cells."""
@@ -133,7 +137,12 @@ class H5adCells:
                     rows.append(chosen @ to_genes)
         matrix = sparse.vstack(rows, format="csr")
         matrix.eliminate_zeros()
-        return FlatCounts(matrix.indices, matrix.data.astype(np.float32), matrix.indptr.astype(np.int64), np.concatenate(totals))
+        counts, offsets = matrix.data.astype(np.float32), matrix.indptr.astype(np.int64)
+        return FlatCounts(matrix.indices, counts, offsets, np.concatenate(totals), self.panels(positions))
+
+    def panels(self, positions: np.ndarray) -> Panels:
+        """As `CellSource.panels`: the genes that the file has."""
+        return Panels.one(self.match.measured_g, len(positions))
 
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""
@@ -158,6 +167,7 @@ class AtlasCells:
     joinids: np.ndarray
     known: Sequence[str]
     gene_of_var: np.ndarray
+    every_panel: Panels
     query_hash: str
 
     @classmethod
@@ -176,7 +186,8 @@ class AtlasCells:
         gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, dtype=np.int32)
         gene_of_var[joinids] = match.vocabulary_index
         labels = result.obs["label"].astype(object).where(result.obs["label"].notna(), "").astype(str).tolist()
-        return cls(result.locator, result.obs_joinids, labels, gene_of_var, result.hash)
+        panels = result.locator.panels(result.obs["dataset_id"].to_numpy(), gene_of_var, len(predictor.vocabulary))
+        return cls(result.locator, result.obs_joinids, labels, gene_of_var, panels, result.hash)
 
     @property
     def num_cells(self) -> int:
@@ -199,7 +210,11 @@ class AtlasCells:
     def read(self, positions: np.ndarray) -> FlatCounts:
         """As `CellSource.read`."""
         offsets, genes, counts, totals = read_cells(self.locator, self.joinids[positions], self.gene_of_var)
-        return FlatCounts(genes, counts, offsets, totals)
+        return FlatCounts(genes, counts, offsets, totals, self.panels(positions))
+
+    def panels(self, positions: np.ndarray) -> Panels:
+        """As `CellSource.panels`: the genes that the cell's dataset measured."""
+        return self.every_panel.take(positions)
 
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""

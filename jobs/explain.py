@@ -40,7 +40,7 @@ from screformer.config import TrackingConfig
 from screformer.explain import NUM_NODES, Attribution, CellTokens, Explainer, cell_tokens, markers, without_genes
 from screformer.model import ScReformer
 from screformer.predictor import HASH_SEED, MIN_GENE_OVERLAP, Predictor
-from screformer.tokenizer import CLS, NUM_SPECIAL
+from screformer.tokenizer import CLS, NUM_SPECIAL, Panels
 
 ADDITIVITY_BOUND = 0.05
 """Largest median additivity error, as a share of the distance of output and base, that passes without a loud word."""
@@ -50,7 +50,7 @@ _CANDIDATES = 2_000
 _CHECKED_CELLS = 24
 _REPEATED_CELLS = 6
 _FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-_SHARDS, _BACKGROUND, _PLAN = "values", "background.parquet", "plan.json"
+_SHARDS, _BACKGROUND, _GENES, _PLAN = "values", "background.parquet", "genes.parquet", "plan.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,17 +58,46 @@ class Explanations:
     """What a run of this command saved, as `load_explanations` gives it back."""
 
     cells: pd.DataFrame
-    """m rows: `cell`, `position`, `class`, `predicted`, `true`, `output`, `base`, `additivity_error`."""
+    """m rows: `cell`, `position`, `class`, `predicted`, `true`, `output`, `base`, `additivity_error`, `panel`."""
     values_mg: sparse.csr_matrix
     """Contribution of each gene to the class's logit, float32."""
     genes: pd.DataFrame
-    """g rows: `feature_id`, `feature_name`."""
+    """g rows: `feature_id`, `feature_name`, and `panel_0`, ...: whether the cells of that `panel` measured the gene."""
 
     def mean(self, label: str) -> pd.Series:
-        """Mean contribution of each gene to a class over the cells predicted to be of it, by gene name, largest first."""
+        """Mean contribution of each gene to a class, by gene name, largest first.
+
+        Of a gene that is over the cells predicted to be of the class whose dataset measured it.
+        """
         rows = ((self.cells["class"] == label) & (self.cells["predicted"] == label)).to_numpy()
-        values = np.asarray(self.values_mg[rows].mean(axis=0)).ravel() if rows.any() else np.zeros(self.values_mg.shape[1])
-        return pd.Series(values, index=self.genes["feature_name"]).sort_values(ascending=False, kind="stable")
+        means = _MeasuredMeans(1, self.genes)
+        if rows.any():
+            means.add(np.zeros(rows.sum(), np.int64), self.cells["panel"].to_numpy()[rows], self.values_mg[rows])
+        return pd.Series(means.mean_kg[0], index=self.genes["feature_name"]).sort_values(ascending=False, kind="stable")
+
+
+class _MeasuredMeans:
+    """Mean of each gene's value by class, over the cells whose dataset measured the gene; shards are added one after another."""
+
+    def __init__(self, num_classes: int, genes: pd.DataFrame) -> None:
+        panels = [name for name in genes if name.startswith("panel_")]
+        self._measured_pg = genes[panels].to_numpy().T
+        self._sums_kg = np.zeros((num_classes, len(genes)))
+        self._cells_kp = np.zeros((num_classes, len(panels)), dtype=np.int64)
+
+    def add(self, codes_m: np.ndarray, panels_m: np.ndarray, values_mg: sparse.csr_matrix) -> None:
+        entries = values_mg.tocoo()
+        measured = self._measured_pg[panels_m[entries.row], entries.col]
+        np.add.at(self._sums_kg, (codes_m[entries.row[measured]], entries.col[measured]), entries.data[measured])
+        np.add.at(self._cells_kp, (codes_m, panels_m), 1)
+
+    @property
+    def mean_kg(self) -> np.ndarray:
+        return self._sums_kg / np.maximum(self._cells_kp @ self._measured_pg, 1)
+
+    @property
+    def cells_k(self) -> np.ndarray:
+        return self._cells_kp.sum(axis=1)
 
 
 def load_explanations(out: str | Path) -> Explanations:
@@ -82,7 +111,7 @@ def load_explanations(out: str | Path) -> Explanations:
         raise ValueError(
             f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it goes on where it stopped"
         )
-    genes = pd.read_parquet(out / "genes.parquet")
+    genes = pd.read_parquet(out / _GENES)
     frames, rows = [], []
     for table in _shards(out):
         frames.append(table.drop(columns=["genes", "values"]))
@@ -112,8 +141,9 @@ def explain(
         ValueError: `out` holds explanations of other cells or settings.
     """
     plan = _plan(predictor, source, num_cells=num_cells, num_background=num_background, num_nodes=num_nodes, seed=seed)
-    _prepare(out, plan, predictor)
     chosen, background = np.array(plan["cells"]), np.array(plan["background"])
+    panels = source.panels(chosen)
+    _prepare(out, plan, predictor, panels)
     background_tokens = _tokens(predictor, source, background)
     pq.write_table(
         pa.table(
@@ -123,11 +153,12 @@ def explain(
                 "token_ids": [cell.token_ids for cell in background_tokens],
                 "values": [cell.values for cell in background_tokens],
                 "bin_ids": [cell.bin_ids for cell in background_tokens],
+                "measured": [cell.measured_g for cell in background_tokens],
             }
         ),
         out / _BACKGROUND,
     )
-    peaks = _run_tasks(model_dir, source, chosen, background_tokens, num_nodes, out)
+    peaks = _run_tasks(model_dir, source, chosen, panels.panels_n, background_tokens, num_nodes, out)
     summary = _summarise(predictor, source, out, background_tokens, plan, num_nodes)
     summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": _peak_gb()}
     scratch = out / "summary.json.part"
@@ -149,7 +180,7 @@ def _plan(predictor: Predictor, source: CellSource, *, num_cells: int, num_backg
     codes = []
     for start in range(0, len(candidates), 512):
         flat = source.read(candidates[start : start + 512])
-        codes.append(predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts).label_codes)
+        codes.append(predictor.predict(*flat).label_codes)
     order = _in_turn(np.concatenate(codes), rng)
     background, cells = np.sort(candidates[order[:num_background]]), np.sort(candidates[order[num_background : num_background + num_cells]])
     if not len(cells):
@@ -166,7 +197,7 @@ def _in_turn(codes_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return shuffled[np.lexsort((codes_n[shuffled], turn))]
 
 
-def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor) -> None:
+def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor, panels: Panels) -> None:
     (out / _SHARDS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(plan)
     if (out / _PLAN).exists() and (out / _PLAN).read_text() != text:
@@ -174,16 +205,23 @@ def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor) -> None:
     (out / _PLAN).write_text(text)
     vocabulary = predictor.vocabulary
     genes = {"feature_id": list(vocabulary.feature_ids), "feature_name": vocabulary_names(vocabulary)}
-    pd.DataFrame(genes).to_parquet(out / "genes.parquet")
+    genes |= {f"panel_{index}": measured_g for index, measured_g in enumerate(panels.measured_pg)}
+    pd.DataFrame(genes).to_parquet(out / _GENES)
 
 
 def _tokens(predictor: Predictor, source: CellSource, positions: np.ndarray) -> list[CellTokens]:
     flat = source.read(positions)
-    return cell_tokens(predictor.tokenizer(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts))
+    return cell_tokens(predictor.tokenizer(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts), flat.panels)
 
 
 def _run_tasks(
-    model_dir: Path, source: CellSource, chosen: np.ndarray, background: list[CellTokens], num_nodes: int, out: Path
+    model_dir: Path,
+    source: CellSource,
+    chosen: np.ndarray,
+    panels_n: np.ndarray,
+    background: list[CellTokens],
+    num_nodes: int,
+    out: Path,
 ) -> list[float]:
     """Explain the cells of each shard that is missing; at most as many at a time as Ray has CPUs. Returns peaks of memory in GB."""
     shards = {start: out / _SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)}
@@ -197,21 +235,22 @@ def _run_tasks(
         while missing or running:
             while missing and len(running) < at_once:
                 start = missing.pop(0)
-                cells = chosen[start : start + CELLS_PER_SHARD]
-                running[remote.remote(shared, cells, str(shards[start]))] = len(cells)
+                cells, panels = (array[start : start + CELLS_PER_SHARD] for array in (chosen, panels_n))
+                running[remote.remote(shared, cells, panels, str(shards[start]))] = len(cells)
             (finished,), _ = ray.wait(list(running), num_returns=1)
             peaks.append(ray.get(finished))
             progress.update(running.pop(finished))
     return peaks
 
 
-def _explain_shard(shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, path: str) -> float:
+def _explain_shard(shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, panels: np.ndarray, path: str) -> float:
     model_dir, source, background, num_nodes = shared
     predictor = _predictor(model_dir)
     explainer = Explainer(predictor, background, num_nodes=num_nodes)
     names, known = predictor.label_names.tolist(), source.labels(cells)
     rows: list[dict[str, Any]] = []
-    for position, name, label, tokens in zip(cells, source.names(cells), known, _tokens(predictor, source, cells), strict=True):
+    told = zip(cells, panels, source.names(cells), known, _tokens(predictor, source, cells), strict=True)
+    for position, panel, name, label, tokens in told:
         predicted = int(explainer.logits([tokens])[0].argmax())
         wanted = dict.fromkeys([predicted] + ([names.index(label)] if label in names else []))
         for found in explainer.attribute(tokens, list(wanted)):
@@ -225,6 +264,7 @@ def _explain_shard(shared: tuple[str, CellSource, list[CellTokens], int], cells:
                     "output": found.output,
                     "base": found.base,
                     "additivity_error": found.additivity_error,
+                    "panel": int(panel),
                     "genes": found.genes,
                     "values": found.values,
                 }
@@ -258,40 +298,42 @@ def _summarise(
     predictor: Predictor, source: CellSource, out: Path, background: list[CellTokens], plan: dict[str, Any], num_nodes: int
 ) -> dict[str, Any]:
     names, num_genes = predictor.label_names.tolist(), len(predictor.vocabulary)
-    sums_kg, counts_k = np.zeros((len(names), num_genes)), np.zeros(len(names), dtype=np.int64)
+    means = _MeasuredMeans(len(names), pd.read_parquet(out / _GENES))
     relative: list[np.ndarray] = []
     for table in _shards(out):
         relative.append((table["additivity_error"] / (table["output"] - table["base"]).abs().clip(lower=1e-6)).to_numpy())
-        own = (table["class"] == table["predicted"]).to_numpy()
-        codes = np.array([names.index(label) for label in table["class"]])[own]
-        np.add.at(counts_k, codes, 1)
-        matrix = _matrix(table[own], num_genes).tocoo()
-        np.add.at(sums_kg, (codes[matrix.row], matrix.col), matrix.data)
-    errors = np.concatenate(relative)
-    mean_kg = sums_kg / np.maximum(counts_k, 1)[:, None]
+        own = table[table["class"] == table["predicted"]]
+        means.add(np.array([names.index(label) for label in own["class"]]), own["panel"].to_numpy(), _matrix(own, num_genes))
+    errors, mean_kg = np.concatenate(relative), means.mean_kg
     gene_names = vocabulary_names(predictor.vocabulary)
     frame = pd.DataFrame(mean_kg, index=names, columns=list(predictor.vocabulary.feature_ids)).rename_axis("class")
     frame.to_parquet(out / "mean_by_class.parquet")
-    explained = [code for code in range(len(names)) if counts_k[code]]
+    explained = np.flatnonzero(means.cells_k).tolist()
 
-    top = {code: np.argsort(-mean_kg[code], kind="stable")[:TOP_GENES] for code in explained}
+    candidates = _Candidates.read(predictor, source, np.array(plan["candidates"]))
+    more_kg, regression = candidates.expressed_more(len(names)), candidates.regression_top()
+    # Genes that speak for a class by being there, and genes that do by being lacked.
+    top, lacking = (
+        {code: [gene for gene in np.argsort(-mean_kg[code], kind="stable") if side_kg[code, gene]][:TOP_GENES] for code in explained}
+        for side_kg in (more_kg, ~more_kg)
+    )
     table = markers()
-    regression = _regression_top(predictor, source, np.array(plan["candidates"]))
     rows = []
     for code in explained:
         known = table[(table["cl_id"] == predictor.label_cl_ids[code]) | (table["cell_type"] == names[code])]
         ids = [predictor.vocabulary.feature_ids[gene] for gene in top[code]]
         hits = [symbol for symbol, feature_id in zip(known["symbol"], known["feature_id"], strict=True) if feature_id in ids]
-        shared = len(set(top[code].tolist()) & regression[code]) / TOP_GENES if code in regression else float("nan")
+        shared = len(set(top[code]) & regression[code]) / TOP_GENES if code in regression else float("nan")
         rows.append(
             {
                 "label": names[code],
-                "cells": int(counts_k[code]),
+                "cells": int(means.cells_k[code]),
                 "markers": ", ".join(hits),
                 "markers_listed": len(known),
                 "markers_in_model": int(known["feature_id"].isin(predictor.vocabulary.feature_ids).sum()),
                 "shared_with_regression": shared,
                 "top_genes": ", ".join(gene_names[top[code]]),
+                "top_lacking": ", ".join(gene_names[lacking[code]]),
             }
         )
     classes = pd.DataFrame(rows)
@@ -313,21 +355,45 @@ def _summarise(
     return summary
 
 
-def _regression_top(predictor: Predictor, source: CellSource, positions: np.ndarray) -> dict[int, set[int]]:
-    """Genes with the largest coefficients of a logistic regression that predicts the model's labels of the candidate cells, by class."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
+@dataclass(frozen=True, eq=False)
+class _Candidates:
+    """The cells that the explained ones were chosen from."""
 
-    flat = source.read(positions)
-    codes = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts).label_codes
-    values = np.log1p(flat.counts * np.repeat(1e4 / np.maximum(flat.total_counts, 1), np.diff(flat.offsets)))
-    x = sparse.csr_matrix((values, flat.gene_ids, flat.offsets), shape=(len(codes), len(predictor.vocabulary)))
-    if len(np.unique(codes)) < 3:  # two classes have one row of coefficients; a comparison of tops needs more
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=100).fit(x, codes)
-    return {int(code): set(np.argsort(-row)[:TOP_GENES].tolist()) for code, row in zip(model.classes_, model.coef_, strict=True)}
+    x_ng: sparse.csr_matrix
+    """log1p of counts per 10,000."""
+    codes_n: np.ndarray
+    """What the model says of them."""
+    panels: Panels
+
+    @classmethod
+    def read(cls, predictor: Predictor, source: CellSource, positions: np.ndarray) -> _Candidates:
+        flat = source.read(positions)
+        values = np.log1p(flat.counts * np.repeat(1e4 / np.maximum(flat.total_counts, 1), np.diff(flat.offsets)))
+        x_ng = sparse.csr_matrix((values, flat.gene_ids, flat.offsets), shape=(len(positions), len(predictor.vocabulary)))
+        return cls(x_ng, predictor.predict(*flat).label_codes, flat.panels)
+
+    def expressed_more(self, num_classes: int) -> np.ndarray:
+        """Which genes a class expresses more than the other classes do on average, of the cells that measured them; bool (k, g)."""
+        num_panels, (num_cells, num_genes) = len(self.panels.measured_pg), self.x_ng.shape
+        group_n = self.codes_n * num_panels + self.panels.panels_n
+        groups = sparse.csr_matrix((np.ones(num_cells), (group_n, np.arange(num_cells))), shape=(num_classes * num_panels, num_cells))
+        sums_kg = (groups @ self.x_ng).toarray().reshape(num_classes, num_panels, num_genes).sum(axis=1)
+        cells_kg = np.bincount(group_n, minlength=num_classes * num_panels).reshape(num_classes, num_panels) @ self.panels.measured_pg
+        mean_kg, seen_kg = sums_kg / np.maximum(cells_kg, 1), cells_kg > 0
+        others_kg = (mean_kg.sum(axis=0) - mean_kg) / np.maximum(seen_kg.sum(axis=0) - seen_kg, 1)
+        return mean_kg > others_kg
+
+    def regression_top(self) -> dict[int, set[int]]:
+        """Genes with the largest coefficients of a logistic regression that predicts the model's labels, by class."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+
+        if len(np.unique(self.codes_n)) < 3:  # two classes have one row of coefficients; a comparison of tops needs more
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model = LogisticRegression(C=0.01, class_weight="balanced", max_iter=100).fit(self.x_ng, self.codes_n)
+        return {int(code): set(np.argsort(-row)[:TOP_GENES].tolist()) for code, row in zip(model.classes_, model.coef_, strict=True)}
 
 
 def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, Any]:
@@ -336,7 +402,9 @@ def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, An
     Genes go by their value, largest first, and in random order for comparison.
     """
     rng = np.random.default_rng(0)
-    explainer = Explainer(predictor, [CellTokens(token_ids=np.array([CLS]), values=np.zeros(1, np.float32), bin_ids=np.zeros(1, int))])
+    every = np.ones(len(predictor.vocabulary), bool)
+    nothing = CellTokens(token_ids=np.array([CLS]), values=np.zeros(1, np.float32), bin_ids=np.zeros(1, int), measured_g=every)
+    explainer = Explainer(predictor, [nothing])
     cells = _some_rows(out)
     curves: dict[str, list[np.ndarray]] = {"deletion": [], "deletion, random": [], "insertion": [], "insertion, random": []}
     for (_, row), tokens in zip(cells.iterrows(), _tokens(predictor, source, cells["position"].to_numpy()), strict=True):
@@ -399,7 +467,7 @@ def _correlation(one: Attribution, other: Attribution) -> float:
     return float(np.corrcoef(one.values, other.values)[0, 1])
 
 
-def _draw(out: Path, names: list[str], gene_names: np.ndarray, mean_kg: np.ndarray, top: dict[int, np.ndarray]) -> None:
+def _draw(out: Path, names: list[str], gene_names: np.ndarray, mean_kg: np.ndarray, top: dict[int, list[int]]) -> None:
     """Beeswarm and bar picture of each class, heat map of classes by top genes."""
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -442,7 +510,8 @@ def _said(summary: dict[str, Any]) -> str:
         known = f"{row['markers_in_model']} of the {row['markers_listed']} listed for it are among the model's genes"
         found = row["markers"] or f"none; {known}"
         lines.append(f"  {row['label']} ({row['cells']} cells), markers among the top {TOP_GENES}: {found}")
-        lines.append(f"    {row['top_genes']}")
+        lines.append(f"    by being expressed: {row['top_genes']}")
+        lines.append(f"    by being lacked: {row['top_lacking']}")
     return "\n".join(lines)
 
 

@@ -177,7 +177,7 @@ def _label_shard(
 ) -> int:
     cells = np.arange(*shard)
     flat = source.read(cells)
-    found = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts)
+    found = predictor.predict(*flat)
     parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table(), pd.DataFrame({EMPTY: np.diff(flat.offsets) == 0})]
     if probabilities:
         parts.append(pd.DataFrame(found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]))

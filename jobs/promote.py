@@ -145,7 +145,7 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
         predicted = []
         for start in range(0, len(positions), _CELLS_PER_CHUNK):
             flat = source.read(positions[start : start + _CELLS_PER_CHUNK])
-            found = predictor.predict(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts)
+            found = predictor.predict(*flat)
             predicted.append(found.best_labels)
         right_n[name] = np.concatenate(predicted) == labels_n
     return compare(right_n, labels_n, groups)

@@ -365,7 +365,8 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             rows = slice(first, first + _CELLS_AT_ONCE)
             sample = study.test_stream(cells, positions[rows]).sample_counts(_CELLS_AT_ONCE, 0)
             counts = sample.counts_ng
-            said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=sample.total_n)
+            offsets = counts.indptr.astype(np.int64)
+            said = predictor.predict(counts.indices, counts.data, offsets, total_counts=sample.total_n, panels=sample.panels)
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
         prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)

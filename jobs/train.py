@@ -31,7 +31,7 @@ import yaml
 from scipy import sparse
 
 from cluster.connect import connect
-from data_ingest.dataset import CellStream
+from data_ingest.dataset import CellStream, gene_of_var
 from data_ingest.ontology import lineage
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
@@ -44,7 +44,7 @@ from screformer.linear import logistic_start
 from screformer.model import ScReformer
 from screformer.predictor import Predictor
 from screformer.svd import svd_gene_embeddings
-from screformer.tokenizer import GeneVocabulary
+from screformer.tokenizer import GeneVocabulary, Panels
 from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
@@ -93,6 +93,7 @@ class TrainingCells:
             config.stream,
             global_batch_size=config.train.global_batch_size,
             seed=config.train.seed,
+            panels=self._panels.take(positions),
             shuffle=part == "train",
             read_cpus=config.cluster.cpus_per_read_task,
         )
@@ -112,6 +113,12 @@ class TrainingCells:
             },
             "notes": list(self.notes),
         }
+
+    @cached_property
+    def _panels(self) -> Panels:
+        """Which genes were measured in which cells of the query."""
+        locator, vocabulary = self.query.locator, self.vocabulary
+        return locator.panels(self.query.obs["dataset_id"].to_numpy(), gene_of_var(locator, vocabulary), len(vocabulary))
 
     @cached_property
     def sample(self) -> sparse.csr_array:
@@ -205,7 +212,8 @@ def prepare_cells(
         if not len(parts[part]):
             notes.append(f"no {part} cells")
     if start is None:
-        measured_g = query.measured_share(parts["train"]) >= config.query.min_measured
+        share_g = query.measured_share(parts["train"])
+        measured_g = (share_g > 0) & (share_g >= config.query.min_measured)
         if not measured_g.any():
             raise ValueError(
                 f"no gene was measured for query.min_measured={config.query.min_measured} of the training cells; lower it, or query"
@@ -213,8 +221,8 @@ def prepare_cells(
             )
         if not measured_g.all():
             notes.append(
-                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, as datasets with more than"
-                f" {1 - config.query.min_measured:.0%} of the training cells did not measure them (query.min_measured)"
+                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, which were not measured for any training cell, or for"
+                f" less than {config.query.min_measured:.0%} of them (query.min_measured)"
             )
         vocabulary = query.vocabulary(measured_g)
     else:
@@ -457,7 +465,7 @@ def _linear_start(cells: TrainingCells) -> dict[str, Any]:
     if config.tokens.expression == "binary":
         values_ng.data[:] = 1
     counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
-    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting))}
+    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting), found.panels)}
 
 
 def train_on_cluster(
@@ -600,7 +608,8 @@ def _log_test_cells(run: tracking.TrackedRun, cells: TrainingCells, model_dir: P
     most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.vocabulary)))
     found = cells.stream("test").sample_counts(most_cells, cells.config.train.seed)
     counts = found.counts_ng
-    said = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=found.total_n)
+    offsets = counts.indptr.astype(np.int64)
+    said = predictor.predict(counts.indices, counts.data, offsets, total_counts=found.total_n, panels=found.panels)
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
     groups = {name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")}
     table = pd.DataFrame(

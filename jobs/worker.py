@@ -199,8 +199,8 @@ def start_from(model: ScReformer, start: dict[str, Any]) -> None:
 
     Args:
         model: The network.
-        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k) and bias (k,) of a
-            linear classifier. Each may be missing; without any the random start is left.
+        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k), bias (k,) and
+            center (g,) of a linear classifier. Each may be missing; without any the random start is left.
     """
     if "gene_embeddings" in start:
         model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))

@@ -126,6 +126,8 @@ def load_model(directory: str | Path) -> LoadedModel:
     vocabulary = GeneVocabulary.load(directory / VOCABULARY)
     labels = _read_json(directory / LABELS)
     model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
+    if model.linear_skip is not None:  # versions before it took a gene that was not measured as zero
+        weights.setdefault("linear_skip.center", torch.zeros(len(vocabulary)))
     check_weights(model, weights, source=str(directory))
     model.load_state_dict(weights)
     calibration = Calibration()

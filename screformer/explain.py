@@ -9,7 +9,8 @@ cell is itself, and on the way three things move in a straight line,
 - the expression value that the linear skip sees.
 
 The gradient along each of them, times its change, is summed for each gene and integrated over the path by Gauss-Legendre nodes, then
-averaged over the background. A gene that only the background has gets a value too: its absence is evidence. This is expected gradients
+averaged over the background. A gene that only the background has gets a value too: its absence is evidence. So does, where the
+background's datasets measured other genes than the cell's, a gene that was measured on one side only. This is expected gradients
 with the integral by quadrature in place of random points, which costs fewer passes for the same error. The values of a cell sum to its
 logit minus the background's mean logit; `additivity_error` says how nearly. What is left is the error of the quadrature, and the jumps of
 LSH attention where a hash changes on the way.
@@ -28,7 +29,7 @@ Source: Erion et al., Improving performance of deep learning models with axiomat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -41,7 +42,7 @@ from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttentio
 from screformer.model import LINEAR_SCALE, ScReformer
 from screformer.predictor import HASH_SEED, Predictor
 from screformer.reversible import AttentionSublayer, Block, _mix_seed
-from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
+from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, Panels
 
 NUM_NODES = 3
 """Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood cells, LSH attention)."""
@@ -51,11 +52,13 @@ _TINY = 1e-6
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellTokens:
-    """The tokens of one cell, [CLS] first; each array (l,)."""
+    """The tokens of one cell, [CLS] first; arrays (l,) but for the last."""
 
     token_ids: np.ndarray
     values: np.ndarray
     bin_ids: np.ndarray
+    measured_g: np.ndarray
+    """Which genes were measured in the cell, bool (g,)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -122,6 +125,7 @@ class Explainer:
                 seen[token_ids] = True
                 for index in range(len(labels)):
                     sums[index, token_ids] += gradients[index][row][: len(token_ids)]
+        self._add_panels(cell, labels, sums, seen)
         seen[:NUM_SPECIAL] = False
         genes = np.flatnonzero(seen)
         output = self.logits([cell])[0]
@@ -136,10 +140,23 @@ class Explainer:
             for index, label in enumerate(labels)
         ]
 
+    def _add_panels(self, cell: CellTokens, labels: Sequence[int], sums: np.ndarray, seen: np.ndarray) -> None:
+        """Add what it makes that the cell's dataset measured other genes than the background's: exact, as that part is linear."""
+        skip = self._model.linear_skip
+        if skip is None:
+            return
+        others_g = np.sum([other.measured_g for other in self._background], axis=0)
+        moved_g = (len(self._background) * cell.measured_g - others_g) * skip.center.double().cpu().numpy()
+        weights_gk = skip.weight.weight.detach().double().cpu().numpy()[NUM_SPECIAL:]
+        sums[:, NUM_SPECIAL:] -= (moved_g[:, None] * weights_gk[:, list(labels)]).T
+        seen[NUM_SPECIAL:] |= moved_g != 0
+
     def _batch(self, cells: Sequence[CellTokens]) -> dict[str, Tensor]:
         arrays = {name: [getattr(cell, name) for cell in cells] for name in ("token_ids", "values", "bin_ids")}
         padded = {name: torch.from_numpy(_pad(rows)) for name, rows in arrays.items()}
-        return {name: (tensor if name == "values" else tensor.long()).to(self._device) for name, tensor in padded.items()}
+        batch = {name: tensor if name == "values" else tensor.long() for name, tensor in padded.items()}
+        batch |= {"measured": torch.from_numpy(np.stack([cell.measured_g for cell in cells])), "panels": torch.arange(len(cells))}
+        return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _integrate(self, pairs: Sequence[_Pair], labels: Sequence[int]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """Token ids of each pair, and by class and pair the integrated gradient times change of each token."""
@@ -251,12 +268,12 @@ def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl
     return x_rld * 0
 
 
-def cell_tokens(tokens: dict[str, np.ndarray]) -> list[CellTokens]:
+def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellTokens]:
     """Cut what `CellTokenizer` gives into cells, without padding."""
     cells = []
-    for ids, values, bins in zip(tokens["token_ids"], tokens["values"], tokens["bin_ids"], strict=True):
+    for ids, values, bins, panel in zip(tokens["token_ids"], tokens["values"], tokens["bin_ids"], panels.panels_n, strict=True):
         used = ids != PAD
-        cells.append(CellTokens(token_ids=ids[used], values=values[used], bin_ids=bins[used]))
+        cells.append(CellTokens(token_ids=ids[used], values=values[used], bin_ids=bins[used], measured_g=panels.measured_pg[panel]))
     return cells
 
 
@@ -264,7 +281,7 @@ def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
     """The cell as if some genes (vocabulary indices) had not been detected."""
     kept = ~np.isin(cell.token_ids, np.asarray(genes) + NUM_SPECIAL)
     assert kept[cell.token_ids == CLS].all()
-    return CellTokens(token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])
+    return replace(cell, token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])
 
 
 def markers() -> pd.DataFrame:

@@ -1,47 +1,72 @@
-"""Where the linear part of the network starts: a logistic regression on a sample of training cells.
+"""Where the linear part of the network starts: a logistic regression on a sample of training cells that knows which genes were measured.
 
-Axes: n cells, g genes of the vocabulary, k classes.
+Data sets measure different genes. Taken as zeros, the genes that one lacks speak against every type that has them; left out, they take
+their markers with them. Here each value counts from its mean over the cells that measured the gene, and a gene that was not measured
+counts as that mean: it says nothing, in training and in prediction.
+
+Axes: n cells, g genes of the vocabulary, p gene panels, k classes, c of them in the sample.
 """
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 from scipy import sparse
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
 from sklearn.preprocessing import normalize
 
 from screformer.model import LINEAR_SCALE
+from screformer.tokenizer import Panels
 
 INVERSE_PENALTY = 1.0
-"""scikit-learn's C. Chosen on validation cells of real blood data, where 0.01 to 1 differ little (docs/experiments.md)."""
+"""C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ little (docs/experiments.md)."""
 _MAX_ITERATIONS = 100
+_TOLERANCE = 1e-4
+"""Of the largest gradient; a start need not be converged."""
 _NEVER = -8.0
 """Bias of a class that the sample does not hold."""
 
 
-def logistic_start(values_ng: sparse.csr_array, labels_n: np.ndarray, class_weights_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def logistic_start(
+    values_ng: sparse.csr_array, labels_n: np.ndarray, class_weights_k: np.ndarray, panels: Panels
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Fit what `ScReformer.set_linear_start` takes.
 
     Args:
         values_ng: Expression values as the tokenizer makes them.
         labels_n: Class of each cell, int64 in [0, k); at least two classes.
         class_weights_k: Weight of a cell of each class in the loss, (k,).
+        panels: Which genes were measured in these cells.
 
     Returns:
-        Weights float32 (g, k) and bias float32 (k,) of the L2-penalised regression.
+        Weights float32 (g, k) and bias float32 (k,) of the L2-penalised multinomial regression, and the mean of each gene's scaled value
+        over the cells that measured it, float32 (g,), 0 where none did.
     """
-    scaled = sparse.csr_matrix(normalize(sparse.csr_matrix(values_ng)) * LINEAR_SCALE)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a start need not be converged
-        fitted = LogisticRegression(C=INVERSE_PENALTY, max_iter=_MAX_ITERATIONS)
-        fitted.fit(scaled, labels_n, sample_weight=class_weights_k[labels_n])
-    coefficients, intercept = fitted.coef_, fitted.intercept_
-    if len(fitted.classes_) == 2:  # scikit-learn then keeps the second class's only
-        coefficients, intercept = np.concatenate([-coefficients, coefficients]) / 2, np.concatenate([-intercept, intercept]) / 2
-    num_classes = len(class_weights_k)
-    weights_gk, bias_k = np.zeros((scaled.shape[1], num_classes), np.float32), np.full(num_classes, _NEVER, np.float32)
-    weights_gk[:, fitted.classes_], bias_k[fitted.classes_] = coefficients.T, intercept
-    return weights_gk, bias_k
+    x_ng = sparse.csr_matrix(normalize(sparse.csr_matrix(values_ng, dtype=np.float64)) * LINEAR_SCALE)
+    cells_p = np.bincount(panels.panels_n, minlength=len(panels.measured_pg))
+    center_g = np.asarray(x_ng.sum(axis=0)).ravel() / np.maximum(cells_p @ panels.measured_pg, 1)
+    usual_pg = panels.measured_pg * center_g
+
+    present, codes_n = np.unique(labels_n, return_inverse=True)
+    weight_n = class_weights_k[labels_n].astype(np.float64)
+    rows, penalty = np.arange(len(labels_n)), 1 / (INVERSE_PENALTY * weight_n.sum())
+    of_panel_pn = sparse.csr_matrix((np.ones(len(rows)), (panels.panels_n, rows)), shape=(len(cells_p), len(rows)))
+    shape = (x_ng.shape[1], len(present))
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights_gc, bias_c = flat[: -shape[1]].reshape(shape), flat[-shape[1] :]
+        logits_nc = x_ng @ weights_gc - (usual_pg @ weights_gc)[panels.panels_n] + bias_c
+        logits_nc -= logits_nc.max(axis=1, keepdims=True)
+        exp_nc = np.exp(logits_nc)
+        sum_n = exp_nc.sum(axis=1)
+        loss = weight_n @ (np.log(sum_n) - logits_nc[rows, codes_n]) / weight_n.sum()
+        error_nc = exp_nc / sum_n[:, None]
+        error_nc[rows, codes_n] -= 1
+        error_nc *= (weight_n / weight_n.sum())[:, None]
+        gradient_gc = x_ng.T @ error_nc - usual_pg.T @ (of_panel_pn @ error_nc) + penalty * weights_gc
+        return loss + penalty / 2 * float((weights_gc**2).sum()), np.append(gradient_gc, error_nc.sum(axis=0))
+
+    limits = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": 0.0}
+    flat = minimize(objective, np.zeros(shape[0] * shape[1] + shape[1]), jac=True, method="L-BFGS-B", options=limits).x
+    weights_gk, bias_k = np.zeros((shape[0], len(class_weights_k)), np.float32), np.full(len(class_weights_k), _NEVER, np.float32)
+    weights_gk[:, present], bias_k[present] = flat[: -shape[1]].reshape(shape), flat[-shape[1] :]
+    return weights_gk, bias_k, center_g.astype(np.float32)

@@ -1,6 +1,6 @@
 """The network: tokens of a cell in; cell vector, label logits and hidden expression out.
 
-Axes: n cells, l token slots, g genes, d model width, k classes, h pooling heads, b expression bins.
+Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads, b expression bins.
 
     gene and expression embedding -> reversible encoder -> pooling -> cell vector -> label logits  (+ linear part on the values)
                                                         -> hidden slots + cell vector -> their expression
@@ -68,7 +68,8 @@ class ScReformer(nn.Module):
 
         Args:
             batch: `token_ids` int64 (n, l), real tokens first, then PAD; `values` float32 (n, l); `bin_ids` int64 (n, l). Cells of PAD
-                only are allowed and get finite results without meaning.
+                only are allowed and get finite results without meaning. `measured` bool (p, g) and `panels` int64 (n,) say which genes
+                were measured in which cells; without them all were in all.
             task: Which heads run. Every rank calls the same modules, whatever its cells.
             hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); it may be False everywhere.
             hash_seed: Seeds the LSH hashes, and the dropout in training.
@@ -86,7 +87,8 @@ class ScReformer(nn.Module):
         assert self.classification_head is not None, "a network without classes cannot classify"
         logits_nk = self.classification_head(embedding_nd)
         if self.linear_skip is not None:
-            logits_nk = logits_nk + self.linear_skip(batch["token_ids"], batch["values"].to(x_nld.dtype))
+            panels = (batch.get("measured"), batch.get("panels"))
+            logits_nk = logits_nk + self.linear_skip(batch["token_ids"], batch["values"].to(x_nld.dtype), *panels)
         return ModelOutput(embedding_nd, logits_nk, None)
 
     def embed_tokens(self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None) -> Tensor:
@@ -109,8 +111,8 @@ class ScReformer(nn.Module):
         weight.copy_(matrix_gd)
 
     @torch.no_grad()
-    def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor) -> None:
-        """Start as a given linear classifier, to which the encoder adds nothing yet; before an engine is built.
+    def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor, center_g: Tensor) -> None:
+        """Start as a given linear classifier (`screformer.linear`), to which the encoder adds nothing yet; before an engine is built.
 
         Raises:
             ValueError: Another shape, or a network without a linear part.
@@ -118,13 +120,13 @@ class ScReformer(nn.Module):
         if self.linear_skip is None or self.classification_head is None:
             raise ValueError("a linear start needs model.linear_skip=true and labels")
         weight = self.linear_skip.weight.weight[NUM_SPECIAL:]
-        if weights_gk.shape != weight.shape or bias_k.shape != self.classification_head.bias.shape:
-            raise ValueError(
-                f"linear start has shapes {tuple(weights_gk.shape)} and {tuple(bias_k.shape)}, the network needs {tuple(weight.shape)} and"
-                f" {tuple(self.classification_head.bias.shape)}"
-            )
+        given = [tuple(part.shape) for part in (weights_gk, bias_k, center_g)]
+        needed = [tuple(part.shape) for part in (weight, self.classification_head.bias, self.linear_skip.center)]
+        if given != needed:
+            raise ValueError(f"linear start has shapes {given}, the network needs {needed}")
         weight.copy_(weights_gk)
         self.classification_head.bias.copy_(bias_k)
+        self.linear_skip.center.copy_(center_g)
         self.classification_head.weight.zero_()
 
 
@@ -204,14 +206,24 @@ class _ExpressionHead(nn.Module):
 
 
 class _LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to one length, which evens out depth and size of gene panels."""
+    """A linear classifier on the cell's expression values, scaled to one length, which evens out depth and size of gene panels.
+
+    Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that was measured and not found
+    speaks against the labels that have it, and one that was not measured says nothing.
+    """
 
     def __init__(self, num_genes: int, num_classes: int):
         super().__init__()
         self.weight = nn.EmbeddingBag(num_genes + NUM_SPECIAL, num_classes, mode="sum")
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(num_genes))
 
-    def forward(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
-        return self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * LINEAR_SCALE)
+    def forward(self, token_ids_nl: Tensor, values_nl: Tensor, measured_pg: Tensor | None = None, panels_n: Tensor | None = None) -> Tensor:
+        found_nk = self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * LINEAR_SCALE)
+        usual_pg = self.center.expand(1, -1) if measured_pg is None else measured_pg * self.center
+        genes = torch.arange(NUM_SPECIAL, NUM_SPECIAL + usual_pg.shape[1], device=usual_pg.device)
+        usual_pk = self.weight(genes.expand(usual_pg.shape), per_sample_weights=usual_pg.to(values_nl.dtype))
+        return found_nk - (usual_pk if panels_n is None else usual_pk[panels_n])
 
 
 def _draw_weights(network: ScReformer, seed: int) -> None:

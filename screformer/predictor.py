@@ -18,7 +18,7 @@ from scipy import sparse
 
 from screformer.calibration import LEVELS, UNKNOWN
 from screformer.checkpoint import LoadedModel, load_model
-from screformer.tokenizer import CellTokenizer, GeneVocabulary
+from screformer.tokenizer import CellTokenizer, GeneVocabulary, Panels
 
 MIN_GENE_OVERLAP = 0.1
 """Least share of the model's expected expression that the input's genes must carry. By expression and not by number of genes,
@@ -71,6 +71,13 @@ class GeneMatch:
     def num_found(self) -> int:
         """Genes of the model that the input has."""
         return self.num_by_id + self.num_by_name
+
+    @property
+    def measured_g(self) -> np.ndarray:
+        """Which genes of the model the input has, bool (g,)."""
+        measured_g = np.zeros(self.num_model_genes, dtype=bool)
+        measured_g[self.vocabulary_index[self.vocabulary_index >= 0]] = True
+        return measured_g
 
     def __str__(self) -> str:
         ambiguous = f", {self.num_ambiguous:,} ambiguous ones left out" if self.num_ambiguous else ""
@@ -273,10 +280,16 @@ class Predictor:
         entries = (np.ones(len(known), dtype=matrix.dtype), (known, match.vocabulary_index[known]))
         matrix = sparse.csr_matrix(matrix @ sparse.csr_matrix(entries, shape=(matrix.shape[1], len(self.vocabulary))))
         matrix.eliminate_zeros()
-        return self.predict(matrix.indices, matrix.data.astype(np.float32), matrix.indptr.astype(np.int64), total_counts=total)
+        offsets, panels = matrix.indptr.astype(np.int64), Panels.one(match.measured_g, matrix.shape[0])
+        return self.predict(matrix.indices, matrix.data.astype(np.float32), offsets, total_counts=total, panels=panels)
 
     def predict(
-        self, gene_ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, *, total_counts: np.ndarray | None = None
+        self,
+        gene_ids: np.ndarray,
+        counts: np.ndarray,
+        offsets: np.ndarray,
+        total_counts: np.ndarray | None = None,
+        panels: Panels | None = None,
     ) -> Predictions:
         """Label cells given as flat lists of detected genes.
 
@@ -285,12 +298,14 @@ class Predictor:
             counts: Raw counts, float32, > 0, aligned with `gene_ids`.
             offsets: Cell i has the entries `offsets[i]:offsets[i + 1]`; int64 (n + 1,).
             total_counts: Library size (n,) over all genes that were measured; None sums the given counts.
+            panels: Which genes were measured in which cells; None is all in all.
 
         Returns:
             Predictions in the order of the cells.
         """
         num_cells = len(offsets) - 1
         lengths = np.diff(offsets)
+        panels = panels or Panels.one(np.ones(len(self.vocabulary)), num_cells)
         logits = np.zeros((num_cells, len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((num_cells, self.config.model.dim), dtype=np.float32)
         for cells in self._batches(lengths):
@@ -298,7 +313,7 @@ class Predictor:
             entries = np.repeat(offsets[cells] - starts[:-1], lengths[cells]) + np.arange(starts[-1])
             total = None if total_counts is None else total_counts[cells]
             tokens = self.tokenizer(gene_ids[entries], counts[entries], starts, total_counts=total)
-            logits[cells], embedding[cells] = self._forward(tokens, len(cells))
+            logits[cells], embedding[cells] = self._forward(tokens, panels.take(cells))
         probabilities = self.calibration.probabilities(logits)
         scores = self.calibration.unknown_scores(logits)
         answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids))
@@ -316,13 +331,13 @@ class Predictor:
             embedding_nd=embedding,
         )
 
-    def _forward(self, tokens: dict[str, np.ndarray], num_cells: int) -> tuple[np.ndarray, np.ndarray]:
+    def _forward(self, tokens: dict[str, np.ndarray], panels: Panels) -> tuple[np.ndarray, np.ndarray]:
         batch = {
             "token_ids": torch.from_numpy(tokens["token_ids"].astype(np.int64)),
             "values": torch.from_numpy(tokens["values"]),
             "bin_ids": torch.from_numpy(tokens["bin_ids"].astype(np.int64)),
-            "labels": torch.full((num_cells,), -1),
-            "joinids": torch.arange(num_cells),
+            "measured": torch.from_numpy(panels.measured_pg),
+            "panels": torch.from_numpy(panels.panels_n),
         }
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """From the counts of a cell to tokens.
 
-Axes: n cells, l token slots, g genes of the vocabulary.
+Axes: n cells, l token slots, g genes of the vocabulary, p gene panels.
 
 Three spaces of integers, never mixed: a gene's *index* in the vocabulary, its *token id* (index + NUM_SPECIAL), and its joinid in an
 atlas, which does not occur here.
@@ -90,6 +90,26 @@ class GeneVocabulary:
     def load(cls, path: str | Path) -> GeneVocabulary:
         """Read what `save` wrote."""
         return cls.from_json(json.loads(Path(path).read_text()))
+
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """Which of the vocabulary's genes were measured in which cells. A gene outside of a cell's panel is unknown there, not zero."""
+
+    measured_pg: np.ndarray
+    """Genes of each panel, bool (p, g)."""
+    panels_n: np.ndarray
+    """Panel of each cell, int64 (n,)."""
+
+    @classmethod
+    def one(cls, measured_g: np.ndarray, num_cells: int) -> Panels:
+        """Cells that share a panel."""
+        return cls(np.asarray(measured_g, dtype=bool)[None], np.zeros(num_cells, dtype=np.int64))
+
+    def take(self, cells: np.ndarray) -> Panels:
+        """Those of some cells, without the panels that none of them has."""
+        used, panels_n = np.unique(self.panels_n[cells], return_inverse=True)
+        return Panels(self.measured_pg[used], panels_n.astype(np.int64))
 
 
 class CellTokenizer:

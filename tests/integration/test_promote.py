@@ -73,8 +73,9 @@ def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str])
         flat = AtlasCells.open(predictor, result, min_gene_overlap=0.1).read(rows)
         values = np.log1p(flat.counts * np.repeat(1e4 / flat.total_counts, np.diff(flat.offsets)))
         x = sparse.csr_array((values, flat.gene_ids, flat.offsets), shape=(len(rows), len(result.feature_ids)))
-        weights, bias = logistic_start(x, result.obs["label"].cat.codes.to_numpy()[rows].astype(np.int64), np.ones(len(names)))
-        predictor.model.set_linear_start(torch.from_numpy(weights), torch.from_numpy(bias))
+        codes = result.obs["label"].cat.codes.to_numpy()[rows].astype(np.int64)
+        start = logistic_start(x, codes, np.ones(len(names)), flat.panels)
+        predictor.model.set_linear_start(*map(torch.from_numpy, start))
         save_model(folder, predictor.model, loaded.config, loaded.vocabulary, labels, meta)
     return folder
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import ray
 import tiledbsoma
+import torch
 
 from data_ingest.atlas import AtlasLocator
 from data_ingest.dataset import CellStream
@@ -17,7 +18,7 @@ from data_ingest.plan import EpochPlan
 from data_ingest.schema import create_atlas, soma_context
 from jobs.benchmark import stream as benchmark
 from screformer.config import StreamConfig, TokensConfig
-from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary
+from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary, Panels
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 NUM_CELLS, NUM_GENES = 700, 50
@@ -55,7 +56,9 @@ def vocabulary(genes=None):
     return GeneVocabulary(ids, ids, np.zeros(len(ids), np.float32))
 
 
-def make_stream(locator, joinids=None, genes=None, tokens=None, seed=5, shuffle=True, global_batch_size=24, cells_per_task=120):
+def make_stream(
+    locator, joinids=None, genes=None, tokens=None, seed=5, shuffle=True, global_batch_size=24, cells_per_task=120, panels=None
+):
     joinids = np.arange(NUM_CELLS) if joinids is None else joinids
     return CellStream(
         locator,
@@ -66,6 +69,7 @@ def make_stream(locator, joinids=None, genes=None, tokens=None, seed=5, shuffle=
         StreamConfig(run_length=8, cells_per_task=cells_per_task, prefetch_batches=2),
         global_batch_size=global_batch_size,
         seed=seed,
+        panels=panels,
         shuffle=shuffle,
     )
 
@@ -215,6 +219,24 @@ def test_sample_counts(locator):
     np.testing.assert_array_equal(sample.joinids_n, stream.sample_counts(100, seed=1).joinids_n)
     assert (sample.joinids_n != stream.sample_counts(100, seed=2).joinids_n).any()
     np.testing.assert_array_equal(stream.sample_counts(10_000, seed=1).joinids_n, np.arange(0, NUM_CELLS, 2))
+
+
+def test_batches_and_samples_say_which_genes_were_measured(locator):
+    panels = Panels(np.arange(NUM_GENES) < np.array([[NUM_GENES], [20], [5]]), np.arange(NUM_CELLS) % 2)  # the last is nobody's
+    stream = make_stream(locator, joinids=np.arange(NUM_CELLS), panels=panels)
+    seen = 0
+    for batch in stream.batches(0, rank=0, world_size=1, micro_batch_size=stream.global_batch_size):
+        real = batch["joinids"] >= 0
+        sizes = batch["measured"].sum(dim=1)[batch["panels"]]
+        assert torch.equal(sizes[real], torch.where(batch["joinids"][real] % 2 == 0, NUM_GENES, 20))
+        assert len(batch["measured"]) <= 2
+        seen += int(real.sum())
+    assert seen == NUM_CELLS
+    sample = stream.sample_counts(50, seed=0)
+    np.testing.assert_array_equal(
+        sample.panels.measured_pg.sum(1)[sample.panels.panels_n], np.where(sample.joinids_n % 2 == 0, NUM_GENES, 20)
+    )
+    assert make_stream(locator).sample_counts(5, seed=0).panels.measured_pg.all()
 
 
 def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from tiny_model import write_tiny_model
 from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
 from screformer.model import LINEAR_SCALE
 from screformer.predictor import Predictor
+from screformer.tokenizer import Panels
 
 
 def _cells(predictor: Predictor, num_cells: int, *, seed: int) -> list[CellTokens]:
@@ -15,7 +17,7 @@ def _cells(predictor: Predictor, num_cells: int, *, seed: int) -> list[CellToken
     counts = rng.poisson(2.0, (num_cells, 40)) * (rng.random((num_cells, 40)) < 0.6)
     cells, genes = np.nonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=num_cells))])
-    return cell_tokens(predictor.tokenizer(genes.astype(np.int32), counts[cells, genes], offsets))
+    return cell_tokens(predictor.tokenizer(genes.astype(np.int32), counts[cells, genes], offsets), Panels.one(np.ones(40), num_cells))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,23 @@ def test_values_sum_to_the_whole_logit(tmp_path: Path, settings: dict[str, objec
             assert found.additivity_error < 0.01 * max(1.0, abs(found.output - found.base))
             assert len(found.genes) == len(found.values) and np.abs(found.values).max() > 0.01
             assert set(found.genes) == {*(cell.token_ids[1:] - 2), *(gene for other in background for gene in other.token_ids[1:] - 2)}
+
+
+def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> None:
+    predictor = Predictor.load(write_tiny_model(tmp_path, **{"model.attention": "full"}), device="cpu")
+    assert predictor.model.linear_skip is not None
+    predictor.model.linear_skip.center.copy_(torch.linspace(0.1, 2.0, 40))
+    background = _cells(predictor, 2, seed=1)
+    (cell,) = _cells(predictor, 1, seed=2)
+    lacking = without_genes(cell, np.array([3, 4]))
+    narrow = replace(lacking, measured_g=~np.isin(np.arange(40), [3, 4]))
+    explainer = Explainer(predictor, background, num_nodes=24)
+    as_zero, unknown = (explainer.attribute(one, [1])[0] for one in (lacking, narrow))
+    assert unknown.additivity_error < 0.01 * max(1.0, abs(unknown.output - unknown.base))
+    differs = unknown.values - as_zero.values
+    weights = predictor.model.linear_skip.weight.weight[2:, 1].detach().numpy()
+    np.testing.assert_allclose(differs[np.isin(unknown.genes, [3, 4])], (torch.linspace(0.1, 2.0, 40).numpy() * weights)[3:5], atol=1e-4)
+    np.testing.assert_allclose(differs[~np.isin(unknown.genes, [3, 4])], 0, atol=1e-6)
 
 
 def test_an_lsh_model_is_nearly_additive_and_says_how_nearly(tmp_path: Path) -> None:

@@ -192,17 +192,22 @@ def test_network_starts_as_a_given_linear_classifier() -> None:
     batch = batch_of(counts_of_cells(4))
     generator = torch.Generator().manual_seed(2)
     weights, bias = torch.randn(NUM_GENES, NUM_CLASSES, generator=generator), torch.randn(NUM_CLASSES, generator=generator)
+    center = torch.rand(NUM_GENES, generator=generator)
     model = fresh_network()
-    model.set_linear_start(weights, bias)
+    model.set_linear_start(weights, bias, center)
     dense = torch.zeros(4, NUM_GENES + NUM_SPECIAL).scatter_(1, batch["token_ids"], batch["values"])[:, NUM_SPECIAL:]
     logits = model(batch, task="finetune").logits_nk
-    torch.testing.assert_close(logits, LINEAR_SCALE * torch.nn.functional.normalize(dense, dim=1) @ weights + bias)
+    scaled = LINEAR_SCALE * torch.nn.functional.normalize(dense, dim=1)
+    torch.testing.assert_close(logits, (scaled - center) @ weights + bias)
+    measured, panels = torch.rand(2, NUM_GENES, generator=generator) < 0.5, torch.tensor([0, 1, 1, 0])
+    in_part = model(batch | {"measured": measured, "panels": panels}, task="finetune").logits_nk
+    torch.testing.assert_close(in_part, (scaled - measured[panels] * center) @ weights + bias)
     classification_loss(logits, batch["labels"], None)[0].backward()
     assert model.classification_head.weight.grad.abs().max() > 0  # the encoder is not cut off for good
-    with pytest.raises(ValueError, match=r"linear start has shapes \(60, 4\) and \(5,\), the network needs \(60, 5\) and \(5,\)"):
-        model.set_linear_start(weights[:, 1:], bias)
+    with pytest.raises(ValueError, match=r"linear start has shapes \[\(60, 4\), \(5,\), \(60,\)\], the network needs \[\(60, 5\), "):
+        model.set_linear_start(weights[:, 1:], bias, center)
     with pytest.raises(ValueError, match="a linear start needs model.linear_skip=true and labels"):
-        network(linear_skip=False).set_linear_start(weights, bias)
+        network(linear_skip=False).set_linear_start(weights, bias, center)
 
 
 def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:

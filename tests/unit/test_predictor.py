@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
@@ -86,6 +87,23 @@ def test_the_library_size_counts_genes_that_the_model_does_not_know(predictor: P
     total = np.asarray(counts.sum(axis=1)).ravel() + 500
     flat = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=total)
     np.testing.assert_allclose(flat.probabilities_nk, diluted.probabilities_nk, atol=1e-6)
+
+
+def test_genes_that_the_input_lacks_are_not_zeros(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+    ids = list(predictor.vocabulary.feature_ids)
+    skip = predictor.model.linear_skip
+    assert skip is not None
+    skip.center.copy_(torch.linspace(0.1, 2.0, 40))
+    without = counts.toarray()
+    without[:, 5:9] = 0
+    zero = predictor.predict_counts(without, predictor.match_genes(ids))
+    kept = [*range(5), *range(9, 40)]
+    lacking = predictor.predict_counts(without[:, kept], predictor.match_genes([ids[gene] for gene in kept]))
+    with torch.no_grad():
+        usual_k = (skip.center[5:9, None] * skip.weight.weight[7:11]).sum(0).numpy()
+    ratio = np.log(lacking.probabilities_nk) - np.log(zero.probabilities_nk)
+    np.testing.assert_allclose(ratio - ratio[:, :1], np.tile(usual_k - usual_k[0], (70, 1)), atol=1e-3)
+    skip.center.zero_()
 
 
 def test_columns_in_any_order_and_type(predictor: Predictor, counts: sparse.csr_matrix) -> None:
