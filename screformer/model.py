@@ -210,20 +210,27 @@ class _LinearSkip(nn.Module):
 
     Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that was measured and not found
     speaks against the labels that have it, and one that was not measured says nothing.
+
+    Sums over hundreds of genes are taken in float64: in float32 their last digits would hang on the padding and on the cells beside.
     """
 
     def __init__(self, num_genes: int, num_classes: int):
         super().__init__()
-        self.weight = nn.EmbeddingBag(num_genes + NUM_SPECIAL, num_classes, mode="sum")
+        self.weight = _SumFloat64(num_genes + NUM_SPECIAL, num_classes, mode="sum")
         self.center: Tensor
         self.register_buffer("center", torch.zeros(num_genes))
 
     def forward(self, token_ids_nl: Tensor, values_nl: Tensor, measured_pg: Tensor | None = None, panels_n: Tensor | None = None) -> Tensor:
-        found_nk = self.weight(token_ids_nl, per_sample_weights=F.normalize(values_nl, dim=1) * LINEAR_SCALE)
+        found_nk = self.weight(token_ids_nl, F.normalize(values_nl.double(), dim=1) * LINEAR_SCALE)
         usual_pg = self.center.expand(1, -1) if measured_pg is None else measured_pg * self.center
         genes = torch.arange(NUM_SPECIAL, NUM_SPECIAL + usual_pg.shape[1], device=usual_pg.device)
-        usual_pk = self.weight(genes.expand(usual_pg.shape), per_sample_weights=usual_pg.to(values_nl.dtype))
-        return found_nk - (usual_pk if panels_n is None else usual_pk[panels_n])
+        usual_pk = self.weight(genes.expand(usual_pg.shape), usual_pg.double())
+        return (found_nk - (usual_pk if panels_n is None else usual_pk[panels_n])).to(values_nl.dtype)
+
+
+class _SumFloat64(nn.EmbeddingBag):
+    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        return F.embedding_bag(ids, self.weight.double(), mode="sum", per_sample_weights=weights)
 
 
 def _draw_weights(network: ScReformer, seed: int) -> None:
