@@ -464,7 +464,8 @@ def _sanity(predictor: Predictor, source: CellSource, out: Path, background: lis
 
 
 def _correlation(one: Attribution, other: Attribution) -> float:
-    return float(np.corrcoef(one.values, other.values)[0, 1])
+    values = pd.concat([pd.Series(found.values, index=found.genes) for found in (one, other)], axis=1).fillna(0)
+    return float(np.corrcoef(values.to_numpy().T)[0, 1])
 
 
 def _draw(out: Path, names: list[str], gene_names: np.ndarray, mean_kg: np.ndarray, top: dict[int, list[int]]) -> None:
