@@ -27,7 +27,7 @@ from anndata.io import write_elem
 
 from data_ingest.h5ad import H5adFile, check_counts
 from jobs.cells import AtlasCells, CellSource, H5adCells, query_cells
-from jobs.labelling import OBS_PREFIX, label_cells, write_to_atlas
+from jobs.labelling import OBS_PREFIX, PLAN, label_cells, write_to_atlas
 from jobs.tracking import code_identity, pinned_model, resolve_model
 from screformer.calibration import LEVELS, present_labels
 from screformer.config import TrackingConfig
@@ -460,7 +460,8 @@ def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args
     started = time.perf_counter()
     source: CellSource
     if args.atlas:
-        source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap)
+        resumed = None if args.overwrite else target / PLAN
+        source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap, resumed=resumed)
     else:
         source = H5adCells.open(predictor, path, min_gene_overlap=args.min_gene_overlap, layer=args.layer, raw=args.use == "raw")
     labelled = label_cells(

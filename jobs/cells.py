@@ -5,6 +5,8 @@ Axes: n cells.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -221,13 +223,26 @@ class AtlasCells:
         return {"atlas": self.locator.uri, "timestamp_ms": str(self.locator.timestamp_ms), "query_hash": self.query_hash}
 
 
-def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_overlap: float) -> AtlasCells:
-    """Cells of an atlas, the newest version pinned, that fulfil a filter.
+def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_overlap: float, resumed: Path | None = None) -> AtlasCells:
+    """Cells of an atlas that fulfil a filter.
+
+    Args:
+        predictor: The model.
+        uri: The atlas.
+        obs_filter: The filter.
+        min_gene_overlap: As `GeneMatch.require`.
+        resumed: JSON file with the `source` (`CellSource.identity`) of a run that may be there already: of the same atlas, the version that
+            it took is taken again. None, and where there is no such file, takes the newest.
 
     Raises:
         ValueError: No such atlas, a filter that it does not understand, no cells, or too few genes.
     """
-    locator = AtlasLocator(uri).pinned()
+    locator = AtlasLocator(uri)
+    if resumed is not None and resumed.exists():
+        source = json.loads(resumed.read_text()).get("source", {})
+        if source.get("atlas") == locator.uri:
+            locator = dataclasses.replace(locator, timestamp_ms=int(source["timestamp_ms"]))
+    locator = locator.pinned()
     with locator.open() as experiment:
         has_labels = predictor.label_column == MAJOR or predictor.label_column in experiment.obs.schema.names
     result = CellQuery(obs_filter=obs_filter).run(locator, predictor.label_column if has_labels else "cell_type")

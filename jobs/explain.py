@@ -548,7 +548,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 predictor, args.h5ad, min_gene_overlap=args.min_gene_overlap, layer=args.layer, label_column=predictor.label_column
             )
         else:
-            source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap)
+            resumed = args.out / _PLAN
+            source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap, resumed=resumed)
         connect()
         config = predictor.config.merge({"tracking.uri": args.tracking_uri})
         run = start_run(dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "explain")

@@ -29,7 +29,7 @@ OBS_PREFIX = "screformer_"
 """Of the obs columns in an atlas, whose own columns are never touched."""
 EMPTY = "empty"
 """Column of cells without a count in any gene that the model knows; their label means nothing."""
-_PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
+PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ def label_cells(
     """
     weights = hashlib.sha256((predictor.directory / "weights.safetensors").read_bytes()).hexdigest()
     plan = {"model": model, "weights": weights, "source": source.identity(), "probabilities": probabilities, "embedding": embedding}
-    if folder.exists() and not (folder / _PLAN).exists():
+    if folder.exists() and not (folder / PLAN).exists():
         raise ValueError(f"--out {folder} is there already and was not made by this command; name another folder")
     text = json.dumps(plan, indent=2)
-    if folder.exists() and (overwrite or (scratch and (folder / _PLAN).read_text() != text)):
+    if folder.exists() and (overwrite or (scratch and (folder / PLAN).read_text() != text)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / _PLAN).exists() and (folder / _PLAN).read_text() != text:
+    if (folder / PLAN).exists() and (folder / PLAN).read_text() != text:
         raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
-    (folder / _PLAN).write_text(text)
+    (folder / PLAN).write_text(text)
     size = CELLS_PER_SHARD * (4 if source.column_major else 1)
     ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]

@@ -329,8 +329,9 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
 
 
 def test_an_atlas_query_is_labelled_and_written_back(
-    ray_local: None, small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_local: None, small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
     shutil.copytree(small_atlas, tmp_path / "atlas")
     atlas = str(tmp_path / "atlas")
     with AtlasLocator(atlas).open() as experiment:
@@ -350,6 +351,13 @@ def test_an_atlas_query_is_labelled_and_written_back(
     assert (after["screformer_predicted_labels"][~chosen] == "").all() and after["screformer_conf_score"][~chosen].isna().all()
     for column in before:
         assert after[column].astype(str).tolist() == before[column].astype(str).tolist(), f"{column} stays as it is"
+
+    first, second, *_ = sorted((tmp_path / "out.parquet").glob("0*.parquet"))
+    second.unlink()
+    times = first.stat().st_mtime_ns
+    assert main(command) == 0, "an interrupted run goes on with the version of the atlas that it began with"
+    assert first.stat().st_mtime_ns == times
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out.parquet"), made)
 
 
 def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp_path: Path) -> None:

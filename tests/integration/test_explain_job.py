@@ -6,11 +6,14 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from mlflow import MlflowClient
 from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
+from data_ingest.atlas import AtlasLocator
 from jobs.explain import load_explanations, main
+from screformer.checkpoint import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 PICTURES = {f"{kind}_{stem}.png" for kind in ("bar", "beeswarm") for stem in ("B_cell", "T_cell", "monocyte", "mystery_cell")} | {
@@ -94,6 +97,40 @@ def test_explanations_are_saved_checked_and_resumed(
     capsys.readouterr()
     assert main([*command, "--cells", "30"]) == 2
     assert "holds explanations of other cells, another model or other settings" in capsys.readouterr().err
+
+
+def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
+    small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with AtlasLocator(small_atlas).open() as experiment:
+        var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
+    loaded = load_model(write_tiny_model(tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist())))
+    assert loaded.model.linear_skip is not None
+    loaded.model.linear_skip.center.uniform_(generator=torch.Generator().manual_seed(0))
+    save_model(tmp_path / "model", loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta)
+    out = tmp_path / "out"
+    command = ["--model", str(tmp_path / "model"), "--atlas", small_atlas, "--out", str(out), "--cells", "34", "--background", "3"]
+    command += ["--nodes", "8", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    assert main(command) == 0, capsys.readouterr().err
+    found = load_explanations(out)
+    panels = found.genes.filter(like="panel_").to_numpy()
+    assert panels.shape[1] > 1 and panels.any(axis=1).all() and not panels.all()
+    label = found.cells["class"].iloc[0]
+    rows = ((found.cells["class"] == label) & (found.cells["predicted"] == label)).to_numpy()
+    gene = int(np.argmin(panels.mean(axis=1)))
+    measured = panels[gene][found.cells["panel"].to_numpy()[rows]]
+    values = found.values_mg[rows][:, [gene]].toarray().ravel()
+    mean = found.mean(label)[found.genes["feature_name"][gene]]
+    assert mean == pytest.approx(values[measured].mean() if measured.any() else 0, rel=1e-5)
+    relative = found.cells["additivity_error"] / (found.cells["output"] - found.cells["base"]).abs()
+    assert relative.median() < 0.1, "what was measured on one side only has its share"
+
+    classes = pd.read_csv(out / "classes.csv", keep_default_na=False)
+    assert all(not set(row.top_genes.split(", ")) & set(row.top_lacking.split(", ")) for row in classes.itertuples())
+    last = sorted((out / "values").iterdir())[-1]
+    last.unlink()
+    assert main(command) == 0, "an interrupted run goes on with the version of the atlas that it began with"
+    assert last.exists()
 
 
 def test_what_is_refused(model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
