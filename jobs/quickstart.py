@@ -114,13 +114,20 @@ def _agreement(source: Path, annotated: Path, labels: Path | None) -> tuple[floa
 
 
 def _write_test_cells(cells: TrainingCells, path: Path) -> None:
-    """Write cells of the test groups, evenly chosen where there are very many, as an .h5ad of raw counts."""
-    positions = cells.parts["test"]
+    """Write test cells as an .h5ad of raw counts, as a laboratory would have it: those of one dataset, with the genes that it measured.
+
+    It is the dataset with the most test cells; very many are thinned out evenly.
+    """
+    datasets_n = cells.query.obs["dataset_id"].astype(str).to_numpy()[cells.parts["test"]]
+    names, sizes = np.unique(datasets_n, return_counts=True)
+    chosen = names[sizes.argmax()]
+    positions = cells.parts["test"][datasets_n == chosen]
     positions = positions[:: -(-len(positions) // _MOST_EXPORTED)]
     locator = cells.query.locator
     wanted = tiledbsoma.AxisQuery(coords=(cells.query.obs_joinids[positions],))
     with locator.open() as experiment, experiment.axis_query(locator.measurement, obs_query=wanted) as query:
         found: anndata.AnnData = query.to_anndata(locator.x_layer)
+    found = found[:, locator.measured_genes([chosen], found.var["soma_joinid"].to_numpy())[0]].copy()
     found.obs_names = found.obs["dataset_id"].astype(str) + ":" + found.obs_names.astype(str)  # tiledbsoma takes obs_id as the index
     found.var_names = found.var["feature_id"].astype(str)
     found.write_h5ad(path, compression="gzip")
@@ -278,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--labels", type=Path, help="tab-separated table (dataset, cell_type, cl_id) for labels without a Cell Ontology term"
     )
     parser.add_argument("--test-donors", nargs="+", default=[], metavar="DONOR", help="donors to hold out; default: a fifth of the cells")
-    parser.add_argument("--annotate", type=Path, metavar="FILE", help=".h5ad to label in the end; default: the held-out donors' cells")
+    parser.add_argument("--annotate", type=Path, metavar="FILE", help=".h5ad to label in the end; default: held-out cells of one dataset")
     parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (default ./quickstart)")
     parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="settings (default jobs/recipes/quickstart.yaml)")
     parser.add_argument(
