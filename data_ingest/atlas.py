@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import tiledbsoma
 
 from screformer.config import AtlasConfig
@@ -113,18 +114,18 @@ class AtlasLocator:
         finally:
             root.close()
 
-    def panels(self, dataset_ids_n: np.ndarray, gene_of_var: np.ndarray, num_genes: int) -> Panels:
+    def panels(self, dataset_ids_n: pd.Series, gene_of_var: np.ndarray, num_genes: int) -> Panels:
         """Which genes of a vocabulary were measured in some cells.
 
         Args:
-            dataset_ids_n: Dataset of each cell, (n,).
+            dataset_ids_n: Dataset of each cell.
             gene_of_var: Vocabulary index of each var joinid, -1 for none.
             num_genes: Size of the vocabulary; genes that the atlas lacks were measured nowhere.
         """
-        datasets, dataset_n = np.unique(np.asarray(dataset_ids_n, dtype=str), return_inverse=True)
+        dataset_n, datasets = pd.factorize(dataset_ids_n)
         joinids = np.flatnonzero(gene_of_var >= 0)
         measured_dg = np.zeros((len(datasets), num_genes), bool)
-        for row, measured_v in zip(measured_dg, self.measured_genes(datasets.tolist(), joinids), strict=True):
+        for row, measured_v in zip(measured_dg, self.measured_genes(list(datasets), joinids), strict=True):
             row[gene_of_var[joinids[measured_v]]] = True
         packed, panel_d = np.unique(np.packbits(measured_dg, axis=1), axis=0, return_inverse=True)
         return Panels(np.unpackbits(packed, axis=1, count=num_genes).astype(bool), panel_d.ravel()[dataset_n].astype(np.int64))

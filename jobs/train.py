@@ -118,7 +118,7 @@ class TrainingCells:
     def _panels(self) -> Panels:
         """Which genes were measured in which cells of the query."""
         locator, vocabulary = self.query.locator, self.vocabulary
-        return locator.panels(self.query.obs["dataset_id"].to_numpy(), gene_of_var(locator, vocabulary), len(vocabulary))
+        return locator.panels(self.query.obs["dataset_id"], gene_of_var(locator, vocabulary), len(vocabulary))
 
     @cached_property
     def sample(self) -> sparse.csr_array:
