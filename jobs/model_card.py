@@ -92,8 +92,8 @@ def _confidence(loaded: LoadedModel) -> list[str]:
 
 def _limits(loaded: LoadedModel) -> list[str]:
     lines = [f"- {note}" for note in loaded.meta.get("notes", [])]
-    genes = f"- knows {len(loaded.vocabulary):,} genes; other genes count only into a cell's library size, and one that an input lacks is unknown"
-    return [*lines, f"{genes}, not zero", "- human cells only"]
+    genes = f"- knows {len(loaded.vocabulary):,} genes; others only add to a cell's library size; one that an input lacks is unknown, not zero"
+    return [*lines, genes, "- human cells only"]
 
 
 def _code(loaded: LoadedModel) -> list[str]:
