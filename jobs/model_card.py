@@ -92,7 +92,7 @@ def _confidence(loaded: LoadedModel) -> list[str]:
 
 def _limits(loaded: LoadedModel) -> list[str]:
     lines = [f"- {note}" for note in loaded.meta.get("notes", [])]
-    genes = f"- knows {len(loaded.vocabulary):,} genes; others only add to a cell's library size; one that an input lacks is unknown, not zero"
+    genes = f"- knows {len(loaded.vocabulary):,} genes; others only add to the library size, and one that an input lacks is unknown, not 0"
     return [*lines, genes, "- human cells only"]
 
 
