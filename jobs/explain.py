@@ -161,6 +161,7 @@ def explain(
     peaks = _run_tasks(model_dir, source, chosen, panels.panels_n, background_tokens, num_nodes, out)
     summary = _summarise(predictor, source, out, background_tokens, plan, num_nodes)
     summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": _peak_gb()}
+    (out / "summary.md").write_text("\n\n".join(line.strip() for line in _said(summary)) + "\n")
     scratch = out / "summary.json.part"
     scratch.write_text(json.dumps(summary, indent=2))
     os.replace(scratch, out / "summary.json")
@@ -489,7 +490,7 @@ def _peak_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _said(summary: dict[str, Any]) -> str:
+def _said(summary: dict[str, Any]) -> list[str]:
     error = summary["additivity_error"]
     lines = [
         f"{summary['cells']} cells against {summary['background']} background cells",
@@ -513,7 +514,7 @@ def _said(summary: dict[str, Any]) -> str:
         lines.append(f"  {row['label']} ({row['cells']} cells), markers among the top {TOP_GENES}: {found}")
         lines.append(f"    by being expressed: {row['top_genes']}")
         lines.append(f"    by being lacked: {row['top_lacking']}")
-    return "\n".join(lines)
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -580,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(_said(summary))
+    print("\n".join(_said(summary)))
     print(json.dumps({"out": str(out), "run": run.run_id, **{key: value for key, value in summary.items() if key != "classes"}}))
     return 0
 

@@ -7,6 +7,7 @@ tables and pictures that jobs log under a folder of `FOLDERS` appear without bei
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "mac
 """Name among the metrics, and for people."""
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
 _MOST_ROWS = 40
+_MOST_LETTERS = 80
 _MOST_COLOURS = 20
 _MOST_ON_MAP = 4_000
 """More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a minute."""
@@ -255,7 +257,7 @@ class _Builder:
                 note = (
                     f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`." if len(table) > _MOST_ROWS else ""
                 )
-                report.table(name, table.head(_MOST_ROWS), note)
+                report.table(name, table.head(_MOST_ROWS).map(_shortened), note)
 
     def _what_was_run(self) -> None:
         report, identity = self.report, self.identity
@@ -304,6 +306,11 @@ class _Builder:
 
     def _json(self, path: str) -> dict[str, Any]:
         return json.loads(self.run.file(path).read_text()) if self._has(path) else {}
+
+
+def _shortened(value: Any) -> Any:
+    """A list of many names would make a row as high as the screen; the artifact has it whole."""
+    return textwrap.shorten(value, _MOST_LETTERS, placeholder=" …") if isinstance(value, str) else value
 
 
 def changed_settings(config: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:

@@ -80,6 +80,7 @@ def test_explanations_are_saved_checked_and_resumed(
     assert top.iloc[0] > 0 and top.is_monotonic_decreasing
     logged = {entry.path for entry in MlflowClient(store).list_artifacts(result["run"], "explanations")}
     assert {"explanations/values", "explanations/pictures", "explanations/summary.json", "explanations/mean_by_class.parquet"} <= logged
+    assert "additivity error" in (out / "summary.md").read_text() and "explanations/summary.md" in logged
     curves = pd.read_csv(out / "curves.csv", index_col=0)
     assert curves["deletion"].mean() < curves["deletion, random"].mean() and curves["insertion"].mean() > curves["insertion, random"].mean()
 
