@@ -23,6 +23,7 @@ from scipy import sparse
 from scipy.stats import rankdata
 
 from screformer.metrics import LabelCounts
+from screformer.tokenizer import normalised
 
 if TYPE_CHECKING:
     from jobs.train import TrainingCells
@@ -121,8 +122,6 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
     Returns:
         Part to its cells, at most `MOST_FITTED` of them to train on; and the joinid of each test cell.
     """
-    from jobs.train import normalised
-
     parts, joinids = {}, np.zeros(0, np.int64)
     for part, positions in cells.parts.items():
         most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)

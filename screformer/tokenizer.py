@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from screformer.config import TokensConfig
 
@@ -110,6 +111,22 @@ class Panels:
         """Those of some cells, without the panels that none of them has."""
         used, panels_n = np.unique(self.panels_n[cells], return_inverse=True)
         return Panels(self.measured_pg[used], panels_n.astype(np.int64))
+
+
+def normalised(counts_ng: sparse.csr_array | sparse.csr_matrix, total_n: np.ndarray) -> sparse.csr_array:
+    """Expression values as `CellTokenizer` makes them, for many cells at once.
+
+    Args:
+        counts_ng: Raw counts.
+        total_n: Counts of each cell over all measured genes, the library size.
+
+    Returns:
+        log1p of counts per 10,000, float32 (n, g).
+    """
+    values = sparse.csr_array(counts_ng, dtype=np.float32, copy=True)
+    scale_n = COUNTS_PER_CELL / np.maximum(total_n, 1)
+    values.data = np.log1p(values.data * np.repeat(scale_n, np.diff(values.indptr))).astype(np.float32)
+    return values
 
 
 class CellTokenizer:
