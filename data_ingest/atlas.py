@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import tiledbsoma
 
 from screformer.config import AtlasConfig
-from screformer.tokenizer import Panels
 
 ORGANISM = "homo_sapiens"
 _CENSUS = re.compile(r"census(?::(?P<release>.*))?")
@@ -113,22 +111,6 @@ class AtlasLocator:
             yield self._experiment(root)
         finally:
             root.close()
-
-    def panels(self, dataset_ids_n: pd.Series, gene_of_var: np.ndarray, num_genes: int) -> Panels:
-        """Which genes of a vocabulary were measured in some cells.
-
-        Args:
-            dataset_ids_n: Dataset of each cell.
-            gene_of_var: Vocabulary index of each var joinid, -1 for none.
-            num_genes: Size of the vocabulary; genes that the atlas lacks were measured nowhere.
-        """
-        dataset_n, datasets = pd.factorize(dataset_ids_n)
-        joinids = np.flatnonzero(gene_of_var >= 0)
-        measured_dg = np.zeros((len(datasets), num_genes), bool)
-        for row, measured_v in zip(measured_dg, self.measured_genes(list(datasets), joinids), strict=True):
-            row[gene_of_var[joinids[measured_v]]] = True
-        packed, panel_d = np.unique(np.packbits(measured_dg, axis=1), axis=0, return_inverse=True)
-        return Panels(np.unpackbits(packed, axis=1, count=num_genes).astype(bool), panel_d.ravel()[dataset_n].astype(np.int64))
 
     def measured_genes(self, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
         """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import tiledbsoma
 from data_ingest.atlas import AtlasLocator
 from data_ingest.ontology import MajorTypes, is_cell_term
 from screformer.config import ExperimentConfig
-from screformer.tokenizer import GeneVocabulary
+from screformer.tokenizer import GeneVocabulary, Panels
 
 UNKNOWN = ("", "unknown", "na", "nan")
 """Values of a label column that tell no label; `unknown` is what Census writes."""
@@ -98,8 +99,31 @@ class QueryResult:
         Args:
             positions: Cells, as positions among those of the query; at least one.
         """
-        datasets, counts = np.unique(self.obs["dataset_id"].astype(str).to_numpy()[positions], return_counts=True)
-        return counts @ self.locator.measured_genes(datasets.tolist(), self.var_joinids) / counts.sum()
+        dataset_n, measured_dv = self._measured
+        cells_d = np.bincount(dataset_n[positions], minlength=len(measured_dv))
+        return cells_d @ measured_dv[:, self.var_joinids] / cells_d.sum()
+
+    def panels(self, gene_of_var: np.ndarray, num_genes: int) -> Panels:
+        """Which genes of a vocabulary were measured in the cells of the query.
+
+        Args:
+            gene_of_var: Vocabulary index of each var joinid, -1 for none; may name genes that the query leaves out.
+            num_genes: Size of the vocabulary; genes that the atlas lacks were measured nowhere.
+        """
+        dataset_n, measured_dv = self._measured
+        measured_dg = np.zeros((len(measured_dv), num_genes), bool)
+        for measured_g, measured_v in zip(measured_dg, measured_dv, strict=True):
+            measured_g[gene_of_var[(gene_of_var >= 0) & measured_v]] = True
+        packed, panel_d = np.unique(np.packbits(measured_dg, axis=1), axis=0, return_inverse=True)
+        return Panels(np.unpackbits(packed, axis=1, count=num_genes).astype(bool), panel_d.ravel()[dataset_n].astype(np.int64))
+
+    @cached_property
+    def _measured(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which dataset each cell is of, (n,), and which var joinids each dataset measured, bool (d, v): read once, for all folds."""
+        dataset_n, datasets = pd.factorize(self.obs["dataset_id"])
+        with self.locator.open() as experiment:
+            joinids = experiment.ms[self.locator.measurement].var.read(column_names=["soma_joinid"]).concat()["soma_joinid"].to_numpy()
+        return dataset_n, self.locator.measured_genes(list(datasets), np.arange(joinids.max(initial=-1) + 1))
 
 
 @dataclass(frozen=True, kw_only=True)

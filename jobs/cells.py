@@ -188,7 +188,7 @@ class AtlasCells:
         gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, dtype=np.int32)
         gene_of_var[joinids] = match.vocabulary_index
         labels = result.obs["label"].astype(object).where(result.obs["label"].notna(), "").astype(str).tolist()
-        panels = result.locator.panels(result.obs["dataset_id"], gene_of_var, len(predictor.vocabulary))
+        panels = result.panels(gene_of_var, len(predictor.vocabulary))
         return cls(result.locator, result.obs_joinids, labels, gene_of_var, panels, result.hash)
 
     @property

@@ -40,7 +40,7 @@ from screformer.config import TrackingConfig
 from screformer.explain import NUM_NODES, Attribution, CellTokens, Explainer, cell_tokens, markers, without_genes
 from screformer.model import ScReformer
 from screformer.predictor import HASH_SEED, MIN_GENE_OVERLAP, Predictor
-from screformer.tokenizer import CLS, NUM_SPECIAL, Panels
+from screformer.tokenizer import CLS, NUM_SPECIAL, Panels, normalised
 
 ADDITIVITY_BOUND = 0.05
 """Largest median additivity error, as a share of the distance of output and base, that passes without a loud word."""
@@ -313,9 +313,10 @@ def _summarise(
 
     candidates = _Candidates.read(predictor, source, np.array(plan["candidates"]))
     more_kg, regression = candidates.expressed_more(len(names)), candidates.regression_top()
+    order_kg = np.argsort(-mean_kg, axis=1, kind="stable")
     # Genes that speak for a class by being there, and genes that do by being lacked.
     top, lacking = (
-        {code: [gene for gene in np.argsort(-mean_kg[code], kind="stable") if side_kg[code, gene]][:TOP_GENES] for code in explained}
+        {code: [gene for gene in order_kg[code].tolist() if side_kg[code, gene]][:TOP_GENES] for code in explained}
         for side_kg in (more_kg, ~more_kg)
     )
     table = markers()
@@ -369,8 +370,8 @@ class _Candidates:
     @classmethod
     def read(cls, predictor: Predictor, source: CellSource, positions: np.ndarray) -> _Candidates:
         flat = source.read(positions)
-        values = np.log1p(flat.counts * np.repeat(1e4 / np.maximum(flat.total_counts, 1), np.diff(flat.offsets)))
-        x_ng = sparse.csr_matrix((values, flat.gene_ids, flat.offsets), shape=(len(positions), len(predictor.vocabulary)))
+        counts_ng = sparse.csr_matrix((flat.counts, flat.gene_ids, flat.offsets), shape=(len(positions), len(predictor.vocabulary)))
+        x_ng = sparse.csr_matrix(normalised(counts_ng, flat.total_counts))
         return cls(x_ng, predictor.predict(*flat).label_codes, flat.panels)
 
     def expressed_more(self, num_classes: int) -> np.ndarray:

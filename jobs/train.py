@@ -44,7 +44,7 @@ from screformer.linear import logistic_start
 from screformer.model import ScReformer
 from screformer.predictor import Predictor
 from screformer.svd import svd_gene_embeddings
-from screformer.tokenizer import GeneVocabulary, Panels
+from screformer.tokenizer import GeneVocabulary, Panels, normalised
 from screformer.training import class_weights
 
 SAMPLE_CELLS = 4096
@@ -117,8 +117,7 @@ class TrainingCells:
     @cached_property
     def _panels(self) -> Panels:
         """Which genes were measured in which cells of the query."""
-        locator, vocabulary = self.query.locator, self.vocabulary
-        return locator.panels(self.query.obs["dataset_id"], gene_of_var(locator, vocabulary), len(vocabulary))
+        return self.query.panels(gene_of_var(self.query.locator, self.vocabulary), len(self.vocabulary))
 
     @cached_property
     def sample(self) -> sparse.csr_array:
@@ -141,13 +140,6 @@ class TrainingResult:
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
     """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync` has to register it."""
-
-
-def normalised(counts_ng: sparse.csr_array, total_n: np.ndarray) -> sparse.csr_array:
-    """log1p of counts per 10,000 of the cell's total, float32 (n, g); what the tokenizer makes of counts."""
-    values = sparse.csr_array(counts_ng, dtype=np.float32, copy=True)
-    values.data = np.log1p(values.data * np.repeat(1e4 / np.maximum(total_n, 1), np.diff(values.indptr))).astype(np.float32)
-    return values
 
 
 def prepare_cells(

@@ -104,6 +104,7 @@ class Explainer:
         self._background = list(background)
         nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
         self._nodes, self._weights = (nodes + 1) / 2, weights / 2
+        self._background_measured_g = np.sum([other.measured_g for other in self._background], axis=0)
         self._base_bk = np.concatenate([self.logits([cell]) for cell in self._background])
 
     def logits(self, cells: Sequence[CellTokens]) -> np.ndarray:
@@ -145,10 +146,9 @@ class Explainer:
         skip = self._model.linear_skip
         if skip is None:
             return
-        others_g = np.sum([other.measured_g for other in self._background], axis=0)
-        moved_g = (len(self._background) * cell.measured_g - others_g) * skip.center.double().cpu().numpy()
-        weights_gk = skip.weight.weight.detach().double().cpu().numpy()[NUM_SPECIAL:]
-        sums[:, NUM_SPECIAL:] -= (moved_g[:, None] * weights_gk[:, list(labels)]).T
+        moved_g = (len(self._background) * cell.measured_g - self._background_measured_g) * skip.center.double().cpu().numpy()
+        weights_gk = skip.weight.weight[NUM_SPECIAL:, list(labels)].detach().double().cpu().numpy()
+        sums[:, NUM_SPECIAL:] -= (moved_g[:, None] * weights_gk).T
         seen[NUM_SPECIAL:] |= moved_g != 0
 
     def _batch(self, cells: Sequence[CellTokens]) -> dict[str, Tensor]:

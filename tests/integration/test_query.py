@@ -77,6 +77,14 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     expected = sum(sizes[name] * measured[name] for name in names[:2]) / sizes.sum()
     np.testing.assert_allclose(whole.measured_share(positions), expected)
 
+    order = np.array([5, 0, 9, 3])  # a vocabulary in an order of its own, with a gene that the atlas lacks
+    gene_of_var = np.full(len(whole.feature_ids), -1)
+    gene_of_var[whole.var_joinids[order]] = [3, 0, 2, 4]
+    panels = whole.panels(gene_of_var, 5)
+    for name in names:
+        own = panels.measured_pg[panels.panels_n[(whole.obs["dataset_id"] == name).to_numpy()]]
+        np.testing.assert_array_equal(own, np.tile([*measured[name][[0]], False, *measured[name][[9, 5, 3]]], (len(own), 1)))
+
 
 def test_filters_take_part_of_cells_and_genes(locator, whole):
     donor = str(whole.obs["donor_id"].iloc[0])

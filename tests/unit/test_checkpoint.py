@@ -40,6 +40,15 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
     np.testing.assert_array_equal(loaded.vocabulary.mean_expression_g, _vocabulary().mean_expression_g)
 
 
+def test_a_model_from_before_panels_takes_genes_that_were_not_measured_as_zeros(saved: Path) -> None:
+    with safe_open(saved / "weights.safetensors", framework="pt") as file:
+        weights, metadata = {name: file.get_tensor(name) for name in file.keys() if not name.endswith(".center")}, file.metadata()
+    save_file(weights, saved / "weights.safetensors", metadata=metadata)
+    loaded = load_model(saved).model
+    assert loaded.linear_skip is not None and not loaded.linear_skip.center.any()
+    assert torch.equal(loaded.linear_skip.weight.weight, weights["linear_skip.weight.weight"])
+
+
 def test_weights_of_a_bf16_run_are_kept_in_fp32(tmp_path: Path) -> None:
     model = ScReformer(CONFIG.model, CONFIG.tokens, num_genes=6, num_classes=0, seed=3)
     save_model(tmp_path, model.bfloat16(), CONFIG, _vocabulary(), NO_LABELS, {})
