@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from data_ingest.atlas import AtlasLocator
-from data_ingest.plan import EpochPlan, ReadUnit
+from data_ingest.epoch_plan import EpochPlan, ReadUnit
 from screformer.tokenizer import Panels
 
 SCHEMA = pa.schema(

@@ -9,13 +9,11 @@ import ast
 import difflib
 import importlib
 import pkgutil
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 JOBS = Path(__file__).parent
-_OVERRIDE = re.compile(r"[a-z_]\w*(\.\w+)+=")
 
 
 def commands(package: Path = JOBS) -> dict[str, str]:
@@ -56,18 +54,6 @@ def dispatch(program: str, package: Path, prefix: str, argv: Sequence[str]) -> i
     module = importlib.import_module(f"{prefix}.{name}.__main__" if is_package else f"{prefix}.{name}")
     sys.argv[0] = f"{program} {name}"  # argparse names the program by it
     return module.main(rest) or 0
-
-
-def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Take the settings (`section.field=value`) out of the words of a command line, wherever they stand.
-
-    An option that takes several values would swallow those behind it: `--test-donors d1 d2 train.seed=1`.
-
-    Returns:
-        The other words, and the settings.
-    """
-    overrides = [word for word in argv if _OVERRIDE.match(word)]
-    return [word for word in argv if not _OVERRIDE.match(word)], overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jobs import train
+from jobs.arguments import train_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    return train.main("finetune", __doc__ or "", argv)
+    return train_command("finetune", __doc__ or "", argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_ingest.ingest import IngestError, IngestOptions, IngestReport, ingest
+from data_ingest.ingest import IngestReport, ingest
+from data_ingest.ingest_files import IngestOptions
+from jobs.arguments import parse_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,22 +58,6 @@ def summary(report: IngestReport) -> str:
     if report.dry_run:
         lines.append("dry run: all checks passed, nothing was written")
     return "\n".join(lines)
-
-
-def parse_pairs(option: str, values: Sequence[str]) -> dict[str, str]:
-    """Read `NAME=VALUE` arguments.
-
-    Raises:
-        IngestError: One is malformed, or a name stands twice with different values.
-    """
-    pairs: dict[str, str] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not (equals and name and value):
-            raise IngestError(f"{option} {text!r} must be NAME=VALUE, such as donor_id=patient")
-        if pairs.setdefault(name, value) != value:
-            raise IngestError(f"{option} gives {name!r} twice: {pairs[name]!r} and {value!r}")
-    return pairs
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from data_ingest.query import MAJOR, QueryResult, query_from_config
-from jobs.ingest import parse_pairs
+from jobs.arguments import parse_pairs
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 
 _MOST_ROWS = 30

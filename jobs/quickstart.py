@@ -26,15 +26,19 @@ import torch
 
 from cluster.connect import connect
 from data_ingest.h5ad import H5adFile, read_table
-from data_ingest.ingest import IngestOptions, ingest
+from data_ingest.ingest import ingest
+from data_ingest.ingest_files import IngestOptions
 from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
-from jobs.annotate import annotate
-from jobs.baselines import BaselineCells, baseline_parts, run_baseline
-from jobs.cli import split_overrides
-from jobs.run_report import BASELINES, OURS, SCORES, run_report
-from jobs.tracking import TrackedRun, logged_run, tracking_uri
-from jobs.train import TrainingCells, prepare_cells, run_training
+from jobs.arguments import split_overrides
+from jobs.labelling.h5ad_copy import annotate
+from jobs.reports.run_report import BASELINES, OURS, SCORES, run_report
+from jobs.studies.baseline_cells import BaselineCells, baseline_parts
+from jobs.studies.baselines import run_baseline
+from jobs.tracking.client import tracking_uri
+from jobs.tracking.runs import TrackedRun, logged_run
+from jobs.training.cells import TrainingCells, prepare_cells
+from jobs.training.run import run_training
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
 from screformer.predictor import Predictor

@@ -11,8 +11,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jobs.tracking import TrackedRun
-from jobs.train import read_run
+from jobs.tracking.runs import TrackedRun
+from jobs.training.run_folder import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, lsh_attention
-from screformer.model import LINEAR_SCALE, ScReformer
-from screformer.predictor import HASH_SEED, Predictor
+from screformer.model import HASH_SEED, LINEAR_SCALE, ScReformer
+from screformer.predictor import Predictor
 from screformer.reversible import AttentionSublayer, Block, _mix_seed
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, Panels
 

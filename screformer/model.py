@@ -21,6 +21,10 @@ from screformer.config import ModelConfig, TokensConfig
 from screformer.reversible import ReversibleEncoder
 from screformer.tokenizer import NUM_SPECIAL, PAD
 
+HASH_SEED = 0
+"""Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
+
+
 ModelTask = Literal["pretrain", "finetune", "embed"]
 
 
@@ -255,6 +259,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
 
 LINEAR_SCALE = 16.0
 """Length of the values that the linear part sees, about that of a cell's log1p values."""
+
+
 EMBEDDING_STD = 0.1
 """Of random gene embeddings, and the root mean square of SVD ones."""
 

@@ -5,7 +5,6 @@ Axes: n cells, g genes of the vocabulary, d model width, k classes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +17,9 @@ from scipy import sparse
 
 from screformer.calibration import LEVELS, UNKNOWN
 from screformer.checkpoint import LoadedModel, load_model
+from screformer.genes import _FOREIGN_ID, _MOUSE_SYMBOL, _SPECIES, GeneMatch, check_counts
+from screformer.model import HASH_SEED
 from screformer.tokenizer import CellTokenizer, GeneVocabulary, Panels
-
-MIN_GENE_OVERLAP = 0.1
-"""Least share of the model's expected expression that the input's genes must carry. By expression and not by number of genes,
-because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a whole atlas is mostly genes that are
-never seen."""
 
 ANSWER_COLUMNS = (
     "predicted_labels",
@@ -36,73 +32,11 @@ ANSWER_COLUMNS = (
 )
 """What is said of a cell, as columns: made by `Predictions.table`."""
 
-HASH_SEED = 0
-"""Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
 
 _TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 131_072}  # small batches stay in a CPU's cache: a quarter less time than 32,768
+
+
 _CELLS_PER_BATCH = 256
-
-
-_FOREIGN_ID = re.compile(r"ENS[A-Z]{3,4}G\d{11}")
-_SPECIES = {"ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque", "ENSSSCG": "pig"}
-_MOUSE_SYMBOL = re.compile(r"[A-Z][a-z0-9-]*[a-z][a-z0-9-]*$")
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class GeneMatch:
-    """Which column of an input is which gene of the model."""
-
-    vocabulary_index: np.ndarray
-    """Vocabulary index of each input column, int32, -1 where the model does not know it. Columns of one gene are summed."""
-    num_by_id: int
-    """Genes of the model found by `feature_id`."""
-    num_by_name: int
-    """Genes of the model found by name."""
-    num_ambiguous: int
-    """Columns left out because several genes of the model, or several columns, have their name."""
-    num_model_genes: int
-    """Genes of the model, found or not."""
-    expression_share: float
-    """Share of the model's expected expression that the found genes carry, in [0, 1]."""
-    species: str = ""
-    """Another species than human that most columns look like, with an example; empty where they don't."""
-
-    @property
-    def num_found(self) -> int:
-        """Genes of the model that the input has."""
-        return self.num_by_id + self.num_by_name
-
-    @property
-    def measured_g(self) -> np.ndarray:
-        """Which genes of the model the input has, bool (g,)."""
-        measured_g = np.zeros(self.num_model_genes, dtype=bool)
-        measured_g[self.vocabulary_index[self.vocabulary_index >= 0]] = True
-        return measured_g
-
-    def __str__(self) -> str:
-        ambiguous = f", {self.num_ambiguous:,} ambiguous ones left out" if self.num_ambiguous else ""
-        return (
-            f"{self.num_found:,} of the model's {self.num_model_genes:,} genes found ({self.num_by_id:,} by id, {self.num_by_name:,} by"
-            f" name{ambiguous}), {self.expression_share:.1%} of the expression it knows"
-        )
-
-    def require(self, minimum: float, *, source: str) -> None:
-        """Stop where the input has too few of the model's genes.
-
-        Args:
-            minimum: Least share of expected expression, in [0, 1].
-            source: Whose genes they are, for the message.
-
-        Raises:
-            ValueError: Too few; the message says how many were found, and some names that were not understood.
-        """
-        if self.num_found and self.expression_share >= minimum:
-            return
-        looks = f"These are genes of another species: {self.species}. " if self.species else ""
-        raise ValueError(
-            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed. {looks}Give human Ensembl gene ids"
-            " (ENSG...) or HGNC symbols; another species needs its own model"
-        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -358,30 +292,3 @@ class Predictor:
             size = max(1, int(np.searchsorted(window * np.arange(1, len(window) + 1), budget, side="right")))
             yield order[start : start + size]
             start += size
-
-
-def check_counts(values: np.ndarray, *, source: str) -> None:
-    """Refuse anything that is no raw count.
-
-    Args:
-        values: Counts of any shape and dtype.
-        source: Where they come from, for the message.
-
-    Raises:
-        ValueError: A missing, negative or fractional value; the message names the first one and what to do.
-    """
-    values = np.asarray(values).ravel()
-    if values.dtype.kind not in "iufb":
-        raise ValueError(f"{source}: counts are of type {values.dtype}, not numbers; keep cell names in the index, not in a column")
-    if values.dtype.kind in "ub":
-        return
-    for bad, what in (
-        (~np.isfinite(values), "is missing or infinite; fill genes that were not detected with 0"),
-        (values < 0, "is negative, as after scaling; give raw counts"),
-        (
-            values != np.trunc(values),
-            "is fractional, as after normalising or log1p; give raw counts (often in `layers['counts']` or `raw`)",
-        ),
-    ):
-        if bad.any():
-            raise ValueError(f"{source}: value {values[bad.argmax()]:g} {what}; whole numbers >= 0 are needed")

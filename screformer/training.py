@@ -24,8 +24,7 @@ from screformer.calibration import CellOutputs, OutputSample
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import gather_weights, learning_rate, load_weights, set_learning_rate
 from screformer.metrics import LabelCounts
-from screformer.model import classification_loss, expression_loss
-from screformer.predictor import HASH_SEED
+from screformer.model import HASH_SEED, classification_loss, expression_loss
 from screformer.tokenizer import NUM_SPECIAL, PAD
 
 Batch = dict[str, torch.Tensor]

@@ -24,40 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from jobs.benchmark.attention import alternate, peak_flops, peak_memory_mb, utilisation
+from jobs.benchmark.timing import alternate, peak_flops, peak_memory_mb, utilisation
+from jobs.studies.scbert import NUM_BINS, ScBert
 from screformer.config import ModelConfig, TokensConfig
 from screformer.model import ScReformer, expression_loss
 from screformer.tokenizer import CLS, NUM_SPECIAL
 
-NUM_BINS = 7
-"""scBERT's expression classes: bins 0 to 5 and the mask."""
 Kind = Literal["lsh", "full"]
-
-
-class ScBert(nn.Module):
-    """scBERT's network by performer-pytorch: Performer over expression and gene embeddings, bin scores of every token.
-
-    Source: `performer_pytorch.PerformerLM` as scBERT's `pretrain.py` calls it, without its weights.
-    """
-
-    def __init__(self, num_genes: int, dim: int, depth: int, heads: int) -> None:
-        super().__init__()
-        from performer_pytorch import Performer
-
-        self.expression, self.gene = nn.Embedding(NUM_BINS, dim), nn.Embedding(num_genes + 1, dim)
-        # gene2vec vectors are looked up, not learned.
-        self.gene.requires_grad_(False)
-        self.performer = Performer(dim=dim, depth=depth, heads=heads, dim_head=64, causal=False, qkv_bias=False, attn_out_bias=True)
-        self.norm, self.to_out = nn.LayerNorm(dim), nn.Linear(dim, NUM_BINS)
-
-    def forward(self, bin_ids_nl: Tensor) -> Tensor:
-        """Scores of bins at every token, (n, l, bins)."""
-        return self.to_out(self.encode(bin_ids_nl))
-
-    def encode(self, bin_ids_nl: Tensor) -> Tensor:
-        """Vectors of all tokens, (n, l, d)."""
-        x = self.expression(bin_ids_nl) + self.gene(torch.arange(bin_ids_nl.shape[1], device=bin_ids_nl.device))
-        return self.norm(self.performer(x))
 
 
 def _draw_cells(cells: int, num_genes: int, num_detected: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

@@ -16,7 +16,8 @@ import tiledbsoma
 from h5ad_samples import atlas_content, differences
 
 from data_ingest import schema
-from data_ingest.ingest import IngestOptions, ingest
+from data_ingest.ingest import ingest
+from data_ingest.ingest_files import IngestOptions
 
 OPTIONS = IngestOptions(values_per_fragment=400, cells_per_chunk=16)
 

@@ -14,10 +14,13 @@ from tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tin
 
 import screformer
 from data_ingest.atlas import AtlasLocator
-from jobs import labelling
-from jobs.annotate import COLUMNS, annotate, main
-from jobs.cells import H5adCells
-from jobs.tracking import register_model, start_run
+from data_ingest.cells import H5adCells
+from jobs.annotate import main
+from jobs.labelling import shards as labelling
+from jobs.labelling.h5ad_copy import COLUMNS, annotate
+from jobs.labelling.shards import label_cells
+from jobs.tracking.models import register_model
+from jobs.tracking.runs import start_run
 from screformer.calibration import present_labels
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.predictor import Predictor
@@ -73,7 +76,7 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
 ) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
-        register_model(run, model_dir, "blood")
+        register_model(run.tracking_uri, run.run_id, model_dir, "blood")
     source, target = tmp_path / "in.h5ad", tmp_path / "made" / "out.h5ad"
     _cells().write_h5ad(source)
     before = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -307,7 +310,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
 
     def interrupted(model: str) -> None:
         """What a killed run leaves: two of three shards, one of them marked, so that it is seen whether it is used."""
-        first, second, _ = sorted(labelling.label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet"))
+        first, second, _ = sorted(label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet"))
         pd.read_parquet(first).assign(conf_score=np.float32(0.125)).to_parquet(first, index=False)
         second.unlink()
 

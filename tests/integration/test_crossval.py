@@ -16,12 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import ablate, crossval
-from jobs.baselines import BASELINES
-from jobs.crossval import read_study
-from jobs.model_card import model_card
-from jobs.study import OURS, StudyConfig, open_study, register_final, results_of, run_fold
-from jobs.tracking import resolve_model
-from jobs.tune import check_study_layout, num_cpus, run_trials
+from jobs.studies.ablation import run_ablation
+from jobs.studies.baselines import BASELINES
+from jobs.studies.fold import register_final, run_fold
+from jobs.studies.layout import check_study_layout, num_cpus
+from jobs.studies.settings import StudyConfig
+from jobs.studies.study import OURS, open_study, read_study, results_of
+from jobs.studies.trials import run_trials
+from jobs.tracking.model_card import model_card
+from jobs.tracking.models import resolve_model
 from screformer.checkpoint import load_model
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -233,7 +236,7 @@ def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monke
         "ablation.axes": {"attention": ["model.attention=none"], "label_level": [fine]},
     }
     config = StudyConfig.from_file(recipe).merge(settings).merge(small | few)
-    result = ablate.run_ablation(config)
+    result = run_ablation(config)
     assert result["variants"].keys() == {"reference", "model.attention=none", fine}
     assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 4, "two architectures, two folds"
     tree = json.loads((Path(result["run_dir"]) / "report.json").read_text())

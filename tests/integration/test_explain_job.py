@@ -12,7 +12,8 @@ from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
 from data_ingest.atlas import AtlasLocator
-from jobs.explain import load_explanations, main
+from jobs.explain import main
+from jobs.explaining.shards import load_explanations
 from screformer.checkpoint import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_local")

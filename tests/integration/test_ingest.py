@@ -22,7 +22,8 @@ from h5ad_samples import atlas_content, cells, differences, ensembl, write
 from scipy import sparse
 
 from data_ingest import schema
-from data_ingest.ingest import IngestOptions, ingest
+from data_ingest.ingest import ingest
+from data_ingest.ingest_files import IngestOptions
 from jobs.ingest import main
 
 

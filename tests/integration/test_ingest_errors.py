@@ -11,8 +11,10 @@ import tiledbsoma
 from h5ad_samples import cells, write
 from scipy import sparse
 
-from data_ingest.ingest import IngestError, IngestOptions, ingest
-from jobs.ingest import main, parse_pairs
+from data_ingest.ingest import ingest
+from data_ingest.ingest_files import IngestError, IngestOptions
+from jobs.arguments import parse_pairs
+from jobs.ingest import main
 
 Made = tuple[list[Path], dict]
 

@@ -12,7 +12,8 @@ import pytest
 from h5ad_samples import atlas_content, cells, differences, write
 
 from data_ingest import schema
-from data_ingest.ingest import IngestOptions, ingest
+from data_ingest.ingest import ingest
+from data_ingest.ingest_files import IngestOptions
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}

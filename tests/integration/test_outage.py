@@ -13,10 +13,10 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from tiny_model import write_tiny_model
 
-from jobs import outbox as outboxes
 from jobs import sync
-from jobs.outbox import outbox
-from jobs.tracking import TrackedRun, start_run
+from jobs.tracking import outbox as outbox_module
+from jobs.tracking.outbox import outbox
+from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig
 
 
@@ -44,7 +44,7 @@ def test_a_server_that_goes_away_loses_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outboxes, "_RETRY_S", 0.0)
+    monkeypatch.setattr(outbox_module, "_RETRY_S", 0.0)
     caplog.set_level(logging.WARNING)
     client, run_dir = MlflowClient(server.uri), tmp_path / "run"
     run_dir.mkdir()

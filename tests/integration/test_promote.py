@@ -9,14 +9,16 @@ from scipy import sparse
 from tiny_model import write_tiny_model
 
 from data_ingest.atlas import AtlasLocator
+from data_ingest.cells import AtlasCells
 from data_ingest.query import CellQuery, QueryResult
-from jobs.cells import AtlasCells
-from jobs.promote import compare, compare_folds, main
-from jobs.tracking import model_aliases, register_model, start_run
+from jobs.promote import main
+from jobs.tracking.models import model_aliases, register_model
+from jobs.tracking.promotion import compare, compare_folds
+from jobs.tracking.runs import start_run
 from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import ExperimentConfig, TrackingConfig
-from screformer.linear import logistic_start
 from screformer.predictor import Predictor
+from screformer.start import logistic_start
 
 
 def test_the_difference_is_paired_and_has_its_interval() -> None:
@@ -39,7 +41,7 @@ def test_models_of_the_same_folds_are_compared_by_them(tmp_path: Path, capsys: p
     with start_run(ExperimentConfig(tracking=tracking), "crossval") as run:
         for macro_f1 in ([0.70, 0.60, 0.80], [0.75, 0.66, 0.84], [0.77, 0.60, 0.90]):
             add_meta(write_tiny_model(tmp_path / "model"), {"folds": {**folds, "metrics": {"macro_f1": macro_f1}}})
-            register_model(run, tmp_path / "model", "blood")
+            register_model(run.tracking_uri, run.run_id, tmp_path / "model", "blood")
             main(["--model", "blood", "--tracking-uri", tracking.uri])
     first, second, third = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
     assert first["reason"] == "there was no champion"
@@ -94,18 +96,18 @@ def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Pa
 
     assert promote()[0] == 2
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
-        register_model(run, random, "blood")
+        register_model(run.tracking_uri, run.run_id, random, "blood")
         status, found, text = promote()
         assert (status, found["promoted"]) == (0, True) and "there was no champion" in text
         assert promote()[0] == 1
 
-        register_model(run, learned, "blood")
+        register_model(run.tracking_uri, run.run_id, learned, "blood")
         status, found, text = promote()
         assert (status, found["champion"]) == (0, 2), text
         assert found["comparison"]["low"] > 0.1 and found["comparison"]["groups"] == donors[:4]
         assert model_aliases("blood", tracking) == {"candidate": 2, "champion": 2}
 
-        register_model(run, random, "blood")
+        register_model(run.tracking_uri, run.run_id, random, "blood")
         status, found, text = promote()
         assert (status, found["promoted"]) == (1, False) and "the champion stays version 2: balanced accuracy -" in text
         assert model_aliases("blood", tracking)["champion"] == 2
@@ -114,6 +116,6 @@ def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Pa
         reason = json.loads(MlflowClient(tracking.uri).get_model_version("blood", "3").tags["promotion.champion"])
         assert reason["forced"] is True and reason["champion_before"] == 2 and "balanced accuracy -" in reason["reason"]
 
-        register_model(run, other, "blood")
+        register_model(run.tracking_uri, run.run_id, other, "blood")
         status, _, text = promote()
         assert status == 2 and "the champion was trained on all of the candidate's held-out groups" in text

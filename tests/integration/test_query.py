@@ -11,7 +11,7 @@ from data_ingest.atlas import AtlasLocator
 from data_ingest.h5ad import H5adFile
 from data_ingest.query import CellQuery, query_from_config, run_query
 from jobs.query import main
-from jobs.train import prepare_cells
+from jobs.training.cells import prepare_cells
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
 
 

@@ -19,8 +19,9 @@ from mlflow import MlflowClient
 from mlflow_server import MlflowServer
 from tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 
-from jobs.annotate import annotate
-from jobs.tracking import TrackedRun, move_alias, pinned_model, register_model, resolve_model, start_run
+from jobs.labelling.h5ad_copy import annotate
+from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
+from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 
@@ -39,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
 def registered(store: TrackingConfig, model_dir: Path) -> TrackedRun:
     """A run that registered version 1 of `blood`."""
     with start_run(ExperimentConfig(tracking=store), "finetune") as run:
-        assert register_model(run, model_dir, "blood") == 1
+        assert register_model(run.tracking_uri, run.run_id, model_dir, "blood") == 1
     return run
 
 
@@ -65,7 +66,7 @@ def test_a_version_holds_code_weights_and_no_pickle(registered: TrackedRun, stor
     root = directory.parents[1]
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
     assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))]
-    assert {"MLmodel", "registry.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt", "MODEL_CARD.md"} <= files
+    assert {"MLmodel", "pyfunc.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt", "MODEL_CARD.md"} <= files
     requirements = (root / "requirements.txt").read_text()
     assert "torch==" in requirements and "+cpu" not in requirements and "ray" not in requirements
     info = mlflow.models.Model.load(str(root))
@@ -93,9 +94,9 @@ def test_models_are_found_by_alias_version_run_and_directory(
 
 
 def test_the_next_version_takes_the_alias(registered: TrackedRun, store: TrackingConfig, model_dir: Path) -> None:
-    assert register_model(registered, model_dir, "liver") == 1
-    assert register_model(registered, model_dir, "liver") == 2
-    assert register_model(registered, model_dir, "liver", alias="") == 3
+    assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver") == 1
+    assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver") == 2
+    assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver", alias="") == 3
     assert pinned_model("models:/liver@candidate", store) == "models:/liver/2"
     with pytest.raises(ValueError, match=r"liver has versions 1, 2, 3 and aliases candidate -> 2"):
         pinned_model("models:/liver@champion", store)
@@ -117,7 +118,7 @@ def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.Py
 
 
 def test_registering_is_quiet(registered: TrackedRun, model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert register_model(registered, model_dir, "quiet") == 1
+    assert register_model(registered.tracking_uri, registered.run_id, model_dir, "quiet") == 1
     assert capfd.readouterr() == ("", "")
 
 
@@ -258,7 +259,7 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
 
 def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="knows no labels"):
-        register_model(registered, write_tiny_model(tmp_path / "pretrained", has_labels=False), "blood")
+        register_model(registered.tracking_uri, registered.run_id, write_tiny_model(tmp_path / "pretrained", has_labels=False), "blood")
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.Dat
         run.log_identity({"atlas": {"uri": "a"}})
         run.log_metrics({"train/loss": 0.5}, step=1)
         run.log_confusion(np.eye(2), ["B cell", "T cell"], folder="test")
-        version = register_model(run, model_dir, "blood")
+        version = register_model(run.tracking_uri, run.run_id, model_dir, "blood")
     client = MlflowClient(server)
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {"test/confusion.csv", "test/confusion.png"}

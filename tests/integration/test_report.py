@@ -14,9 +14,9 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from jobs import report
-from jobs.run_report import changed_settings, layout, reliability_bins
-from jobs.tracking import TrackedRun, start_run
+from jobs.report import main
+from jobs.reports.run_report import changed_settings, layout, reliability_bins
+from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
 
@@ -75,7 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
 @pytest.fixture(scope="module")
 def page(run: TrackedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(path)]) == 0
+    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(path)]) == 0
     return path
 
 
@@ -179,12 +179,12 @@ def test_a_run_that_logged_little_has_a_report_too(tmp_path: Path, capsys: pytes
     with pytest.raises(RuntimeError), start_run(config, "pretrain") as run:
         raise RuntimeError("out of memory")
     out = tmp_path / "report.md"
-    assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
+    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "report": str(out)}
     assert "# Pre-training: screformer" in out.read_text() and "RuntimeError: out of memory" in out.read_text()
-    assert report.main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 1
+    assert main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 1
     assert "ValueError: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
-    assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
+    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
     assert "--out report.pdf must end in .html or .md" in capsys.readouterr().err
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_made_its_own_report_keeps_it(tmp_path: Path) -> None:
             (tmp_path / name).write_text(f"its own {name}")
             run.log_file(tmp_path / name)
     out = tmp_path / "out.html"
-    assert report.main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
+    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
     assert out.read_text() == "its own report.html"
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from data_ingest.atlas import AtlasLocator
-from data_ingest.dataset import CellStream
 from data_ingest.query import CellQuery, run_query
+from data_ingest.stream import CellStream
 from screformer.config import AtlasConfig, ExperimentConfig, StreamConfig, TokensConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")

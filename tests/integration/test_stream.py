@@ -12,11 +12,11 @@ import tiledbsoma
 import torch
 
 from data_ingest.atlas import AtlasLocator
-from data_ingest.dataset import CellStream
 from data_ingest.datasource import CellArrays, SomaDatasource, read_cells
-from data_ingest.plan import EpochPlan
+from data_ingest.epoch_plan import EpochPlan
 from data_ingest.schema import create_atlas, soma_context
-from jobs.benchmark import stream as benchmark
+from data_ingest.stream import CellStream
+from jobs.benchmark.stream import main
 from screformer.config import StreamConfig, TokensConfig
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary, Panels
 
@@ -301,7 +301,7 @@ def test_wrong_sizes_and_cells_are_refused(locator):
 
 
 def test_the_benchmark_measures_all_contestants_on_one_atlas(capsys):
-    assert benchmark.main(["--cells", "1500", "--genes", "300", "--rounds", "1"]) == 0
+    assert main(["--cells", "1500", "--genes", "300", "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert result["cells"] == 1500 and result["cores"] >= 1 and result["entropy_over_random"] > 0.97
@@ -311,5 +311,5 @@ def test_the_benchmark_measures_all_contestants_on_one_atlas(capsys):
 
 
 def test_the_benchmark_tells_a_user_error_in_one_line(locator, capsys):
-    assert benchmark.main(["--atlas", locator.uri + "-gone"]) == 2
+    assert main(["--atlas", locator.uri + "-gone"]) == 2
     assert "does not exist" in capsys.readouterr().err

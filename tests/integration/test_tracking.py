@@ -11,8 +11,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from jobs import tracking
-from jobs.tracking import code_identity, pinned_model, resolve_model, start_run, tracking_uri
+from jobs.tracking.client import tracking_uri
+from jobs.tracking.identity import code_identity, git_revision
+from jobs.tracking.models import pinned_model, resolve_model
+from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +30,7 @@ def config(store: str) -> ExperimentConfig:
     return ExperimentConfig().merge({"tracking.uri": store, "model.n_hashes": 2})
 
 
-def _artifact(run: tracking.TrackedRun, path: str) -> Path:
+def _artifact(run: TrackedRun, path: str) -> Path:
     return Path(MlflowClient(run.tracking_uri).download_artifacts(run.run_id, path))
 
 
@@ -131,22 +133,22 @@ def test_stores_are_named_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_in_a_file_of_another_node_says_what_to_do(tmp_path: Path) -> None:
-    run = tracking.TrackedRun(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="0" * 32)
+    run = TrackedRun(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="0" * 32)
     with pytest.raises(ValueError, match=r"a file that this machine .* does not have; for a job on several nodes set tracking.uri"):
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_git_revision_or_its_absence(tmp_path: Path) -> None:
-    assert tracking._git_revision(tmp_path) == "not a git checkout"
+    assert git_revision(tmp_path) == "not a git checkout"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-    assert tracking._git_revision(tmp_path) == head
+    assert git_revision(tmp_path) == head
     (tmp_path / "file").write_text("a")
     subprocess.run([*git, "add", "file"], check=True)
-    assert tracking._git_revision(tmp_path) == f"{head}+changes"
+    assert git_revision(tmp_path) == f"{head}+changes"
     assert set(code_identity()) == {"screformer", "git", "python", "packages", "host"}
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs.train import check_layout, main
+from jobs.arguments import train_command
+from jobs.training.launch import check_layout
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
 
@@ -115,7 +116,7 @@ def test_a_killed_job_resumes_to_the_same_result(finetuned: tuple[dict[str, Any]
 
 def test_dry_run_prints_and_stops(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main("finetune", "", ["--dry-run", *settings]) == 0
+    assert train_command("finetune", "", ["--dry-run", *settings]) == 0
     printed = capsys.readouterr().out
     assert "max_genes: 64" in printed and "parameters:" in printed and "memory_gb_per_worker:" in printed
     assert re.search(r"cells:\n  train: \d+", printed)
@@ -133,7 +134,7 @@ def test_dry_run_prints_and_stops(settings: list[str], tmp_path: Path, capsys: p
     ],
 )
 def test_bad_input_is_said_in_one_line(settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("finetune", "", [*settings, *words]) == 1
+    assert train_command("finetune", "", [*settings, *words]) == 1
     assert message in capsys.readouterr().err
 
 
@@ -142,23 +143,23 @@ def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
 ) -> None:
     assert "attention: lsh\n" in pretrained[1], "what the recipe says stays, and is said"
     auto = [*settings, "model.attention=auto", "--dry-run"]
-    assert main("pretrain", "", auto) == 0
+    assert train_command("pretrain", "", auto) == 0
     printed = capsys.readouterr().out
     assert "attention: full\n" in printed, "the configuration holds what was taken, not auto"
     assert "attention: full (auto: cells have up to 65 tokens" in printed and "model.n_hashes=2 and model.bucket_size=16 without" in printed
-    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *auto]) == 0
+    assert train_command("finetune", "", ["--from", pretrained[0]["model_dir"], *auto]) == 0
     assert capsys.readouterr().out.endswith("attention: lsh\n"), "the start model's weights fit no other"
-    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, "model.attention=full", "--dry-run"]) == 1
+    assert train_command("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, "model.attention=full", "--dry-run"]) == 1
     assert "model.attention='full', but the model" in capsys.readouterr().err
 
 
 def test_another_architecture_than_the_start_model_is_refused(
     pretrained: tuple[dict[str, Any], str, Path], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, "model.dim=32", "--dry-run"]) == 1
+    assert train_command("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, "model.dim=32", "--dry-run"]) == 1
     assert "model.dim=32, but the model" in capsys.readouterr().err
     few = "query.var_filter=feature_id == 'ENSG00000156738'"
-    assert main("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, few, "--dry-run"]) == 1
+    assert train_command("finetune", "", ["--from", pretrained[0]["model_dir"], *settings, few, "--dry-run"]) == 1
     assert re.search(r"1 of the start model's \d+ genes are in the query .* fewer than 50%", capsys.readouterr().err)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_ingest.plan import EpochPlan
+from data_ingest.epoch_plan import EpochPlan
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 12)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from jobs.baselines import BASELINES, BaselineCells, Part, check_names, run_baseline
+from jobs.studies.baseline_cells import BaselineCells, Part
+from jobs.studies.baselines import BASELINES, check_names, run_baseline
 
 K, GENES = 4, 80
 

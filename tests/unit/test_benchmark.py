@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from jobs.benchmark import attention, step
+from jobs.benchmark.step import step_flops
+from jobs.benchmark.timing import peak_flops, utilisation
 from screformer.config import ModelConfig
 
 SMALL = ["--rounds", "1", "--threads", "1", "--peak-tflops", "1"]
@@ -44,19 +46,19 @@ def test_step_prints_both_parts(capsys):
 def test_peak_is_known_by_the_name_of_the_card_or_given_or_null(card, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     cuda = torch.device("cuda")
-    assert attention.peak_flops(cuda, torch.bfloat16, None) == (tflops and tflops * 1e12)
-    assert attention.peak_flops(cuda, torch.float32, None) is None
-    assert attention.peak_flops(torch.device("cpu"), torch.float32, 0.5) == 5e11
-    assert attention.utilisation(2e12, 4.0, None) is None
-    assert attention.utilisation(2e12, 4.0, 1e12) == 0.5
+    assert peak_flops(cuda, torch.bfloat16, None) == (tflops and tflops * 1e12)
+    assert peak_flops(cuda, torch.float32, None) is None
+    assert peak_flops(torch.device("cpu"), torch.float32, 0.5) == 5e11
+    assert utilisation(2e12, 4.0, None) is None
+    assert utilisation(2e12, 4.0, 1e12) == 0.5
 
 
 def test_model_flops_are_those_of_the_formula():
     model = ModelConfig(dim=128, depth=4, attention="full", ff_mult=4)
     # By hand for 10 tokens: per token and block 12 products with 128 x 128 weights, and two of 128 with each of 10 keys.
-    assert step.step_flops(model, 10) == 3 * 4 * 10 * (2 * 12 * 128**2 + 2 * 2 * 128 * 10)
+    assert step_flops(model, 10) == 3 * 4 * 10 * (2 * 12 * 128**2 + 2 * 2 * 128 * 10)
     # Shared queries and keys spare one; the keys are two buckets of 64 in each of four rounds.
-    assert step.step_flops(replace(model, attention="lsh"), 10) == 3 * 4 * 10 * (2 * 11 * 128**2 + 2 * 2 * 128 * 512)
+    assert step_flops(replace(model, attention="lsh"), 10) == 3 * 4 * 10 * (2 * 11 * 128**2 + 2 * 2 * 128 * 512)
 
 
 def test_a_machine_with_torch_alone_can_run_them():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs import cli
+from jobs.arguments import split_overrides
+from jobs.cli import commands, dispatch
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_lists_commands_without_importing_them(package: Path) -> None:
-    assert cli.commands(package) == {
+    assert commands(package) == {
         "greet": "Say hello.",
         "heavy": "Needs something rare.",
         "inner": "A folder of commands.",
@@ -34,21 +35,21 @@ def test_lists_commands_without_importing_them(package: Path) -> None:
 
 
 def test_passes_arguments_and_status(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.dispatch("prog", package, "some_jobs", ["greet", "a", "--b"]) == 3
-    assert cli.dispatch("prog", package, "some_jobs", ["quiet"]) == 0
-    assert cli.dispatch("prog", package, "some_jobs", ["inner", "x"]) == 0
+    assert dispatch("prog", package, "some_jobs", ["greet", "a", "--b"]) == 3
+    assert dispatch("prog", package, "some_jobs", ["quiet"]) == 0
+    assert dispatch("prog", package, "some_jobs", ["inner", "x"]) == 0
     assert capsys.readouterr().out == "hello a --b\ninner x\n"
 
 
 def test_unknown_name_gets_the_nearest_and_the_list(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.dispatch("prog", package, "some_jobs", ["gret"]) == 2
+    assert dispatch("prog", package, "some_jobs", ["gret"]) == 2
     message = capsys.readouterr().err
     assert "no command 'gret'; did you mean 'greet'?" in message
     assert "heavy  Needs something rare." in message
 
 
 def test_every_job_says_what_it_does() -> None:
-    found = cli.commands()
+    found = commands()
     assert "cli" not in found and {"quickstart", "benchmark"} <= set(found)
     assert all(line.endswith((".", "`.")) for line in found.values()), found
 
@@ -63,7 +64,7 @@ def test_help_is_quick_and_clean() -> None:
 
 def test_settings_are_found_behind_an_option_of_several_values() -> None:
     words = ["--test-donors", "d.1", "d2", "train.seed=3", "--labels", "x.tsv", "atlas.tiledb_config.vfs.s3.region=eu", "--out=a.b=c"]
-    assert cli.split_overrides(words) == (
+    assert split_overrides(words) == (
         ["--test-donors", "d.1", "d2", "--labels", "x.tsv", "--out=a.b=c"],
         ["train.seed=3", "atlas.tiledb_config.vfs.s3.region=eu"],
     )

@@ -3,9 +3,11 @@ import pytest
 from scipy import stats
 from sklearn import metrics
 
-from jobs.comparison import difference_text, mean_interval, scores, verdict
-from jobs.study import OURS, FoldResult, Study, StudyConfig
-from jobs.tune import count_trials, search_space
+from jobs.studies.layout import count_trials, search_space
+from jobs.studies.report import verdict
+from jobs.studies.scores import difference_text, mean_interval, scores
+from jobs.studies.settings import StudyConfig
+from jobs.studies.study import OURS, FoldResult, Study
 
 
 def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.train import check_layout
+from jobs.training.launch import check_layout
 from screformer.config import ExperimentConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]

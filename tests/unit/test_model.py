@@ -10,7 +10,7 @@ from scipy import sparse
 
 from screformer.config import ModelConfig, TokensConfig
 from screformer.model import LINEAR_SCALE, ScReformer, classification_loss, expression_loss
-from screformer.svd import svd_gene_embeddings
+from screformer.start import svd_gene_embeddings
 from screformer.tokenizer import NUM_SPECIAL, CellTokenizer, GeneVocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"

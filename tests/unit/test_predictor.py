@@ -8,8 +8,8 @@ import torch
 from scipy import sparse
 from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
-from screformer import predictor as predictor_module
-from screformer.predictor import Predictor, check_counts
+from screformer.genes import check_counts
+from screformer.predictor import _TOKENS_PER_BATCH, Predictor
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ def test_a_cell_gets_the_same_result_in_any_company(
     order = np.random.default_rng(0).permutation(70)
     shuffled = predictor.predict_counts(counts[order], match)
     np.testing.assert_allclose(shuffled.probabilities_nk, whole.probabilities_nk[order], atol=1e-5)
-    monkeypatch.setitem(predictor_module._TOKENS_PER_BATCH, "cpu", 50)
+    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 50)
     narrow = predictor.predict_counts(counts, match)
     np.testing.assert_allclose(narrow.probabilities_nk, whole.probabilities_nk, atol=1e-5)
     np.testing.assert_allclose(narrow.embedding_nd, whole.embedding_nd, atol=1e-4)
@@ -56,7 +56,7 @@ def test_a_cell_gets_the_same_result_in_any_company(
 
 @pytest.mark.parametrize("budget", [1, 37, 100_000])
 def test_batches_hold_each_cell_once_within_the_budget(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
-    monkeypatch.setitem(predictor_module._TOKENS_PER_BATCH, "cpu", budget)
+    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", budget)
     lengths = np.random.default_rng(1).integers(0, 90, size=600)
     batches = list(predictor._batches(lengths))
     assert sorted(np.concatenate(batches)) == list(range(600))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from jobs.report import Report
+from jobs.reports.page import Report
 
 
 def _report() -> Report:

@@ -118,7 +118,7 @@ def test_a_trained_network_takes_more_rounds_at_evaluation():
 
 
 def test_memory_of_training_hardly_grows_with_depth_and_in_line_with_length():
-    from jobs.benchmark.attention import peak_activation_mb
+    from jobs.benchmark.timing import peak_activation_mb
 
     shallow = peak_activation_mb(depth=2, length=4096)
     assert peak_activation_mb(depth=12, length=4096) < 1.25 * shallow

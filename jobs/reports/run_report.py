@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from jobs.figures import reliability_figure
-from jobs.report import Report
-from jobs.tracking import LoggedRun, confusion_figure, curve_figure
+from jobs.reports.figures import confusion_figure, learning_figure, reliability_figure
+from jobs.reports.page import Report
+from jobs.tracking.runs import LoggedRun
 from screformer.config import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -33,19 +33,40 @@ FOLDERS = {
 }
 """Artifact folder to section. In it, CSV files are tables, PNG and SVG files pictures, and Markdown is text."""
 
+
 OWN_REPORT = "report.md"
 """A run that logged this (a cross-validation, an ablation) has made its report itself, with `report.html` beside it."""
+
+
 OURS = "scReformer-BERT"
+
+
 CELLS, BASELINES, PER_CLASS, CONFUSION = "test/cells.parquet", "test/baselines.csv", "test/per_class.csv", "test/confusion.csv"
+
+
 RELIABILITY = "calibration/reliability.csv"
+
+
 SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "weighted_f1": "weighted F1"}
 """Name among the metrics, and for people."""
+
+
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
+
+
 _MOST_ROWS = 40
+
+
 _MOST_LETTERS = 80
+
+
 _MOST_COLOURS = 20
+
+
 _MOST_ON_MAP = 4_000
 """More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a minute."""
+
+
 _FEWEST_FOR_UMAP = 250
 """Fewer cells have no neighbourhoods worth the 20 s of CPU that UMAP's compilation takes in each process."""
 
@@ -175,7 +196,7 @@ class _Builder:
         for name, title in _CURVES.items():
             if name not in histories:
                 continue
-            figure = curve_figure(name, histories[name])
+            figure = learning_figure(name, histories[name])
             if best is not None and name != "lr":
                 figure.axes[0].axvline(best, color="grey", linewidth=1, linestyle=":")
             ends = "; ".join(f"{key} goes from {points[0][1]:.4g} to {points[-1][1]:.4g}" for key, points in histories[name].items())

@@ -21,10 +21,13 @@ from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import read_cells
 from data_ingest.h5ad import H5adFile, check_counts
 from data_ingest.query import MAJOR, CellQuery, QueryResult
-from screformer.predictor import GeneMatch, Predictor
+from screformer.genes import GeneMatch
+from screformer.predictor import Predictor
 from screformer.tokenizer import GeneVocabulary, Panels
 
 _CELLS_PER_READ = 2048
+
+
 _CELLS_PER_CSC_READ = 16384  # each read of a CSC matrix costs a pass over all of it
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,46 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
+
+
+def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
+    """Cells by true (row) and predicted (column) label, rows normalised to 1; `counts_kk` is (k, k), `names` the k labels."""
+    from matplotlib.figure import Figure
+
+    rows = counts_kk.sum(axis=1, keepdims=True)
+    share = np.divide(counts_kk, rows, out=np.zeros(counts_kk.shape), where=rows > 0)
+    size = max(4.0, 1.8 + 0.45 * len(names))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), [str(name) for name in names], rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), [f"{name} ({int(count)})" for name, count in zip(names, rows[:, 0], strict=True)])
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (cells)")
+    if len(names) <= 25:
+        for row, column in np.argwhere(counts_kk > 0):
+            value = share[row, column]
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+    figure.colorbar(image, ax=axes, label="share of the true label's cells", shrink=0.8)
+    return figure
+
+
+def learning_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) -> Figure:
+    """Metrics of one `name` over optimizer steps; `curves` maps each to its (step, value) points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for key, points in sorted(curves.items()):
+        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        axes.plot([step for step, _ in finite], [value for _, value in finite], label=key, marker="." if len(finite) < 30 else None)
+    axes.set_xlabel("optimizer step")
+    axes.locator_params(axis="x", integer=True)
+    axes.set_ylabel(name)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
 
 
 def reliability_figure(table: pd.DataFrame) -> Figure:
@@ -35,7 +76,7 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def curve_figure(curves: pd.DataFrame) -> Figure:
+def perturbation_figure(curves: pd.DataFrame) -> Figure:
     """Curves over the share of genes, one per column."""
     from matplotlib.figure import Figure
 

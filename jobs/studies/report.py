@@ -1,11 +1,7 @@
-"""What a study found, from the files of its folds: scores, differences with their intervals, pictures, and a report of them.
-
-Axes: n cells, k classes.
-"""
+"""The report of a cross-validation."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,127 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
-from scipy import stats
 
-from data_ingest.ontology import is_at_or_below
-from jobs.figures import reliability_figure
-from jobs.report import Report
-from jobs.study import OURS, FoldResult, Study, baseline_title
-from jobs.tracking import confusion_figure
-from screformer.calibration import expected_calibration_error, present_labels, reliability
+from jobs.reports.figures import confusion_figure, reliability_figure
+from jobs.reports.page import Report
+from jobs.studies.study import OURS, FoldResult, Study
+from screformer.calibration import reliability
 from screformer.metrics import LabelCounts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-METRICS = {
-    "macro_f1": "macro-F1",
-    "accuracy": "accuracy",
-    "weighted_f1": "weighted F1",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1_present": "macro-F1, absent types dropped",
-    "macro_f1_known": "macro-F1 of known types",
-    "ontology_f1": "ontology-aware macro-F1",
-    "ece": "calibration error",
-}
-"""Scores by name, with how they are called."""
-COMPARED = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy")
-"""Scores whose differences the report shows; `report.json` has all."""
-CONFIDENCE = 0.95
-
-
-def counts(result: FoldResult, num_classes: int) -> LabelCounts:
-    """Confusion of a fold's test cells."""
-    found = LabelCounts(num_classes)
-    found.add(torch.from_numpy(result.labels_n), torch.from_numpy(result.predicted_n))
-    return found
-
-
-def scores(result: FoldResult, study: Study) -> dict[str, float]:
-    """Scores of one fold.
-
-    Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which leaves them out. In
-    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the more general one. In
-    `macro_f1_present` labels are dropped that the test cells as a whole do not hold (`screformer.calibration.present_labels`); their own
-    labels are not asked for that.
-    """
-    k = len(study.label_names)
-    whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)
-    is_known_n = np.isin(result.labels_n, result.known)
-    known.add(torch.from_numpy(result.labels_n[is_known_n]), torch.from_numpy(result.predicted_n[is_known_n]))
-    accepted_kk = _accepted(study.label_cl_ids)
-    taken_n = np.where(accepted_kk[result.labels_n, result.predicted_n], result.labels_n, result.predicted_n)
-    lenient.add(torch.from_numpy(result.labels_n), torch.from_numpy(taken_n))
-    found = {name: float(getattr(whole, name)) for name in ("macro_f1", "accuracy", "weighted_f1", "balanced_accuracy")}
-    found |= {"macro_f1_known": known.macro_f1, "ontology_f1": lenient.macro_f1}
-    if result.probabilities_nk is not None:
-        found["ece"] = expected_calibration_error(result.probabilities_nk, result.labels_n)
-        present = dataclasses.replace(result, predicted_n=present_labels(result.probabilities_nk, result.account["prior"]))
-        found["macro_f1_present"] = float(counts(present, k).macro_f1)
-    return found
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; the interval is infinite for a single value."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return mean, -np.inf, np.inf
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return mean, mean - half, mean + half
-
-
-def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference: str) -> dict[str, Any]:
-    """Scores of all methods over the folds that they finished, and the differences `reference` - method on common folds."""
-    by_fold = {name: {result.fold: scores(result, study) for result in results} for name, results in methods.items()}
-    tree: dict[str, Any] = {}
-    for name, results in methods.items():
-        entry: dict[str, Any] = {"title": baseline_title(name), "folds": [result.fold for result in results], "metrics": {}}
-        for metric in METRICS:
-            values = [scored[metric] for scored in by_fold[name].values() if metric in scored]
-            if not values:
-                continue
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            entry["metrics"][metric] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
-            common = [fold for fold in by_fold[name] if metric in by_fold.get(reference, {}).get(fold, {})]
-            if name != reference and common:
-                mean, low, high = mean_interval([by_fold[reference][fold][metric] - by_fold[name][fold][metric] for fold in common])
-                entry["metrics"][metric]["difference"] = {"mean": mean, "low": low, "high": high, "folds": len(common)}
-        for cost in ("seconds", "cpu_seconds", "cells_per_s", "peak_memory_gb", "parameters"):
-            values = [result.account[cost] for result in results if result.account.get(cost) is not None]
-            if values:
-                entry[cost] = float(np.median(values))
-        entry["chosen"] = [result.account.get("chosen", {}) for result in results]
-        tree[name] = entry
-    return tree
-
-
-def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:
-    """What a model carries of the cross-validation of its settings: which folds, and each metric's value in each of them."""
-    scored = [scores(result, study) for result in results]
-    return {
-        "run_id": study.run.run_id if study.run else None,
-        "kind": study.folds.kind,
-        "hash": study.folds.hash(study.query.obs_joinids),
-        "names": list(study.folds.names),
-        "metrics": {metric: [fold[metric] for fold in scored] for metric in METRICS if all(metric in fold for fold in scored)},
-    }
-
-
-def difference_text(difference: Mapping[str, float] | None) -> str:
-    """A difference with its interval, such as `+0.012 [-0.004, +0.028]`."""
-    if difference is None:
-        return ""
-    if not np.isfinite(difference["low"]):
-        return f"{difference['mean']:+.3f} (one fold)"
-    return f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-
-
-def spread_text(entry: Mapping[str, Any] | None) -> str:
-    """A mean with its standard deviation over folds, such as `0.861 +- 0.020`."""
-    if entry is None:
-        return ""
-    return f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] is not None else "")
+from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, finite, spread_text, summary
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
@@ -275,16 +160,7 @@ def write_report(report: Report, folder: Path, tree: Mapping[str, Any]) -> None:
     """Write a report in its three forms: `report.md`, `report.html`, `report.json`."""
     report.write_markdown(folder / "report.md")
     report.write_html(folder / "report.html")
-    (folder / "report.json").write_text(json.dumps(_finite(tree), indent=2) + "\n")
-
-
-def _accepted(cl_ids: Sequence[str]) -> np.ndarray:
-    """Whether a prediction (column) is right for a true label (row): the same, or a term below it; bool (k, k)."""
-    accepted_kk = np.eye(len(cl_ids), dtype=bool)
-    for row, general in enumerate(cl_ids):
-        for column, special in enumerate(cl_ids):
-            accepted_kk[row, column] |= bool(general and special) and is_at_or_below(special, general)
-    return accepted_kk
+    (folder / "report.json").write_text(json.dumps(finite(tree), indent=2) + "\n")
 
 
 def _class_f1(results: Sequence[FoldResult], code: int, num_classes: int) -> float:
@@ -332,10 +208,17 @@ def _plain(chosen: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in chosen.items())
 
 
-def _finite(tree: Any) -> Any:
-    """With None for what JSON has no number for."""
-    if isinstance(tree, Mapping):
-        return {str(name): _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
+def log_report(study: Study, methods: Mapping[str, Any]) -> None:
+    """Put a study's report and its mean scores into the parent run."""
+    assert study.run is not None
+    for name in ("report.md", "report.html", "report.json", "report_files"):
+        if (study.run_dir / name).exists():
+            study.run.log_file(study.run_dir / name)
+    metrics = {}
+    for name, entry in methods.items():
+        prefix = "cv" if name == OURS else f"baseline/{name}"
+        for metric, scored in entry["metrics"].items():
+            metrics[f"{prefix}/{metric}"] = scored["mean"]
+            if scored["sd"] is not None:
+                metrics[f"{prefix}/{metric}_sd"] = scored["sd"]
+    study.run.log_metrics(metrics, step=0)

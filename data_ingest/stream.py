@@ -20,14 +20,20 @@ from scipy.sparse import csr_array, vstack
 
 from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
-from data_ingest.plan import EpochPlan
+from data_ingest.epoch_plan import EpochPlan
 from screformer.config import StreamConfig, TokensConfig
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary, Panels
 
 Batch = dict[str, torch.Tensor]
+
+
 _MOST_READ_TASKS = 8
 """Read tasks at a time for one rank; more than any model here can take cells from."""
+
+
 _CELLS_PER_SAMPLE_TASK = 4096
+
+
 _QUIET = {
     "ray.data._internal.progress": logging.ERROR,
     "ray.data._internal.execution.streaming_executor": logging.WARNING,

@@ -16,16 +16,23 @@ from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from screformer.predictor import ANSWER_COLUMNS, MIN_GENE_OVERLAP, GeneMatch, Predictions, Predictor
+from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
+from screformer.predictor import ANSWER_COLUMNS, Predictions, Predictor
 
 _OUTPUT_KINDS = {"conf_score": "float", "unknown": "boolean", "unknown_score": "float"}  # the others are strings
+
+
 _PARAMS = (
     ("probabilities", "boolean", False),
     ("embedding", "boolean", False),
     ("min_gene_overlap", "double", MIN_GENE_OVERLAP),
     ("layer", "string", ""),
 )
+
+
 _CELLS_PER_CHUNK = 2048
+
+
 _TAKES = "a pandas DataFrame with a row per cell and a column per gene, the path or URI of an .h5ad file, or an AnnData"
 
 

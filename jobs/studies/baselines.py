@@ -18,61 +18,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy import sparse
 from scipy.stats import rankdata
 
-from screformer.metrics import LabelCounts
-from screformer.tokenizer import normalised
-
 if TYPE_CHECKING:
-    from jobs.train import TrainingCells
+    pass
+from jobs.studies.baseline_cells import Answer, BaselineCells, macro_f1, spread, variable_genes
+from jobs.studies.scbert import scbert_baseline
 
-MOST_FITTED = 50_000
-"""Training cells, at most, that a baseline is given; a random choice where there are more. It bounds their memory."""
 _CHUNK = 2048
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Part:
-    """Cells of one part."""
-
-    x_ng: sparse.csr_matrix
-    """log1p of counts per 10,000, float32."""
-    labels_n: np.ndarray
-    """Class, int64."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class BaselineCells:
-    """What a baseline learns from, chooses on and labels."""
-
-    train: Part
-    val: Part
-    """Empty where the split has no validation cells; settings are then chosen on the training cells."""
-    test_x_ng: sparse.csr_matrix
-    num_classes: int
-    """k; classes without a training cell are never predicted."""
-    genes: tuple[str, ...]
-
-    @property
-    def chooser(self) -> Part:
-        """The cells that choose settings."""
-        return self.val if len(self.val.labels_n) else self.train
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Answer:
-    """What a method said of the test cells, and what it took."""
-
-    predicted_n: np.ndarray
-    """Class, int64."""
-    probabilities_nk: np.ndarray | None = None
-    """float32; None for a method that has none."""
-    chosen: dict[str, Any]
-    """Settings that the validation cells chose."""
-    parameters: int
-    """Numbers that were learned or kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,40 +70,6 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
     return answer, Cost(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start, peak_memory_gb=peak)
 
 
-def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
-    """Read the parts of a run as baselines take them. Ray must be running.
-
-    Returns:
-        Part to its cells, at most `MOST_FITTED` of them to train on; and the joinid of each test cell.
-    """
-    parts, joinids = {}, np.zeros(0, np.int64)
-    for part, positions in cells.parts.items():
-        most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)
-        if not len(positions):
-            parts[part] = Part(x_ng=sparse.csr_matrix((0, len(cells.vocabulary)), dtype=np.float32), labels_n=np.zeros(0, np.int64))
-            continue
-        found = cells.stream(part).sample_counts(most, cells.config.train.seed)
-        # Of the 32-bit kind: scikit-learn's solvers take no other.
-        values = sparse.csr_matrix(normalised(found.counts_ng, found.total_n))
-        values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
-        parts[part] = Part(x_ng=values, labels_n=found.labels_n)
-        joinids = found.joinids_n if part == "test" else joinids
-    return parts, joinids
-
-
-def _macro_f1(labels_n: np.ndarray, predicted_n: Any, num_classes: int) -> float:
-    counts = LabelCounts(num_classes)
-    counts.add(torch.from_numpy(labels_n), torch.from_numpy(np.asarray(predicted_n, np.int64)))
-    return counts.macro_f1
-
-
-def _spread(probabilities: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Columns of the classes that a method knows, at their places among all k."""
-    whole = np.zeros((len(probabilities), num_classes), np.float32)
-    whole[:, np.asarray(classes, np.int64)] = probabilities
-    return whole
-
-
 def _majority(cells: BaselineCells, seed: int) -> Answer:
     share_k = np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)
     num_test = cells.test_x_ng.shape[0]
@@ -166,7 +86,7 @@ def _chosen(cells: BaselineCells, settings: Iterable[dict[str, Any]], make: Call
     best: tuple[float, dict[str, Any], Any] | None = None
     for setting in settings:
         model = make(**setting, random_state=seed).fit(cells.train.x_ng, cells.train.labels_n)
-        score = _macro_f1(cells.chooser.labels_n, model.predict(cells.chooser.x_ng), cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, model.predict(cells.chooser.x_ng), cells.num_classes)
         if best is None or score > best[0]:
             best = (score, setting, model)
     assert best is not None
@@ -174,7 +94,7 @@ def _chosen(cells: BaselineCells, settings: Iterable[dict[str, Any]], make: Call
     probabilities = model.predict_proba(cells.test_x_ng) if hasattr(model, "predict_proba") else None
     return Answer(
         predicted_n=np.asarray(model.predict(cells.test_x_ng), np.int64),
-        probabilities_nk=None if probabilities is None else _spread(probabilities, model.classes_, cells.num_classes),
+        probabilities_nk=None if probabilities is None else spread(probabilities, model.classes_, cells.num_classes),
         chosen=setting,
         parameters=int(np.asarray(model.coef_).size + np.asarray(model.intercept_).size),
     )
@@ -218,12 +138,12 @@ def _pca_knn(cells: BaselineCells, seed: int) -> Answer:
     best: tuple[float, int, Any] | None = None
     for neighbours in sorted({min(count, len(train)) for count in (5, 15, 30)}):
         model = KNeighborsClassifier(neighbours, weights="distance").fit(train, cells.train.labels_n)
-        score = _macro_f1(cells.chooser.labels_n, model.predict(chooser), cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, model.predict(chooser), cells.num_classes)
         if best is None or score > best[0]:
             best = (score, neighbours, model)
     assert best is not None
     _, neighbours, model = best
-    probabilities = _spread(model.predict_proba(test), model.classes_, cells.num_classes)
+    probabilities = spread(model.predict_proba(test), model.classes_, cells.num_classes)
     return Answer(
         predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen={"neighbours": neighbours}, parameters=train.size
     )
@@ -232,7 +152,7 @@ def _pca_knn(cells: BaselineCells, seed: int) -> Answer:
 def _gradient_boosting(cells: BaselineCells, seed: int) -> Answer:
     import lightgbm
 
-    columns = _variable_genes(cells.train.x_ng, 2000)
+    columns = variable_genes(cells.train.x_ng, 2000)
     train, chooser, test = (sparse.csr_matrix(x[:, columns]) for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng))
     known = np.isin(cells.chooser.labels_n, cells.train.labels_n)
     best: tuple[float, dict[str, Any], Any] | None = None
@@ -243,12 +163,12 @@ def _gradient_boosting(cells: BaselineCells, seed: int) -> Answer:
         )  # fmt: skip
         stop = lightgbm.early_stopping(15, verbose=False)
         model.fit(train, cells.train.labels_n, eval_set=[(chooser[known], cells.chooser.labels_n[known])], callbacks=[stop])
-        score = _macro_f1(cells.chooser.labels_n, model.predict(chooser), cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, model.predict(chooser), cells.num_classes)
         if best is None or score > best[0]:
             best = (score, {"num_leaves": leaves, "rounds": int(model.best_iteration_ or model.n_estimators)}, model)
     assert best is not None
     _, setting, model = best
-    probabilities = _spread(model.predict_proba(test), model.classes_, cells.num_classes)
+    probabilities = spread(model.predict_proba(test), model.classes_, cells.num_classes)
     parameters = sum(tree["num_leaves"] * 2 - 1 for tree in model.booster_.dump_model()["tree_info"])
     return Answer(predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen=setting, parameters=parameters)
 
@@ -264,14 +184,14 @@ def _mlp(cells: BaselineCells, seed: int) -> Answer:
     best: tuple[float, int, Any] | None = None
     for epoch in range(1, 13):
         model.partial_fit(cells.train.x_ng, cells.train.labels_n, classes=classes)
-        score = _macro_f1(cells.chooser.labels_n, model.predict(cells.chooser.x_ng), cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, model.predict(cells.chooser.x_ng), cells.num_classes)
         if best is None or score > best[0]:
             best = (score, epoch, copy.deepcopy(model))
         elif epoch - best[1] >= 4:
             break
     assert best is not None
     _, epoch, model = best
-    probabilities = _spread(model.predict_proba(cells.test_x_ng), model.classes_, cells.num_classes)
+    probabilities = spread(model.predict_proba(cells.test_x_ng), model.classes_, cells.num_classes)
     parameters = sum(weight.size for weight in (*model.coefs_, *model.intercepts_))
     return Answer(predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen={"epochs": epoch}, parameters=parameters)
 
@@ -307,7 +227,7 @@ def _celltypist(cells: BaselineCells, seed: int) -> Answer:
             data(cells.train.x_ng), labels=names[cells.train.labels_n], use_SGD=True, alpha=alpha, feature_selection=expressed > 300,
             top_genes=300, with_mean=False, check_expression=False, n_jobs=1, max_iter=200, random_state=seed,
         )  # fmt: skip
-        score = _macro_f1(cells.chooser.labels_n, label(model, cells.chooser.x_ng).argmax(1), cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, label(model, cells.chooser.x_ng).argmax(1), cells.num_classes)
         if best is None or score > best[0]:
             best = (score, {"alpha": alpha}, model)
     assert best is not None
@@ -340,83 +260,13 @@ def _spearman_centroid(cells: BaselineCells, seed: int) -> Answer:
         marked = [np.argsort(-(mean_kg[a] - mean_kg[b]), kind="stable")[:top] for a, b in pairs]
         columns = np.unique(np.concatenate(marked)) if marked else np.arange(mean_kg.shape[1])
         found = classes[correlations(cells.chooser.x_ng, columns).argmax(1)]
-        score = _macro_f1(cells.chooser.labels_n, found, cells.num_classes)
+        score = macro_f1(cells.chooser.labels_n, found, cells.num_classes)
         if best is None or score > best[0]:
             best = (score, top, columns)
     assert best is not None
     _, top, columns = best
     predicted = classes[correlations(cells.test_x_ng, columns).argmax(1)]
     return Answer(predicted_n=predicted, chosen={"markers_per_pair": top, "genes": len(columns)}, parameters=len(classes) * len(columns))
-
-
-def _scbert(cells: BaselineCells, seed: int) -> Answer:
-    """The architecture of scBERT, small and without its pre-trained weights: Performer over binned expression of the most variable genes.
-
-    Its classifier is a convolution over features, then two layers over all genes. Gene embeddings are fixed, as its gene2vec ones are:
-    the truncated SVD of the training cells.
-    """
-    from jobs.benchmark.step import NUM_BINS, ScBert
-    from screformer.svd import svd_gene_embeddings
-
-    num_genes, dim, steps, batch = 200, 32, 150, 32
-    columns = _variable_genes(cells.train.x_ng, num_genes)
-    train, chooser, test = (x[:, columns].toarray() for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng))
-    rng = np.random.default_rng([seed, 14])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        body = ScBert(len(columns), dim, 2, 2)
-        with torch.no_grad():
-            body.gene.weight[: len(columns)] = torch.from_numpy(svd_gene_embeddings(sparse.csr_array(sparse.csr_matrix(train)), dim, seed))
-        head = torch.nn.Sequential(torch.nn.Linear(len(columns), 128), torch.nn.ReLU(), torch.nn.Linear(128, cells.num_classes))
-        conv = torch.nn.Linear(dim, 1)
-        network = torch.nn.ModuleList([body, conv, head])
-
-        def logits(values: np.ndarray) -> torch.Tensor:
-            # Bins of scBERT: whole part of log2(1 + counts per 10,000), the highest five in one.
-            bins = torch.from_numpy(np.clip(np.floor(values / np.log(2)), 0, NUM_BINS - 2).astype(np.int64))
-            return head(torch.relu(conv(body.encode(bins))).squeeze(-1))
-
-        def label(values: np.ndarray) -> np.ndarray:
-            network.eval()
-            with torch.no_grad():
-                found = [logits(values[start : start + 256]).softmax(1).numpy() for start in range(0, len(values), 256)]
-            network.train()
-            return np.concatenate(found) if found else np.zeros((0, cells.num_classes), np.float32)
-
-        counts_k = np.bincount(cells.train.labels_n, minlength=cells.num_classes)
-        weights = torch.from_numpy((1 / np.sqrt(np.maximum(counts_k, 1))).astype(np.float32))
-        trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(trained, lr=1e-3)
-        best: tuple[float, int, dict[str, torch.Tensor]] | None = None
-        for step in range(1, steps + 1):
-            rows = rng.choice(len(train), min(batch, len(train)), replace=False)
-            loss = torch.nn.functional.cross_entropy(logits(train[rows]), torch.from_numpy(cells.train.labels_n[rows]), weight=weights)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if step % 50 == 0:
-                score = _macro_f1(cells.chooser.labels_n, label(chooser).argmax(1), cells.num_classes)
-                if best is None or score > best[0]:
-                    best = (score, step, {name: weight.clone() for name, weight in network.state_dict().items()})
-        assert best is not None
-        _, step, state = best
-        network.load_state_dict(state)
-        probabilities = label(test)
-    # A class without training cells still has an output; it must not be said.
-    probabilities[:, counts_k == 0] = 0
-    return Answer(
-        predicted_n=probabilities.argmax(1),
-        probabilities_nk=probabilities / np.maximum(probabilities.sum(1, keepdims=True), 1e-12),
-        chosen={"genes": len(columns), "steps": step},
-        parameters=sum(parameter.numel() for parameter in trained),
-    )
-
-
-def _variable_genes(x_ng: sparse.csr_matrix, most: int) -> np.ndarray:
-    """Columns of the largest variance, increasing."""
-    mean_g = np.asarray(x_ng.mean(0)).ravel()
-    variance_g = np.asarray(x_ng.multiply(x_ng).mean(0)).ravel() - mean_g**2
-    return np.sort(np.argsort(-variance_g, kind="stable")[:most])
 
 
 BASELINES: dict[str, Baseline] = {
@@ -432,7 +282,7 @@ BASELINES: dict[str, Baseline] = {
     "celltypist": Baseline(title="CellTypist", fit=_celltypist, seconds_per_1000_cells=1.5, needs=("celltypist",)),
     "spearman_centroid": Baseline(title="nearest centroid by Spearman (as SingleR)", fit=_spearman_centroid, seconds_per_1000_cells=0.1),
     "scbert": Baseline(
-        title="scBERT's architecture (Performer), small", fit=_scbert, seconds_per_1000_cells=28, needs=("performer_pytorch",)
+        title="scBERT's architecture (Performer), small", fit=scbert_baseline, seconds_per_1000_cells=28, needs=("performer_pytorch",)
     ),
 }
 """All methods by name, in the order of the report."""

@@ -16,8 +16,9 @@ import ray
 import ray.train
 import torch
 
-from data_ingest.dataset import CellStream
-from jobs.figures import reliability_figure
+from data_ingest.stream import CellStream
+from jobs.reports.figures import reliability_figure
+from jobs.training.start import start_from
 from screformer.calibration import (
     Calibration,
     CellOutputs,
@@ -192,23 +193,6 @@ def _engine(config: ExperimentConfig, task: Task, stream: CellStream, num_classe
     start_from(model, start)
     freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
     return build_engine(config, model, world_size)
-
-
-def start_from(model: ScReformer, start: dict[str, Any]) -> None:
-    """Put given weights into a new network.
-
-    Args:
-        model: The network.
-        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k), bias (k,) and
-            center (g,) of a linear classifier. Each may be missing; without any the random start is left.
-    """
-    if "gene_embeddings" in start:
-        model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))
-    if "weights" in start:
-        state = model.state_dict()
-        model.load_state_dict({**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}})
-    if "linear" in start:
-        model.set_linear_start(*(torch.from_numpy(np.array(array)) for array in start["linear"]))
 
 
 def _parts(streams: dict[str, CellStream], config: ExperimentConfig, rank: int, world_size: int) -> Parts:

@@ -8,97 +8,20 @@ of the folds so far: schedulers compare configurations on the same folds.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import ray
-import yaml
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from jobs.comparison import scores
-from jobs.study import Study, StudyConfig, run_fold
-from jobs.train import check_layout
-
-DRIVER_CPUS = 0.01
-"""What a trial's driver reserves; Ray Tune takes no trial that reserves nothing."""
-BASELINE_CPUS = 1
-"""Of the task that fits a baseline; one runs at a time."""
-_DRAWN = re.compile(r"(uniform|loguniform|randint)\(\s*([^,]+)\s*,\s*([^,]+)\s*\)")
-
-
-def num_cpus(config: StudyConfig) -> float:
-    """CPUs that a study reserves at its most."""
-    cluster, trials = config.cluster, config.search.concurrent_trials
-    return (
-        trials * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
-        + cluster.cpus_per_read_task
-        + (BASELINE_CPUS if config.crossval.baselines else 0)
-    )
-
-
-def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> None:
-    """Refuse what the cluster could never hold, before anything starts.
-
-    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for it.
-
-    Args:
-        config: The recipe.
-        nodes: As `ray.nodes()` gives them.
-
-    Raises:
-        ValueError: Too few CPUs or GPUs, with the sum.
-    """
-    cluster, trials, folds = config.cluster, config.search.concurrent_trials, config.crossval.concurrent_folds
-    check_layout(config, nodes)
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    cpus, gpus = (sum(float(node.get(kind, 0)) for node in alive) for kind in ("CPU", "GPU"))
-    needed, workers = num_cpus(config), trials * folds * cluster.num_workers
-    if needed > cpus + 1e-9:
-        baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
-        raise ValueError(
-            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x cluster.num_workers="
-            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}"
-            f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
-        )
-    if cluster.use_gpu and workers > gpus:
-        raise ValueError(
-            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need"
-            f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
-        )
-
-
-def search_space(config: StudyConfig) -> dict[str, Any]:
-    """The space of a recipe in Ray Tune's terms, by setting.
-
-    Raises:
-        ValueError: An unknown setting, a value that it does not take, or a range where `grid` needs a list.
-    """
-    from ray import tune
-
-    space: dict[str, Any] = {}
-    for name, text in config.search.space.items():
-        drawn = _DRAWN.fullmatch(text.strip())
-        if drawn:
-            if config.search.algorithm == "grid":
-                raise ValueError(f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use random or optuna")
-            kind, low, high = drawn[1], float(drawn[2]), float(drawn[3])
-            probes: list[Any] = [int(low)] if kind == "randint" else [low, high]
-            space[name] = tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
-        else:
-            probes = yaml.safe_load(text)
-            if not isinstance(probes, list) or not probes:
-                raise ValueError(
-                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)"
-                )
-            space[name] = tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
-        for value in probes:
-            config.merge({name: value})
-    return space
+from jobs.studies.fold import run_fold
+from jobs.studies.layout import DRIVER_CPUS, fold_bundle
+from jobs.studies.scores import scores
+from jobs.studies.settings import StudyConfig
+from jobs.studies.study import Study
 
 
 def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) -> list[dict[str, Any]]:
@@ -187,14 +110,6 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
             )
 
 
-def fold_bundle(config: StudyConfig) -> dict[str, float]:
-    """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
-    cluster = config.cluster
-    if cluster.num_workers > 1:
-        return {}
-    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
-
-
 def _in_order(done: Mapping[int, float]) -> int:
     """How many folds are finished from the first one on."""
     return next(count for count in range(len(done) + 1) if count not in done)
@@ -221,12 +136,3 @@ def _optuna(config: StudyConfig) -> Any:
     except ImportError as error:
         raise ValueError("search.algorithm=optuna needs the package optuna; pip install 'screformer[search]', or use random") from error
     return OptunaSearch(metric="macro_f1", mode="max", seed=config.train.seed)
-
-
-def count_trials(config: StudyConfig) -> int:
-    """Configurations that a search tries."""
-    if not config.search.space:
-        return 1
-    if config.search.algorithm != "grid":
-        return config.search.num_samples
-    return math.prod(len(yaml.safe_load(text)) for text in config.search.space.values())

@@ -19,16 +19,24 @@ from tqdm import tqdm
 
 from cluster.connect import connect
 from data_ingest.atlas import AtlasLocator
-from jobs.cells import AtlasCells, CellSource
+from data_ingest.cells import AtlasCells, CellSource
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 CELLS_PER_SHARD = 4_096
+
+
 CELLS_FOR_RAY = 20_000
 """From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling fewer."""
+
+
 OBS_PREFIX = "screformer_"
 """Of the obs columns in an atlas, whose own columns are never touched."""
+
+
 EMPTY = "empty"
 """Column of cells without a count in any gene that the model knows; their label means nothing."""
+
+
 PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
 
 

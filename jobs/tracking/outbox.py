@@ -24,12 +24,19 @@ import pyarrow.fs
 logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
+
+
 Send = Callable[[Entry, Path | None], None]
 """Sends an entry with its file or folder, if it has one. Raises `ConnectionError` when the server is away."""
 
+
 _RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
 """The server is asked again after 5 s or, where asking takes long, so seldom that it costs 5 % of the time; at least once a minute."""
+
+
 _ENTRY = "entry.json"
+
+
 _counter = itertools.count()
 
 

@@ -1,0 +1,91 @@
+"""The journal of an ingest, kept in the atlas's metadata: what is being written, and its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import tiledbsoma as soma
+
+from data_ingest import schema
+
+_JOURNAL = "screformer_ingest"
+
+
+_JOURNAL_PARTS = "screformer_ingest_parts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Journal:
+    """What is, or was last, going on in an atlas."""
+
+    digest: str = ""
+    writing: bool = False
+    timestamp_ms: int = 0
+    first_joinid: int = 0
+    end_joinid: int = 0
+    num_fragments: int = 0
+    """Fragments of X since they were last merged."""
+    num_commits: int = 0
+    """Ingests since the fragments of obs and var were last merged."""
+
+
+def obs_ids(uri: str, context: soma.SOMATileDBContext, value_filter: str | None, columns: Sequence[str]) -> pa.Table:
+    """Joinids, and some columns, of the atlas's cells that pass a filter."""
+    with soma.DataFrame.open(f"{uri}/{schema.OBS}", context=context) as obs:
+        return obs.read(value_filter=value_filter, column_names=["soma_joinid", *columns]).concat()
+
+
+def close_ingest(uri: str, context: soma.SOMATileDBContext, journal: Journal) -> None:
+    """What is left once the cells are visible: the summary, and the journal's last word."""
+    obs = obs_ids(uri, context, None, ("donor_id", "is_primary_data"))
+    rows = {
+        "census_schema_version": "2.1.0",
+        "census_build_date": time.strftime("%Y-%m-%d", time.gmtime(journal.timestamp_ms / 1000)),
+        "dataset_schema_version": "5.2.0",
+        "total_cell_count": str(obs.num_rows),
+        "unique_cell_count": str(int(np.count_nonzero(obs["is_primary_data"].to_numpy()))),
+        "number_donors_homo_sapiens": str(len(obs["donor_id"].unique())),
+    }
+    summary = pd.DataFrame({"soma_joinid": range(len(rows)), "label": list(rows), "value": list(rows.values())})
+    write_table(uri, context, schema.SUMMARY, summary, schema.SUMMARY_COLUMNS)
+    write_journal(uri, context, dataclasses.replace(journal, writing=False), [])
+
+
+def write_table(uri: str, context: soma.SOMATileDBContext, place: str, table: pd.DataFrame, columns: Mapping[str, pa.DataType]) -> None:
+    """Write rows of a SOMA table."""
+    fields = pa.schema([("soma_joinid", pa.int64()), *columns.items()])
+    with soma.DataFrame.open(f"{uri}/{place}", "w", context=context) as target:
+        target.write(pa.Table.from_pandas(table[fields.names], schema=fields, preserve_index=False))
+
+
+def read_journal(uri: str, context: soma.SOMATileDBContext) -> Journal:
+    """The journal of an atlas; empty where nothing was ever ingested."""
+    with soma.Collection.open(uri, context=context) as root:
+        return Journal(**json.loads(root.metadata.get(_JOURNAL, "{}")))
+
+
+def finished_parts(uri: str, context: soma.SOMATileDBContext) -> list[int]:
+    """Numbers of the parts that an unfinished ingest has written."""
+    with soma.Collection.open(uri, context=context) as root:
+        return list(json.loads(root.metadata.get(_JOURNAL_PARTS, "[]")))
+
+
+def write_journal(uri: str, context: soma.SOMATileDBContext, journal: Journal, finished: Iterable[int]) -> None:
+    """Replace the journal and the list of finished parts."""
+    with soma.Collection.open(uri, "w", context=context) as root:
+        root.metadata[_JOURNAL] = json.dumps(dataclasses.asdict(journal))
+        root.metadata[_JOURNAL_PARTS] = json.dumps(sorted(finished))
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, later than every earlier write of this process."""
+    # Past the millisecond of every earlier write, so that reading the atlas at this time shows those and nothing later.
+    time.sleep(0.005)
+    return int(time.time() * 1000)

@@ -1,0 +1,197 @@
+"""Compute gene attributions of a sample of cells in Ray tasks, into Parquet shards.
+
+Axes: n cells, m pairs of cell and class, g genes, k classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from tqdm import tqdm
+
+from data_ingest.cells import CellSource, vocabulary_names
+from jobs.explaining.checks import summarise, summary_lines
+from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
+from screformer.explain import CellTokens, Explainer
+from screformer.predictor import Predictor
+from screformer.tokenizer import Panels
+
+CELLS_PER_SHARD = 32
+
+
+CANDIDATES = 2_000
+
+
+def explain(
+    predictor: Predictor, model_dir: Path, source: CellSource, out: Path, *, num_cells: int, num_background: int, num_nodes: int, seed: int
+) -> dict[str, Any]:
+    """Explain a sample of cells and check the explanations.
+
+    Args:
+        predictor: The model.
+        model_dir: Its directory, which Ray tasks load it from.
+        source: The cells.
+        out: Folder for everything; an interrupted run of the same cells and settings goes on in it.
+        num_cells: Cells to explain, evenly over the predicted labels.
+        num_background: Background cells, evenly over the predicted labels, none of them explained.
+        num_nodes: Points of each path.
+        seed: Of the choice of cells.
+
+    Returns:
+        The summary, which is also `summary.json`.
+
+    Raises:
+        ValueError: `out` holds explanations of other cells or settings.
+    """
+    plan = _plan(predictor, source, num_cells=num_cells, num_background=num_background, num_nodes=num_nodes, seed=seed)
+    chosen, background = np.array(plan["cells"]), np.array(plan["background"])
+    panels = source.panels(chosen)
+    _prepare(out, plan, predictor, panels)
+    background_tokens = tokens_of(predictor, source, background)
+    pq.write_table(
+        pa.table(
+            {
+                "cell": source.names(background).astype(str),
+                "position": background,
+                "token_ids": [cell.token_ids for cell in background_tokens],
+                "values": [cell.values for cell in background_tokens],
+                "bin_ids": [cell.bin_ids for cell in background_tokens],
+                "measured": [cell.measured_g for cell in background_tokens],
+            }
+        ),
+        out / BACKGROUND,
+    )
+    peaks = _run_tasks(model_dir, source, chosen, panels.panels_n, background_tokens, num_nodes, out)
+    summary = summarise(predictor, source, out, background_tokens, plan, num_nodes)
+    summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": peak_gb()}
+    (out / "summary.md").write_text("\n\n".join(line.strip() for line in summary_lines(summary)) + "\n")
+    scratch = out / "summary.json.part"
+    scratch.write_text(json.dumps(summary, indent=2))
+    os.replace(scratch, out / "summary.json")
+    return summary
+
+
+def _plan(predictor: Predictor, source: CellSource, *, num_cells: int, num_background: int, num_nodes: int, seed: int) -> dict[str, Any]:
+    """Which cells: background and explained ones, each taken from the predicted labels in turn.
+
+    Both come from at most 2,000 random cells that the model labels first.
+    """
+    rng = np.random.default_rng(seed)
+    most = max(CANDIDATES, num_cells + num_background)
+    candidates = np.arange(source.num_cells)
+    if source.num_cells > most:
+        candidates = np.sort(rng.choice(source.num_cells, most, replace=False))
+    codes = []
+    for start in range(0, len(candidates), 512):
+        flat = source.read(candidates[start : start + 512])
+        codes.append(predictor.predict(*flat).label_codes)
+    order = _in_turn(np.concatenate(codes), rng)
+    background, cells = np.sort(candidates[order[:num_background]]), np.sort(candidates[order[num_background : num_background + num_cells]])
+    if not len(cells):
+        raise ValueError(f"{source.num_cells} cells are too few for a background of {num_background}; lower --background")
+    settings = {"num_nodes": num_nodes, "seed": seed, "background": background.tolist(), "cells": cells.tolist()}
+    weights = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in predictor.model.state_dict().values())).hexdigest()
+    return {**settings, "candidates": candidates.tolist(), "model": weights, "source": source.identity()}
+
+
+def _in_turn(codes_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random order in which the classes come in turn, as long as each lasts."""
+    shuffled = rng.permutation(len(codes_n))
+    turn = pd.Series(codes_n[shuffled]).groupby(codes_n[shuffled]).cumcount().to_numpy()
+    return shuffled[np.lexsort((codes_n[shuffled], turn))]
+
+
+def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor, panels: Panels) -> None:
+    (out / SHARDS).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan)
+    if (out / PLAN).exists() and (out / PLAN).read_text() != text:
+        raise ValueError(f"--out {out} holds explanations of other cells, another model or other settings; name another folder")
+    (out / PLAN).write_text(text)
+    vocabulary = predictor.vocabulary
+    genes = {"feature_id": list(vocabulary.feature_ids), "feature_name": vocabulary_names(vocabulary)}
+    genes |= {f"panel_{index}": measured_g for index, measured_g in enumerate(panels.measured_pg)}
+    pd.DataFrame(genes).to_parquet(out / GENES)
+
+
+def _run_tasks(
+    model_dir: Path,
+    source: CellSource,
+    chosen: np.ndarray,
+    panels_n: np.ndarray,
+    background: list[CellTokens],
+    num_nodes: int,
+    out: Path,
+) -> list[float]:
+    """Explain the cells of each shard that is missing; at most as many at a time as Ray has CPUs. Returns peaks of memory in GB."""
+    shards = {start: out / SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)}
+    missing = [start for start, path in shards.items() if not path.exists()]
+    shared, remote = ray.put((str(model_dir), source, background, num_nodes)), ray.remote(num_cpus=1)(_explain_shard)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    peaks: list[float] = []
+    running: dict[ray.ObjectRef, int] = {}
+    done = len(chosen) - sum(len(chosen[start : start + CELLS_PER_SHARD]) for start in missing)
+    with tqdm(total=len(chosen), initial=done, unit="cell", desc="explain", disable=None) as progress:
+        while missing or running:
+            while missing and len(running) < at_once:
+                start = missing.pop(0)
+                cells, panels = (array[start : start + CELLS_PER_SHARD] for array in (chosen, panels_n))
+                running[remote.remote(shared, cells, panels, str(shards[start]))] = len(cells)
+            (finished,), _ = ray.wait(list(running), num_returns=1)
+            peaks.append(ray.get(finished))
+            progress.update(running.pop(finished))
+    return peaks
+
+
+def _explain_shard(shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, panels: np.ndarray, path: str) -> float:
+    model_dir, source, background, num_nodes = shared
+    predictor = _predictor(model_dir)
+    explainer = Explainer(predictor, background, num_nodes=num_nodes)
+    names, known = predictor.label_names.tolist(), source.labels(cells)
+    rows: list[dict[str, Any]] = []
+    told = zip(cells, panels, source.names(cells), known, tokens_of(predictor, source, cells), strict=True)
+    for position, panel, name, label, tokens in told:
+        predicted = int(explainer.logits([tokens])[0].argmax())
+        wanted = dict.fromkeys([predicted] + ([names.index(label)] if label in names else []))
+        for found in explainer.attribute(tokens, list(wanted)):
+            rows.append(
+                {
+                    "cell": str(name),
+                    "position": int(position),
+                    "class": names[found.label],
+                    "predicted": names[predicted],
+                    "true": label,
+                    "output": found.output,
+                    "base": found.base,
+                    "additivity_error": found.additivity_error,
+                    "panel": int(panel),
+                    "genes": found.genes,
+                    "values": found.values,
+                }
+            )
+    pd.DataFrame(rows).to_parquet(f"{path}.part")
+    os.replace(f"{path}.part", path)
+    return peak_gb()
+
+
+_LOADED: dict[str, Predictor] = {}
+
+
+def _predictor(model_dir: str) -> Predictor:
+    if model_dir not in _LOADED:
+        _LOADED[model_dir] = Predictor.load(model_dir)
+    return _LOADED[model_dir]
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -1,0 +1,1 @@
+"""Studies over folds: cross-validation, search, ablation and their baselines."""

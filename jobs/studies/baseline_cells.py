@@ -1,0 +1,106 @@
+"""The cells that baselines learn from, choose on and label.
+
+Axes: n cells, g genes, k classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from screformer.metrics import LabelCounts
+from screformer.tokenizer import normalised
+
+if TYPE_CHECKING:
+    from jobs.training.cells import TrainingCells
+
+MOST_FITTED = 50_000
+"""Training cells, at most, that a baseline is given; a random choice where there are more. It bounds their memory."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Part:
+    """Cells of one part."""
+
+    x_ng: sparse.csr_matrix
+    """log1p of counts per 10,000, float32."""
+    labels_n: np.ndarray
+    """Class, int64."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BaselineCells:
+    """What a baseline learns from, chooses on and labels."""
+
+    train: Part
+    val: Part
+    """Empty where the split has no validation cells; settings are then chosen on the training cells."""
+    test_x_ng: sparse.csr_matrix
+    num_classes: int
+    """k; classes without a training cell are never predicted."""
+    genes: tuple[str, ...]
+
+    @property
+    def chooser(self) -> Part:
+        """The cells that choose settings."""
+        return self.val if len(self.val.labels_n) else self.train
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Answer:
+    """What a method said of the test cells, and what it took."""
+
+    predicted_n: np.ndarray
+    """Class, int64."""
+    probabilities_nk: np.ndarray | None = None
+    """float32; None for a method that has none."""
+    chosen: dict[str, Any]
+    """Settings that the validation cells chose."""
+    parameters: int
+    """Numbers that were learned or kept."""
+
+
+def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
+    """Read the parts of a run as baselines take them. Ray must be running.
+
+    Returns:
+        Part to its cells, at most `MOST_FITTED` of them to train on; and the joinid of each test cell.
+    """
+    parts, joinids = {}, np.zeros(0, np.int64)
+    for part, positions in cells.parts.items():
+        most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)
+        if not len(positions):
+            parts[part] = Part(x_ng=sparse.csr_matrix((0, len(cells.vocabulary)), dtype=np.float32), labels_n=np.zeros(0, np.int64))
+            continue
+        found = cells.stream(part).sample_counts(most, cells.config.train.seed)
+        # Of the 32-bit kind: scikit-learn's solvers take no other.
+        values = sparse.csr_matrix(normalised(found.counts_ng, found.total_n))
+        values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
+        parts[part] = Part(x_ng=values, labels_n=found.labels_n)
+        joinids = found.joinids_n if part == "test" else joinids
+    return parts, joinids
+
+
+def macro_f1(labels_n: np.ndarray, predicted_n: Any, num_classes: int) -> float:
+    """Macro-F1 of predicted classes."""
+    counts = LabelCounts(num_classes)
+    counts.add(torch.from_numpy(labels_n), torch.from_numpy(np.asarray(predicted_n, np.int64)))
+    return counts.macro_f1
+
+
+def spread(probabilities: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Columns of the classes that a method knows, at their places among all k."""
+    whole = np.zeros((len(probabilities), num_classes), np.float32)
+    whole[:, np.asarray(classes, np.int64)] = probabilities
+    return whole
+
+
+def variable_genes(x_ng: sparse.csr_matrix, most: int) -> np.ndarray:
+    """Columns of the largest variance, increasing."""
+    mean_g = np.asarray(x_ng.mean(0)).ravel()
+    variance_g = np.asarray(x_ng.multiply(x_ng).mean(0)).ravel() - mean_g**2
+    return np.sort(np.argsort(-variance_g, kind="stable")[:most])

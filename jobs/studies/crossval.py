@@ -1,0 +1,132 @@
+"""Run a cross-validation: trials and baselines over the same folds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+
+from jobs.studies.baselines import BASELINES, check_names
+from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_fold
+from jobs.studies.layout import BASELINE_CPUS, fold_bundle, search_space
+from jobs.studies.report import log_report, verdict, write_crossval_report
+from jobs.studies.scores import fold_scores, scores
+from jobs.studies.settings import StudyConfig
+from jobs.studies.study import OURS, Study, opened, results_of
+from jobs.studies.trials import run_trials
+
+
+def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None) -> dict[str, Any]:
+    """Run all folds of all configurations and baselines, and write the report; connects to Ray where no connection is.
+
+    Args:
+        config: The recipe with its overrides; when resuming, that of the interrupted study.
+        folds_from: Where to take folds from, as `open_study`.
+        resume: Folder of a study that was interrupted; finished folds are not run again.
+
+    Returns:
+        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1 by name), `skipped`,
+        `model_version` (of `crossval.register`, else None).
+
+    Raises:
+        ValueError: Settings, cells, folds or cluster do not allow it.
+        RuntimeError: A fold or a baseline failed; the others' results are kept.
+    """
+    with opened(config, "crossval", folds_from=folds_from, resume=resume) as study:
+        assert study.run is not None
+        config = study.config
+        skipped = study.missing_baselines()
+        notes = study.notes()
+        notes += [
+            f"{BASELINES[name].title} was skipped: it needs {', '.join(missing)}; pip install 'screformer[baselines]'"
+            for name, missing in skipped.items()
+        ]
+        for note in notes:
+            print(f"note: {note}", flush=True)
+        wanted = [name for name in check_names(config.crossval.baselines) if name not in skipped]
+        beside = _Beside(lambda: _run_baselines(study, wanted))
+        drawn = config.search.algorithm != "grid" and bool(config.search.space)
+        settings = run_trials(study, search_space(config), num_samples=config.search.num_samples if drawn else 1)
+        beside.join()
+        found = [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
+        trials = [
+            {"settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's", "folds": len(results)}
+            | {"macro-F1": float(np.mean([_macro_f1(result, study) for result in results]))}
+            for setting, results in found
+            if results
+        ]
+        whole = [(setting, results) for setting, results in found if len(results) == len(study.folds)]
+        best, ours = max(whole, key=lambda pair: np.mean([_macro_f1(result, study) for result in pair[1]]))
+        if len(trials) > 1:
+            notes.append(
+                f"scReformer-BERT is the best of {len(trials)} configurations, chosen on these test folds: its score flatters ({best})"
+            )
+        methods = {OURS: ours} | {name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted}
+        tree = write_crossval_report(study, methods, trials, notes)
+        log_report(study, tree["methods"])
+        print(verdict(tree["methods"]), flush=True)
+        version = None
+        if config.crossval.register:
+            bundle = fold_bundle(config)
+            task = ray.remote(register_final).options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))
+            version = ray.get(task.remote(study, best, fold_scores(study, ours)))
+        macro_f1 = {name: entry["metrics"]["macro_f1"]["mean"] for name, entry in tree["methods"].items()}
+        return {
+            "run_id": study.run.run_id,
+            "run_dir": str(study.run_dir),
+            "report": str(study.run_dir / "report.html"),
+            "scores": {name: entry["mean"] for name, entry in tree["methods"][OURS]["metrics"].items()},
+            "baselines": {name: value for name, value in macro_f1.items() if name != OURS},
+            "skipped": sorted(skipped),
+            "model_version": version,
+        }
+
+
+class _Beside:
+    """Something that runs in a thread beside the trials; `join` gives its exception."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - raised again by join
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="baselines", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _run_baselines(study: Study, names: Sequence[str]) -> None:
+    """Fit the baselines of all folds, one at a time; a fold's cells are read once and lie in the object store meanwhile."""
+    task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
+    shared = ray.put(study)
+    failed = []
+    for fold in range(len(study.folds)):
+        missing = [name for name in names if not (study.baseline_folder(name) / f"fold-{fold}.json").is_file()]
+        if not missing:
+            continue
+        cells, joinids, labels, known = read_baseline_cells(study, fold)
+        reference = ray.put(cells)
+        del cells
+        for name in missing:
+            try:
+                ray.get(task.remote(shared, name, fold, reference, joinids, labels, known))
+                print(f"fold {study.folds.names[fold]}: {BASELINES[name].title}", flush=True)
+            except ray.exceptions.RayTaskError as error:
+                failed.append(f"{name} in fold {study.folds.names[fold]}: {error.cause or error}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} baselines failed, the others' results are kept: {failed[0]}")
+
+
+def _macro_f1(result: Any, study: Study) -> float:
+    return scores(result, study)["macro_f1"]

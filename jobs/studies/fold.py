@@ -1,0 +1,264 @@
+"""Train and test one fold, and the final model on all folds.
+
+Axes: n cells, g genes, k classes of the whole query.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_ingest.ontology import lineage
+from jobs.studies.baseline_cells import BaselineCells, Part, baseline_parts
+from jobs.studies.baselines import run_baseline
+from jobs.studies.settings import CrossvalConfig
+from jobs.studies.study import OURS, FoldResult, Study, settings_key
+from jobs.tracking.runs import TrackedRun, start_run
+from jobs.training.cells import TrainingCells
+from jobs.training.launch import train_on_cluster
+from jobs.training.start import initial_arrays, settled
+from jobs.training.worker import train_alone
+from screformer.calibration import fit_calibration
+from screformer.checkpoint import add_meta, load_model, save_model
+from screformer.config import ExperimentConfig, Task
+from screformer.predictor import Predictor
+from screformer.training import label_prior
+
+_CELLS_AT_ONCE = 8192
+"""Test cells that are held in memory together."""
+
+
+PRETRAIN_IGNORES = {
+    "train": ("max_steps", "class_weighting", "freeze_encoder", "gene_dropout"),
+    "model": ("linear_skip", "linear_start_cells"),
+    "cluster": None,
+    "tracking": None,
+    "labels": None,
+    "zero": None,
+}
+"""Settings that pre-training does not read (None: the whole section), so that configurations that differ in them share it."""
+
+
+def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult:
+    """Train ours on one fold and label its test cells, or read what an earlier run left. Ray must be running.
+
+    Args:
+        study: The study.
+        settings: Overrides of this configuration.
+        fold: Which fold.
+    """
+    folder = study.trial_folder(settings)
+    found = FoldResult.load(folder, fold)
+    if found is not None:
+        return found
+    _reset_peak_memory()
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
+    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
+    config = config.merge({"tracking.run_name": f"fold {study.folds.names[fold]}"})
+    with start_run(config, "crossval", parent=study.run) as run:
+        run.set_tags({"fold": study.folds.names[fold], "settings": json.dumps(dict(settings))})
+        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, fold, run)
+        cells = study.cells(config, "finetune", fold, start_dir)
+        begun_s = time.perf_counter()
+        model_dir, trained = train_fold(config, "finetune", cells, start_dir, run, folder / f"fold-{fold}")
+        train_s = time.perf_counter() - begun_s
+        predictor = Predictor.load(model_dir, device=None if config.cluster.use_gpu else "cpu")
+        known = study.known(cells)
+        positions = study.split(fold)["test"]
+        positions = positions[study.labels_n[positions] >= 0]
+        probabilities = np.zeros((len(positions), len(study.label_names)), np.float32)
+        joinids, begun_s = np.zeros(len(positions), np.int64), time.perf_counter()
+        for first in range(0, len(positions), _CELLS_AT_ONCE):
+            rows = slice(first, first + _CELLS_AT_ONCE)
+            sample = study.test_stream(cells, positions[rows]).sample_counts(_CELLS_AT_ONCE, 0)
+            counts = sample.counts_ng
+            offsets = counts.indptr.astype(np.int64)
+            said = predictor.predict(counts.indices, counts.data, offsets, total_counts=sample.total_n, panels=sample.panels)
+            probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
+        prior = np.zeros(len(study.label_names))
+        prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)
+        account = {
+            "prior": prior.tolist(),
+            "seconds": time.perf_counter() - start_s,
+            "cpu_seconds": time.process_time() - cpu_start_s,
+            "train_seconds": train_s,
+            "predict_seconds": time.perf_counter() - begun_s,
+            "parameters": sum(parameter.numel() for parameter in load_model(model_dir).model.parameters()),
+            "chosen": {"step": trained.pop("best_step", None)},
+            "notes": list(cells.notes),
+            "run_id": run.run_id,
+            **trained,
+        }
+        result = FoldResult(
+            method=OURS,
+            fold=fold,
+            joinids_n=joinids,
+            labels_n=study.labels_n[positions],
+            predicted_n=probabilities.argmax(1),
+            probabilities_nk=probabilities,
+            known=known,
+            account=account,
+        )
+        result.save_predictions(folder)
+        run.log_file(folder / f"fold-{fold}.parquet")
+    result.finish(folder)  # after its run has ended, so that a kill between the two leaves no finished fold with an open run
+    return result
+
+
+def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str, Any]) -> int | None:
+    """Train a configuration on the cells of all folds and add it to the registry. Ray must be running.
+
+    Args:
+        study: The study.
+        settings: Overrides of the configuration.
+        folds: What its folds gave; goes into the model's meta data, where the model card and `jobs.promote` find it.
+
+    Returns:
+        The version; None where the tracking server is away and takes the model later.
+    """
+    registered = study.run_dir / "registered.json"
+    if registered.exists():  # a study that is resumed after its end registers nothing twice
+        version: int | None = json.loads(registered.read_text())["version"]
+        return version
+    everything = len(study.folds)  # no cell is tested there, so all take part
+    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
+    config = config.merge({"tracking.run_name": "all folds"})
+    with start_run(config, "crossval", parent=study.run) as run:
+        run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
+        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, everything, run)
+        cells = study.cells(config, "finetune", everything, start_dir)
+        model_dir, _ = train_fold(config, "finetune", cells, start_dir, run, study.run_dir / "final")
+        add_meta(model_dir, {"folds": dict(folds)})
+        version = run.register(model_dir, config.tracking.model_name)
+    registered.write_text(json.dumps({"version": version, "settings": dict(settings)}))
+    return version
+
+
+def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndarray, np.ndarray, list[int]]:
+    """A fold's cells for the baselines, in the classes of the whole query. Ray must be running.
+
+    Returns:
+        The cells; joinid and class of each test cell; the classes that can be learned.
+    """
+    cells = study.cells(study.config.experiment, "finetune", fold)
+    known = study.known(cells)
+    learned_n = np.where(np.isin(study.labels_n, known), study.labels_n, -1)
+    split = study.split(fold)
+    positions = {part: split[part][learned_n[split[part]] >= 0] for part in ("train", "val")}
+    positions["test"] = split["test"][study.labels_n[split["test"]] >= 0]
+    parts, joinids = baseline_parts(dataclasses.replace(cells, codes_n=study.labels_n, parts=positions))
+    test: Part = parts["test"]
+    found = BaselineCells(
+        train=parts["train"],
+        val=parts["val"],
+        test_x_ng=test.x_ng,
+        num_classes=len(study.label_names),
+        genes=cells.vocabulary.feature_ids,
+    )
+    return found, joinids, test.labels_n, known
+
+
+def run_baseline_fold(
+    study: Study, name: str, fold: int, cells: BaselineCells, joinids: np.ndarray, labels: np.ndarray, known: list[int]
+) -> None:
+    """Fit a baseline on one fold and leave its result; the body of a Ray task."""
+    _reset_peak_memory()
+    answer, cost = run_baseline(name, cells, study.config.train.seed)
+    FoldResult(
+        method=name,
+        fold=fold,
+        joinids_n=joinids,
+        labels_n=labels,
+        predicted_n=answer.predicted_n,
+        probabilities_nk=answer.probabilities_nk,
+        known=known,
+        account={
+            "prior": (np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)).tolist(),
+            "seconds": cost.seconds,
+            "cpu_seconds": cost.cpu_seconds,
+            "peak_memory_gb": cost.peak_memory_gb,
+            "cells_per_s": len(cells.train.labels_n) / max(cost.seconds, 1e-9),
+            "parameters": answer.parameters,
+            "chosen": answer.chosen,
+            "notes": [],
+        },
+    ).save(study.baseline_folder(name))
+
+
+def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: TrackedRun) -> Path:
+    """The pre-trained model of a fold: made once and shared by all configurations that pre-train alike."""
+    config = config.merge({"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0, "model.eval_n_hashes": 0})
+    tree = config.to_dict()
+    for section, names in PRETRAIN_IGNORES.items():
+        for name in names if names is not None else list(tree[section]):
+            tree[section].pop(name, None)
+    key = settings_key({**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"})
+    target = study.run_dir / "pretrained" / key
+    if not target.is_dir():
+        cells = study.cells(config, "pretrain", fold)
+        if crossval.pretrain == "once":
+            whole = np.sort(np.concatenate([cells.parts["train"], study.split(fold)["test"]]))
+            cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
+        scratch = study.run_dir / "pretrained" / f"{key}.{os.getpid()}"
+        name = f"fold {study.folds.names[fold]}" if fold < len(study.folds) else "all folds"
+        config = config.merge({"tracking.run_name": f"pre-training, {name}"})
+        with start_run(config, "pretrain", parent=run) as own_run:
+            model_dir, _ = train_fold(config, "pretrain", cells, None, own_run, scratch)
+        try:
+            model_dir.rename(target)  # at once or not at all; another trial may have been faster
+        except OSError:
+            if not target.is_dir():
+                raise
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def train_fold(
+    config: ExperimentConfig, task: Task, cells: TrainingCells, start_dir: Path | None, run: TrackedRun, folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """Train on a fold's cells; the folder of the best model, and cells/s, peak memory and best step."""
+    start = load_model(start_dir) if start_dir else None
+    config, _ = settled(config, cells, start)
+    cells, arrays = initial_arrays(cells, start, None)
+    meta = {"task": task, **cells.identity(), "run_id": run.run_id}
+    history: dict[str, list[float]] = {}
+    if config.cluster.num_workers > 1:
+        result = train_on_cluster(config, task, cells, arrays, run, str(folder / task), None)
+        with result.checkpoint.as_directory() as found:
+            shutil.copytree(Path(found) / "model", folder / "model", dirs_exist_ok=True)
+        history |= run.history(("train/cells_per_s", "mem/peak_gb", "best_step"))
+    else:
+
+        def report(metrics: dict[str, float], step: int) -> None:
+            run.log_metrics(metrics, step=step)
+            for name, value in metrics.items():
+                history.setdefault(name, []).append(value)
+
+        streams = {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)}
+        outcome = train_alone(config, task, streams, cells.labels, cells.class_counts_k, arrays, report)
+        calibration = None
+        if outcome.val_outputs is not None and len(outcome.val_outputs):
+            prior_k = label_prior(cells.class_counts_k, config.train.class_weighting)
+            calibration = fit_calibration(outcome.val_outputs, lineage(cells.labels["cl_ids"]), prior_k=prior_k)
+        save_model(folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration)
+    speeds = history.get("train/cells_per_s", [0.0])
+    return folder / "model", {
+        "cells_per_s": float(np.median(speeds)),
+        "peak_memory_gb": max(history.get("mem/peak_gb", [0.0])),
+        "best_step": int(history.get("best_step", [0])[-1]),
+    }
+
+
+def _reset_peak_memory() -> None:
+    """Start the process's peak of resident memory anew, since a warm process would report that of an earlier fold; Linux only."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,110 @@
+"""What a study reserves on a cluster, and the search space in Ray Tune's terms."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from jobs.studies.settings import StudyConfig
+from jobs.training.launch import check_layout
+
+DRIVER_CPUS = 0.01
+"""What a trial's driver reserves; Ray Tune takes no trial that reserves nothing."""
+
+
+BASELINE_CPUS = 1
+"""Of the task that fits a baseline; one runs at a time."""
+
+
+_DRAWN = re.compile(r"(uniform|loguniform|randint)\(\s*([^,]+)\s*,\s*([^,]+)\s*\)")
+
+
+def num_cpus(config: StudyConfig) -> float:
+    """CPUs that a study reserves at its most."""
+    cluster, trials = config.cluster, config.search.concurrent_trials
+    return (
+        trials * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
+        + cluster.cpus_per_read_task
+        + (BASELINE_CPUS if config.crossval.baselines else 0)
+    )
+
+
+def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> None:
+    """Refuse what the cluster could never hold, before anything starts.
+
+    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for it.
+
+    Args:
+        config: The recipe.
+        nodes: As `ray.nodes()` gives them.
+
+    Raises:
+        ValueError: Too few CPUs or GPUs, with the sum.
+    """
+    cluster, trials, folds = config.cluster, config.search.concurrent_trials, config.crossval.concurrent_folds
+    check_layout(config, nodes)
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    cpus, gpus = (sum(float(node.get(kind, 0)) for node in alive) for kind in ("CPU", "GPU"))
+    needed, workers = num_cpus(config), trials * folds * cluster.num_workers
+    if needed > cpus + 1e-9:
+        baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
+        raise ValueError(
+            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x cluster.num_workers="
+            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}"
+            f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
+        )
+    if cluster.use_gpu and workers > gpus:
+        raise ValueError(
+            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need"
+            f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
+        )
+
+
+def search_space(config: StudyConfig) -> dict[str, Any]:
+    """The space of a recipe in Ray Tune's terms, by setting.
+
+    Raises:
+        ValueError: An unknown setting, a value that it does not take, or a range where `grid` needs a list.
+    """
+    from ray import tune
+
+    space: dict[str, Any] = {}
+    for name, text in config.search.space.items():
+        drawn = _DRAWN.fullmatch(text.strip())
+        if drawn:
+            if config.search.algorithm == "grid":
+                raise ValueError(f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use random or optuna")
+            kind, low, high = drawn[1], float(drawn[2]), float(drawn[3])
+            probes: list[Any] = [int(low)] if kind == "randint" else [low, high]
+            space[name] = tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
+        else:
+            probes = yaml.safe_load(text)
+            if not isinstance(probes, list) or not probes:
+                raise ValueError(
+                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)"
+                )
+            space[name] = tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
+        for value in probes:
+            config.merge({name: value})
+    return space
+
+
+def fold_bundle(config: StudyConfig) -> dict[str, float]:
+    """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
+    cluster = config.cluster
+    if cluster.num_workers > 1:
+        return {}
+    return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
+
+
+def count_trials(config: StudyConfig) -> int:
+    """Configurations that a search tries."""
+    if not config.search.space:
+        return 1
+    if config.search.algorithm != "grid":
+        return config.search.num_samples
+    return math.prod(len(yaml.safe_load(text)) for text in config.search.space.values())

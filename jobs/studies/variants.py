@@ -1,0 +1,77 @@
+"""The variants of an ablation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from jobs.studies.settings import StudyConfig
+
+REFERENCE = "reference"
+
+
+_OWN_FOLDS = (
+    "atlas.", "query.obs_filter", "query.var_filter", "query.is_primary_data", "query.file", "labels.column", "crossval.split",
+    "crossval.num_folds", "crossval.val_fraction", "crossval.max_cells",
+)  # fmt: skip
+"""Settings that change cells, labels or folds."""
+
+
+class Variant(NamedTuple):
+    """One row of an ablation."""
+
+    axis: str
+    name: str
+    """Its settings as on the command line, or `reference`."""
+    settings: dict[str, Any]
+
+    def with_seed(self, seed: int) -> dict[str, Any]:
+        """Overrides of one of its runs."""
+        return {"train.seed": seed} | self.settings
+
+    @property
+    def of_the_study(self) -> dict[str, Any]:
+        """Its settings that call for folds of its own."""
+        return {name: value for name, value in self.settings.items() if name.startswith(_OWN_FOLDS)}
+
+
+def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
+    """The reference, then the variants of the recipe's axes, each checked.
+
+    Args:
+        config: The recipe.
+        axes: Those to take; empty takes all.
+
+    Raises:
+        ValueError: An unknown axis, or settings that the configuration does not take.
+    """
+    known = config.ablation.axes
+    if not known:
+        raise ValueError("ablation.axes is empty; give a recipe with axes, such as jobs/recipes/ablation.yaml")
+    for axis in axes:
+        if axis not in known:
+            raise ValueError(f"--axes: there is no axis {axis!r}; there is {', '.join(known)}")
+    found = [Variant(REFERENCE, REFERENCE, {})]
+    for axis in axes or known:
+        listed = yaml.safe_load(known[axis])
+        if not isinstance(listed, list) or not listed:
+            raise ValueError(f"ablation.axes.{axis}={known[axis]} must be a list such as [model.attention=none, model.attention=full]")
+        for text in listed:
+            settings = {name: yaml.safe_load(value) for name, _, value in (part.partition("=") for part in str(text).split())}
+            try:
+                config.merge(str(text).split())
+            except ValueError as error:
+                raise ValueError(f"ablation.axes.{axis}: {text!r}: {error}") from error
+            found.append(Variant(axis, str(text), settings))
+    return found
+
+
+def by_folds(listed: Sequence[Variant]) -> list[tuple[dict[str, Any], list[Variant]]]:
+    """The variants by the settings that call for folds of their own; none first, which is the reference's folds."""
+    groups: dict[str, tuple[dict[str, Any], list[Variant]]] = {}
+    for variant in listed:
+        groups.setdefault(json.dumps(variant.of_the_study, sort_keys=True), (variant.of_the_study, []))[1].append(variant)
+    return list(groups.values())

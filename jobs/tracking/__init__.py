@@ -1,0 +1,1 @@
+"""The only door to MLflow: runs, registered models, aliases."""

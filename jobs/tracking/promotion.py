@@ -1,0 +1,214 @@
+"""Compare a candidate with the champion on the same folds or held-out cells.
+
+Axes: n cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from data_ingest.atlas import AtlasLocator
+from data_ingest.cells import AtlasCells
+from data_ingest.query import CellQuery
+from jobs.studies.scores import mean_interval
+from jobs.tracking.models import CANDIDATE, CHAMPION, model_aliases, move_alias, resolve_model
+from jobs.tracking.runs import start_run
+from screformer.config import TrackingConfig
+from screformer.genes import MIN_GENE_OVERLAP
+from screformer.predictor import Predictor
+
+_CELLS_PER_CHUNK = 2_048
+
+
+_MOST_CELLS = 20_000
+
+
+_SAMPLES = 1_000
+
+
+_CONFIDENCE = 0.95
+
+
+_LEAST_CELLS = 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Candidate less champion on the same cells."""
+
+    num_cells: int
+    groups: tuple[str, ...]
+    """Groups of the cells, such as donors."""
+    difference: float
+    """Of balanced accuracy: the mean over types of the share of cells with the right best label."""
+    low: float
+    """Lower end of the 95 % interval of the difference."""
+    high: float
+    accuracy: dict[str, float]
+    """Of `candidate` and `champion`, over cells."""
+    table: pd.DataFrame
+    """One row per type: `label`, `cells`, `candidate`, `champion` (shares that are right), `difference`, `low`, `high`."""
+
+
+def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequence[str]) -> Comparison:
+    """Compare two models cell by cell.
+
+    Args:
+        right_n: Of `candidate` and `champion`, which cells they labelled right, bool (n,).
+        labels_n: True label of each cell, object (n,).
+        groups: Where the cells come from.
+    """
+    rng = np.random.default_rng(0)
+    gain_n = right_n[CANDIDATE].astype(np.int8) - right_n[CHAMPION]
+    rows, samples = [], []
+    for label in sorted(set(labels_n)):
+        inside = labels_n == label
+        gain = gain_n[inside]
+        # A bootstrap of a mean over the three values that a gain can have is a multinomial draw.
+        shares = np.array([(gain == value).mean() for value in (-1, 0, 1)])
+        drawn = rng.multinomial(len(gain), shares, size=_SAMPLES) @ np.array([-1, 0, 1]) / len(gain)
+        samples.append(drawn)
+        low, high = np.quantile(drawn, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+        shares_right = {name: float(right[inside].mean()) for name, right in right_n.items()}
+        rows.append({"label": label, "cells": int(inside.sum()), **shares_right, "difference": gain.mean(), "low": low, "high": high})
+    table = pd.DataFrame(rows)
+    low, high = np.quantile(np.mean(samples, axis=0), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    return Comparison(
+        num_cells=len(labels_n),
+        groups=tuple(groups),
+        difference=float(table["difference"].mean()),
+        low=float(low),
+        high=float(high),
+        accuracy={name: float(right.mean()) for name, right in right_n.items()},
+        table=table,
+    )
+
+
+def compare_folds(candidate: Mapping[str, Any] | None, champion: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Candidate less champion over the folds that both were cross-validated on.
+
+    Args:
+        candidate: What `jobs.comparison.fold_scores` gave; None where a model carries nothing of the kind.
+        champion: Likewise.
+
+    Returns:
+        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None unless both have the same folds.
+    """
+    if candidate is None or champion is None or candidate["hash"] != champion["hash"]:
+        return None
+    ours, theirs = (folds["metrics"]["macro_f1"] for folds in (candidate, champion))
+    difference, low, high = mean_interval(np.subtract(ours, theirs).tolist())
+    return {"difference": difference, "low": low, "high": high, "folds": len(ours), "kind": candidate["kind"]}
+
+
+def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
+    """Let both models label the cells that neither was trained on.
+
+    Raises:
+        ValueError: The candidate held no cells out, its atlas is not there any more, or the champion was trained on those cells.
+    """
+    split, query = candidate.meta.get("split", {}), candidate.meta.get("query", {})
+    held_out = set(split.get("groups", {}).get("test", []))
+    if not held_out or not query:
+        raise ValueError("the candidate's training held no cells out to compare on; train it with split.test_fraction above 0")
+    theirs = champion.meta.get("split", {})
+    if theirs.get("group_by") != split["group_by"]:
+        raise ValueError(
+            f"the candidate was split by {split['group_by']!r} and the champion by {theirs.get('group_by')!r}: what neither was trained on"
+            " cannot be told; train the candidate with the champion's split.group_by"
+        )
+    seen = {group for part in ("train", "val") for group in theirs["groups"].get(part, [])}
+    groups = sorted(held_out - seen)
+    if not groups:
+        raise ValueError(
+            f"the champion was trained on all of the candidate's held-out groups ({', '.join(sorted(held_out))}); train the candidate with"
+            f" split.test_groups={theirs['groups'].get('test', [])}"
+        )
+    locator = AtlasLocator.from_dict(query["atlas"])
+    filters = {name: query[name] for name in ("obs_filter", "var_filter", "is_primary_data")}
+    result = CellQuery(**filters, expected_hash=query["hash"]).run(locator, candidate.label_column, (split["group_by"],))
+    own = result.obs[split["group_by"]].astype(str).isin(groups).to_numpy() & result.obs["label"].notna().to_numpy()
+    positions = np.flatnonzero(own)
+    if len(positions) > _MOST_CELLS:
+        positions = np.sort(np.random.default_rng(0).choice(positions, _MOST_CELLS, replace=False))
+    labels_n = result.obs["label"].astype(str).to_numpy(dtype=object)[positions]
+    if len(positions) < _LEAST_CELLS:
+        raise ValueError(f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are needed; hold more out")
+    right_n = {}
+    for name, predictor in ((CANDIDATE, candidate), (CHAMPION, champion)):
+        source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
+        predicted = []
+        for start in range(0, len(positions), _CELLS_PER_CHUNK):
+            flat = source.read(positions[start : start + _CELLS_PER_CHUNK])
+            found = predictor.predict(*flat)
+            predicted.append(found.best_labels)
+        right_n[name] = np.concatenate(predicted) == labels_n
+    return compare(right_n, labels_n, groups)
+
+
+def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: bool = False) -> dict[str, Any]:
+    """Compare candidate and champion, and move the alias where the candidate is better.
+
+    Args:
+        name: Registered model.
+        tracking: Where it is kept.
+        margin: The lower end of the interval must be above it.
+        force: Move the alias anyway; the reason and the force are kept as a tag of the version and in a run.
+
+    Returns:
+        `promoted`, `reason`, versions, and the numbers of the comparison where there was one.
+
+    Raises:
+        ValueError: There is no candidate, or the two cannot be compared and `force` is not given.
+    """
+    aliases = model_aliases(name, tracking)
+    if CANDIDATE not in aliases:
+        raise ValueError(f"model {name} has no version with the alias {CANDIDATE!r}; register one with `python -m jobs.finetune`")
+    version, before = aliases[CANDIDATE], aliases.get(CHAMPION)
+    found: dict[str, Any] = {"model": name, "candidate": version, "champion_before": before, "forced": force}
+    if before == version:
+        return {**found, "promoted": False, "reason": f"version {version} is the champion already"}
+    candidate, comparison = Predictor.load(resolve_model(f"models:/{name}/{version}", tracking)), None
+    measured: dict[str, Any] = {}
+    if before is None:
+        better, reason = True, "there was no champion"
+    else:
+        try:
+            champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking))
+            folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
+            comparison = compare_models(candidate, champion) if folds is None else None
+            if comparison is not None:
+                measured = {key: getattr(comparison, key) for key in ("difference", "low", "high", "num_cells", "accuracy")}
+                measured["groups"] = list(comparison.groups)
+                metric, where = "balanced accuracy", f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}"
+            else:
+                assert folds is not None
+                measured = folds
+                metric, where = "macro-F1", f"the {folds['folds']} {folds['kind']} folds of both cross-validations"
+            better = measured["low"] > margin
+            reason = (
+                f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to {measured['high']:+.4f})"
+                f" on {where}; the interval must lie above {margin:+.4f}"
+            )
+        except ValueError as error:
+            if not force:
+                raise
+            better, reason = False, f"not compared: {error}"
+    found |= {"promoted": better or force, "reason": reason, "champion": version if better or force else before}
+    if measured:
+        found["comparison"] = measured
+    config = candidate.config.merge({"tracking.uri": tracking.uri})
+    with start_run(dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "promote") as run:
+        run.set_tags({f"promote.{key}": value for key, value in found.items()})
+        if comparison is not None:
+            run.log_table(comparison.table, "promote/per_type.csv")
+        if measured:
+            run.log_metrics({"promote/difference": measured["difference"], "promote/low": measured["low"]}, step=0)
+        if found["promoted"]:
+            move_alias(name, CHAMPION, version, reason={**found, "run": run.run_id}, tracking=tracking)
+    return found
