@@ -21,21 +21,26 @@ _SCALER = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinat
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
     """Connect this process to Ray, once.
 
-    A job that `ray job submit` started, and a shell with RAY_ADDRESS, use that cluster. Without an address a local Ray starts that
-    ends with this process: it never joins a cluster that happens to run on this machine.
+    A job that `ray job submit` started, and a shell with RAY_ADDRESS, use that cluster. Without an address a
+    local Ray starts that ends with this process: it never joins a cluster that happens to run on this
+    machine.
 
     Args:
-        address: `HOST:PORT` of a cluster, `auto` for the one on this machine, `local`, or None for RAY_ADDRESS, else `local`.
-        num_cpus: CPUs that the job's workers and read tasks reserve together. A local Ray with fewer cores than that says it has
-            them, since a job that waits for a CPU that never comes would wait for ever. Ignored for a cluster.
+        address: `HOST:PORT` of a cluster, `auto` for the one on this machine, `local`, or None for
+            RAY_ADDRESS, else `local`.
+        num_cpus: CPUs that the job's workers and read tasks reserve together. A local Ray with fewer cores
+            than that says it has them, since a job that waits for a CPU that never comes would wait for ever.
+            Ignored for a cluster.
 
     Raises:
-        ValueError: The address is not one that a driver can connect to, nobody answers there, or the cluster refuses this process.
+        ValueError: The address is not one that a driver can connect to, nobody answers there, or the cluster
+            refuses this process.
     """
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # What Ray says on each start: that it authenticates. It matters to who submits a job, and cluster/README.md tells them.
+    # What Ray says on each start: that it authenticates. It matters to who submits a job, and
+    # cluster/README.md tells them.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if address == "local":
         _start_local(num_cpus)
@@ -46,23 +51,29 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 def quiet_worker() -> None:
     """Run at the start of each worker process of a local Ray.
 
-    Ray Train watches its controller through the dashboard, and without one warns of that every second. It also asks for nodes, which a
-    local Ray cannot add, and warns with a traceback where a busy machine takes more than five seconds to take note of that.
+    Ray Train watches its controller through the dashboard, and without one warns of that every second. It
+    also asks for nodes, which a local Ray cannot add, and warns with a traceback where a busy machine takes
+    more than five seconds to take note of that.
     """
     logging.getLogger(_CLEANER).setLevel(logging.ERROR)
     logging.getLogger(_SCALER).setLevel(logging.ERROR)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # its controller tells of each worker group it starts
+    logging.getLogger("ray.train").setLevel(
+        logging.WARNING
+    )  # its controller tells of each worker group it starts
 
 
 def _start_local(num_cpus: float) -> None:
     cores, memory = _machine()
     packages = str(Path(__file__).resolve().parents[1])
-    # In the environment of Ray's processes and not in a `runtime_env`: for that Ray would drop the worker processes that it starts
-    # ahead, and every job would begin some seconds later.
+    # In the environment of Ray's processes and not in a `runtime_env`: for that Ray would drop the worker
+    # processes that it starts ahead, and every job would begin some seconds later.
     inherited = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")])),  # our packages, from any directory
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [packages, os.environ.get("PYTHONPATH")])
+        ),  # our packages, from any directory
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{quiet_worker.__module__}.{quiet_worker.__name__}",
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one process less in each training; nobody takes this machine away
+        # One process less in each training; nobody takes this machine away
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
     with _environment(inherited):
         ray.init(
@@ -92,12 +103,15 @@ def _join(address: str) -> None:
     if "://" in address:
         raise ValueError(
             f"Ray address {address!r} is not HOST:PORT; a job runs inside the cluster, so send it there:"
-            " ray job submit --address http://HOST:8265 --working-dir . -- python -m jobs.NAME ... (or unset RAY_ADDRESS for a local Ray)"
+            " ray job submit --address http://HOST:8265 --working-dir . -- python -m jobs.NAME ... (or unset"
+            " RAY_ADDRESS for a local Ray)"
         )
     if address != "auto":
         host, colon, port = address.rpartition(":")
         if not (colon and host and port.isdecimal()):
-            raise ValueError(f"Ray address {address!r} must read HOST:PORT (such as 10.0.0.5:6379), auto or local")
+            raise ValueError(
+                f"Ray address {address!r} must read HOST:PORT (such as 10.0.0.5:6379), auto or local"
+            )
         try:
             # Ray's own client retries for a minute, then ends the process without a Python error.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -110,13 +124,17 @@ def _join(address: str) -> None:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(
-            f"Ray at {address} refused or was not found: {error}. If the cluster authenticates, set RAY_AUTH_MODE=token and give its token"
+            f"Ray at {address} refused or was not found: {error}. If the cluster authenticates, set"
+            f" RAY_AUTH_MODE=token and give its token"
             " in ~/.ray/auth_token or RAY_AUTH_TOKEN; else unset RAY_ADDRESS for a local Ray"
         ) from error
 
 
 def _machine() -> tuple[int, float]:
-    """Cores and bytes of memory that this process may use, as the scheduler and the container (cgroup v2) limit them."""
+    """Cores and bytes of memory that this process may use.
+
+    As the scheduler and the container (cgroup v2) limit them.
+    """
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     quota, _, period = _cgroup("cpu.max").partition(" ")

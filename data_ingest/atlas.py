@@ -1,7 +1,7 @@
 """Where an atlas is and which version of it: the one door to TileDB-SOMA's handles.
 
-An atlas has the layout of CELLxGENE Census, `URI/census_data/homo_sapiens`, whether it lies in a folder, behind S3's protocol or is a
-public release of Census itself.
+An atlas has the layout of CELLxGENE Census, `URI/census_data/homo_sapiens`, whether it lies in a folder,
+behind S3's protocol or is a public release of Census itself.
 """
 
 from __future__ import annotations
@@ -35,31 +35,45 @@ class AtlasLocator:
     measurement: str = "RNA"
     x_layer: str = "raw"
     timestamp_ms: int = 0
-    """Version as milliseconds since 1970; 0 is the newest. A Census release is immutable: there it only tells the release's date."""
+    """Version as milliseconds since 1970; 0 is the newest. A Census release is immutable: there it only tells
+    the release's date."""
     tiledb_config: tuple[tuple[str, str], ...] = ()
     """TileDB settings in order of their names; credentials come from the environment."""
 
     def __post_init__(self) -> None:
-        """Make a relative path absolute, so that another process with another working directory finds the same atlas.
+        """Make a relative path absolute.
+
+        So that another process with another working directory finds the same atlas.
 
         Raises:
             ValueError: An empty uri or an ill-formed Census release.
         """
         if not self.uri:
-            raise ValueError("atlas.uri is empty; give a folder, s3://bucket/prefix, census or census:YYYY-MM-DD")
+            raise ValueError(
+                "atlas.uri is empty; give a folder, s3://bucket/prefix, census or census:YYYY-MM-DD"
+            )
         release = self.census_release
         if release not in (None, "") and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", release or ""):
             raise ValueError(
-                f"atlas.uri={self.uri!r} names no release of Census; write census or census:YYYY-MM-DD, such as census:2025-11-08"
+                f"atlas.uri={self.uri!r} names no release of Census; write census or census:YYYY-MM-DD, such"
+                f" as census:2025-11-08"
             )
         if release is None and not _SCHEME.match(self.uri):
             object.__setattr__(self, "uri", os.path.abspath(os.path.expanduser(self.uri)))
-        object.__setattr__(self, "tiledb_config", tuple(sorted((str(key), str(value)) for key, value in self.tiledb_config)))
+        object.__setattr__(
+            self, "tiledb_config", tuple(sorted((str(key), str(value)) for key, value in self.tiledb_config))
+        )
 
     @classmethod
     def from_config(cls, config: AtlasConfig) -> AtlasLocator:
         """The locator that a configuration's `atlas` section describes."""
-        return cls(config.uri, config.measurement, config.x_layer, config.timestamp_ms, tuple(config.tiledb_config.items()))
+        return cls(
+            config.uri,
+            config.measurement,
+            config.x_layer,
+            config.timestamp_ms,
+            tuple(config.tiledb_config.items()),
+        )
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> AtlasLocator:
@@ -72,14 +86,20 @@ class AtlasLocator:
 
     @property
     def census_release(self) -> str | None:
-        """`YYYY-MM-DD` of a Census release, "" for its newest long-term one, None for an atlas that has an address of its own."""
+        """`YYYY-MM-DD` of a Census release, "" for its newest long-term one.
+
+        None for an atlas that has an address of its own.
+        """
         match = _CENSUS.fullmatch(self.uri)
         return (match["release"] or "") if match else None
 
     def pinned(self) -> AtlasLocator:
-        """The same atlas at a version that stays: a Census release by its date, any other atlas as it is at this moment.
+        """The same atlas at a version that stays.
 
-        Consolidating and vacuuming an atlas after it was pinned can remove the pinned version; a query's hash then tells.
+        A Census release by its date, any other atlas as it is at this moment.
+
+        Consolidating and vacuuming an atlas after it was pinned can remove the pinned version; a query's hash
+        then tells.
 
         Raises:
             ValueError: Census can't be reached, or has no such release.
@@ -87,8 +107,12 @@ class AtlasLocator:
         if self.census_release is not None:
             release = _census_release(self.census_release)
             day = datetime.datetime.fromisoformat(release).replace(tzinfo=datetime.UTC)
-            return dataclasses.replace(self, uri=f"census:{release}", timestamp_ms=int(day.timestamp() * 1000))
-        return self if self.timestamp_ms else dataclasses.replace(self, timestamp_ms=time.time_ns() // 1_000_000)
+            return dataclasses.replace(
+                self, uri=f"census:{release}", timestamp_ms=int(day.timestamp() * 1000)
+            )
+        return (
+            self if self.timestamp_ms else dataclasses.replace(self, timestamp_ms=time.time_ns() // 1_000_000)
+        )
 
     @contextmanager
     def open(self, threads: int = 0, buffer_bytes: int = 128 * 2**20) -> Iterator[tiledbsoma.Experiment]:
@@ -98,12 +122,17 @@ class AtlasLocator:
 
         Args:
             threads: TileDB's compute threads, and as many for input; 0 is one per core.
-            buffer_bytes: Memory of each column that a read returns at a time; TileDB may use about twelve times that beside it.
+            buffer_bytes: Memory of each column that a read returns at a time; TileDB may use about twelve
+                times that beside it.
 
         Raises:
-            ValueError: There is no atlas, it has another layout, or lacks the measurement or the X layer. Names what there is.
+            ValueError: There is no atlas, it has another layout, or lacks the measurement or the X layer.
+                Names what there is.
         """
-        limits = {"soma.init_buffer_bytes": str(buffer_bytes), "sm.mem.total_budget": str(max(12 * buffer_bytes, 2**30))}
+        limits = {
+            "soma.init_buffer_bytes": str(buffer_bytes),
+            "sm.mem.total_budget": str(max(12 * buffer_bytes, 2**30)),
+        }
         if threads:
             limits |= {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
         root = self._open_root(limits | dict(self.tiledb_config))
@@ -120,7 +149,8 @@ class AtlasLocator:
             var_joinids: Genes, (g,), increasing.
 
         Returns:
-            bool (d, g), from the atlas's presence matrix. An atlas that says nothing of a dataset has measured all genes there.
+            bool (d, g), from the atlas's presence matrix. An atlas that says nothing of a dataset has
+            measured all genes there.
 
         Raises:
             ValueError: As `open`.
@@ -129,9 +159,16 @@ class AtlasLocator:
         try:
             measurement = self._experiment(root).ms[self.measurement]
             measured_dg = np.ones((len(dataset_ids), len(var_joinids)), bool)
-            if "feature_dataset_presence_matrix" not in measurement or "datasets" not in root.get("census_info", {}):
+            if "feature_dataset_presence_matrix" not in measurement or "datasets" not in root.get(
+                "census_info", {}
+            ):
                 return measured_dg
-            known = root["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pydict()
+            known = (
+                root["census_info"]["datasets"]
+                .read(column_names=["soma_joinid", "dataset_id"])
+                .concat()
+                .to_pydict()
+            )
             row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
             for index, dataset in enumerate(dataset_ids):
                 if dataset in row_of:
@@ -152,37 +189,57 @@ class AtlasLocator:
             try:
                 return cellxgene_census.open_soma(census_version=release, context=context)
             except (OSError, ValueError, tiledbsoma.SOMAError) as error:
-                raise ValueError(f"release {release} of Census could not be opened; is the network there? ({_brief(error)})") from error
+                raise ValueError(
+                    f"release {release} of Census could not be opened; is the network there?"
+                    f" ({_brief(error)})"
+                ) from error
         is_local = not _SCHEME.match(self.uri)
         if is_local and not os.path.exists(self.uri):
             raise ValueError(
-                f"atlas.uri={self.uri!r} does not exist; make it with `python -m jobs.ingest --h5ad FILE... --atlas {self.uri}`"
+                f"atlas.uri={self.uri!r} does not exist; make it with `python -m jobs.ingest --h5ad FILE..."
+                f" --atlas {self.uri}`"
             )
         if is_local and os.path.isfile(self.uri):
             raise ValueError(
-                f"atlas.uri={self.uri!r} is a file; an atlas is a folder: ingest the file with `python -m jobs.ingest --h5ad {self.uri}`"
+                f"atlas.uri={self.uri!r} is a file; an atlas is a folder: ingest the file with `python -m"
+                f" jobs.ingest --h5ad {self.uri}`"
             )
-        context = tiledbsoma.SOMATileDBContext(tiledb_config=tiledb_config, timestamp=self.timestamp_ms or None)
+        context = tiledbsoma.SOMATileDBContext(
+            tiledb_config=tiledb_config, timestamp=self.timestamp_ms or None
+        )
         try:
             return tiledbsoma.open(self.uri, context=context)
         except (tiledbsoma.SOMAError, OSError) as error:
             when = f" at timestamp_ms={self.timestamp_ms}" if self.timestamp_ms else ""
-            remedy = "" if is_local else "; check the address, atlas.tiledb_config and the credentials in the environment"
-            raise ValueError(f"atlas.uri={self.uri!r} holds no SOMA atlas{when}{remedy} ({_brief(error)})") from error
+            remedy = (
+                ""
+                if is_local
+                else "; check the address, atlas.tiledb_config and the credentials in the environment"
+            )
+            raise ValueError(
+                f"atlas.uri={self.uri!r} holds no SOMA atlas{when}{remedy} ({_brief(error)})"
+            ) from error
 
     def _experiment(self, root: Any) -> tiledbsoma.Experiment:
         layout = f"an atlas has the layout of Census, URI/census_data/{ORGANISM}"
         if root.soma_type != "SOMACollection" or "census_data" not in root:
-            kind = f"a {root.soma_type}" + (f" of {', '.join(sorted(root.keys()))}" if hasattr(root, "keys") else "")
+            kind = f"a {root.soma_type}" + (
+                f" of {', '.join(sorted(root.keys()))}" if hasattr(root, "keys") else ""
+            )
             raise ValueError(f"atlas.uri={self.uri!r} holds {kind}, but {layout}; make one with jobs.ingest")
         if ORGANISM not in root["census_data"]:
             raise ValueError(f"atlas.uri={self.uri!r} holds {_listed(root['census_data'])}, but {layout}")
         experiment = root["census_data"][ORGANISM]
         if self.measurement not in experiment.ms:
-            raise ValueError(f"atlas.measurement={self.measurement!r} is not in the atlas; there is {_listed(experiment.ms)}")
+            raise ValueError(
+                f"atlas.measurement={self.measurement!r} is not in the atlas; there is"
+                f" {_listed(experiment.ms)}"
+            )
         layers = experiment.ms[self.measurement].X
         if self.x_layer not in layers:
-            raise ValueError(f"atlas.x_layer={self.x_layer!r} is not in the atlas; there is {_listed(layers)}")
+            raise ValueError(
+                f"atlas.x_layer={self.x_layer!r} is not in the atlas; there is {_listed(layers)}"
+            )
         return experiment
 
 
@@ -194,13 +251,16 @@ def _census_release(release: str) -> str:
     except OSError as error:  # what requests raises is one, too
         wanted = f"census:{release}" if release else "census"
         raise ValueError(
-            f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; is the network there? ({_brief(error)})"
+            f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; is the"
+            f" network there? ({_brief(error)})"
         ) from error
     known = {entry["release_build"]: entry for entry in directory.values()}
     if not release:
         return directory["stable"]["release_build"]
     if release not in known:
-        raise ValueError(f"atlas.uri='census:{release}': there is no such release; there is {', '.join(sorted(known))}")
+        raise ValueError(
+            f"atlas.uri='census:{release}': there is no such release; there is {', '.join(sorted(known))}"
+        )
     return release
 
 

@@ -1,4 +1,6 @@
-"""Where cells to be labelled or explained come from: an .h5ad file or an atlas query, read a few at a time in any process.
+"""Where cells to be labelled or explained come from.
+
+An .h5ad file or an atlas query, read a few at a time in any process.
 
 Axes: n cells.
 """
@@ -118,7 +120,13 @@ class H5adCells:
         """As `CellSource.labels`."""
         if not self.label_column:
             return np.full(len(positions), "", dtype=object)
-        return self._obs[self.label_column].astype(object).fillna("").astype(str).to_numpy(dtype=object)[positions]
+        return (
+            self._obs[self.label_column]
+            .astype(object)
+            .fillna("")
+            .astype(str)
+            .to_numpy(dtype=object)[positions]
+        )
 
     def read(self, positions: np.ndarray) -> FlatCounts:
         """As `CellSource.read`.
@@ -128,7 +136,9 @@ class H5adCells:
         """
         known = np.flatnonzero(self.match.vocabulary_index >= 0)
         entries = (np.ones(len(known), dtype=np.float32), (known, self.match.vocabulary_index[known]))
-        to_genes = sparse.csr_matrix(entries, shape=(len(self.match.vocabulary_index), self.match.num_model_genes))
+        to_genes = sparse.csr_matrix(
+            entries, shape=(len(self.match.vocabulary_index), self.match.num_model_genes)
+        )
         rows, totals = [], []
         with H5adFile.open(self.path, layer=self.layer, raw=self.raw) as file:
             size = _CELLS_PER_CSC_READ if self.column_major else _CELLS_PER_READ
@@ -152,7 +162,12 @@ class H5adCells:
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""
         stat = self.path.stat()
-        return {"h5ad": str(self.path), "bytes": str(stat.st_size), "changed": str(stat.st_mtime_ns), "counts": self.layer or str(self.raw)}
+        return {
+            "h5ad": str(self.path),
+            "bytes": str(stat.st_size),
+            "changed": str(stat.st_mtime_ns),
+            "counts": self.layer or str(self.raw),
+        }
 
     @cached_property
     def _obs(self) -> pd.DataFrame:
@@ -183,14 +198,20 @@ class AtlasCells:
             ValueError: Too few genes.
         """
         with result.locator.open() as experiment:
-            var = experiment.ms[result.locator.measurement].var.read(column_names=["soma_joinid", "feature_id"]).concat()
+            var = (
+                experiment.ms[result.locator.measurement]
+                .var.read(column_names=["soma_joinid", "feature_id"])
+                .concat()
+            )
         ids = var["feature_id"].to_pylist()
         match = predictor.match_genes(ids, [""] * len(ids))
         match.require(min_gene_overlap, source=f"atlas {result.locator.uri}")
         joinids = var["soma_joinid"].to_numpy()
         gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, dtype=np.int32)
         gene_of_var[joinids] = match.vocabulary_index
-        labels = result.obs["label"].astype(object).where(result.obs["label"].notna(), "").astype(str).tolist()
+        labels = (
+            result.obs["label"].astype(object).where(result.obs["label"].notna(), "").astype(str).tolist()
+        )
         panels = result.panels(gene_of_var, len(predictor.vocabulary))
         return cls(result.locator, result.obs_joinids, labels, gene_of_var, panels, result.hash)
 
@@ -223,10 +244,16 @@ class AtlasCells:
 
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""
-        return {"atlas": self.locator.uri, "timestamp_ms": str(self.locator.timestamp_ms), "query_hash": self.query_hash}
+        return {
+            "atlas": self.locator.uri,
+            "timestamp_ms": str(self.locator.timestamp_ms),
+            "query_hash": self.query_hash,
+        }
 
 
-def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_overlap: float, resumed: Path | None = None) -> AtlasCells:
+def query_cells(
+    predictor: Predictor, uri: str, obs_filter: str, *, min_gene_overlap: float, resumed: Path | None = None
+) -> AtlasCells:
     """Cells of an atlas that fulfil a filter.
 
     Args:
@@ -234,8 +261,9 @@ def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_ove
         uri: The atlas.
         obs_filter: The filter.
         min_gene_overlap: As `GeneMatch.require`.
-        resumed: JSON file with the `source` (`CellSource.identity`) of a run that may be there already: of the same atlas, the version that
-            it took is taken again. None, and where there is no such file, takes the newest.
+        resumed: JSON file with the `source` (`CellSource.identity`) of a run that may be there already: of
+            the same atlas, the version that it took is taken again. None, and where there is no such file,
+            takes the newest.
 
     Raises:
         ValueError: No such atlas, a filter that it does not understand, no cells, or too few genes.
@@ -248,7 +276,9 @@ def query_cells(predictor: Predictor, uri: str, obs_filter: str, *, min_gene_ove
     locator = locator.pinned()
     with locator.open() as experiment:
         has_labels = predictor.label_column == MAJOR or predictor.label_column in experiment.obs.schema.names
-    result = CellQuery(obs_filter=obs_filter).run(locator, predictor.label_column if has_labels else "cell_type")
+    result = CellQuery(obs_filter=obs_filter).run(
+        locator, predictor.label_column if has_labels else "cell_type"
+    )
     return AtlasCells.open(predictor, result, min_gene_overlap=min_gene_overlap)
 
 

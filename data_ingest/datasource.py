@@ -1,6 +1,7 @@
 """Ray Data's source of cells: one read task per unit of an epoch's plan, from SOMA to Arrow list columns.
 
-Axes: `n` cells (rows), `z` stored values of them. Rows with joinid -1 are the plan's padding; cells without any count stay as empty lists.
+Axes: `n` cells (rows), `z` stored values of them. Rows with joinid -1 are the plan's padding; cells without
+any count stay as empty lists.
 """
 
 from __future__ import annotations
@@ -31,14 +32,18 @@ SCHEMA = pa.schema(
         ("counts", pa.large_list(pa.float32())),
     ]
 )
-"""joinid (-1: padding), label code (-1: none), sum of all counts of the cell, vocabulary indices in increasing order, their raw counts."""
+"""joinid (-1: padding), label code (-1: none), sum of all counts of the cell, vocabulary indices in
+increasing order, their raw counts."""
 BLOCK_BYTES = 32 * 2**20
 """Blocks stay small, so that a small object store holds several of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellArrays:
-    """What all read tasks share: it travels once, as one object of Ray's store, and is mapped into each process without a copy."""
+    """What all read tasks share.
+
+    It travels once, as one object of Ray's store, and is mapped into each process without a copy.
+    """
 
     joinids: np.ndarray
     """Shape (n,), int64: joinid of each cell of the plan."""
@@ -76,7 +81,9 @@ class SomaDatasource(Datasource):
             threads: TileDB's threads in each read task.
         """
         super().__init__()
-        self._task = partial(_read_unit, locator, arrays, dataclasses.replace(plan), threads)  # replaced: without the plan's cached order
+        self._task = partial(
+            _read_unit, locator, arrays, dataclasses.replace(plan), threads
+        )  # replaced: without the plan's cached order
         self.units = list(plan.units(rank, world_size, start_step))
         self._rows = [_num_rows(plan, unit) for unit in self.units]
 
@@ -84,8 +91,13 @@ class SomaDatasource(Datasource):
         """Unknown before the read."""
         return None
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
-        """One task per unit, in order. Ray asks several times per execution; the answer is always the same."""
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task per unit, in order.
+
+        Ray asks several times per execution; the answer is always the same.
+        """
         return [
             ReadTask(
                 partial(self._task, unit),
@@ -109,8 +121,8 @@ def read_cells(
         threads: TileDB's threads.
 
     Returns:
-        offsets (n + 1,) int64; vocabulary indices (z,) int32, increasing within each cell; counts (z,) float32; and the sum of all
-        counts of each cell, also of genes outside the vocabulary, (n,) float32.
+        offsets (n + 1,) int64; vocabulary indices (z,) int32, increasing within each cell; counts (z,)
+        float32; and the sum of all counts of each cell, also of genes outside the vocabulary, (n,) float32.
     """
     total_n = np.zeros(len(joinids), np.float32)
     genes, counts, segment_cells, segment_lengths = [], [], [], []
@@ -119,7 +131,8 @@ def read_cells(
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
         if not len(rows):
             continue
-        # A segment is a stretch of one cell's values; with rows in order it is the whole cell, up to the border of a table.
+        # A segment is a stretch of one cell's values; with rows in order it is the whole cell, up to the
+        # border of a table.
         starts = np.concatenate([[0], np.flatnonzero(rows[1:] != rows[:-1]) + 1])
         cells = np.searchsorted(joinids, rows[starts])
         np.add.at(total_n, cells, np.add.reduceat(values, starts))
@@ -138,7 +151,9 @@ def read_cells(
     gene_z, count_z = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in (genes, counts))
     count_z = count_z.astype(np.float32, copy=False)
     cells_s, lengths_s = np.concatenate(segment_cells), np.concatenate(segment_lengths)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(cells_s, weights=lengths_s, minlength=len(joinids)))]).astype(np.int64)
+    offsets = np.concatenate(
+        [[0], np.cumsum(np.bincount(cells_s, weights=lengths_s, minlength=len(joinids)))]
+    ).astype(np.int64)
     in_order = (cells_s[1:] >= cells_s[:-1]).all()
     if not in_order or not _increasing(gene_z, offsets):
         # TileDB gave the cells in tiles or out of order, or the vocabulary has another order than the atlas.
@@ -164,19 +179,31 @@ def _read_unit(
     offsets, genes, counts, totals = read_cells(locator, joinids, shared.gene_of_var, threads=threads)
     real = np.flatnonzero(cells >= 0)
     source = np.searchsorted(sorted_cells, cells[real])
-    columns = {name: np.full(len(cells), -1) for name in ("joinid", "label")} | {"total": np.zeros(len(cells), np.float32)}
+    columns = {name: np.full(len(cells), -1) for name in ("joinid", "label")} | {
+        "total": np.zeros(len(cells), np.float32)
+    }
     starts, stops = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
     for target, values in zip(
-        (*columns.values(), starts, stops), (joinids, shared.labels[sorted_cells], totals, offsets[:-1], offsets[1:]), strict=True
+        (*columns.values(), starts, stops),
+        (joinids, shared.labels[sorted_cells], totals, offsets[:-1], offsets[1:]),
+        strict=True,
     ):
         target[real] = values[source]
     new_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
     for first, last in _cuts(new_offsets):
-        # Whole rows are copied, one slice each: twice as fast as gathering their values, by numpy or by Arrow's `take`.
-        rows = [slice(*ends) for ends in zip(starts[first:last].tolist(), stops[first:last].tolist(), strict=True)]
+        # Whole rows are copied, one slice each: twice as fast as gathering their values, by numpy or by
+        # Arrow's `take`.
+        rows = [
+            slice(*ends) for ends in zip(starts[first:last].tolist(), stops[first:last].tolist(), strict=True)
+        ]
         local = pa.array(new_offsets[first : last + 1] - new_offsets[first])
-        lists = (pa.LargeListArray.from_arrays(local, np.concatenate([values[row] for row in rows])) for values in (genes, counts))
-        yield pa.table([*(pa.array(column[first:last]) for column in columns.values()), *lists], schema=SCHEMA)
+        lists = (
+            pa.LargeListArray.from_arrays(local, np.concatenate([values[row] for row in rows]))
+            for values in (genes, counts)
+        )
+        yield pa.table(
+            [*(pa.array(column[first:last]) for column in columns.values()), *lists], schema=SCHEMA
+        )
 
 
 def _cuts(offsets: np.ndarray) -> Iterable[tuple[int, int]]:
@@ -197,7 +224,10 @@ def _num_rows(plan: EpochPlan, unit: ReadUnit) -> int:
 
 @lru_cache(maxsize=2)
 def _open_x(locator: AtlasLocator, threads: int) -> tuple[Any, ExitStack]:
-    """X of the atlas and what keeps it open in this process until it ends: opening costs more than a small read."""
+    """X of the atlas and what keeps it open in this process until it ends.
+
+    Opening costs more than a small read.
+    """
     stack = ExitStack()
     experiment = stack.enter_context(locator.open(threads=threads))
     return experiment.ms[locator.measurement].X[locator.x_layer], stack

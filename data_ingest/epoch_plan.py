@@ -1,9 +1,12 @@
-"""The order of an epoch as a pure function of (seed, epoch): which cell is in which global batch, and which rank reads it.
+"""The order of an epoch as a pure function of (seed, epoch).
 
-Words: a *run* is `run_length` neighbouring cells, the unit that is permuted over the whole query. A *task* is a stretch of that order of
-about `cells_per_task` cells that are mixed with each other. A task is cut into `global_batch_size` *lanes*, and each of its global
-batches takes the next cell of every lane. Ranks own whole lanes, so a rank reads only its own cells, no rank waits for another one, and the
-order does not depend on how many ranks there are.
+Which cell is in which global batch, and which rank reads it.
+
+Words: a *run* is `run_length` neighbouring cells, the unit that is permuted over the whole query. A *task* is
+a stretch of that order of about `cells_per_task` cells that are mixed with each other. A task is cut into
+`global_batch_size` *lanes*, and each of its global batches takes the next cell of every lane. Ranks own whole
+lanes, so a rank reads only its own cells, no rank waits for another one, and the order does not depend on how
+many ranks there are.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class EpochPlan:
     cells_per_task: int
     global_batch_size: int
     shuffle: bool = True
-    """False keeps the runs in their order and the cells in their lanes; every cell still comes exactly once."""
+    """False keeps the runs in their order and the cells in their lanes; every cell still comes exactly
+    once."""
 
     def __post_init__(self) -> None:
         """Check what every rank relies on.
@@ -45,10 +49,14 @@ class EpochPlan:
         Raises:
             ValueError: A task can't hold one global batch.
         """
-        assert min(self.num_cells, self.seed, self.epoch) >= 0 and min(self.run_length, self.global_batch_size) >= 1
+        assert (
+            min(self.num_cells, self.seed, self.epoch) >= 0
+            and min(self.run_length, self.global_batch_size) >= 1
+        )
         if self.cells_per_task < self.global_batch_size:
             raise ValueError(
-                f"stream.cells_per_task={self.cells_per_task} must hold at least one train.global_batch_size={self.global_batch_size}"
+                f"stream.cells_per_task={self.cells_per_task} must hold at least one"
+                f" train.global_batch_size={self.global_batch_size}"
             )
 
     @property
@@ -74,7 +82,10 @@ class EpochPlan:
         return np.random.default_rng([self.seed, self.epoch]).permutation(num_runs)
 
     def task_cells(self, task: int) -> np.ndarray:
-        """Cells of a task, shape (steps, global_batch_size), int64; row s is its s-th global batch, -1 is padding in the last row."""
+        """Cells of a task, shape (steps, global_batch_size), int64.
+
+        Row s is its s-th global batch, -1 is padding in the last row.
+        """
         size, lanes = self.steps_per_task * self.global_batch_size, self.global_batch_size
         start = task * size
         count = min(size, self.num_cells - start)
@@ -85,7 +96,9 @@ class EpochPlan:
         keys = np.tile(np.arange(steps, dtype=np.float64), (lanes, 1))
         if self.shuffle:
             keys = np.random.default_rng([self.seed, self.epoch, task]).random((lanes, steps))
-        keys[np.arange(steps) >= lengths[:, None]] = np.inf  # a lane that is one cell short ends one step early
+        keys[np.arange(steps) >= lengths[:, None]] = (
+            np.inf
+        )  # a lane that is one cell short ends one step early
         within = np.argsort(keys, axis=1, kind="stable")
         cells = self._cells_at(start + np.minimum(bounds[:-1, None] + within, count - 1))
         cells[within >= lengths[:, None]] = -1
@@ -96,23 +109,33 @@ class EpochPlan:
         return self.task_cells(step // self.steps_per_task)[step % self.steps_per_task]
 
     def unit_cells(self, unit: ReadUnit) -> np.ndarray:
-        """Cells of a read unit in the order in which its rank trains on them, shape (steps x lanes,), int64, -1 for padding."""
+        """Cells of a read unit in the order in which its rank trains on them, shape (steps x lanes,), int64.
+
+        -1 for padding.
+        """
         lanes = slice(unit.first_lane, unit.first_lane + unit.num_lanes)
-        parts = [self.task_cells(task)[:, lanes] for task in range(unit.first_task, unit.first_task + unit.num_tasks)]
+        parts = [
+            self.task_cells(task)[:, lanes]
+            for task in range(unit.first_task, unit.first_task + unit.num_tasks)
+        ]
         parts[0] = parts[0][unit.skip_steps :]
         return np.concatenate(parts).ravel()
 
     def units(self, rank: int, world_size: int, start_step: int = 0) -> Iterator[ReadUnit]:
         """Read units of a rank from global batch `start_step` on, in order.
 
-        Tasks are joined until a unit has at least half of `cells_per_task`, so that many ranks do not read in crumbs.
+        Tasks are joined until a unit has at least half of `cells_per_task`, so that many ranks do not read in
+        crumbs.
 
         Raises:
             ValueError: The global batch is not a multiple of the world size.
         """
         lanes, rest = divmod(self.global_batch_size, world_size)
         if rest:
-            raise ValueError(f"train.global_batch_size={self.global_batch_size} is not a multiple of the world size {world_size}")
+            raise ValueError(
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of the world size"
+                f" {world_size}"
+            )
         assert 0 <= rank < world_size and 0 <= start_step <= self.num_steps
         if start_step == self.num_steps:
             return
@@ -125,10 +148,15 @@ class EpochPlan:
             task, skip = task + count, 0
 
     def _cells_at(self, positions: np.ndarray) -> np.ndarray:
-        """Cell at each position of the epoch's order of runs, of which one, the query's last, may be shorter than the others."""
+        """Cell at each position of the epoch's order of runs.
+
+        Of which one, the query's last, may be shorter than the others.
+        """
         short = self.num_cells % self.run_length
         if short:
             missing = self.run_length - short
-            end_of_short = int(np.flatnonzero(self._run_order == len(self._run_order) - 1)[0]) * self.run_length + short
+            end_of_short = (
+                int(np.flatnonzero(self._run_order == len(self._run_order) - 1)[0]) * self.run_length + short
+            )
             positions = positions + missing * (positions >= end_of_short)
         return self._run_order[positions // self.run_length] * self.run_length + positions % self.run_length

@@ -27,7 +27,10 @@ _META = b"screformer.folds"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Folds:
-    """A division of cells into test folds. Every cell is tested once; validation cells come out of a fold's other cells."""
+    """A division of cells into test folds.
+
+    Every cell is tested once; validation cells come out of a fold's other cells.
+    """
 
     kind: FoldKind
     """`donor` and `dataset` keep those together, `random` does not."""
@@ -42,10 +45,13 @@ class Folds:
     def __len__(self) -> int:
         return len(self.names)
 
-    def parts(self, fold: int, donors: Sequence[str] | np.ndarray, labels: np.ndarray, val_fraction: float) -> Split:
+    def parts(
+        self, fold: int, donors: Sequence[str] | np.ndarray, labels: np.ndarray, val_fraction: float
+    ) -> Split:
         """The cells that train, choose and test in one fold.
 
-        The validation part is made of whole donors where that works out (see `choose_validation`), of random cells for `random` folds.
+        The validation part is made of whole donors where that works out (see `choose_validation`), of random
+        cells for `random` folds.
 
         Args:
             fold: In [0, f).
@@ -62,16 +68,27 @@ class Folds:
             _, donor_n = np.unique(np.asarray(donors, dtype=str), return_inverse=True)
             val, note = choose_validation(donor_n, label_n, ~test, val_fraction, rng)
             notes = [f"fold {self.names[fold]}: {note}"] if note else []
-        return Split({"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)}, notes)
+        return Split(
+            {"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)},
+            notes,
+        )
 
     def labels_of_one_fold(self, labels: np.ndarray) -> dict[int, str]:
-        """Label codes whose cells are all in one fold, with its name: when it is tested nobody can have learned them."""
+        """Label codes whose cells are all in one fold, with its name.
+
+        When it is tested nobody can have learned them.
+        """
         labels = np.asarray(labels, np.int64)
-        found = {int(label): np.unique(self.fold_n[labels == label]) for label in np.unique(labels[labels >= 0])}
+        found = {
+            int(label): np.unique(self.fold_n[labels == label]) for label in np.unique(labels[labels >= 0])
+        }
         return {label: self.names[int(fold_f[0])] for label, fold_f in found.items() if len(fold_f) == 1}
 
     def hash(self, joinids: np.ndarray) -> str:
-        """Names the division of these cells: two runs with the same hash tested the same cells in each fold."""
+        """Names the division of these cells.
+
+        Two runs with the same hash tested the same cells in each fold.
+        """
         pairs = np.stack([np.asarray(joinids, np.int64), self.fold_n.astype(np.int64)])
         return hashlib.sha256(np.ascontiguousarray(pairs[:, np.argsort(pairs[0])]).tobytes()).hexdigest()
 
@@ -95,7 +112,9 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"folds {path} cannot be read ({error}); give a run of jobs.crossval, or its {FILE}") from error
+        raise ValueError(
+            f"folds {path} cannot be read ({error}); give a run of jobs.crossval, or its {FILE}"
+        ) from error
     saved = (table.schema.metadata or {}).get(_META)
     if saved is None:
         raise ValueError(f"{path} holds no folds; give the {FILE} of a run of jobs.crossval")
@@ -106,7 +125,8 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
     missing = np.flatnonzero(theirs[order[place]] != joinids) if len(theirs) else np.arange(len(joinids))
     if len(missing):
         raise ValueError(
-            f"folds {path} lack {len(missing)} of the query's {len(joinids)} cells (such as joinid {joinids[missing[0]]}); use the query"
+            f"folds {path} lack {len(missing)} of the query's {len(joinids)} cells (such as joinid"
+            f" {joinids[missing[0]]}); use the query"
             " and the atlas version that they were made for"
         )
     return Folds(
@@ -119,12 +139,19 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
 
 
 def make_folds(
-    kind: FoldKind, donors: Sequence[str] | np.ndarray, datasets: Sequence[str] | np.ndarray, labels: np.ndarray, num_folds: int, seed: int
+    kind: FoldKind,
+    donors: Sequence[str] | np.ndarray,
+    datasets: Sequence[str] | np.ndarray,
+    labels: np.ndarray,
+    num_folds: int,
+    seed: int,
 ) -> Folds:
     """Divide cells into folds.
 
-    `donor`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells than the largest donor has.
-    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds differ by one of them at most.
+    `donor`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells
+    than the largest donor has.
+    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds
+    differ by one of them at most.
 
     Args:
         kind: What stays together.
@@ -145,26 +172,42 @@ def make_folds(
     if kind == "dataset":
         names, fold_n = np.unique(dataset_n, return_inverse=True)
         if len(names) < 2:
-            raise ValueError(f"crossval.split=dataset needs at least 2 data sets, the query has {len(names)}; use crossval.split=donor")
+            raise ValueError(
+                f"crossval.split=dataset needs at least 2 data sets, the query has {len(names)}; use"
+                f" crossval.split=donor"
+            )
         for donor in np.unique(donor_n):
             found = np.unique(dataset_n[donor_n == donor])
             if len(found) > 1:
-                notes.append(f"donor {donor} is in the data sets {', '.join(found)}, so on both sides of some fold")
-        return Folds(kind=kind, fold_n=fold_n.astype(np.int16), names=tuple(names.tolist()), seed=seed, notes=tuple(notes))
+                notes.append(
+                    f"donor {donor} is in the data sets {', '.join(found)}, so on both sides of some fold"
+                )
+        return Folds(
+            kind=kind,
+            fold_n=fold_n.astype(np.int16),
+            names=tuple(names.tolist()),
+            seed=seed,
+            notes=tuple(notes),
+        )
     if kind == "random":
         if len(label_n) < num_folds:
-            raise ValueError(f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it")
+            raise ValueError(
+                f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it"
+            )
         notes.append("folds are random cells: a donor's cells are on both sides, which flatters every method")
         shuffled = rng.permutation(len(label_n))
         by_label = shuffled[np.argsort(label_n[shuffled], kind="stable")]
         fold_n = np.empty(len(label_n), np.int16)
-        fold_n[by_label] = np.arange(len(label_n)) % num_folds  # dealt on over the labels, so that sizes differ by one cell at most too
+        fold_n[by_label] = (
+            np.arange(len(label_n)) % num_folds
+        )  # dealt on over the labels, so that sizes differ by one cell at most too
         names_f = tuple(str(fold) for fold in range(num_folds))
         return Folds(kind=kind, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
     names, group_n = np.unique(donor_n, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use crossval.split=random"
+            f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use"
+            f" crossval.split=random"
         )
     if len(names) < num_folds:
         notes.append(f"{len(names)} donors make {len(names)} folds, not crossval.num_folds={num_folds}")
@@ -173,14 +216,22 @@ def make_folds(
     np.add.at(counts_dk, (group_n, label_n + 1), 1)
     single = [str(names[d]) for d in np.flatnonzero((counts_dk[:, 1:] > 0).sum(1) == 1)]
     if single:
-        notes.append(f"{len(single)} donors have cells of one label only ({', '.join(single[:5])}): they say nothing of the others")
+        notes.append(
+            f"{len(single)} donors have cells of one label only ({', '.join(single[:5])}): they say nothing"
+            f" of the others"
+        )
     fold_d = _deal(counts_dk, num_folds, rng)
     names_f = tuple(str(fold) for fold in range(num_folds))
-    return Folds(kind=kind, fold_n=fold_d[group_n].astype(np.int16), names=names_f, seed=seed, notes=tuple(notes))
+    return Folds(
+        kind=kind, fold_n=fold_d[group_n].astype(np.int16), names=names_f, seed=seed, notes=tuple(notes)
+    )
 
 
 def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each group: of many greedy deals the one whose folds have the most even share of each label, int (d,)."""
+    """Fold of each group: of many greedy deals the one whose folds have the most even share of each label.
+
+    Int (d,).
+    """
     sizes_d, total_k = counts_dk.sum(1), counts_dk.sum(0)
     share_dk = counts_dk[:, total_k > 0] / total_k[total_k > 0]
 
@@ -191,22 +242,35 @@ def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np
         return float(share_fk.var(axis=0).mean() + size_f.var())
 
     def deal(order: np.ndarray, by_size: bool) -> np.ndarray:
-        fold_d, size_f, share_fk = np.zeros(len(order), np.int64), np.zeros(num_folds), np.zeros((num_folds, share_dk.shape[1]))
+        fold_d, size_f, share_fk = (
+            np.zeros(len(order), np.int64),
+            np.zeros(num_folds),
+            np.zeros((num_folds, share_dk.shape[1])),
+        )
         for group in order:
-            gain_f = size_f if by_size else (share_fk @ share_dk[group]) + size_f * sizes_d[group] / sizes_d.sum() ** 2
+            gain_f = (
+                size_f
+                if by_size
+                else (share_fk @ share_dk[group]) + size_f * sizes_d[group] / sizes_d.sum() ** 2
+            )
             fold = int(np.argmin(gain_f))
             fold_d[group] = fold
             size_f[fold] += sizes_d[group]
             share_fk[fold] += share_dk[group]
         return fold_d
 
-    # The largest first, each to the smallest fold: this deal keeps the promise on sizes, the others are taken where they keep it too.
+    # The largest first, each to the smallest fold: this deal keeps the promise on sizes, the others are taken
+    # where they keep it too.
     best = deal(np.argsort(-sizes_d, kind="stable"), True)
     best_cost = cost(best)
     for _ in range(min(_TRIALS, max(8, 20_000 // len(sizes_d)))):
         order = np.argsort(-sizes_d * np.exp(rng.normal(0, 0.5, len(sizes_d))), kind="stable")
         found = deal(order, False)
         size_f = np.bincount(found, weights=sizes_d, minlength=num_folds)
-        if size_f.min() > 0 and size_f.max() - size_f.min() <= sizes_d.max() and (found_cost := cost(found)) < best_cost:
+        if (
+            size_f.min() > 0
+            and size_f.max() - size_f.min() <= sizes_d.max()
+            and (found_cost := cost(found)) < best_cost
+        ):
             best, best_cost = found, found_cost
     return best

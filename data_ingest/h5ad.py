@@ -1,6 +1,7 @@
 """Read .h5ad files in chunks of cells, with the checks that make their counts usable.
 
-Nothing here holds a whole matrix: X is read row block by row block from HDF5, whether it is CSR, CSC or dense. Axes: `n` cells, `g` genes.
+Nothing here holds a whole matrix: X is read row block by row block from HDF5, whether it is CSR, CSC or
+dense. Axes: `n` cells, `g` genes.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Genes:
         feature_ids: Ensembl gene ids without version, shape (g,); empty where the gene could not be joined.
         names: Symbols, shape (g,); the feature id where the file has none.
         source: Where the ids came from, for reports.
-        num_repeated: Genes whose id another gene of the file has too: their counts are to be added (`sum`) or were left out (`drop`).
+        num_repeated: Genes whose id another gene of the file has too: their counts are to be added (`sum`) or
+            were left out (`drop`).
     """
 
     feature_ids: np.ndarray
@@ -57,7 +59,10 @@ class Genes:
 
 
 class H5adFile:
-    """One open .h5ad file and the matrix of counts chosen in it. A context manager; not picklable, open it where it is read."""
+    """One open .h5ad file and the matrix of counts chosen in it.
+
+    A context manager; not picklable, open it where it is read.
+    """
 
     def __init__(self, path: Path, handle: h5py.File, source: str) -> None:
         self.path = path
@@ -81,7 +86,8 @@ class H5adFile:
             raw: Take counts from `raw.X` instead of X.
 
         Raises:
-            H5adError: The file is missing, truncated, not HDF5, not AnnData, empty, or has no such layer or raw.
+            H5adError: The file is missing, truncated, not HDF5, not AnnData, empty, or has no such layer or
+                raw.
         """
         path = Path(path)
         if layer and raw:
@@ -94,7 +100,9 @@ class H5adFile:
             handle = h5py.File(path, "r")
         except OSError as e:
             what = (
-                "truncated: it was cut off while it was written or copied" if "truncated" in str(e) else f"not a readable HDF5 file ({e})"
+                "truncated: it was cut off while it was written or copied"
+                if "truncated" in str(e)
+                else f"not a readable HDF5 file ({e})"
             )
             raise H5adError(f"{path} is {what}; fetch it again, or check that it is an .h5ad file") from e
         try:
@@ -102,7 +110,9 @@ class H5adFile:
             opened = cls(path, handle, source)
             for axis, number in (("cells", opened.n_cells), ("genes", opened.n_genes)):
                 if number == 0:
-                    raise H5adError(f"{path}: {source} has 0 {axis}; there is nothing to read, leave the file out")
+                    raise H5adError(
+                        f"{path}: {source} has 0 {axis}; there is nothing to read, leave the file out"
+                    )
             return opened
         except BaseException:
             handle.close()
@@ -112,7 +122,10 @@ class H5adFile:
     def _find_counts(path: Path, handle: h5py.File, layer: str | None, raw: bool) -> str:
         missing = [part for part in ("obs", "var") if part not in handle]
         if missing:
-            raise H5adError(f"{path} is HDF5 but not AnnData: it has no {' and no '.join(missing)}; write it with anndata.write_h5ad")
+            raise H5adError(
+                f"{path} is HDF5 but not AnnData: it has no {' and no '.join(missing)}; write it with"
+                f" anndata.write_h5ad"
+            )
         layers = sorted(handle["layers"]) if "layers" in handle else []
         x, raw_x = ("yes" if name in handle else "no" for name in ("X", "raw"))
         has = f"it has X: {x}, raw: {raw_x}, layers: {', '.join(layers) or 'none'}"
@@ -131,7 +144,9 @@ class H5adFile:
     def __enter__(self) -> H5adFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._handle.close()
 
     def close(self) -> None:
@@ -140,9 +155,15 @@ class H5adFile:
 
     def alternatives(self) -> str:
         """Say where else counts could be, for error messages."""
-        layers = [f"--layer {name}" for name in (sorted(self._handle["layers"]) if "layers" in self._handle else [])]
+        layers = [
+            f"--layer {name}" for name in (sorted(self._handle["layers"]) if "layers" in self._handle else [])
+        ]
         places = layers + (["--use raw"] if "raw" in self._handle and "X" in self._handle["raw"] else [])
-        places = [place for place in places if place not in (f"--layer {self.source.removeprefix('layers/')}", f"--use {self.source[:3]}")]
+        places = [
+            place
+            for place in places
+            if place not in (f"--layer {self.source.removeprefix('layers/')}", f"--use {self.source[:3]}")
+        ]
         return " or ".join(places)
 
     @property
@@ -163,57 +184,86 @@ class H5adFile:
         try:
             table = read_elem(self._handle[key])
         except (OSError, KeyError, ValueError, TypeError) as e:
-            raise H5adError(f"{self.path}: {key} cannot be read ({e}); write the file again with a current anndata") from e
+            raise H5adError(
+                f"{self.path}: {key} cannot be read ({e}); write the file again with a current anndata"
+            ) from e
         if not isinstance(table, pd.DataFrame):
             raise H5adError(f"{self.path}: {key} is not a table; write the file with anndata.write_h5ad")
         if len(table) != length:
-            raise H5adError(f"{self.path}: {key} has {len(table)} rows but {self.source} has {length}; the file is damaged, write it again")
+            raise H5adError(
+                f"{self.path}: {key} has {len(table)} rows but {self.source} has {length}; the file is"
+                f" damaged, write it again"
+            )
         table.index = table.index.map(str)
         return table
 
     def genes(
-        self, *, feature_id_column: str | None = None, symbols: dict[str, str] | None = None, duplicates: Duplicates = "error"
+        self,
+        *,
+        feature_id_column: str | None = None,
+        symbols: dict[str, str] | None = None,
+        duplicates: Duplicates = "error",
     ) -> Genes:
         """Find each gene's Ensembl id.
 
-        Taken from `feature_id_column`, else from a column of a usual name, else from the gene names themselves. What is left is looked
-        up by symbol, where a symbol table is given. Version suffixes are removed.
+        Taken from `feature_id_column`, else from a column of a usual name, else from the gene names
+        themselves. What is left is looked up by symbol, where a symbol table is given. Version suffixes are
+        removed.
 
         Args:
             feature_id_column: var column of Ensembl ids; an error if it is not there.
             symbols: Symbol to feature id, from `read_symbol_table`.
-            duplicates: When several genes have one id (old and new symbols of one gene, as a rule): `error` refuses the file, `sum` lets
-                all keep the id, so that the caller adds up their counts, `drop` treats them as not joined.
+            duplicates: When several genes have one id (old and new symbols of one gene, as a rule): `error`
+                refuses the file, `sum` lets all keep the id, so that the caller adds up their counts, `drop`
+                treats them as not joined.
 
         Raises:
-            H5adError: No gene can be joined, the column is missing, genes are of another species, or two genes have one id.
+            H5adError: No gene can be joined, the column is missing, genes are of another species, or two
+                genes have one id.
         """
         var, path = self.var, self.path
         if feature_id_column is not None and feature_id_column not in var.columns:
-            raise H5adError(f"{path}: var has no column {feature_id_column!r} (--feature-id-column); it has: {_listing(var.columns)}")
-        column = feature_id_column or next((name for name in _ID_COLUMNS if name in var.columns and _any_ensembl(var[name])), None)
+            raise H5adError(
+                f"{path}: var has no column {feature_id_column!r} (--feature-id-column); it has:"
+                f" {_listing(var.columns)}"
+            )
+        column = feature_id_column or next(
+            (name for name in _ID_COLUMNS if name in var.columns and _any_ensembl(var[name])), None
+        )
         given = _strings(var[column]) if column else np.asarray(var.index, dtype=object)
-        names = next((_strings(var[name]) for name in _NAME_COLUMNS if name in var.columns), np.asarray(var.index, dtype=object))
+        names = next(
+            (_strings(var[name]) for name in _NAME_COLUMNS if name in var.columns),
+            np.asarray(var.index, dtype=object),
+        )
         other = next((value for value in given if _OTHER_SPECIES.match(value)), None)
         if other:
             raise H5adError(
-                f"{path}: gene {other!r} in {f'var column {column}' if column else 'the var index'} is not human; "
-                "atlases hold one species (Homo sapiens): map the genes to human orthologs, or leave the file out"
+                f"{path}: gene {other!r} in {f'var column {column}' if column else 'the var index'} is not"
+                f" human; "
+                "atlases hold one species (Homo sapiens): map the genes to human orthologs, or leave the file"
+                " out"
             )
-        feature_ids = np.array([match.group(1) if (match := _ENSEMBL.fullmatch(value)) else "" for value in given], dtype=object)
+        feature_ids = np.array(
+            [match.group(1) if (match := _ENSEMBL.fullmatch(value)) else "" for value in given], dtype=object
+        )
         source = f"var column {column}" if column else "var index"
         if symbols is not None:
             index = np.asarray(var.index, dtype=object)
             lookup = np.array(
-                [feature or symbols.get(a) or symbols.get(b) or "" for feature, a, b in zip(feature_ids, names, index, strict=True)]
+                [
+                    feature or symbols.get(a) or symbols.get(b) or ""
+                    for feature, a, b in zip(feature_ids, names, index, strict=True)
+                ]
             )
             if (lookup != feature_ids).any():
                 source = f"{source} and symbol table" if (feature_ids != "").any() else "symbol table"
             feature_ids = lookup.astype(object)
         if not (feature_ids != "").any():
             raise H5adError(
-                f"{path}: no gene can be joined: {f'var column {column}' if column else 'the var index'} holds no Ensembl gene ids "
-                f"(first value {given[0]!r}); name their column with --feature-id-column (var has: {_listing(var.columns)}), "
+                f"{path}: no gene can be joined: {f'var column {column}' if column else 'the var index'}"
+                f" holds no Ensembl gene ids "
+                f"(first value {given[0]!r}); name their column with --feature-id-column (var has:"
+                f" {_listing(var.columns)}), "
                 "or bring --symbol-table TABLE"
             )
         repeated = pd.Series(feature_ids).duplicated(keep=False).to_numpy() & (feature_ids != "")
@@ -221,8 +271,10 @@ class H5adFile:
             first = np.flatnonzero(repeated)[0]
             pair = np.flatnonzero(feature_ids == feature_ids[first])[:2]
             raise H5adError(
-                f"{path}: genes {var.index[pair[0]]!r} and {var.index[pair[1]]!r} are both {feature_ids[first]} "
-                f"({repeated.sum()} such genes); add up their counts with --duplicate-genes sum, leave them out with "
+                f"{path}: genes {var.index[pair[0]]!r} and {var.index[pair[1]]!r} are both"
+                f" {feature_ids[first]} "
+                f"({repeated.sum()} such genes); add up their counts with --duplicate-genes sum, leave them"
+                f" out with "
                 "--duplicate-genes drop, or correct the file"
             )
         if duplicates == "drop":
@@ -234,7 +286,9 @@ class H5adFile:
             num_repeated=int(repeated.sum()),
         )
 
-    def chunks(self, cells_per_chunk: int = 4096, *, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    def chunks(
+        self, cells_per_chunk: int = 4096, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, sparse.csr_matrix]]:
         """Read the counts, a block of cells at a time.
 
         Args:
@@ -243,8 +297,8 @@ class H5adFile:
             stop: One past the last cell; all by default.
 
         Yields:
-            (index of the block's first cell, counts as csr float32 of shape (cells, n_genes) with sorted columns). Values are as stored:
-            see `check_counts`.
+            (index of the block's first cell, counts as csr float32 of shape (cells, n_genes) with sorted
+            columns). Values are as stored: see `check_counts`.
 
         Raises:
             H5adError: The matrix is damaged.
@@ -256,7 +310,10 @@ class H5adFile:
             try:
                 block = read(first, last)
             except OSError as e:
-                raise H5adError(f"{self.path}: {self.source} cannot be read at cells {first} to {last} ({e}); fetch the file again") from e
+                raise H5adError(
+                    f"{self.path}: {self.source} cannot be read at cells {first} to {last} ({e}); fetch the"
+                    f" file again"
+                ) from e
             yield first, block
 
     def _pointers(self) -> np.ndarray:
@@ -272,7 +329,8 @@ class H5adFile:
                 or len(self._matrix["indices"]) != stored
             ):
                 raise H5adError(
-                    f"{self.path}: {self.source} is damaged: indptr does not fit its {stored} stored values; write the file again"
+                    f"{self.path}: {self.source} is damaged: indptr does not fit its {stored} stored values;"
+                    f" write the file again"
                 )
             self._indptr = indptr
         return self._indptr
@@ -280,7 +338,10 @@ class H5adFile:
     def _checked_indices(self, low: int, high: int, bound: int) -> np.ndarray:
         indices = self._matrix["indices"][low:high]
         if len(indices) and (indices.min() < 0 or indices.max() >= bound):
-            raise H5adError(f"{self.path}: {self.source} is damaged: an index lies outside 0 to {bound - 1}; write the file again")
+            raise H5adError(
+                f"{self.path}: {self.source} is damaged: an index lies outside 0 to {bound - 1}; write the"
+                f" file again"
+            )
         return indices
 
     def _rows_of_csr(self, first: int, last: int) -> sparse.csr_matrix:
@@ -288,13 +349,16 @@ class H5adFile:
         low, high = int(pointers[0]), int(pointers[-1])
         indices = self._checked_indices(low, high, self.n_genes).astype(np.int32, copy=False)
         block = sparse.csr_matrix(
-            (_as_float32(self._matrix["data"][low:high]), indices, pointers - low), shape=(last - first, self.n_genes), copy=False
+            (_as_float32(self._matrix["data"][low:high]), indices, pointers - low),
+            shape=(last - first, self.n_genes),
+            copy=False,
         )
         block.sort_indices()
         return block
 
     def _rows_of_csc(self, first: int, last: int) -> sparse.csr_matrix:
-        # A pass over the whole matrix per block: memory stays bounded by the block, where a transposed copy would not.
+        # A pass over the whole matrix per block: memory stays bounded by the block, where a transposed copy
+        # would not.
         pointers = self._pointers()
         rows, columns, values = [], [], []
         for low in range(0, int(pointers[-1]), _ELEMENTS_PER_READ):
@@ -305,13 +369,18 @@ class H5adFile:
             columns.append((np.searchsorted(pointers, kept + low, side="right") - 1).astype(np.int32))
             values.append(_as_float32(self._matrix["data"][low:high][kept]))
         parts = [np.concatenate(part) if part else np.empty(0, np.int32) for part in (values, rows, columns)]
-        block = sparse.coo_matrix((parts[0].astype(np.float32), (parts[1], parts[2])), shape=(last - first, self.n_genes)).tocsr()
+        block = sparse.coo_matrix(
+            (parts[0].astype(np.float32), (parts[1], parts[2])), shape=(last - first, self.n_genes)
+        ).tocsr()
         block.sort_indices()
         return block
 
     def _rows_of_dense(self, first: int, last: int) -> sparse.csr_matrix:
         step = max(1, _ELEMENTS_PER_READ // self.n_genes)
-        blocks = [sparse.csr_matrix(_as_float32(self._matrix[low : min(low + step, last)])) for low in range(first, last, step)]
+        blocks = [
+            sparse.csr_matrix(_as_float32(self._matrix[low : min(low + step, last)]))
+            for low in range(first, last, step)
+        ]
         return sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
 
 
@@ -335,7 +404,11 @@ def check_counts(counts_ng: sparse.csr_matrix, *, file: H5adFile, start: int) ->
             (~np.isfinite(values), "is not a finite number", "repair the matrix"),
             (values < 0, "is negative", "scaled or centred data cannot be used"),
             (fractional, "is not a whole number", "normalised or log-transformed data cannot be used"),
-            (values > _LARGEST_EXACT, "is larger than 2^24, which float32 does not hold exactly", "check that these are counts"),
+            (
+                values > _LARGEST_EXACT,
+                "is larger than 2^24, which float32 does not hold exactly",
+                "check that these are counts",
+            ),
         )
     for bad, what, remedy in checks:
         if not bad.any():
@@ -345,9 +418,14 @@ def check_counts(counts_ng: sparse.csr_matrix, *, file: H5adFile, start: int) ->
         gene = file.var.index[counts_ng.indices[position]]
         places = file.alternatives()
         raise H5adError(
-            f"{file.path}: {file.source} holds {values[position]:g} at cell {file.obs.index[start + row]!r}, gene {gene!r}: it {what}, "
+            f"{file.path}: {file.source} holds {values[position]:g} at cell {file.obs.index[start + row]!r},"
+            f" gene {gene!r}: it {what}, "
             f"but raw counts are needed; {remedy}"
-            + (f"; the counts may be elsewhere: try {places}" if places else "; bring a file with raw counts in X, raw.X or a layer")
+            + (
+                f"; the counts may be elsewhere: try {places}"
+                if places
+                else "; bring a file with raw counts in X, raw.X or a layer"
+            )
         )
 
 
@@ -366,13 +444,16 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
     table = read_table(path, "--symbol-table", ("symbol",))
     column = next((name for name in ("feature_id", "ensembl_id") if name in table.columns), None)
     if column is None:
-        raise H5adError(f"{path} (--symbol-table) has no column 'feature_id'; it has: {_listing(table.columns)}")
+        raise H5adError(
+            f"{path} (--symbol-table) has no column 'feature_id'; it has: {_listing(table.columns)}"
+        )
     table = table[(table["symbol"] != "") & (table[column] != "")]
     feature_ids = table[column].str.replace(r"\.\d+$", "", regex=True)
     human = feature_ids.str.fullmatch(_ENSEMBL.pattern)
     if not human.any():
         raise H5adError(
-            f"{path} (--symbol-table): column {column!r} holds no human Ensembl gene id such as ENSG00000156738; "
+            f"{path} (--symbol-table): column {column!r} holds no human Ensembl gene id such as"
+            f" ENSG00000156738; "
             f"it begins with {table[column].head(1).tolist()}"
         )
     table, feature_ids = table[human], feature_ids[human]
@@ -396,7 +477,8 @@ def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.Data
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise H5adError(
-            f"{path} ({option}) has no column {missing[0]!r}; it has: {_listing(table.columns)}; it must be tab-separated with a header"
+            f"{path} ({option}) has no column {missing[0]!r}; it has: {_listing(table.columns)}; it must be"
+            f" tab-separated with a header"
         )
     return table
 
@@ -404,14 +486,20 @@ def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.Data
 def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int, int]]:
     if isinstance(matrix, h5py.Dataset):
         if matrix.ndim != 2:
-            raise H5adError(f"{path}: {source} has {matrix.ndim} dimensions, not 2; write the file with anndata.write_h5ad")
+            raise H5adError(
+                f"{path}: {source} has {matrix.ndim} dimensions, not 2; write the file with"
+                f" anndata.write_h5ad"
+            )
         _require_numbers(path, source, matrix)
         return "dense", (int(matrix.shape[0]), int(matrix.shape[1]))
     # Files written before anndata 0.7 carry the h5sparse names.
-    kind = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))).removesuffix("_matrix")
+    kind = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))).removesuffix(
+        "_matrix"
+    )
     if kind not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(matrix):
         raise H5adError(
-            f"{path}: {source} is stored as {kind!r}; it must be a dense, csr or csc matrix: write the file with anndata.write_h5ad"
+            f"{path}: {source} is stored as {kind!r}; it must be a dense, csr or csc matrix: write the file"
+            f" with anndata.write_h5ad"
         )
     shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     _require_numbers(path, source, matrix["data"])
@@ -434,7 +522,10 @@ def _as_float32(values: np.ndarray) -> np.ndarray:
 
 def _strings(column: pd.Series) -> np.ndarray:
     values = column.astype(object)
-    return np.array(["" if missing else str(value) for value, missing in zip(values, column.isna(), strict=True)], dtype=object)
+    return np.array(
+        ["" if missing else str(value) for value, missing in zip(values, column.isna(), strict=True)],
+        dtype=object,
+    )
 
 
 def _any_ensembl(column: pd.Series) -> bool:

@@ -1,8 +1,9 @@
 """Turn .h5ad files into an atlas, or append them to one: checked first, written in parallel, safe to kill.
 
-Every file is checked before anything is written. Then X is written by parallel tasks, each a contiguous range of new joinids, and at
-the end one write of obs makes the new cells visible: that write is the commit. A journal in the atlas's metadata says what was going
-on, so that the same command, run again after a kill, goes on where it stopped, and another command takes the unfinished one back first.
+Every file is checked before anything is written. Then X is written by parallel tasks, each a contiguous range
+of new joinids, and at the end one write of obs makes the new cells visible: that write is the commit. A
+journal in the atlas's metadata says what was going on, so that the same command, run again after a kill, goes
+on where it stopped, and another command takes the unfinished one back first.
 Axes: `n` cells, `g` genes.
 """
 
@@ -31,7 +32,15 @@ from data_ingest.ingest_files import (
     refuse_shared_cells,
 )
 from data_ingest.ingest_journal import Journal, now_ms, write_journal
-from data_ingest.ingest_plan import count_values, ingest_digest, joined_var, new_rows_of, parts_of, read_base, refuse_unrelated_genes
+from data_ingest.ingest_plan import (
+    count_values,
+    ingest_digest,
+    joined_var,
+    new_rows_of,
+    parts_of,
+    read_base,
+    refuse_unrelated_genes,
+)
 from data_ingest.ingest_tasks import map_tasks
 from data_ingest.ingest_write import commit, grow, take_back, tidy, write_x
 from data_ingest.ontology import MajorTypes, Outcome
@@ -55,21 +64,36 @@ class FileReport:
     major_types: dict[str, int]
     """Cells per major type, `unknown` included."""
     unmapped: dict[str, dict[str, int]]
-    """Why labels have no major type: `missing` (no term), `none` (broader than every major type), `ambiguous` -> label -> cells."""
+    """Why labels have no major type: `missing` (no term), `none` (broader than every major type), `ambiguous`
+    -> label -> cells."""
 
     def lines(self) -> list[str]:
         """The report in words."""
-        known = f", {self.cells - self.new_cells} of them already in the atlas" if self.new_cells < self.cells else ""
+        known = (
+            f", {self.cells - self.new_cells} of them already in the atlas"
+            if self.new_cells < self.cells
+            else ""
+        )
         repeated = f", {self.genes_repeated} of them share an id" if self.genes_repeated else ""
         text = [
             f"{self.path}: {self.cells} cells{known} (dataset {', '.join(self.dataset_ids)})",
             f"  genes: {self.genes_joined} of {self.genes} joined by {self.gene_source}{repeated}; "
             f"{self.genes - self.genes_joined} not joined",
-            "  major types: " + ", ".join(f"{name} {count}" for name, count in sorted(self.major_types.items(), key=lambda item: -item[1])),
+            "  major types: "
+            + ", ".join(
+                f"{name} {count}"
+                for name, count in sorted(self.major_types.items(), key=lambda item: -item[1])
+            ),
         ]
-        reasons = {"missing": "no Cell Ontology term", "none": "a term broader than every major type", "ambiguous": "several major types"}
+        reasons = {
+            "missing": "no Cell Ontology term",
+            "none": "a term broader than every major type",
+            "ambiguous": "several major types",
+        }
         for outcome, labels in self.unmapped.items():
-            shown = ", ".join(f"{label} ({count})" for label, count in list(labels.items())[:8]) + (", ..." if len(labels) > 8 else "")
+            shown = ", ".join(f"{label} ({count})" for label, count in list(labels.items())[:8]) + (
+                ", ..." if len(labels) > 8 else ""
+            )
             text.append(f"  {sum(labels.values())} cells stay unknown, {reasons[outcome]}: {shown}")
         return text
 
@@ -95,8 +119,9 @@ class IngestReport:
 def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions | None = None) -> IngestReport:
     """Check the files, and write their cells into an atlas.
 
-    Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by (dataset_id, obs_id): those that
-    the atlas already has are left as they are, so that running twice adds nothing. One ingest at a time per atlas.
+    Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by
+    (dataset_id, obs_id): those that the atlas already has are left as they are, so that running twice adds
+    nothing. One ingest at a time per atlas.
 
     Args:
         files: .h5ad files, visible to every node.
@@ -109,14 +134,22 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     options = options or IngestOptions()
     started = time.monotonic()
     context = schema.soma_context(options.tiledb_config, threads=os.cpu_count() or 1)
-    uri = atlas_uri.rstrip("/") if schema.is_remote(atlas_uri) else os.path.abspath(atlas_uri.removeprefix("file://"))
+    uri = (
+        atlas_uri.rstrip("/")
+        if schema.is_remote(atlas_uri)
+        else os.path.abspath(atlas_uri.removeprefix("file://"))
+    )
     paths = distinct_paths(files)
     try:
         labels = read_labels(options.labels) if options.labels else {}
         majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
         symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
         base = read_base(uri, context, options)
-        checked = map_tasks(partial(check_file, options=options, symbols=symbols), [(path,) for path in paths], "checking files")
+        checked = map_tasks(
+            partial(check_file, options=options, symbols=symbols),
+            [(path,) for path in paths],
+            "checking files",
+        )
         refuse_shared_cells(checked)
         refuse_unrelated_genes(checked, base)
         reasons = [label(file, labels, majors) for file in checked]
@@ -155,7 +188,9 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
         first = journal.first_joinid if resumes else journal.end_joinid
         parts = list(parts_of(new_rows, counts, first, options))
         if not resumes:
-            n_datasets = len(set(base.datasets["dataset_id"]).union(*(file.obs["dataset_id"] for file in checked)))
+            n_datasets = len(
+                set(base.datasets["dataset_id"]).union(*(file.obs["dataset_id"] for file in checked))
+            )
             grow(uri, context, n_cells=first + n_new, n_genes=len(var), n_datasets=n_datasets)
             journal = Journal(
                 digest=digest,
@@ -183,6 +218,8 @@ def _report(file: CheckedFile, rows: np.ndarray, unmapped: Mapping[Outcome, Coun
         genes_joined=int((file.feature_ids_g != "").sum()),
         genes_repeated=file.num_repeated,
         gene_source=file.gene_source,
-        major_types={str(name): int(count) for name, count in file.obs["cell_type_major"].value_counts().items()},
+        major_types={
+            str(name): int(count) for name, count in file.obs["cell_type_major"].value_counts().items()
+        },
         unmapped={str(outcome): dict(labels.most_common()) for outcome, labels in unmapped.items()},
     )

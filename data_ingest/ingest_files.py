@@ -31,7 +31,10 @@ _NO_VALUE = ("", "nan", "NaN", "None", "none", "NA", "<NA>")
 
 
 class IngestError(ValueError):
-    """An ingest that cannot be done as asked; nothing was written. The message names what, where and the remedy."""
+    """An ingest that cannot be done as asked; nothing was written.
+
+    The message names what, where and the remedy.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class IngestOptions:
     duplicate_genes: Duplicates = "error"
     """What to do with several genes of one id in a file: refuse, `sum` their counts, or `drop` them."""
     labels: Path | None = None
-    """Tab-separated table (dataset, cell_type, cl_id) for labels without a Cell Ontology term; wins over the file's own terms."""
+    """Tab-separated table (dataset, cell_type, cl_id) for labels without a Cell Ontology term; wins over the
+    file's own terms."""
     major_types: Path | None = None
     """Tab-separated table (name, cl_id, also, before) that replaces the default major types."""
     tiledb_config: Mapping[str, str] = field(default_factory=dict)
@@ -63,14 +67,18 @@ class IngestOptions:
     cells_per_chunk: int = 4096
     """Cells read together; bounds each task's memory."""
     values_per_fragment: int = 1 << 24
-    """Most stored counts written by one task, into one fragment of X (at least one cell); 20 bytes of memory each."""
+    """Most stored counts written by one task, into one fragment of X (at least one cell); 20 bytes of memory
+    each."""
 
     def __post_init__(self) -> None:
         for option, mapping in (("--obs-map", self.obs_map), ("--set", self.constants)):
             for name in mapping:
                 if name in DERIVED or name not in schema.OBS_COLUMNS:
                     allowed = ", ".join(column for column in schema.OBS_COLUMNS if column not in DERIVED)
-                    raise IngestError(f"{option} {name}={mapping[name]}: {name!r} is not a column that can be given; choose from {allowed}")
+                    raise IngestError(
+                        f"{option} {name}={mapping[name]}: {name!r} is not a column that can be given; choose"
+                        f" from {allowed}"
+                    )
         both = sorted(set(self.obs_map) & set(self.constants))
         if both:
             raise IngestError(f"{both[0]!r} is in --obs-map and in --set; a column has one source")
@@ -97,7 +105,9 @@ def distinct_paths(files: Sequence[str | Path]) -> list[str]:
     if not files:
         raise IngestError("no files were given; name at least one .h5ad")
     paths = [os.path.abspath(path) for path in files]
-    repeated = [path for path, count in Counter(os.path.realpath(path) for path in paths).items() if count > 1]
+    repeated = [
+        path for path, count in Counter(os.path.realpath(path) for path in paths).items() if count > 1
+    ]
     if repeated:
         raise IngestError(f"{repeated[0]} is given twice; name each file once")
     return paths
@@ -106,9 +116,15 @@ def distinct_paths(files: Sequence[str | Path]) -> list[str]:
 def check_file(path: str, *, options: IngestOptions, symbols: dict[str, str] | None) -> CheckedFile:
     """Read everything of a file but its counts, and check it."""
     with H5adFile.open(path, layer=options.layer, raw=options.use_raw) as file:
-        genes = file.genes(feature_id_column=options.feature_id_column, symbols=symbols, duplicates=options.duplicate_genes)
+        genes = file.genes(
+            feature_id_column=options.feature_id_column, symbols=symbols, duplicates=options.duplicate_genes
+        )
         obs = _standard_obs(file, options)
-        lengths = pd.to_numeric(file.var["feature_length"], errors="coerce").fillna(0) if "feature_length" in file.var else None
+        lengths = (
+            pd.to_numeric(file.var["feature_length"], errors="coerce").fillna(0)
+            if "feature_length" in file.var
+            else None
+        )
         stat = os.stat(path)
         return CheckedFile(
             path=path,
@@ -131,10 +147,14 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
     for name in schema.OBS_COLUMNS:
         if name in DERIVED:
             continue
-        source = options.obs_map.get(name) or next((column for column in _SOURCES.get(name, (name,)) if column in obs.columns), None)
+        source = options.obs_map.get(name) or next(
+            (column for column in _SOURCES.get(name, (name,)) if column in obs.columns), None
+        )
         if source is not None and source not in obs.columns:
             has = ", ".join(map(str, obs.columns)) or "none"
-            raise H5adError(f"{file.path}: obs has no column {source!r} (--obs-map {name}={source}); it has: {has}")
+            raise H5adError(
+                f"{file.path}: obs has no column {source!r} (--obs-map {name}={source}); it has: {has}"
+            )
         if name == "is_primary_data":
             columns[name] = _primary(file, source, options.constants.get(name))
         elif source is not None:
@@ -150,7 +170,8 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
         cell = table["obs_id"].iloc[first]
         other = int(np.flatnonzero(table["obs_id"].to_numpy() == cell)[1])
         raise H5adError(
-            f"{file.path}: cell {cell!r} stands twice in obs (rows {first} and {other}), {twice.sum()} such cells; "
+            f"{file.path}: cell {cell!r} stands twice in obs (rows {first} and {other}), {twice.sum()} such"
+            f" cells; "
             "cells are known by their names: make them unique (adata.obs_names_make_unique())"
         )
     for term in table["cell_type_ontology_term_id"].cat.categories:
@@ -158,14 +179,18 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
             source = options.obs_map.get("cell_type_ontology_term_id", "cell_type_ontology_term_id")
             row = int(np.flatnonzero(table["cell_type_ontology_term_id"] == term)[0])
             raise H5adError(
-                f"{file.path}: obs column {source!r} holds {term!r} (cell {table['obs_id'].iloc[row]!r}), which is not a term of the Cell "
+                f"{file.path}: obs column {source!r} holds {term!r} (cell {table['obs_id'].iloc[row]!r}),"
+                f" which is not a term of the Cell "
                 "Ontology such as CL:0000084; correct it or write 'unknown'"
             )
     return table
 
 
 def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.ndarray:
-    """`is_primary_data`: the file's own column, else the constant, else true save for cells that `duplicate_of` calls copies."""
+    """`is_primary_data`: the file's own column, else the constant.
+
+    Else true save for cells that `duplicate_of` calls copies.
+    """
     words = {"true": True, "1": True, "false": False, "0": False}
     if source is None and constant is not None:
         if constant.lower() not in words:
@@ -176,7 +201,8 @@ def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.nda
         wrong = text[~text.isin(list(words))]
         if len(wrong):
             raise H5adError(
-                f"{file.path}: obs column {source!r} (is_primary_data) holds {file.obs[source].loc[wrong.index[0]]!r} "
+                f"{file.path}: obs column {source!r} (is_primary_data) holds"
+                f" {file.obs[source].loc[wrong.index[0]]!r} "
                 f"at cell {wrong.index[0]!r}; it must be true or false"
             )
         return text.map(words).to_numpy(bool)
@@ -190,15 +216,19 @@ def read_labels(path: Path) -> dict[tuple[str, str], str]:
     """The `--labels` table: (dataset, label) to Cell Ontology term, empty where none fits."""
     table = read_table(path, "--labels", ("dataset", "cell_type", "cl_id"))
     found: dict[tuple[str, str], str] = {}
-    for line, (dataset, label, cl_id) in enumerate(zip(table["dataset"], table["cell_type"], table["cl_id"], strict=True), start=2):
+    for line, (dataset, label, cl_id) in enumerate(
+        zip(table["dataset"], table["cell_type"], table["cl_id"], strict=True), start=2
+    ):
         if cl_id and not is_cell_term(cl_id):
             raise H5adError(
-                f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as CL:0000084; "
+                f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as"
+                f" CL:0000084; "
                 "leave it empty if none fits"
             )
         if found.setdefault((dataset, label), cl_id) != cl_id:
             raise H5adError(
-                f"{path} (--labels) line {line}: ({dataset}, {label}) has cl_id={cl_id!r} here and {found[dataset, label]!r} above; "
+                f"{path} (--labels) line {line}: ({dataset}, {label}) has cl_id={cl_id!r} here and"
+                f" {found[dataset, label]!r} above; "
                 "keep one row"
             )
     return found
@@ -216,13 +246,16 @@ def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
             for cell in file.obs.loc[file.obs["dataset_id"] == dataset, "obs_id"]:
                 if cell in seen:
                     raise IngestError(
-                        f"cell {cell!r} of dataset {dataset!r} is in {seen[cell]} and in {file.path}; leave one file out, "
+                        f"cell {cell!r} of dataset {dataset!r} is in {seen[cell]} and in {file.path}; leave"
+                        f" one file out, "
                         "or give each its own dataset (--obs-map dataset_id=COLUMN)"
                     )
                 seen[cell] = file.path
 
 
-def label(file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: MajorTypes) -> dict[Outcome, Counter[str]]:
+def label(
+    file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: MajorTypes
+) -> dict[Outcome, Counter[str]]:
     """Fill the file's terms and major types in place; return the labels without a major type, by reason."""
     obs = file.obs
     keys = ["dataset_id", "cell_type", "cell_type_ontology_term_id"]
@@ -239,7 +272,9 @@ def label(file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: Majo
         if major.outcome != "mapped":
             unmapped.setdefault(major.outcome, Counter())[label] += int(size)
     for column, values in zip(
-        ("cell_type_ontology_term_id", "cell_type_major", "cell_type_major_ontology_term_id"), (terms, names, ids), strict=True
+        ("cell_type_ontology_term_id", "cell_type_major", "cell_type_major_ontology_term_id"),
+        (terms, names, ids),
+        strict=True,
     ):
         obs[column] = pd.Categorical(np.array(values, dtype=object)[codes])
     return unmapped

@@ -36,7 +36,9 @@ class Journal:
     """Ingests since the fragments of obs and var were last merged."""
 
 
-def obs_ids(uri: str, context: soma.SOMATileDBContext, value_filter: str | None, columns: Sequence[str]) -> pa.Table:
+def obs_ids(
+    uri: str, context: soma.SOMATileDBContext, value_filter: str | None, columns: Sequence[str]
+) -> pa.Table:
     """Joinids, and some columns, of the atlas's cells that pass a filter."""
     with soma.DataFrame.open(f"{uri}/{schema.OBS}", context=context) as obs:
         return obs.read(value_filter=value_filter, column_names=["soma_joinid", *columns]).concat()
@@ -53,12 +55,20 @@ def close_ingest(uri: str, context: soma.SOMATileDBContext, journal: Journal) ->
         "unique_cell_count": str(int(np.count_nonzero(obs["is_primary_data"].to_numpy()))),
         "number_donors_homo_sapiens": str(len(obs["donor_id"].unique())),
     }
-    summary = pd.DataFrame({"soma_joinid": range(len(rows)), "label": list(rows), "value": list(rows.values())})
+    summary = pd.DataFrame(
+        {"soma_joinid": range(len(rows)), "label": list(rows), "value": list(rows.values())}
+    )
     write_table(uri, context, schema.SUMMARY, summary, schema.SUMMARY_COLUMNS)
     write_journal(uri, context, dataclasses.replace(journal, writing=False), [])
 
 
-def write_table(uri: str, context: soma.SOMATileDBContext, place: str, table: pd.DataFrame, columns: Mapping[str, pa.DataType]) -> None:
+def write_table(
+    uri: str,
+    context: soma.SOMATileDBContext,
+    place: str,
+    table: pd.DataFrame,
+    columns: Mapping[str, pa.DataType],
+) -> None:
     """Write rows of a SOMA table."""
     fields = pa.schema([("soma_joinid", pa.int64()), *columns.items()])
     with soma.DataFrame.open(f"{uri}/{place}", "w", context=context) as target:
@@ -77,7 +87,9 @@ def finished_parts(uri: str, context: soma.SOMATileDBContext) -> list[int]:
         return list(json.loads(root.metadata.get(_JOURNAL_PARTS, "[]")))
 
 
-def write_journal(uri: str, context: soma.SOMATileDBContext, journal: Journal, finished: Iterable[int]) -> None:
+def write_journal(
+    uri: str, context: soma.SOMATileDBContext, journal: Journal, finished: Iterable[int]
+) -> None:
     """Replace the journal and the list of finished parts."""
     with soma.Collection.open(uri, "w", context=context) as root:
         root.metadata[_JOURNAL] = json.dumps(dataclasses.asdict(journal))
@@ -86,6 +98,7 @@ def write_journal(uri: str, context: soma.SOMATileDBContext, journal: Journal, f
 
 def now_ms() -> int:
     """Milliseconds since 1970, later than every earlier write of this process."""
-    # Past the millisecond of every earlier write, so that reading the atlas at this time shows those and nothing later.
+    # Past the millisecond of every earlier write, so that reading the atlas at this time shows those and
+    # nothing later.
     time.sleep(0.005)
     return int(time.time() * 1000)

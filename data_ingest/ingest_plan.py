@@ -66,7 +66,8 @@ def refuse_unrelated_genes(files: Sequence[CheckedFile], base: Base) -> None:
         if known.isdisjoint(file.feature_ids_g[file.feature_ids_g != ""]):
             there = "the atlas" if len(base.var) else files[0].path
             raise IngestError(
-                f"{file.path}: none of its {int((file.feature_ids_g != '').sum())} genes is among the {len(known)} of {there}; "
+                f"{file.path}: none of its {int((file.feature_ids_g != '').sum())} genes is among the"
+                f" {len(known)} of {there}; "
                 "check the gene ids (--feature-id-column), or make an atlas of its own"
             )
         known.update(file.feature_ids_g)
@@ -98,15 +99,21 @@ def read_base(uri: str, context: soma.SOMATileDBContext, options: IngestOptions)
     return Base(exists=True, journal=journal, var=var, datasets=datasets, n_cells=n_cells)
 
 
-def new_rows_of(uri: str, context: soma.SOMATileDBContext, files: Sequence[CheckedFile], base: Base) -> list[np.ndarray]:
+def new_rows_of(
+    uri: str, context: soma.SOMATileDBContext, files: Sequence[CheckedFile], base: Base
+) -> list[np.ndarray]:
     """Rows of each file that the atlas does not have."""
     known = set(base.datasets["dataset_id"])
     rows = []
     for file in files:
         is_new = np.ones(file.n_cells, bool)
         for dataset in known.intersection(file.obs["dataset_id"].cat.categories):
-            there = obs_ids(uri, context, f"dataset_id == {_quoted(dataset)}", ("obs_id",))["obs_id"].to_pylist()
-            is_new &= ~((file.obs["dataset_id"] == dataset).to_numpy() & file.obs["obs_id"].isin(there).to_numpy())
+            there = obs_ids(uri, context, f"dataset_id == {_quoted(dataset)}", ("obs_id",))[
+                "obs_id"
+            ].to_pylist()
+            is_new &= ~(
+                (file.obs["dataset_id"] == dataset).to_numpy() & file.obs["obs_id"].isin(there).to_numpy()
+            )
         rows.append(np.flatnonzero(is_new))
     return rows
 
@@ -115,7 +122,9 @@ def _quoted(value: str) -> str:
     return f'"{value}"' if "'" in value else f"'{value}'"
 
 
-def count_values(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], options: IngestOptions) -> list[Counts]:
+def count_values(
+    files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], options: IngestOptions
+) -> list[Counts]:
     """Check every count of the files that have new cells, and sum up."""
     step = 4 * options.cells_per_chunk
     calls = [
@@ -124,7 +133,9 @@ def count_values(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], o
         if len(rows)
         for start in range(0, file.n_cells, step)
     ]
-    results = map_tasks(partial(_count_cells, options=options), [call[1:] for call in calls], "checking counts")
+    results = map_tasks(
+        partial(_count_cells, options=options), [call[1:] for call in calls], "checking counts"
+    )
     counts = []
     for index, file in enumerate(files):
         mine = [result for call, result in zip(calls, results, strict=True) if call[0] == index]
@@ -138,7 +149,9 @@ def count_values(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], o
     return counts
 
 
-def _count_cells(path: str, targets_g: np.ndarray, start: int, stop: int, *, options: IngestOptions) -> Counts:
+def _count_cells(
+    path: str, targets_g: np.ndarray, start: int, stop: int, *, options: IngestOptions
+) -> Counts:
     width = int(targets_g.max()) + 1
     sums, numbers, cells_g = [], [], np.zeros(width, np.int64)
     with H5adFile.open(path, layer=options.layer, raw=options.use_raw) as file:
@@ -152,7 +165,9 @@ def _count_cells(path: str, targets_g: np.ndarray, start: int, stop: int, *, opt
 
 
 def _local_targets(file: CheckedFile) -> np.ndarray:
-    return gene_targets(file, dict(zip(ids_of(file), range(file.n_cells + len(file.feature_ids_g)), strict=False)))
+    return gene_targets(
+        file, dict(zip(ids_of(file), range(file.n_cells + len(file.feature_ids_g)), strict=False))
+    )
 
 
 def gene_targets(file: CheckedFile, column_of: Mapping[str, int]) -> np.ndarray:
@@ -161,20 +176,30 @@ def gene_targets(file: CheckedFile, column_of: Mapping[str, int]) -> np.ndarray:
 
 
 def join_genes(block: sparse.csr_matrix, targets_g: np.ndarray, width: int) -> sparse.csr_matrix:
-    """Move columns to their targets; add up those that meet, drop zeros and what has no target. Columns come out sorted."""
+    """Move columns to their targets; add up those that meet, drop zeros and what has no target.
+
+    Columns come out sorted.
+    """
     columns = targets_g[block.indices]
     kept = (columns >= 0) & (block.data != 0)
     if kept.all():
         joined = sparse.csr_matrix((block.data, columns, block.indptr), shape=(block.shape[0], width))
     else:
         before = np.concatenate([[0], np.cumsum(kept)])
-        joined = sparse.csr_matrix((block.data[kept], columns[kept], before[block.indptr]), shape=(block.shape[0], width))
+        joined = sparse.csr_matrix(
+            (block.data[kept], columns[kept], before[block.indptr]), shape=(block.shape[0], width)
+        )
     joined.sum_duplicates()
     return joined
 
 
-def joined_var(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], base: Base, counts: Sequence[Counts]) -> pd.DataFrame:
-    """The var table with the new files' genes: known genes keep their joinids, new ones follow, sorted by id."""
+def joined_var(
+    files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], base: Base, counts: Sequence[Counts]
+) -> pd.DataFrame:
+    """The var table with the new files' genes.
+
+    Known genes keep their joinids, new ones follow, sorted by id.
+    """
     known = dict(zip(base.var["feature_id"], base.var["soma_joinid"], strict=True))
     used = [file for file, rows in zip(files, new_rows, strict=True) if len(rows)]
     added = sorted({str(feature_id) for file in used for feature_id in ids_of(file)} - set(known))
@@ -194,7 +219,10 @@ def joined_var(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], bas
     )
     var = pd.concat([base.var, fresh], ignore_index=True) if len(base.var) else fresh
     position = pd.Series(np.arange(len(var)), index=var["feature_id"])
-    nnz, measured = var["nnz"].to_numpy(np.int64, copy=True), var["n_measured_obs"].to_numpy(np.int64, copy=True)
+    nnz, measured = (
+        var["nnz"].to_numpy(np.int64, copy=True),
+        var["n_measured_obs"].to_numpy(np.int64, copy=True),
+    )
     for file, rows, count in zip(files, new_rows, counts, strict=True):
         if len(rows):
             where = position[ids_of(file)].to_numpy()
@@ -203,8 +231,13 @@ def joined_var(files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], bas
     return var.assign(nnz=nnz, n_measured_obs=measured)
 
 
-def parts_of(new_rows: Sequence[np.ndarray], counts: Sequence[Counts], first_joinid: int, options: IngestOptions) -> Iterable[Part]:
-    """Cut the new cells into one task each: few and large, for each leaves a fragment, but enough of them to work in parallel."""
+def parts_of(
+    new_rows: Sequence[np.ndarray], counts: Sequence[Counts], first_joinid: int, options: IngestOptions
+) -> Iterable[Part]:
+    """Cut the new cells into one task each.
+
+    Few and large, for each leaves a fragment, but enough of them to work in parallel.
+    """
     total = sum(int(count.nnz_n[rows].sum()) for rows, count in zip(new_rows, counts, strict=True))
     most = min(options.values_per_fragment, max(total // _PARTS_AT_LEAST, FEWEST_VALUES))
     for index, (rows, count) in enumerate(zip(new_rows, counts, strict=True)):
@@ -215,7 +248,11 @@ def parts_of(new_rows: Sequence[np.ndarray], counts: Sequence[Counts], first_joi
 
 
 def ingest_digest(
-    files: Sequence[CheckedFile], new_rows: Sequence[np.ndarray], labels: Mapping[tuple[str, str], str], options: IngestOptions, base: Base
+    files: Sequence[CheckedFile],
+    new_rows: Sequence[np.ndarray],
+    labels: Mapping[tuple[str, str], str],
+    options: IngestOptions,
+    base: Base,
 ) -> str:
     """What decides the outcome: equal digests write equal atlases."""
     tables = [file_sha256(path) if path else "" for path in (options.symbol_table, options.major_types)]
@@ -225,7 +262,9 @@ def ingest_digest(
         if k not in ("tiledb_config", "dry_run", "labels", "symbol_table", "major_types")
     }
     content = {
-        "files": [(Path(file.path).name, file.sha256, len(rows)) for file, rows in zip(files, new_rows, strict=True)],
+        "files": [
+            (Path(file.path).name, file.sha256, len(rows)) for file, rows in zip(files, new_rows, strict=True)
+        ],
         "labels": sorted((*key, value) for key, value in labels.items()),
         "tables": tables,
         "settings": settings,

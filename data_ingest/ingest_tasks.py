@@ -15,9 +15,15 @@ _PROGRESS_EVERY_S = 10.0
 
 
 def map_tasks(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], what: str, note: Callable[[int], None] | None = None
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    what: str,
+    note: Callable[[int], None] | None = None,
 ) -> list[Any]:
-    """Call the function with each tuple, in Ray tasks if there is a Ray; results in order, `note(index)` as each is done."""
+    """Call the function with each tuple, in Ray tasks if there is a Ray.
+
+    Results in order, `note(index)` as each is done.
+    """
     import ray
 
     results: list[Any] = [None] * len(calls)

@@ -1,8 +1,9 @@
 """Roll a Cell Ontology term up to a first-tier ("major") cell type.
 
-A term belongs to the most specific configured type among itself and its ancestors. Terms that are broader than every configured type
-("leukocyte", "progenitor cell") belong to none: to guess one would invent a label. Terms under several unrelated types belong to the one
-that `before` ranks first, else to none, and are counted as ambiguous.
+A term belongs to the most specific configured type among itself and its ancestors. Terms that are broader
+than every configured type ("leukocyte", "progenitor cell") belong to none: to guess one would invent a label.
+Terms under several unrelated types belong to the one that `before` ranks first, else to none, and are counted
+as ambiguous.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class MajorType:
     Attributes:
         name: Label in `cell_type_major`.
         cl_id: Term in `cell_type_major_ontology_term_id`.
-        also: Further terms whose descendants belong here though the ontology does not place them below `cl_id`.
+        also: Further terms whose descendants belong here though the ontology does not place them below
+            `cl_id`.
         before: Names of types that lose a term to this one where it lies below both.
     """
 
@@ -40,7 +42,8 @@ class MajorType:
 MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="T cell", cl_id="CL:0000084"),
     MajorType(name="B cell", cl_id="CL:0000236"),
-    # Plasma cells are no descendants of B cell in the ontology, and their expression has little in common with it.
+    # Plasma cells are no descendants of B cell in the ontology, and their expression has little in common
+    # with it.
     MajorType(name="plasma cell", cl_id="CL:0000786"),
     # Natural killer cells are innate lymphoid cells; being more specific, they are taken first.
     MajorType(name="natural killer cell", cl_id="CL:0000623"),
@@ -51,14 +54,18 @@ MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="dendritic cell", cl_id="CL:0000451"),
     MajorType(name="granulocyte", cl_id="CL:0000094", before=("hematopoietic precursor cell",)),
     MajorType(name="mast cell", cl_id="CL:0000097"),
-    # Platelets are shed by megakaryocytes and carry their transcripts; the ontology has no term for the two together.
+    # Platelets are shed by megakaryocytes and carry their transcripts; the ontology has no term for the two
+    # together.
     MajorType(name="megakaryocyte/platelet", cl_id="CL:0000556", also=("CL:0000233",)),
     MajorType(name="erythroid lineage cell", cl_id="CL:0000764", before=("hematopoietic precursor cell",)),
     MajorType(name="hematopoietic precursor cell", cl_id="CL:0008001"),
     MajorType(name="neuron", cl_id="CL:0000540"),
-    # Radial glia, neuroblasts, glioblasts and neural stem cells: dividing cells of the developing brain, under no common term.
+    # Radial glia, neuroblasts, glioblasts and neural stem cells: dividing cells of the developing brain,
+    # under no common term.
     MajorType(
-        name="neural progenitor cell", cl_id="CL:0011020", also=("CL:0000681", "CL:0000031", "CL:0000030", "CL:0000047", "CL:0000337")
+        name="neural progenitor cell",
+        cl_id="CL:0011020",
+        also=("CL:0000681", "CL:0000031", "CL:0000030", "CL:0000047", "CL:0000337"),
     ),
     MajorType(name="astrocyte", cl_id="CL:0000127"),
     MajorType(name="oligodendrocyte", cl_id="CL:0000128"),
@@ -71,7 +78,8 @@ MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="epithelial cell", cl_id="CL:0000066", before=("neuron",)),
     MajorType(name="hepatocyte", cl_id="CL:0000182"),
     MajorType(name="mesothelial cell", cl_id="CL:0000077"),
-    # Fibroblasts of a muscle or of the renal cortex are named after the organ's own cells, and are still fibroblasts.
+    # Fibroblasts of a muscle or of the renal cortex are named after the organ's own cells, and are still
+    # fibroblasts.
     MajorType(name="fibroblast", cl_id="CL:0000057", before=("epithelial cell", "skeletal muscle cell")),
     MajorType(name="pericyte", cl_id="CL:0000669"),
     MajorType(name="smooth muscle cell", cl_id="CL:0000192"),
@@ -97,7 +105,10 @@ class RollUp:
 
 
 class MajorTypes:
-    """A configured set of major types. Picklable; reads the ontology that `cellxgene-ontology-guide` ships, offline."""
+    """A configured set of major types.
+
+    Picklable; reads the ontology that `cellxgene-ontology-guide` ships, offline.
+    """
 
     def __init__(self, types: Sequence[MajorType] = MAJOR_TYPES) -> None:
         """Check the set.
@@ -114,20 +125,33 @@ class MajorTypes:
             names.add(major.name)
             for term in (major.cl_id, *major.also):
                 if not is_cell_term(term):
-                    raise H5adError(f"major type {major.name!r}: {term!r} is not a term of the Cell Ontology such as CL:0000084")
+                    raise H5adError(
+                        f"major type {major.name!r}: {term!r} is not a term of the Cell Ontology such as"
+                        f" CL:0000084"
+                    )
                 if term in self._by_term:
-                    raise H5adError(f"term {term} is in two major types, {self._by_term[term].name!r} and {major.name!r}")
+                    raise H5adError(
+                        f"term {term} is in two major types, {self._by_term[term].name!r} and {major.name!r}"
+                    )
                 self._by_term[term] = major
 
     @classmethod
     def from_table(cls, path: str | Path) -> MajorTypes:
-        """Read a tab-separated table with columns `name`, `cl_id` and, if wanted, `also` and `before` (comma-separated)."""
+        """Read a tab-separated table with columns `name`, `cl_id` and, if wanted.
+
+        `also` and `before` (comma-separated).
+        """
         table = read_table(path, "--major-types", ("name", "cl_id"))
-        split = {name: [_split(v) for v in table[name]] if name in table.columns else [()] * len(table) for name in ("also", "before")}
+        split = {
+            name: [_split(v) for v in table[name]] if name in table.columns else [()] * len(table)
+            for name in ("also", "before")
+        }
         return cls(
             [
                 MajorType(name=name, cl_id=cl_id, also=also, before=before)
-                for name, cl_id, also, before in zip(table["name"], table["cl_id"], split["also"], split["before"], strict=True)
+                for name, cl_id, also, before in zip(
+                    table["name"], table["cl_id"], split["also"], split["before"], strict=True
+                )
             ]
         )
 
@@ -143,7 +167,9 @@ class MajorTypes:
         if cl_id in ("", UNKNOWN):
             return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="missing", candidates=())
         if not is_cell_term(cl_id):
-            raise H5adError(f"{cl_id!r} is not a term of the Cell Ontology; use an id such as CL:0000084, or 'unknown'")
+            raise H5adError(
+                f"{cl_id!r} is not a term of the Cell Ontology; use an id such as CL:0000084, or 'unknown'"
+            )
         hits = [term for term in (cl_id, *_ancestors(cl_id)) if term in self._by_term]
         nearest = [term for term in hits if not any(term in _ancestors(other) for other in hits)]
         found = {self._by_term[term].name: self._by_term[term] for term in nearest}
@@ -152,7 +178,9 @@ class MajorTypes:
         candidates = tuple(sorted(found))
         if len(kept) == 1:
             return RollUp(name=kept[0].name, cl_id=kept[0].cl_id, outcome="mapped", candidates=candidates)
-        return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="ambiguous" if kept else "none", candidates=candidates)
+        return RollUp(
+            name=UNKNOWN, cl_id=UNKNOWN, outcome="ambiguous" if kept else "none", candidates=candidates
+        )
 
 
 def is_cell_term(cl_id: str) -> bool:
@@ -171,17 +199,19 @@ def is_at_or_below(cl_id: str, general: str) -> bool:
 
 
 _FORM = {"CL:0000000", "CL:0000003", "CL:0000255", "CL:0002242", "CL:0000226", "CL:0000548", "CL:0000219"}
-"""Terms that tell a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate, animal, motile cell."""
+"""Terms that tell a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate,
+animal, motile cell."""
 
 
 def lineage(cl_ids: Sequence[str]) -> Lineage:
     """The terms above the labels of a model, for `screformer.calibration`.
 
-    Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds nothing to it; one that holds
-    every label says nothing; one such as "nucleate cell" tells a cell's form.
+    Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds
+    nothing to it; one that holds every label says nothing; one such as "nucleate cell" tells a cell's form.
 
     Args:
-        cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks, have nothing above them.
+        cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks,
+            have nothing above them.
     """
     own = [cl_id if is_cell_term(cl_id) else "" for cl_id in cl_ids]
     holders = [_ancestors(cl_id) | {cl_id} if cl_id else frozenset() for cl_id in own]
@@ -197,10 +227,13 @@ def lineage(cl_ids: Sequence[str]) -> Lineage:
                 nearest.setdefault(below, term)
         for below, term in nearest.items():
             terms[term] = Term(cl_id=term, name=cell_term_name(term), labels=below)
-        chains.append(sorted(nearest.values(), key=lambda term: (len(terms[term].labels), distances[term], term)))
+        chains.append(
+            sorted(nearest.values(), key=lambda term: (len(terms[term].labels), distances[term], term))
+        )
     order = sorted(terms)
     return Lineage(
-        terms=tuple(terms[term] for term in order), above_k=tuple(tuple(order.index(term) for term in chain) for chain in chains)
+        terms=tuple(terms[term] for term in order),
+        above_k=tuple(tuple(order.index(term) for term in chain) for chain in chains),
     )
 
 

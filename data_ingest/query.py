@@ -45,7 +45,8 @@ class QueryResult:
     obs_joinids: np.ndarray
     """Shape (n,), int64, increasing."""
     obs: pd.DataFrame
-    """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id and what else was asked for, and
+    """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id and
+    what else was asked for, and
     `label` (categorical; missing where the atlas tells no label)."""
     label_cl_ids: Mapping[str, str]
     """Cell Ontology term of each label, "" where the atlas tells none."""
@@ -56,13 +57,19 @@ class QueryResult:
 
     @property
     def hash(self) -> str:
-        """Hexadecimal SHA-256 of the joinids of cells and genes: equal for equal results, whatever the filter's wording."""
+        """Hexadecimal SHA-256 of the joinids of cells and genes.
+
+        Equal for equal results, whatever the filter's wording.
+        """
         digest = hashlib.sha256(self.obs_joinids.astype("<i8").tobytes())
         digest.update(b"var" + self.var_joinids.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Counts of cells, genes, donors, datasets, of cells by label, and of cells without a label by their cell type."""
+        """Counts of cells, genes, donors, datasets, of cells by label.
+
+        And of cells without a label by their cell type.
+        """
         unmapped = self.obs["label"].isna()
         return {
             "cells": len(self.obs_joinids),
@@ -75,13 +82,20 @@ class QueryResult:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What has to be kept beside everything that is made of these cells: atlas, version, filters, hash."""
-        filters = {key: value for key, value in dataclasses.asdict(self.query).items() if key != "expected_hash"}
+        """What has to be kept beside everything that is made of these cells.
+
+        Atlas, version, filters, hash.
+        """
+        filters = {
+            key: value for key, value in dataclasses.asdict(self.query).items() if key != "expected_hash"
+        }
         return {"atlas": self.locator.to_dict(), **filters, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
         """Write identity and counts as JSON, for `query.file` of another job."""
-        Path(path).write_text(json.dumps(self.identity() | {"counts": self.summary()}, indent=2, ensure_ascii=False) + "\n")
+        Path(path).write_text(
+            json.dumps(self.identity() | {"counts": self.summary()}, indent=2, ensure_ascii=False) + "\n"
+        )
 
     def vocabulary(self, kept_g: np.ndarray | None = None) -> GeneVocabulary:
         """The query's genes in the order of their joinids; their mean expression is not known yet and zero.
@@ -90,7 +104,9 @@ class QueryResult:
             kept_g: Which of them, bool (g,); None takes all.
         """
         kept = range(len(self.feature_ids)) if kept_g is None else np.flatnonzero(kept_g).tolist()
-        ids, names = (tuple(column[gene] for gene in kept) for column in (self.feature_ids, self.feature_names))
+        ids, names = (
+            tuple(column[gene] for gene in kept) for column in (self.feature_ids, self.feature_names)
+        )
         return GeneVocabulary(ids, names, np.zeros(len(ids), dtype=np.float32))
 
     def measured_share(self, positions: np.ndarray) -> np.ndarray:
@@ -107,7 +123,8 @@ class QueryResult:
         """Which genes of a vocabulary were measured in the cells of the query.
 
         Args:
-            gene_of_var: Vocabulary index of each var joinid, -1 for none; may name genes that the query leaves out.
+            gene_of_var: Vocabulary index of each var joinid, -1 for none; may name genes that the query
+                leaves out.
             num_genes: Size of the vocabulary; genes that the atlas lacks were measured nowhere.
         """
         dataset_n, measured_dv = self._measured
@@ -115,14 +132,25 @@ class QueryResult:
         for measured_g, measured_v in zip(measured_dg, measured_dv, strict=True):
             measured_g[gene_of_var[(gene_of_var >= 0) & measured_v]] = True
         packed, panel_d = np.unique(np.packbits(measured_dg, axis=1), axis=0, return_inverse=True)
-        return Panels(np.unpackbits(packed, axis=1, count=num_genes).astype(bool), panel_d.ravel()[dataset_n].astype(np.int64))
+        return Panels(
+            np.unpackbits(packed, axis=1, count=num_genes).astype(bool),
+            panel_d.ravel()[dataset_n].astype(np.int64),
+        )
 
     @cached_property
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which dataset each cell is of, (n,), and which var joinids each dataset measured, bool (d, v): read once, for all folds."""
+        """Which dataset each cell is of, (n,), and which var joinids each dataset measured, bool (d, v).
+
+        Read once, for all folds.
+        """
         dataset_n, datasets = pd.factorize(self.obs["dataset_id"])
         with self.locator.open() as experiment:
-            joinids = experiment.ms[self.locator.measurement].var.read(column_names=["soma_joinid"]).concat()["soma_joinid"].to_numpy()
+            joinids = (
+                experiment.ms[self.locator.measurement]
+                .var.read(column_names=["soma_joinid"])
+                .concat()["soma_joinid"]
+                .to_numpy()
+            )
         return dataset_n, self.locator.measured_genes(list(datasets), np.arange(joinids.max(initial=-1) + 1))
 
 
@@ -138,7 +166,9 @@ class CellQuery:
 
     @classmethod
     def load(cls, path: str | Path) -> tuple[AtlasLocator, CellQuery]:
-        """The atlas, pinned, and the query that `QueryResult.save` wrote; its result must have the saved hash.
+        """The atlas, pinned, and the query that `QueryResult.save` wrote.
+
+        Its result must have the saved hash.
 
         Raises:
             ValueError: The file is missing, no JSON, or no saved query.
@@ -147,31 +177,37 @@ class CellQuery:
             tree = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"query.file={str(path)!r} can't be read as JSON ({error}); write one with `python -m jobs.query --out`"
+                f"query.file={str(path)!r} can't be read as JSON ({error}); write one with `python -m"
+                f" jobs.query --out`"
             ) from error
         fields = ("obs_filter", "var_filter", "is_primary_data")
         missing = [key for key in ("atlas", *fields, "hash") if not isinstance(tree, dict) or key not in tree]
         if missing:
             raise ValueError(
-                f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with `python -m jobs.query --out`"
+                f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with"
+                f" `python -m jobs.query --out`"
             )
-        return AtlasLocator.from_dict(tree["atlas"]), cls(**{key: tree[key] for key in fields}, expected_hash=tree["hash"])
+        return AtlasLocator.from_dict(tree["atlas"]), cls(
+            **{key: tree[key] for key in fields}, expected_hash=tree["hash"]
+        )
 
-    def run(self, locator: AtlasLocator, label_column: str = MAJOR, columns: Iterable[str] = ()) -> QueryResult:
+    def run(
+        self, locator: AtlasLocator, label_column: str = MAJOR, columns: Iterable[str] = ()
+    ) -> QueryResult:
         """Find the cells and genes.
 
         Args:
             locator: The atlas; pin it first where the result shall be found again.
-            label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as Census does), is rolled up
-                from `cell_type_ontology_term_id`.
+            label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as
+                Census does), is rolled up from `cell_type_ontology_term_id`.
             columns: More obs columns to bring along.
 
         Returns:
             The result, with at least one cell and one gene.
 
         Raises:
-            ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those there are), an empty result,
-                or another result than `expected_hash` tells.
+            ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those
+                there are), an empty result, or another result than `expected_hash` tells.
         """
         with locator.open() as experiment:
             obs_table = experiment.obs
@@ -186,15 +222,29 @@ class CellQuery:
                 field = "labels.column" if column == label_column else "obs column"
                 _require_column(column, obs_table, field)
             if self.is_primary_data:
-                _require_column("is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column")
+                _require_column(
+                    "is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column"
+                )
             _check_filter(self.obs_filter, obs_table, "query.obs_filter")
             _check_filter(self.var_filter, var_table, "query.var_filter")
-            obs = _read(obs_table, self._full_obs_filter(), ["soma_joinid", *sorted(wanted)], f"query.obs_filter={self.obs_filter!r}")
-            var = _read(var_table, self.var_filter, ["soma_joinid", "feature_id", "feature_name"], f"query.var_filter={self.var_filter!r}")
+            obs = _read(
+                obs_table,
+                self._full_obs_filter(),
+                ["soma_joinid", *sorted(wanted)],
+                f"query.obs_filter={self.obs_filter!r}",
+            )
+            var = _read(
+                var_table,
+                self.var_filter,
+                ["soma_joinid", "feature_id", "feature_name"],
+                f"query.var_filter={self.var_filter!r}",
+            )
         for rows, what, text in ((obs, "cell", self._full_obs_filter()), (var, "gene", self.var_filter)):
             if rows.empty:
                 raise ValueError(
-                    f"no {what} of the atlas {locator.uri} fulfils {text!r}" if text else f"the atlas {locator.uri} has no {what}"
+                    f"no {what} of the atlas {locator.uri} fulfils {text!r}"
+                    if text
+                    else f"the atlas {locator.uri} has no {what}"
                 )
         labels, label_cl_ids = _labels(obs, label_column)
         result = QueryResult(
@@ -210,8 +260,10 @@ class CellQuery:
         )
         if self.expected_hash not in ("", result.hash):
             raise ValueError(
-                f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of {self.expected_hash}"
-                f" (atlas {locator.uri} at timestamp_ms={locator.timestamp_ms}); the atlas has changed, so save the query anew"
+                f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of"
+                f" {self.expected_hash}"
+                f" (atlas {locator.uri} at timestamp_ms={locator.timestamp_ms}); the atlas has changed, so"
+                f" save the query anew"
             )
         return result
 
@@ -226,25 +278,34 @@ def query_from_config(config: ExperimentConfig) -> tuple[AtlasLocator, CellQuery
     """The pinned atlas and the query of a configuration, from its filters or from its `query.file`.
 
     Raises:
-        ValueError: `atlas.uri` is another atlas than that of `query.file`, the file is none, or the atlas can't be pinned.
+        ValueError: `atlas.uri` is another atlas than that of `query.file`, the file is none, or the atlas
+            can't be pinned.
     """
     if not config.query.file:
         settings = config.query
-        query = CellQuery(obs_filter=settings.obs_filter, var_filter=settings.var_filter, is_primary_data=settings.is_primary_data)
+        query = CellQuery(
+            obs_filter=settings.obs_filter,
+            var_filter=settings.var_filter,
+            is_primary_data=settings.is_primary_data,
+        )
         return AtlasLocator.from_config(config.atlas).pinned(), query
     locator, query = CellQuery.load(config.query.file)
     if config.atlas.uri:
         given = AtlasLocator.from_config(config.atlas)
         if given.uri not in (locator.uri, "census" if locator.census_release else locator.uri):
             raise ValueError(
-                f"atlas.uri={given.uri!r} is another atlas than that of query.file={config.query.file!r}, {locator.uri!r}; drop one"
+                f"atlas.uri={given.uri!r} is another atlas than that of query.file={config.query.file!r},"
+                f" {locator.uri!r}; drop one"
             )
     settings_of_file = dict(locator.tiledb_config) | dict(config.atlas.tiledb_config)
     return dataclasses.replace(locator, tiledb_config=tuple(settings_of_file.items())), query
 
 
 def run_query(config: ExperimentConfig) -> QueryResult:
-    """The result of a configuration's query, with its label column and the column that its split groups by."""
+    """The result of a configuration's query.
+
+    With its label column and the column that its split groups by.
+    """
     locator, query = query_from_config(config)
     return query.run(locator, config.labels.column, (config.split.group_by,))
 
@@ -268,7 +329,8 @@ def _check_filter(value_filter: str, table: Any, field: str) -> None:
         tree = ast.parse(value_filter, mode="eval")
     except SyntaxError as error:
         raise ValueError(
-            f"{field}={value_filter!r}: SOMA does not take it: {error.msg} at character {error.offset}; write such as"
+            f"{field}={value_filter!r}: SOMA does not take it: {error.msg} at character {error.offset}; write"
+            f" such as"
             " \"tissue_general == 'blood' and assay in ['10x 3\\' v3']\""
         ) from error
     for node in ast.walk(tree):
@@ -281,14 +343,26 @@ def _check_filter(value_filter: str, table: Any, field: str) -> None:
             near = difflib.get_close_matches(value, known, n=_MOST_LISTED, cutoff=0.6)
             listed = near + [item for item in sorted(known, key=_natural) if item not in near]
             more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-            raise ValueError(f"{field}: {column} never is {value!r}; there is {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}")
+            raise ValueError(
+                f"{field}: {column} never is {value!r}; there is"
+                f" {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}"
+            )
 
 
 def _column(node: ast.AST) -> str | None:
     if isinstance(node, ast.Name) and node.id not in ("attr", "val"):
         return node.id
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "attr" and len(node.args) == 1:
-        return node.args[0].value if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str) else None
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "attr"
+        and len(node.args) == 1
+    ):
+        return (
+            node.args[0].value
+            if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
+            else None
+        )
     return None
 
 
@@ -298,9 +372,15 @@ def _string_comparisons(tree: ast.AST) -> Iterator[tuple[str, str]]:
             sides = [node.left, *node.comparators]
             columns = [column for column in map(_column, sides) if column is not None]
             exact = all(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
-            values = [item for side in sides for item in (side.elts if isinstance(side, ast.List) else [side])]
+            values = [
+                item for side in sides for item in (side.elts if isinstance(side, ast.List) else [side])
+            ]
             if len(columns) == 1 and exact:
-                yield from ((columns[0], item.value) for item in values if isinstance(item, ast.Constant) and isinstance(item.value, str))
+                yield from (
+                    (columns[0], item.value)
+                    for item in values
+                    if isinstance(item, ast.Constant) and isinstance(item.value, str)
+                )
 
 
 def _require_column(column: str, table: Any, field: str) -> None:
@@ -308,14 +388,20 @@ def _require_column(column: str, table: Any, field: str) -> None:
     if column not in table.schema.names:
         near = difflib.get_close_matches(column, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"{field}: the atlas has no column {column!r}; {hint}there is {', '.join(sorted(names))}")
+        raise ValueError(
+            f"{field}: the atlas has no column {column!r}; {hint}there is {', '.join(sorted(names))}"
+        )
 
 
 def _strings_of(table: Any, column: str) -> list[str] | None:
     """The strings that a column holds, None where it holds no strings."""
     kind = table.schema.field(column).type
     if pa.types.is_dictionary(kind):
-        return table.get_enumeration_values([column])[column].to_pylist() if _is_string(kind.value_type) else None
+        return (
+            table.get_enumeration_values([column])[column].to_pylist()
+            if _is_string(kind.value_type)
+            else None
+        )
     if not _is_string(kind):
         return None
     found = [pc.unique(part[column]) for part in table.read(column_names=[column])]
@@ -343,15 +429,21 @@ def _labels(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, s
         names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
         # A release of Census may know terms that the ontology shipped here does not.
         rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
-        of_category = {term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories}
+        of_category = {
+            term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories
+        }
         cl_ids = {found.name: found.cl_id for found in rolled.values()}
     known = sorted({name for name in of_category.values() if name.lower() not in UNKNOWN})
     code_of = {name: code for code, name in enumerate(known)}
-    codes_of_category = np.array([code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1])
+    codes_of_category = np.array(
+        [code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1]
+    )
     codes = codes_of_category[names.cat.codes.to_numpy()]
     used = np.unique(codes[codes >= 0])
     renumbered = np.searchsorted(used, codes)
-    labels = pd.Categorical.from_codes(np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used])
+    labels = pd.Categorical.from_codes(
+        np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used]
+    )
     return labels, {name: cl_ids.get(name, "") for name in labels.categories}
 
 

@@ -4,7 +4,8 @@
          / census_data / homo_sapiens / obs
                                       / ms / RNA / var, X / raw, feature_dataset_presence_matrix
 
-X is laid out for random runs of cells: in tiles of 64 cells by all genes, a run of 64 neighbours is read without its surroundings.
+X is laid out for random runs of cells: in tiles of 64 cells by all genes, a run of 64 neighbours is read
+without its surroundings.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ OBS_COLUMNS: dict[str, pa.DataType] = {
     "raw_sum": pa.float64(),
     "nnz": pa.int64(),
 }
-"""Columns of obs beside `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of its row of X.
+"""Columns of obs beside `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of
+its row of X.
 
-Strings are plain and not enumerated: value filters on unseen values, and appends with new values, then need no schema change.
+Strings are plain and not enumerated: value filters on unseen values, and appends with new values, then need
+no schema change.
 """
 VAR_COLUMNS: dict[str, pa.DataType] = {
     "feature_id": pa.large_string(),
@@ -66,7 +69,8 @@ VAR_COLUMNS: dict[str, pa.DataType] = {
     "nnz": pa.int64(),
     "n_measured_obs": pa.int64(),
 }
-"""Columns of var beside `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the cells whose file had it."""
+"""Columns of var beside `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the
+cells whose file had it."""
 DATASET_COLUMNS: dict[str, pa.DataType] = {
     "dataset_id": pa.large_string(),
     "dataset_title": pa.large_string(),
@@ -113,18 +117,28 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
         raise H5adError(f"--atlas {uri} is a file; name a directory or an s3:// prefix")
     try:
         with soma.open(uri, context=context) as found:
-            version, kind, members = found.metadata.get(MARKER), found.soma_type, set(found) if hasattr(found, "keys") else {"?"}
+            version, kind, members = (
+                found.metadata.get(MARKER),
+                found.soma_type,
+                set(found) if hasattr(found, "keys") else {"?"},
+            )
     except soma.DoesNotExistError as e:
         if is_remote(uri) or not os.listdir(uri):
             return False
-        raise H5adError(f"--atlas {uri} is a directory that holds something else, not an atlas; name a new directory") from e
+        raise H5adError(
+            f"--atlas {uri} is a directory that holds something else, not an atlas; name a new directory"
+        ) from e
     if version is None and is_remote(uri) and members <= {"census_info", "census_data"}:
         return False
     if version is None:
-        raise H5adError(f"--atlas {uri} is a {kind} of another schema, not made by this ingest; name a new place, it cannot be appended to")
+        raise H5adError(
+            f"--atlas {uri} is a {kind} of another schema, not made by this ingest; name a new place, it"
+            f" cannot be appended to"
+        )
     if version != SCHEMA_VERSION:
         raise H5adError(
-            f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION}; make a new atlas from the files"
+            f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION}; make"
+            f" a new atlas from the files"
         )
     return True
 
@@ -132,8 +146,8 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
 def create_atlas(uri: str, context: soma.SOMATileDBContext) -> None:
     """Make an empty atlas.
 
-    A local one appears in one step (it is made beside its place and renamed). In an object store, where nothing can be renamed, whatever an
-    interrupted creation left is completed.
+    A local one appears in one step (it is made beside its place and renamed). In an object store, where
+    nothing can be renamed, whatever an interrupted creation left is completed.
 
     Args:
         uri: Where; nothing, or an interrupted creation, may be there.
@@ -172,23 +186,41 @@ def _create_tree(root: str, context: soma.SOMATileDBContext) -> None:
 
 
 def _collection(kind: Any, uri: str, parent: Any, context: soma.SOMATileDBContext) -> Any:
-    made = kind.open(uri, "w", context=context) if kind.exists(uri, context=context) else kind.create(uri, context=context)
+    made = (
+        kind.open(uri, "w", context=context)
+        if kind.exists(uri, context=context)
+        else kind.create(uri, context=context)
+    )
     _link(parent, uri, made)
     return made
 
 
-def _dataframe(uri: str, columns: Mapping[str, pa.DataType], parent: Any, context: soma.SOMATileDBContext) -> None:
+def _dataframe(
+    uri: str, columns: Mapping[str, pa.DataType], parent: Any, context: soma.SOMATileDBContext
+) -> None:
     if not soma.DataFrame.exists(uri, context=context):
         schema = pa.schema([("soma_joinid", pa.int64()), *columns.items()])
-        platform = {"tiledb": {"create": {"attrs": {name: {"filters": [{"_type": "ZstdFilter", "level": 3}]} for name in columns}}}}
-        soma.DataFrame.create(uri, schema=schema, domain=((0, 0),), platform_config=platform, context=context).close()
+        platform = {
+            "tiledb": {
+                "create": {
+                    "attrs": {name: {"filters": [{"_type": "ZstdFilter", "level": 3}]} for name in columns}
+                }
+            }
+        }
+        soma.DataFrame.create(
+            uri, schema=schema, domain=((0, 0),), platform_config=platform, context=context
+        ).close()
     with soma.DataFrame.open(uri, context=context) as made:
         _link(parent, uri, made)
 
 
-def _array(uri: str, kind: pa.DataType, layout: dict[str, Any], parent: Any, context: soma.SOMATileDBContext) -> None:
+def _array(
+    uri: str, kind: pa.DataType, layout: dict[str, Any], parent: Any, context: soma.SOMATileDBContext
+) -> None:
     if not soma.SparseNDArray.exists(uri, context=context):
-        soma.SparseNDArray.create(uri, type=kind, shape=(1, 1), platform_config={"tiledb": {"create": layout}}, context=context).close()
+        soma.SparseNDArray.create(
+            uri, type=kind, shape=(1, 1), platform_config={"tiledb": {"create": layout}}, context=context
+        ).close()
     with soma.SparseNDArray.open(uri, context=context) as made:
         _link(parent, uri, made)
 

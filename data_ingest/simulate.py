@@ -1,8 +1,9 @@
 """Simulated single-cell data sets as .h5ad files: real genes, real cell types, invented cells.
 
-Each cell type switches on canonical marker genes (with their Ensembl ids) on top of a background that all types share. Counts are
-negative binomial around a profile that also carries the donor, the data set (protocol, genes measured, depth) and ambient RNA. It
-is made for trying the whole chain and for tests; a model trained on it says nothing about real cells.
+Each cell type switches on canonical marker genes (with their Ensembl ids) on top of a background that all
+types share. Counts are negative binomial around a profile that also carries the donor, the data set
+(protocol, genes measured, depth) and ambient RNA. It is made for trying the whole chain and for tests; a
+model trained on it says nothing about real cells.
 """
 
 from __future__ import annotations
@@ -23,64 +24,142 @@ import scipy.sparse
 
 MARKERS: Mapping[str, Mapping[str, str]] = {
     "T cell": {
-        "CD3D": "ENSG00000167286", "CD3E": "ENSG00000198851", "CD3G": "ENSG00000160654", "CD2": "ENSG00000116824",
-        "TRAC": "ENSG00000277734", "BCL11B": "ENSG00000127152", "LCK": "ENSG00000182866",
+        "CD3D": "ENSG00000167286",
+        "CD3E": "ENSG00000198851",
+        "CD3G": "ENSG00000160654",
+        "CD2": "ENSG00000116824",
+        "TRAC": "ENSG00000277734",
+        "BCL11B": "ENSG00000127152",
+        "LCK": "ENSG00000182866",
     },
     "CD4 T": {
-        "CD4": "ENSG00000010610", "IL7R": "ENSG00000168685", "LTB": "ENSG00000227507", "CCR7": "ENSG00000126353",
-        "TCF7": "ENSG00000081059", "LEF1": "ENSG00000138795", "MAL": "ENSG00000172005",
+        "CD4": "ENSG00000010610",
+        "IL7R": "ENSG00000168685",
+        "LTB": "ENSG00000227507",
+        "CCR7": "ENSG00000126353",
+        "TCF7": "ENSG00000081059",
+        "LEF1": "ENSG00000138795",
+        "MAL": "ENSG00000172005",
     },
-    "CD8 T": {"CD8A": "ENSG00000153563", "CD8B": "ENSG00000172116", "GZMK": "ENSG00000113088", "GZMH": "ENSG00000100450"},
-    "cytotoxic": {"CCL5": "ENSG00000271503", "CST7": "ENSG00000077984", "NKG7": "ENSG00000105374", "PRF1": "ENSG00000180644"},
+    "CD8 T": {
+        "CD8A": "ENSG00000153563",
+        "CD8B": "ENSG00000172116",
+        "GZMK": "ENSG00000113088",
+        "GZMH": "ENSG00000100450",
+    },
+    "cytotoxic": {
+        "CCL5": "ENSG00000271503",
+        "CST7": "ENSG00000077984",
+        "NKG7": "ENSG00000105374",
+        "PRF1": "ENSG00000180644",
+    },
     "NK": {
-        "GNLY": "ENSG00000115523", "KLRD1": "ENSG00000134539", "KLRF1": "ENSG00000150045", "NCAM1": "ENSG00000149294",
-        "FGFBP2": "ENSG00000137441", "SPON2": "ENSG00000159674",
+        "GNLY": "ENSG00000115523",
+        "KLRD1": "ENSG00000134539",
+        "KLRF1": "ENSG00000150045",
+        "NCAM1": "ENSG00000149294",
+        "FGFBP2": "ENSG00000137441",
+        "SPON2": "ENSG00000159674",
     },
     "B": {
-        "MS4A1": "ENSG00000156738", "CD79A": "ENSG00000105369", "CD79B": "ENSG00000007312", "CD19": "ENSG00000177455",
-        "BANK1": "ENSG00000153064", "CD22": "ENSG00000012124", "PAX5": "ENSG00000196092", "VPREB3": "ENSG00000128218",
+        "MS4A1": "ENSG00000156738",
+        "CD79A": "ENSG00000105369",
+        "CD79B": "ENSG00000007312",
+        "CD19": "ENSG00000177455",
+        "BANK1": "ENSG00000153064",
+        "CD22": "ENSG00000012124",
+        "PAX5": "ENSG00000196092",
+        "VPREB3": "ENSG00000128218",
     },
     "plasma": {
-        "MZB1": "ENSG00000170476", "JCHAIN": "ENSG00000132465", "SDC1": "ENSG00000115884", "XBP1": "ENSG00000100219",
-        "DERL3": "ENSG00000099958", "TNFRSF17": "ENSG00000048462", "IGHG1": "ENSG00000211896", "IGKC": "ENSG00000211592",
+        "MZB1": "ENSG00000170476",
+        "JCHAIN": "ENSG00000132465",
+        "SDC1": "ENSG00000115884",
+        "XBP1": "ENSG00000100219",
+        "DERL3": "ENSG00000099958",
+        "TNFRSF17": "ENSG00000048462",
+        "IGHG1": "ENSG00000211896",
+        "IGKC": "ENSG00000211592",
     },
     "myeloid": {
-        "LYZ": "ENSG00000090382", "FCN1": "ENSG00000085265", "CTSS": "ENSG00000163131", "TYROBP": "ENSG00000011600",
+        "LYZ": "ENSG00000090382",
+        "FCN1": "ENSG00000085265",
+        "CTSS": "ENSG00000163131",
+        "TYROBP": "ENSG00000011600",
         "AIF1": "ENSG00000204472",
     },
     "CD14 monocyte": {
-        "CD14": "ENSG00000170458", "S100A8": "ENSG00000143546", "S100A9": "ENSG00000163220", "S100A12": "ENSG00000163221",
-        "VCAN": "ENSG00000038427", "CSF3R": "ENSG00000119535",
+        "CD14": "ENSG00000170458",
+        "S100A8": "ENSG00000143546",
+        "S100A9": "ENSG00000163220",
+        "S100A12": "ENSG00000163221",
+        "VCAN": "ENSG00000038427",
+        "CSF3R": "ENSG00000119535",
     },
     "CD16 monocyte": {
-        "FCGR3A": "ENSG00000203747", "MS4A7": "ENSG00000166927", "CDKN1C": "ENSG00000129757", "RHOC": "ENSG00000155366",
-        "TCF7L2": "ENSG00000148737", "LILRB2": "ENSG00000131042",
+        "FCGR3A": "ENSG00000203747",
+        "MS4A7": "ENSG00000166927",
+        "CDKN1C": "ENSG00000129757",
+        "RHOC": "ENSG00000155366",
+        "TCF7L2": "ENSG00000148737",
+        "LILRB2": "ENSG00000131042",
     },
     "conventional DC": {
-        "FCER1A": "ENSG00000179639", "CD1C": "ENSG00000158481", "CLEC10A": "ENSG00000132514", "HLA-DQA1": "ENSG00000196735",
-        "CLEC9A": "ENSG00000197992", "ENHO": "ENSG00000168913",
+        "FCER1A": "ENSG00000179639",
+        "CD1C": "ENSG00000158481",
+        "CLEC10A": "ENSG00000132514",
+        "HLA-DQA1": "ENSG00000196735",
+        "CLEC9A": "ENSG00000197992",
+        "ENHO": "ENSG00000168913",
     },
     "plasmacytoid DC": {
-        "LILRA4": "ENSG00000239961", "CLEC4C": "ENSG00000198178", "IL3RA": "ENSG00000185291", "IRF7": "ENSG00000185507",
-        "TCF4": "ENSG00000196628", "SERPINF1": "ENSG00000132386", "PLD4": "ENSG00000166428",
+        "LILRA4": "ENSG00000239961",
+        "CLEC4C": "ENSG00000198178",
+        "IL3RA": "ENSG00000185291",
+        "IRF7": "ENSG00000185507",
+        "TCF4": "ENSG00000196628",
+        "SERPINF1": "ENSG00000132386",
+        "PLD4": "ENSG00000166428",
     },
     "platelet": {
-        "PPBP": "ENSG00000163736", "PF4": "ENSG00000163737", "GP9": "ENSG00000169704", "ITGA2B": "ENSG00000005961",
-        "TUBB1": "ENSG00000101162", "GNG11": "ENSG00000127920", "CAVIN2": "ENSG00000168497",
+        "PPBP": "ENSG00000163736",
+        "PF4": "ENSG00000163737",
+        "GP9": "ENSG00000169704",
+        "ITGA2B": "ENSG00000005961",
+        "TUBB1": "ENSG00000101162",
+        "GNG11": "ENSG00000127920",
+        "CAVIN2": "ENSG00000168497",
     },
     "endothelial": {
-        "PECAM1": "ENSG00000261371", "VWF": "ENSG00000110799", "CDH5": "ENSG00000179776", "CLDN5": "ENSG00000184113",
-        "KDR": "ENSG00000128052", "EGFL7": "ENSG00000172889", "ESAM": "ENSG00000149564", "RAMP2": "ENSG00000131477",
+        "PECAM1": "ENSG00000261371",
+        "VWF": "ENSG00000110799",
+        "CDH5": "ENSG00000179776",
+        "CLDN5": "ENSG00000184113",
+        "KDR": "ENSG00000128052",
+        "EGFL7": "ENSG00000172889",
+        "ESAM": "ENSG00000149564",
+        "RAMP2": "ENSG00000131477",
     },
     "fibroblast": {
-        "COL1A1": "ENSG00000108821", "COL1A2": "ENSG00000164692", "DCN": "ENSG00000011465", "LUM": "ENSG00000139329",
-        "PDGFRA": "ENSG00000134853", "COL3A1": "ENSG00000168542", "FBLN1": "ENSG00000077942",
+        "COL1A1": "ENSG00000108821",
+        "COL1A2": "ENSG00000164692",
+        "DCN": "ENSG00000011465",
+        "LUM": "ENSG00000139329",
+        "PDGFRA": "ENSG00000134853",
+        "COL3A1": "ENSG00000168542",
+        "FBLN1": "ENSG00000077942",
     },
     "epithelial": {
-        "EPCAM": "ENSG00000119888", "KRT8": "ENSG00000170421", "KRT18": "ENSG00000111057", "KRT19": "ENSG00000171345",
-        "CDH1": "ENSG00000039068", "KRT7": "ENSG00000135480", "ELF3": "ENSG00000163435", "MUC1": "ENSG00000185499",
+        "EPCAM": "ENSG00000119888",
+        "KRT8": "ENSG00000170421",
+        "KRT18": "ENSG00000111057",
+        "KRT19": "ENSG00000171345",
+        "CDH1": "ENSG00000039068",
+        "KRT7": "ENSG00000135480",
+        "ELF3": "ENSG00000163435",
+        "MUC1": "ENSG00000185499",
     },
-}  # fmt: skip
+}
 """Gene programs: marker symbol to Ensembl gene id (HGNC's current symbols)."""
 
 
@@ -95,15 +174,27 @@ class CellType:
 
 
 CELL_TYPES: Mapping[str, CellType] = {
-    "CD4 T": CellType(cl_id="CL:0000624", name="CD4-positive, alpha-beta T cell", programs=("T cell", "CD4 T")),
-    "CD8 T": CellType(cl_id="CL:0000625", name="CD8-positive, alpha-beta T cell", programs=("T cell", "CD8 T", "cytotoxic")),
+    "CD4 T": CellType(
+        cl_id="CL:0000624", name="CD4-positive, alpha-beta T cell", programs=("T cell", "CD4 T")
+    ),
+    "CD8 T": CellType(
+        cl_id="CL:0000625", name="CD8-positive, alpha-beta T cell", programs=("T cell", "CD8 T", "cytotoxic")
+    ),
     "NK": CellType(cl_id="CL:0000623", name="natural killer cell", programs=("NK", "cytotoxic")),
     "B": CellType(cl_id="CL:0000236", name="B cell", programs=("B",)),
     "plasma": CellType(cl_id="CL:0000786", name="plasma cell", programs=("plasma",)),
-    "CD14 monocyte": CellType(cl_id="CL:0001054", name="CD14-positive monocyte", programs=("myeloid", "CD14 monocyte")),
-    "CD16 monocyte": CellType(cl_id="CL:0002396", name="CD14-low, CD16-positive monocyte", programs=("myeloid", "CD16 monocyte")),
-    "conventional DC": CellType(cl_id="CL:0000990", name="conventional dendritic cell", programs=("myeloid", "conventional DC")),
-    "plasmacytoid DC": CellType(cl_id="CL:0000784", name="plasmacytoid dendritic cell", programs=("plasmacytoid DC",)),
+    "CD14 monocyte": CellType(
+        cl_id="CL:0001054", name="CD14-positive monocyte", programs=("myeloid", "CD14 monocyte")
+    ),
+    "CD16 monocyte": CellType(
+        cl_id="CL:0002396", name="CD14-low, CD16-positive monocyte", programs=("myeloid", "CD16 monocyte")
+    ),
+    "conventional DC": CellType(
+        cl_id="CL:0000990", name="conventional dendritic cell", programs=("myeloid", "conventional DC")
+    ),
+    "plasmacytoid DC": CellType(
+        cl_id="CL:0000784", name="plasmacytoid dendritic cell", programs=("plasmacytoid DC",)
+    ),
     "platelet": CellType(cl_id="CL:0000233", name="platelet", programs=("platelet",)),
     "endothelial": CellType(cl_id="CL:0000115", name="endothelial cell", programs=("endothelial",)),
     "fibroblast": CellType(cl_id="CL:0000057", name="fibroblast", programs=("fibroblast",)),
@@ -111,13 +202,29 @@ CELL_TYPES: Mapping[str, CellType] = {
 }
 
 _BLOOD = {
-    "CD4 T": 0.28, "CD8 T": 0.15, "NK": 0.12, "B": 0.12, "plasma": 0.03, "CD14 monocyte": 0.15, "CD16 monocyte": 0.05,
-    "conventional DC": 0.04, "plasmacytoid DC": 0.02, "platelet": 0.04,
-}  # fmt: skip
+    "CD4 T": 0.28,
+    "CD8 T": 0.15,
+    "NK": 0.12,
+    "B": 0.12,
+    "plasma": 0.03,
+    "CD14 monocyte": 0.15,
+    "CD16 monocyte": 0.05,
+    "conventional DC": 0.04,
+    "plasmacytoid DC": 0.02,
+    "platelet": 0.04,
+}
 _LUNG = {
-    "CD4 T": 0.11, "CD8 T": 0.11, "NK": 0.08, "B": 0.07, "plasma": 0.04, "CD14 monocyte": 0.13, "conventional DC": 0.05,
-    "endothelial": 0.14, "fibroblast": 0.11, "epithelial": 0.16,
-}  # fmt: skip
+    "CD4 T": 0.11,
+    "CD8 T": 0.11,
+    "NK": 0.08,
+    "B": 0.07,
+    "plasma": 0.04,
+    "CD14 monocyte": 0.13,
+    "conventional DC": 0.05,
+    "endothelial": 0.14,
+    "fibroblast": 0.11,
+    "epithelial": 0.16,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +239,8 @@ class SimulatedDataset:
     depth: float
     """Median counts per cell."""
     measured: float
-    """Share of the genes that its panel or annotation knows; a gene outside is absent from the file, not zero."""
+    """Share of the genes that its panel or annotation knows; a gene outside is absent from the file, not
+    zero."""
     tissue: str
     tissue_general: str
     assay: str
@@ -142,24 +250,52 @@ class SimulatedDataset:
 
 DATASETS = (
     SimulatedDataset(
-        name="sim_blood", share=1.0, donors=4, depth=1000, measured=1.0, tissue="blood", tissue_general="blood",
-        assay="10x 3' v3", composition=_BLOOD,
+        name="sim_blood",
+        share=1.0,
+        donors=4,
+        depth=1000,
+        measured=1.0,
+        tissue="blood",
+        tissue_general="blood",
+        assay="10x 3' v3",
+        composition=_BLOOD,
     ),
     SimulatedDataset(
-        name="sim_blood_panel", share=0.8, donors=4, depth=600, measured=0.65, tissue="blood", tissue_general="blood",
-        assay="10x 3' v2", composition=_BLOOD,
+        name="sim_blood_panel",
+        share=0.8,
+        donors=4,
+        depth=600,
+        measured=0.65,
+        tissue="blood",
+        tissue_general="blood",
+        assay="10x 3' v2",
+        composition=_BLOOD,
     ),
     SimulatedDataset(
-        name="sim_lung", share=1.0, donors=4, depth=800, measured=0.85, tissue="lung parenchyma", tissue_general="lung",
-        assay="10x 5' v1", composition=_LUNG,
+        name="sim_lung",
+        share=1.0,
+        donors=4,
+        depth=800,
+        measured=0.85,
+        tissue="lung parenchyma",
+        tissue_general="lung",
+        assay="10x 5' v1",
+        composition=_LUNG,
     ),
-)  # fmt: skip
+)
 """The data sets to train and test on."""
 
 HELD_OUT = SimulatedDataset(
-    name="sim_new_blood", share=1.0, donors=2, depth=700, measured=0.8, tissue="blood", tissue_general="blood", assay="10x 5' v2",
+    name="sim_new_blood",
+    share=1.0,
+    donors=2,
+    depth=700,
+    measured=0.8,
+    tissue="blood",
+    tissue_general="blood",
+    assay="10x 5' v2",
     composition=_BLOOD,
-)  # fmt: skip
+)
 """A data set with a protocol and donors that are in none of `DATASETS`, to annotate."""
 
 _AMBIENT = 0.08  # share of a cell's counts that comes from the soup, at the mean
@@ -169,15 +305,21 @@ _BURST = 2.0  # negative-binomial size: small is noisy
 
 
 def simulate_h5ads(
-    directory: str | Path, *, num_cells: int = 2400, seed: int = 0, datasets: Sequence[SimulatedDataset] = DATASETS
+    directory: str | Path,
+    *,
+    num_cells: int = 2400,
+    seed: int = 0,
+    datasets: Sequence[SimulatedDataset] = DATASETS,
 ) -> list[Path]:
-    """Write one .h5ad for each data set: raw counts (csr, float32), Ensembl ids, and obs as CELLxGENE names it.
+    """Write one .h5ad for each data set.
+
+    Raw counts (csr, float32), Ensembl ids, and obs as CELLxGENE names it.
 
     Args:
         directory: Created if missing; files of the same name are replaced.
         num_cells: Cells over all data sets together, shared out by `share`.
-        seed: Fixes everything. The genes' and types' programs depend on the seed alone, so that another call with the same seed
-            and other data sets (such as `HELD_OUT`) gives other cells of the same world.
+        seed: Fixes everything. The genes' and types' programs depend on the seed alone, so that another call
+            with the same seed and other data sets (such as `HELD_OUT`) gives other cells of the same world.
         datasets: What to write.
 
     Returns:
@@ -188,7 +330,10 @@ def simulate_h5ads(
     """
     num_donors = sum(dataset.donors for dataset in datasets)
     if num_cells < 20 * num_donors:
-        raise ValueError(f"num_cells={num_cells} must be at least 20 for each of {num_donors} donors; try {20 * num_donors}")
+        raise ValueError(
+            f"num_cells={num_cells} must be at least 20 for each of {num_donors} donors; try"
+            f" {20 * num_donors}"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ends = np.cumsum([dataset.share for dataset in datasets])
@@ -219,7 +364,9 @@ def _log_profiles(seed: int) -> np.ndarray:
     index_of = {gene_id: index for index, gene_id in enumerate(feature_ids)}
     base_g = rng.normal(0.0, 1.3, len(feature_ids))
     profiles_kg = np.empty((len(CELL_TYPES), len(feature_ids)))
-    level = {gene_id: rng.normal(_MARKER_ON, 0.6) for program in MARKERS.values() for gene_id in program.values()}
+    level = {
+        gene_id: rng.normal(_MARKER_ON, 0.6) for program in MARKERS.values() for gene_id in program.values()
+    }
     for profile_g, cell_type in zip(profiles_kg, CELL_TYPES.values(), strict=True):
         profile_g[:] = base_g + rng.normal(0.0, 0.5, len(feature_ids)) * (rng.random(len(feature_ids)) < 0.05)
         for gene_id, on in level.items():
@@ -235,7 +382,9 @@ def _simulate(dataset: SimulatedDataset, num_cells: int, seed: int) -> anndata.A
     genes, profiles_kg = _genes(), _log_profiles(seed)
     names, num_genes = list(CELL_TYPES), len(genes)
 
-    is_marker = genes["feature_id"].isin([gene_id for program in MARKERS.values() for gene_id in program.values()])
+    is_marker = genes["feature_id"].isin(
+        [gene_id for program in MARKERS.values() for gene_id in program.values()]
+    )
     # A panel is chosen for its markers, so few of them are missing.
     measured = rng.random(num_genes) < np.where(is_marker, 1 - (1 - dataset.measured) / 4, dataset.measured)
     protocol_g = rng.normal(0.0, 0.35, num_genes)

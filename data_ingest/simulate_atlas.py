@@ -15,8 +15,12 @@ NUM_TYPES, NUM_DATASETS, DONORS_PER_DATASET = 12, 8, 4
 _CELLS_PER_WRITE = 8192
 
 
-def write_synthetic_atlas(uri: str, *, num_cells: int, num_genes: int = 20_000, genes_per_cell: int = 1_000, seed: int = 0) -> None:
-    """Write an atlas whose cells are sorted by data set, donor and cell type, as public atlases are; Ray must be running.
+def write_synthetic_atlas(
+    uri: str, *, num_cells: int, num_genes: int = 20_000, genes_per_cell: int = 1_000, seed: int = 0
+) -> None:
+    """Write an atlas whose cells are sorted by data set, donor and cell type, as public atlases are.
+
+    Ray must be running.
 
     Args:
         uri: A local path with nothing at it.
@@ -27,7 +31,9 @@ def write_synthetic_atlas(uri: str, *, num_cells: int, num_genes: int = 20_000, 
     """
     context = soma_context()
     create_atlas(uri, context)
-    codes = np.sort(np.random.default_rng([seed, 0]).integers(0, NUM_DATASETS * DONORS_PER_DATASET * NUM_TYPES, num_cells))
+    codes = np.sort(
+        np.random.default_rng([seed, 0]).integers(0, NUM_DATASETS * DONORS_PER_DATASET * NUM_TYPES, num_cells)
+    )
     with tiledbsoma.open(f"{uri}/census_data/homo_sapiens", "w", context=context) as experiment:
         experiment.obs.change_domain(((0, num_cells - 1),))
         experiment.ms["RNA"].var.change_domain(((0, num_genes - 1),))
@@ -59,13 +65,20 @@ def write_synthetic_atlas(uri: str, *, num_cells: int, num_genes: int = 20_000, 
         "n_measured_obs": np.full(num_genes, num_cells),
     }
     with tiledbsoma.open(f"{uri}/census_data/homo_sapiens", "w", context=context) as experiment:
-        for table, columns, types_of in ((experiment.obs, obs, OBS_COLUMNS), (experiment.ms["RNA"].var, var, VAR_COLUMNS)):
+        for table, columns, types_of in (
+            (experiment.obs, obs, OBS_COLUMNS),
+            (experiment.ms["RNA"].var, var, VAR_COLUMNS),
+        ):
             arrays = {name: pa.array(columns[name].tolist(), type=kind) for name, kind in types_of.items()}
-            table.write(pa.table({"soma_joinid": pa.array(np.arange(len(next(iter(columns.values()))))), **arrays}))
+            table.write(
+                pa.table({"soma_joinid": pa.array(np.arange(len(next(iter(columns.values()))))), **arrays})
+            )
 
 
 @ray.remote
-def _write_x(uri: str, first: int, codes: np.ndarray, num_genes: int, genes_per_cell: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _write_x(
+    uri: str, first: int, codes: np.ndarray, num_genes: int, genes_per_cell: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Write some rows of X; gives the sum of counts and the number of detected genes of each."""
     rng = np.random.default_rng([seed, 1, first])
     popularity = 1 / np.arange(20, num_genes + 20)
@@ -73,9 +86,18 @@ def _write_x(uri: str, first: int, codes: np.ndarray, num_genes: int, genes_per_
     with tiledbsoma.open(f"{uri}/census_data/homo_sapiens/ms/RNA/X/raw", "w", context=soma_context()) as x:
         for start in range(0, len(codes), 2048):
             part = codes[start : start + 2048]
-            chance = np.stack([np.random.default_rng([seed, 2, kind]).permutation(popularity) + popularity for kind in range(NUM_TYPES)])
-            chance = np.minimum(chance * genes_per_cell / chance.sum(1, keepdims=True) * 1.3, 0.95).astype(np.float32)
-            rows, genes = np.nonzero(rng.random((len(part), num_genes), dtype=np.float32) < chance[part % NUM_TYPES])
+            chance = np.stack(
+                [
+                    np.random.default_rng([seed, 2, kind]).permutation(popularity) + popularity
+                    for kind in range(NUM_TYPES)
+                ]
+            )
+            chance = np.minimum(chance * genes_per_cell / chance.sum(1, keepdims=True) * 1.3, 0.95).astype(
+                np.float32
+            )
+            rows, genes = np.nonzero(
+                rng.random((len(part), num_genes), dtype=np.float32) < chance[part % NUM_TYPES]
+            )
             counts = rng.geometric(0.6, len(rows)).astype(np.float32)
             x.write(pa.table({"soma_dim_0": rows + first + start, "soma_dim_1": genes, "soma_data": counts}))
             sums[start : start + len(part)] = np.bincount(rows, weights=counts, minlength=len(part))

@@ -20,7 +20,10 @@ _LARGEST_MISS = 0.5
 
 
 class Split(dict[str, np.ndarray]):
-    """Indices of the cells of `train`, `val` and `test`, increasing, int64; `notes` says what could not be as asked."""
+    """Indices of the cells of `train`, `val` and `test`, increasing, int64.
+
+    `notes` says what could not be as asked.
+    """
 
     def __init__(self, parts: dict[str, np.ndarray], notes: Sequence[str]) -> None:
         """Keep the parts and the notes."""
@@ -28,12 +31,17 @@ class Split(dict[str, np.ndarray]):
         self.notes = tuple(notes)
 
 
-def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: SplitConfig, seed: int) -> Split:
-    """Divide cells so that no group is on both sides of the test, and labels are shared out as evenly as whole groups allow.
+def split_cells(
+    groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: SplitConfig, seed: int
+) -> Split:
+    """Divide cells so that no group is on both sides of the test.
 
-    The validation part is made of whole groups too. Where there are too few of them (no choice comes near its share of cells, or each one
-    takes a label away from training), it is random cells of the training groups instead, a share of each label: it
-    then flatters, which `notes` and the log say. The test part never does that.
+    And labels are shared out as evenly as whole groups allow.
+
+    The validation part is made of whole groups too. Where there are too few of them (no choice comes near its
+    share of cells, or each one takes a label away from training), it is random cells of the training groups
+    instead, a share of each label: it then flatters, which `notes` and the log say. The test part never does
+    that.
 
     Args:
         groups: Shape (n,), name of each cell's group.
@@ -45,7 +53,8 @@ def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: 
         The three parts; together they are all cells, and none is in two.
 
     Raises:
-        ValueError: A test group that no cell has (named with the nearest there are), or nothing would be left to train on.
+        ValueError: A test group that no cell has (named with the nearest there are), or nothing would be left
+            to train on.
     """
     names, group_n = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     label_n = np.asarray(labels, np.int64) + 1
@@ -59,7 +68,8 @@ def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: 
         chosen = _choose(counts_dk, config.test_fraction, rng)
         if chosen is None:
             raise ValueError(
-                f"split.group_by={config.group_by!r} has the one group {str(names[0])!r} only, so none can be held out for the test; group"
+                f"split.group_by={config.group_by!r} has the one group {str(names[0])!r} only, so none can be"
+                f" held out for the test; group"
                 " by another column, query more cells, or set split.test_fraction=0"
             )
         held_out = chosen
@@ -70,13 +80,18 @@ def split_cells(groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: 
         notes += [note] if note else []
     for note in notes:
         logger.warning("split: %s", note)
-    return Split({"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)}, notes)
+    return Split(
+        {"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)},
+        notes,
+    )
 
 
 def choose_validation(
     group_n: np.ndarray, label_n: np.ndarray, among_n: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """Take whole groups out of the training cells, or a share of each label's cells where whole groups will not do.
+    """Take whole groups out of the training cells.
+
+    Or a share of each label's cells where whole groups will not do.
 
     Args:
         group_n: Code of each cell's group, int (n,).
@@ -98,25 +113,34 @@ def choose_validation(
         val_n[np.flatnonzero(among_n)[chosen[own_n]]] = True
         return val_n, ""
     val_n[random_cells(np.flatnonzero(among_n), label_n, fraction, rng)] = True
-    return val_n, f"validation cells are random cells of the training groups, since {problem}; their score flatters"
+    return (
+        val_n,
+        f"validation cells are random cells of the training groups, since {problem}; their score flatters",
+    )
 
 
 def _named(names: np.ndarray, config: SplitConfig) -> np.ndarray:
     known = set(names.tolist())
     for group in config.test_groups:
         if group not in known:
-            listed = ", ".join(names[:20].tolist()) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            listed = ", ".join(names[:20].tolist()) + (
+                f" and {len(names) - 20} more" if len(names) > 20 else ""
+            )
             raise ValueError(f"split.test_groups: no cell has {config.group_by} {group!r}; there is {listed}")
     held_out = np.isin(names, config.test_groups)
     if held_out.all():
         raise ValueError(
-            f"split.test_groups holds out every {config.group_by} there is ({', '.join(names.tolist())}); leave some to train on"
+            f"split.test_groups holds out every {config.group_by} there is ({', '.join(names.tolist())});"
+            f" leave some to train on"
         )
     return held_out
 
 
 def _choose(counts_dk: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray | None:
-    """Mask of the groups whose cells come nearest to `fraction` of each label; None where there is one group only."""
+    """Mask of the groups whose cells come nearest to `fraction` of each label.
+
+    None where there is one group only.
+    """
     num_groups = len(counts_dk)
     if num_groups < 2:
         return None
@@ -150,8 +174,13 @@ def _problem(counts_dk: np.ndarray, chosen: np.ndarray | None, fraction: float) 
     return ""
 
 
-def random_cells(cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """A share of each label's cells, in any order; a label of few cells keeps at least one that is not taken."""
+def random_cells(
+    cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A share of each label's cells, in any order.
+
+    A label of few cells keeps at least one that is not taken.
+    """
     shuffled = rng.permutation(cells)
     labels = label_n[shuffled] + 1
     by_label = np.argsort(labels, kind="stable")

@@ -39,8 +39,9 @@ _QUIET = {
     "ray.data._internal.execution.streaming_executor": logging.WARNING,
     "ray.data._internal.execution.resource_manager": logging.ERROR,
 }
-"""Loggers of Ray Data that would write a line for each epoch of each rank. The last one warns that reading might wait for ever wherever all
-CPUs are taken at the moment; the jobs have checked that workers leave one for it."""
+"""Loggers of Ray Data that would write a line for each epoch of each rank. The last one warns that reading
+might wait for ever wherever all CPUs are taken at the moment; the jobs have checked that workers leave one
+for it."""
 
 
 class CountSample(NamedTuple):
@@ -58,8 +59,9 @@ class CountSample(NamedTuple):
 class CellStream:
     """Cells of one atlas, by epochs of global batches, for any number of ranks.
 
-    A small picklable recipe: its arrays travel by reference where Ray runs. What it yields is a pure function of its arguments, the
-    epoch and the step; the order of cells in a global batch does not depend on the number of ranks.
+    A small picklable recipe: its arrays travel by reference where Ray runs. What it yields is a pure function
+    of its arguments, the epoch and the step; the order of cells in a global batch does not depend on the
+    number of ranks.
     """
 
     def __init__(
@@ -99,14 +101,23 @@ class CellStream:
         joinids, labels = np.asarray(joinids, np.int64)[order], np.asarray(labels, np.int64)[order]
         twice = np.flatnonzero(joinids[1:] == joinids[:-1])
         if len(twice):
-            raise ValueError(f"joinid {joinids[twice[0]]} stands twice among the cells of a stream; give each cell once")
+            raise ValueError(
+                f"joinid {joinids[twice[0]]} stands twice among the cells of a stream; give each cell once"
+            )
         self.locator, self.vocabulary, self.tokens, self.stream = locator, vocabulary, tokens, stream
-        self.global_batch_size, self.seed, self.shuffle, self.read_cpus = global_batch_size, seed, shuffle, read_cpus
+        self.global_batch_size, self.seed, self.shuffle, self.read_cpus = (
+            global_batch_size,
+            seed,
+            shuffle,
+            read_cpus,
+        )
         self.num_cells = len(joinids)
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
         panels = None if panels is None else panels.take(order)
-        self._arrays: CellArrays | None = CellArrays(joinids, labels, gene_of_var(locator, vocabulary), panels)
+        self._arrays: CellArrays | None = CellArrays(
+            joinids, labels, gene_of_var(locator, vocabulary), panels
+        )
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
 
@@ -117,7 +128,10 @@ class CellStream:
 
     @property
     def arrays(self) -> CellArrays:
-        """Joinids and labels of the stream's cells, in the order of the joinids, and the vocabulary index of each var joinid."""
+        """Joinids and labels of the stream's cells, in the order of the joinids.
+
+        And the vocabulary index of each var joinid.
+        """
         if self._arrays is None:
             self._arrays = ray.get(self._reference)
         return self._arrays
@@ -139,11 +153,14 @@ class CellStream:
             shuffle=self.shuffle,
         )
 
-    def batches(self, epoch: int, *, rank: int, world_size: int, micro_batch_size: int, start_step: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, epoch: int, *, rank: int, world_size: int, micro_batch_size: int, start_step: int = 0
+    ) -> Iterator[Batch]:
         """Micro-batches of one rank in one epoch.
 
-        A step is global_batch_size / (micro_batch_size x world_size) of them, also for the last step, whose missing cells are padding
-        rows. Atlas reading, tokenizing and conversion happen beside the caller's thread. Ray must be running.
+        A step is global_batch_size / (micro_batch_size x world_size) of them, also for the last step, whose
+        missing cells are padding rows. Atlas reading, tokenizing and conversion happen beside the caller's
+        thread. Ray must be running.
 
         Args:
             epoch: Any number >= 0.
@@ -153,18 +170,22 @@ class CellStream:
             start_step: Steps of this epoch that were already taken, by however many ranks.
 
         Yields:
-            `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for none; `joinids` int64 (n,), -1
-            for padding rows, which hold PAD only; `measured` bool (p, g) and `panels` int64 (n,): which genes were measured in which cells.
+            `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for
+            none; `joinids` int64 (n,), -1 for padding rows, which hold PAD only; `measured` bool (p, g) and
+            `panels` int64 (n,): which genes were measured in which cells.
 
         Raises:
             ValueError: The global batch is not a multiple of micro-batch x world size.
         """
         if self.global_batch_size % (micro_batch_size * world_size):
             raise ValueError(
-                f"train.global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x world size"
+                f"train.global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x"
+                f" world size"
                 f" ({micro_batch_size} x {world_size})"
             )
-        num_batches = (self.steps_per_epoch - start_step) * (self.global_batch_size // (micro_batch_size * world_size))
+        num_batches = (self.steps_per_epoch - start_step) * (
+            self.global_batch_size // (micro_batch_size * world_size)
+        )
         if num_batches <= 0:
             return
         blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)
@@ -175,7 +196,10 @@ class CellStream:
         assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"
 
     def blocks(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> Iterable[pa.Table]:
-        """The cells of `batches` before they become tokens: tables in the schema of `datasource.SCHEMA`, of any number of rows."""
+        """The cells of `batches` before they become tokens.
+
+        Tables in the schema of `datasource.SCHEMA`, of any number of rows.
+        """
         tasks, num_cpus, store_bytes = _share_of_cluster(world_size, self.read_cpus)
         source = SomaDatasource(
             self.locator,
@@ -189,16 +213,21 @@ class CellStream:
         for name, level in _QUIET.items():
             logging.getLogger(name).setLevel(level)
         num_units = max(1, len(source.units))
-        dataset = ray.data.read_datasource(source, num_cpus=num_cpus, concurrency=min(tasks, num_units), override_num_blocks=num_units)
+        dataset = ray.data.read_datasource(
+            source, num_cpus=num_cpus, concurrency=min(tasks, num_units), override_num_blocks=num_units
+        )
         context = dataset.context
         context.target_max_block_size = BLOCK_BYTES
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.execution_options.preserve_order = True
         context.execution_options.verbose_progress = False
-        # A read task bounds its memory itself, and half a CPU each bounds their number: no warning every 30 s that it asks for none.
+        # A read task bounds its memory itself, and half a CPU each bounds their number: no warning every 30 s
+        # that it asks for none.
         context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-        context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=store_bytes)
+        context.execution_options.resource_limits = ExecutionResources.for_limits(
+            object_store_memory=store_bytes
+        )
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
     def sample_counts(self, max_cells: int, seed: int, *, even_labels: bool = False) -> CountSample:
@@ -220,12 +249,17 @@ class CellStream:
                 labels = self.arrays.labels[shuffled]
                 by_label = np.argsort(labels, kind="stable")
                 place_in_label = np.empty(self.num_cells, np.int64)
-                place_in_label[by_label] = np.arange(self.num_cells) - np.searchsorted(labels[by_label], labels[by_label])
+                place_in_label[by_label] = np.arange(self.num_cells) - np.searchsorted(
+                    labels[by_label], labels[by_label]
+                )
                 shuffled = shuffled[np.argsort(place_in_label, kind="stable")]
             chosen = np.sort(shuffled[:max_cells])
         tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
         remote = ray.remote(num_cpus=num_cpus)(_sample_task)
-        waiting = [chosen[first : first + _CELLS_PER_SAMPLE_TASK] for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)]
+        waiting = [
+            chosen[first : first + _CELLS_PER_SAMPLE_TASK]
+            for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
+        ]
         running: list[ray.ObjectRef] = []
         parts: list[tuple[np.ndarray, ...]] = []
         while waiting or running:
@@ -233,7 +267,10 @@ class CellStream:
                 running.append(remote.remote(self.locator, reference, waiting.pop(0)))
             parts.append(ray.get(running.pop(0)))
         shape = (-1, len(self.vocabulary))
-        rows = [csr_array((counts, genes, offsets), shape=(len(offsets) - 1, shape[1])) for offsets, genes, counts, _ in parts]
+        rows = [
+            csr_array((counts, genes, offsets), shape=(len(offsets) - 1, shape[1]))
+            for offsets, genes, counts, _ in parts
+        ]
         arrays = self.arrays
         return CountSample(
             counts_ng=vstack(rows, format="csr") if rows else csr_array((0, shape[1]), dtype=np.float32),
@@ -269,7 +306,9 @@ class CellStream:
             tokens = tokenizer(genes, counts, offsets, total_counts=totals)
             self.num_cut += tokens["num_cut"]
             tokens["token_ids"][joinids < 0] = PAD
-            panels = self._panels(np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0])))
+            panels = self._panels(
+                np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
+            )
             yield {
                 "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
                 "values": torch.from_numpy(tokens["values"]),
@@ -286,7 +325,10 @@ _Cells = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.nd
 
 
 def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[_Cells]:
-    """Cut blocks of any size into micro-batches of `size` cells, in order; Ray may cut and join blocks as it likes."""
+    """Cut blocks of any size into micro-batches of `size` cells, in order.
+
+    Ray may cut and join blocks as it likes.
+    """
     pieces: list[_Cells] = []
     missing = size
     for block in blocks:
@@ -302,7 +344,9 @@ def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[_Cells]:
             start, stop = offsets[first], offsets[last]
             rows = slice(first, last)
             cut = (gene_z[start:stop], count_z[start + shift : stop + shift])
-            pieces.append((joinids[rows], labels[rows], totals[rows], offsets[first : last + 1] - start, *cut))
+            pieces.append(
+                (joinids[rows], labels[rows], totals[rows], offsets[first : last + 1] - start, *cut)
+            )
             missing -= last - first
             first = last
             if not missing:
@@ -316,11 +360,21 @@ def _joined(pieces: list[_Cells]) -> _Cells:
     if len(pieces) == 1:
         return joinids, labels, totals, *pieces[0][3:]
     offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(piece[3]) for piece in pieces]))])
-    return joinids, labels, totals, offsets, np.concatenate([piece[4] for piece in pieces]), np.concatenate([piece[5] for piece in pieces])
+    return (
+        joinids,
+        labels,
+        totals,
+        offsets,
+        np.concatenate([piece[4] for piece in pieces]),
+        np.concatenate([piece[5] for piece in pieces]),
+    )
 
 
 def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Run an iterator in one thread of its own, `depth` items ahead; order, exceptions and an early stop pass through."""
+    """Run an iterator in one thread of its own, `depth` items ahead.
+
+    Order, exceptions and an early stop pass through.
+    """
     ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -359,11 +413,13 @@ def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
 
 
 def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:
-    """Read tasks at a time, CPUs that Ray reserves for each, and object store bytes, for one of `world_size` ranks.
+    """Read tasks at a time, CPUs that Ray reserves for each.
 
-    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused training stream could starve the
-    validation stream, and one rank another, for ever. So tasks reserve next to nothing (nothing at all where nothing is free) and their
-    number is bounded instead.
+    And object store bytes, for one of `world_size` ranks.
+
+    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused
+    training stream could starve the validation stream, and one rank another, for ever. So tasks reserve next
+    to nothing (nothing at all where nothing is free) and their number is bounded instead.
     """
     free = ray.available_resources().get("CPU", 0.0)
     tasks = max(1, min(_MOST_READ_TASKS, int(free / (world_size * read_cpus))))
@@ -387,7 +443,8 @@ def gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarray
     found = vocabulary.index(var["feature_id"].to_pylist())
     if not (found >= 0).any():
         raise ValueError(
-            f"the atlas {locator.uri} has none of the vocabulary's {len(vocabulary)} genes (such as {vocabulary.feature_ids[0]!r};"
+            f"the atlas {locator.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
+            f" {vocabulary.feature_ids[0]!r};"
             f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
         )
     genes = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)

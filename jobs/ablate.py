@@ -1,8 +1,9 @@
 """Vary one thing at a time over the same folds, and say what each part of the model is worth.
 
-The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out (`jobs.crossval` has them), and
-variants that pre-train alike share their pre-training. A variant that changes the cells, their labels or the folds runs on folds of its
-own, and is set beside the reference without a paired difference.
+The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out
+(`jobs.crossval` has them), and variants that pre-train alike share their pre-training. A variant that changes
+the cells, their labels or the folds runs on folds of its own, and is set beside the reference without a
+paired difference.
 """
 
 from __future__ import annotations
@@ -22,16 +23,26 @@ from jobs.studies.variants import by_folds, variants
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.ablate", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.ablate", description=(__doc__ or "").partition("\n")[0]
+    )
     add_study_arguments(parser)
-    parser.add_argument("--axes", nargs="+", default=[], metavar="NAME", help="groups of variants to run; default: all of the recipe's")
+    parser.add_argument(
+        "--axes",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="groups of variants to run; default: all of the recipe's",
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     def dry_run(config: StudyConfig) -> dict[str, Any]:
         listed = variants(config, arguments.axes)
         described = []
         for changed, group in by_folds(listed):
-            study = open_study(without_extras(config).merge(changed), folds_from=None if changed else arguments.folds)
+            study = open_study(
+                without_extras(config).merge(changed), folds_from=None if changed else arguments.folds
+            )
             configs = [study.config.merge(variant.settings).experiment for variant in group]
             described.append(describe_study(study, configs, repeats=config.ablation.num_seeds))
         minutes = round(sum(part["minutes"]["ours"] for part in described), 1)

@@ -1,9 +1,9 @@
 """Label the cells of .h5ad files, or of an atlas query, with a registered model.
 
-The output of a file is a copy of it with new obs columns (X and everything else stay as they are, byte by byte), or a folder of
-Parquet; that of an atlas query is a folder of Parquet, or new obs columns of the atlas. Cells are labelled into shards of Parquet first
-(`jobs.labelling`), so memory does not grow with their number, many are labelled in parallel, and an interrupted run goes on where it
-stopped.
+The output of a file is a copy of it with new obs columns (X and everything else stay as they are, byte by
+byte), or a folder of Parquet; that of an atlas query is a folder of Parquet, or new obs columns of the atlas.
+Cells are labelled into shards of Parquet first (`jobs.labelling`), so memory does not grow with their number,
+many are labelled in parallel, and an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ from screformer.predictor import Predictor
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.annotate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", required=True, help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory")
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.annotate", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory",
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--h5ad", nargs="+", type=Path, metavar="IN", help=".h5ad files of raw counts")
     where.add_argument("--atlas", metavar="URI", help="atlas whose cells are labelled")
@@ -35,29 +41,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        help="the annotated copy; NAME.parquet for a folder of Parquet files; for several files, or with --parquet, a folder for them",
+        help="the annotated copy; NAME.parquet for a folder of Parquet files;"
+        " for several files, or with --parquet, a folder for them",
     )
     parser.add_argument("--parquet", action="store_true", help="write Parquet instead of .h5ad copies")
-    parser.add_argument("--write-obs", action="store_true", help="also write the labels into obs of the atlas, as screformer_...")
-    parser.add_argument("--majority-vote", default="", metavar="COLUMN", help="obs column of clusters; adds majority_label")
     parser.add_argument(
-        "--drop-absent", action="store_true", help="adds present_label: the best label among those that the file as a whole holds"
+        "--write-obs",
+        action="store_true",
+        help="also write the labels into obs of the atlas, as screformer_...",
+    )
+    parser.add_argument(
+        "--majority-vote", default="", metavar="COLUMN", help="obs column of clusters; adds majority_label"
+    )
+    parser.add_argument(
+        "--drop-absent",
+        action="store_true",
+        help="adds present_label: the best label among those that the file as a whole holds",
     )
     counts = parser.add_mutually_exclusive_group()
     counts.add_argument("--layer", help="take counts from this layer instead of X")
-    counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X (default) or raw.X")
+    counts.add_argument(
+        "--use", choices=("X", "raw"), default="X", help="take counts from X (default) or raw.X"
+    )
     parser.add_argument(
         "--min-gene-overlap",
         type=float,
         default=MIN_GENE_OVERLAP,
         metavar="SHARE",
-        help="least share of the model's expected expression that a file's genes must carry (default %(default)s)",
+        help="least share of the model's expected expression that a file's genes must carry"
+        " (default %(default)s)",
     )
-    parser.add_argument("--probabilities", action="store_true", help="also write obsm['screformer_probabilities']")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write obsm['screformer_probabilities']"
+    )
     parser.add_argument("--embedding", action="store_true", help="also write obsm['X_screformer']")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument("--resume", action="store_true", help="keep the .h5ad copies that an interrupted run finished (labels always are)")
-    parser.add_argument("--tracking-uri", default="", help="where models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the .h5ad copies that an interrupted run finished (labels always are)",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        default="",
+        help="where models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)",
+    )
     parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -102,9 +130,13 @@ def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args
     source: CellSource
     if args.atlas:
         resumed = None if args.overwrite else target / PLAN
-        source = query_cells(predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap, resumed=resumed)
+        source = query_cells(
+            predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap, resumed=resumed
+        )
     else:
-        source = H5adCells.open(predictor, path, min_gene_overlap=args.min_gene_overlap, layer=args.layer, raw=args.use == "raw")
+        source = H5adCells.open(
+            predictor, path, min_gene_overlap=args.min_gene_overlap, layer=args.layer, raw=args.use == "raw"
+        )
     labelled = label_cells(
         predictor,
         source,
@@ -115,7 +147,9 @@ def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args
         overwrite=args.overwrite,
     )
     seconds = time.perf_counter() - started
-    print(f"{target}: {source.num_cells:,} cells in {seconds:.1f} s ({source.num_cells / seconds:,.0f} cells/s)")
+    print(
+        f"{target}: {source.num_cells:,} cells in {seconds:.1f} s ({source.num_cells / seconds:,.0f} cells/s)"
+    )
     if labelled.num_empty:
         print(empty_cells_text(labelled.num_empty))
     print(labelled.table.to_string(index=False))
@@ -132,7 +166,9 @@ def _targets(args: argparse.Namespace) -> list[tuple[Path, Path]]:
         raise ValueError("--out is missing; name the annotated copy, or NAME.parquet")
     if args.atlas:
         if args.majority_vote:
-            raise ValueError("--majority-vote works on .h5ad files, whose clusters stand in obs; drop it or --atlas")
+            raise ValueError(
+                "--majority-vote works on .h5ad files, whose clusters stand in obs; drop it or --atlas"
+            )
         if args.drop_absent:
             raise ValueError("--drop-absent writes into .h5ad copies; drop it or --atlas")
         return [(Path(), out if out.suffix == ".parquet" else out.with_name(out.name + ".parquet"))]
@@ -152,7 +188,9 @@ def _targets(args: argparse.Namespace) -> list[tuple[Path, Path]]:
     names = [source.name for source in sources]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled:
-        raise ValueError(f"two inputs are called {doubled}, and both would go to {out / doubled}; annotate them one by one")
+        raise ValueError(
+            f"two inputs are called {doubled}, and both would go to {out / doubled}; annotate them one by one"
+        )
     return [(source, out / source.name) for source in sources]
 
 

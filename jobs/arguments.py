@@ -26,17 +26,33 @@ def train_command(task: Task, description: str, argv: Sequence[str] | None = Non
     """The command line of both training jobs."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{task}", description=description)
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML recipe, such as jobs/recipes/base.yaml; what it leaves out keeps its default"
+        "--config",
+        metavar="FILE",
+        help="YAML recipe, such as jobs/recipes/base.yaml; what it leaves out keeps its default",
     )
     if task == "finetune":
         parser.add_argument(
-            "--from", dest="init_from", metavar="MODEL", help="start from a run id, runs:/ID, models:/NAME@ALIAS or a model directory"
+            "--from",
+            dest="init_from",
+            metavar="MODEL",
+            help="start from a run id, runs:/ID, models:/NAME@ALIAS or a model directory",
         )
     parser.add_argument("--obs-filter", metavar="FILTER", help="same as query.obs_filter=FILTER")
-    parser.add_argument("--query", metavar="FILE", help="same as query.file=FILE, a query saved by jobs.query")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, cells, steps and memory, and stop")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a killed run; only settings given beside it change")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings, such as atlas.uri=ATLAS model.n_hashes=8")
+    parser.add_argument(
+        "--query", metavar="FILE", help="same as query.file=FILE, a query saved by jobs.query"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, cells, steps and memory, and stop"
+    )
+    parser.add_argument(
+        "--resume", metavar="RUN_DIR", help="go on with a killed run; only settings given beside it change"
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="settings, such as atlas.uri=ATLAS model.n_hashes=8",
+    )
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("jobs.tracking").setLevel(logging.WARNING)
@@ -68,11 +84,26 @@ def train_command(task: Task, description: str, argv: Sequence[str] | None = Non
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that studies share."""
     parser.add_argument("--config", metavar="FILE", help="YAML recipe, such as jobs/recipes/crossval.yaml")
-    parser.add_argument("--folds", metavar="RUN", help="take the folds of an earlier study: its folder, folds.parquet or MLflow run id")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, folds, what is to be known and how long it takes, and stop")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on with an interrupted study; finished folds are not run again")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="settings, such as atlas.uri=ATLAS crossval.num_folds=3"
+        "--folds",
+        metavar="RUN",
+        help="take the folds of an earlier study: its folder, folds.parquet or MLflow run id",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print settings, folds, what is to be known and how long it takes, and stop",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_DIR",
+        help="go on with an interrupted study; finished folds are not run again",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="settings, such as atlas.uri=ATLAS crossval.num_folds=3",
     )
 
 
@@ -87,7 +118,9 @@ def run_study_command(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         if arguments.resume and (arguments.overrides or overrides or arguments.config or arguments.folds):
-            raise ValueError("--resume goes on with the settings of the interrupted study; give nothing beside it")
+            raise ValueError(
+                "--resume goes on with the settings of the interrupted study; give nothing beside it"
+            )
         config = StudyConfig.from_file(arguments.config) if arguments.config else StudyConfig()
         config = config.merge([*arguments.overrides, *overrides])
         if arguments.dry_run:

@@ -1,6 +1,7 @@
 """The `screformer` command: one name for all jobs.
 
-`screformer NAME ...` is `python -m jobs.NAME ...`, which is also what goes after `ray job submit --working-dir . --`.
+`screformer NAME ...` is `python -m jobs.NAME ...`, which is also what goes after `ray job submit
+--working-dir . --`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ JOBS = Path(__file__).parent
 
 
 def commands(package: Path = JOBS) -> dict[str, str]:
-    """What can be run in a folder of modules: those with a `main(argv)`, by name, with the first line of their docstring.
+    """What can be run in a folder of modules.
+
+    Those with a `main(argv)`, by name, with the first line of their docstring.
 
     The files are parsed and not imported: help must not wait for torch and Ray.
     """
@@ -45,7 +48,9 @@ def dispatch(program: str, package: Path, prefix: str, argv: Sequence[str]) -> i
         out = sys.stdout if wants_help else sys.stderr
         if name and not wants_help:
             near = difflib.get_close_matches(name, known, n=1)
-            print(f"{program}: no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), file=out)
+            print(
+                f"{program}: no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), file=out
+            )
         width = max(map(len, known), default=0)
         print(f"usage: {program} COMMAND ...   (COMMAND --help says more)\n", file=out)
         print("\n".join(f"  {command:<{width}}  {line}" for command, line in known.items()), file=out)

@@ -1,7 +1,8 @@
 """Cross-validate scReformer-BERT beside its baselines on the same folds, or search for its settings.
 
-One parent run in MLflow holds the folds (`folds.parquet`) and the report; each fold of each configuration is a child run. A test fold is
-never seen before its end: validation cells out of the other folds choose the step and the settings of baselines.
+One parent run in MLflow holds the folds (`folds.parquet`) and the report; each fold of each configuration is
+a child run. A test fold is never seen before its end: validation cells out of the other folds choose the step
+and the settings of baselines.
 """
 
 from __future__ import annotations
@@ -21,9 +22,15 @@ from jobs.studies.study import open_study
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.crossval", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.crossval", description=(__doc__ or "").partition("\n")[0]
+    )
     add_study_arguments(parser)
-    parser.add_argument("--split", choices=["donor", "dataset", "random"], help="same as crossval.split=...: what a fold keeps together")
+    parser.add_argument(
+        "--split",
+        choices=["donor", "dataset", "random"],
+        help="same as crossval.split=...: what a fold keeps together",
+    )
     arguments = parser.parse_intermixed_args(argv)
 
     def dry_run(config: StudyConfig) -> dict[str, Any]:

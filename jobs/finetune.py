@@ -1,4 +1,7 @@
-"""Train a cell-type classifier, from a pre-trained network or from scratch, test it on held-out groups and register it."""
+"""Train a cell-type classifier.
+
+From a pre-trained network or from scratch, test it on held-out groups and register it.
+"""
 
 from __future__ import annotations
 

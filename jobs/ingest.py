@@ -16,7 +16,9 @@ from jobs.arguments import parse_pairs
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, or 2 for something that the user can fix."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
     try:
         options = IngestOptions(
             obs_map=parse_pairs("--obs-map", arguments.obs_map),
@@ -46,13 +48,20 @@ def summary(report: IngestReport) -> str:
     lines = [line for file in report.files for line in file.lines()]
     if report.took_back:
         lines.append(
-            "an unfinished ingest of other files was taken back first" if not report.dry_run else "an unfinished ingest would be taken back"
+            "an unfinished ingest of other files was taken back first"
+            if not report.dry_run
+            else "an unfinished ingest would be taken back"
         )
     if report.resumed:
-        lines.append("this completed an unfinished ingest" if not report.dry_run else "this would complete an unfinished ingest")
+        lines.append(
+            "this completed an unfinished ingest"
+            if not report.dry_run
+            else "this would complete an unfinished ingest"
+        )
     verb = "would add" if report.dry_run else "added"
     lines.append(
-        f"{verb} {report.cells_added} cells and {report.genes_added} genes; {report.atlas_uri} {'would have' if report.dry_run else 'has'} "
+        f"{verb} {report.cells_added} cells and {report.genes_added} genes; {report.atlas_uri}"
+        f" {'would have' if report.dry_run else 'has'} "
         f"{report.cells_total} cells and {report.genes_total} genes ({report.seconds:.1f} s)"
     )
     if report.dry_run:
@@ -63,14 +72,28 @@ def summary(report: IngestReport) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.ingest", description=__doc__)
     parser.add_argument(
-        "--h5ad", nargs="+", required=True, metavar="FILE", help=".h5ad files; cells that the atlas already has are left as they are"
+        "--h5ad",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".h5ad files; cells that the atlas already has are left as they are",
     )
-    parser.add_argument("--atlas", required=True, metavar="URI", help="a path or s3://bucket/prefix; made if there is none")
     parser.add_argument(
-        "--labels", type=Path, metavar="TABLE", help="tab-separated dataset, cell_type, cl_id: Cell Ontology terms for labels without one"
+        "--atlas", required=True, metavar="URI", help="a path or s3://bucket/prefix; made if there is none"
     )
     parser.add_argument(
-        "--obs-map", nargs="+", action="extend", default=[], metavar="NAME=COLUMN", help="obs columns under other names: donor_id=patient"
+        "--labels",
+        type=Path,
+        metavar="TABLE",
+        help="tab-separated dataset, cell_type, cl_id: Cell Ontology terms for labels without one",
+    )
+    parser.add_argument(
+        "--obs-map",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="obs columns under other names: donor_id=patient",
     )
     parser.add_argument(
         "--set",
@@ -83,9 +106,16 @@ def _parser() -> argparse.ArgumentParser:
     counts = parser.add_mutually_exclusive_group()
     counts.add_argument("--layer", metavar="NAME", help="take counts from this layer instead of X")
     counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X or from raw.X")
-    parser.add_argument("--feature-id-column", metavar="COLUMN", help="var column of Ensembl gene ids; found by its usual names by default")
     parser.add_argument(
-        "--symbol-table", type=Path, metavar="TABLE", help="tab-separated symbol, feature_id: for genes without an Ensembl id"
+        "--feature-id-column",
+        metavar="COLUMN",
+        help="var column of Ensembl gene ids; found by its usual names by default",
+    )
+    parser.add_argument(
+        "--symbol-table",
+        type=Path,
+        metavar="TABLE",
+        help="tab-separated symbol, feature_id: for genes without an Ensembl id",
     )
     parser.add_argument(
         "--duplicate-genes",
@@ -94,13 +124,23 @@ def _parser() -> argparse.ArgumentParser:
         help="several genes of one id in a file: refuse, add up, leave out",
     )
     parser.add_argument(
-        "--major-types", type=Path, metavar="TABLE", help="tab-separated name, cl_id, also, before: replaces the default major cell types"
+        "--major-types",
+        type=Path,
+        metavar="TABLE",
+        help="tab-separated name, cl_id, also, before: replaces the default major cell types",
     )
     parser.add_argument(
-        "--tiledb", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TileDB settings: vfs.s3.region=eu-west-1"
+        "--tiledb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="TileDB settings: vfs.s3.region=eu-west-1",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="Ray cluster; a local one by default")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+    )
     return parser
 
 

@@ -1,4 +1,7 @@
-"""`python -m jobs.query --atlas A --obs-filter "..."`: count the cells of a query, and save it for other jobs."""
+"""`python -m jobs.query --atlas A --obs-filter "..."`.
+
+Count the cells of a query, and save it for other jobs.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,10 @@ def report(result: QueryResult) -> str:
         *_rows(summary["labels"]),
     ]
     if summary["unmapped_cells"]:
-        lines += [f"without a label {summary['unmapped_cells']:,} cells, by cell_type:", *_rows(summary["unmapped_cell_types"])]
+        lines += [
+            f"without a label {summary['unmapped_cells']:,} cells, by cell_type:",
+            *_rows(summary["unmapped_cell_types"]),
+        ]
     return "\n".join([*lines, f"hash      {result.hash}"])
 
 
@@ -64,18 +70,44 @@ def _rows(counts: dict[str, int]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.query", description=__doc__)
-    parser.add_argument("--atlas", metavar="URI", help="a path, s3://bucket/prefix, census or census:YYYY-MM-DD")
-    parser.add_argument("--obs-filter", default="", metavar="FILTER", help="such as \"tissue_general == 'blood' and sex != 'unknown'\"")
-    parser.add_argument("--var-filter", default="", metavar="FILTER", help="such as \"feature_name in ['CD3D', 'MS4A1']\"")
     parser.add_argument(
-        "--copies", action="store_true", help="keep cells that are copies of cells in another data set (is_primary_data false)"
+        "--atlas", metavar="URI", help="a path, s3://bucket/prefix, census or census:YYYY-MM-DD"
     )
-    parser.add_argument("--query", metavar="FILE", help="a saved query instead of filters; its hash is checked")
-    parser.add_argument("--label-column", default=MAJOR, metavar="COLUMN", help=f"obs column of labels; {MAJOR} by default")
-    parser.add_argument("--measurement", default=AtlasConfig().measurement, help="measurement that holds X; %(default)s by default")
-    parser.add_argument("--x-layer", default=AtlasConfig().x_layer, help="X layer of raw counts; %(default)s by default")
     parser.add_argument(
-        "--tiledb", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TileDB settings: vfs.s3.region=eu-west-1"
+        "--obs-filter",
+        default="",
+        metavar="FILTER",
+        help="such as \"tissue_general == 'blood' and sex != 'unknown'\"",
+    )
+    parser.add_argument(
+        "--var-filter", default="", metavar="FILTER", help="such as \"feature_name in ['CD3D', 'MS4A1']\""
+    )
+    parser.add_argument(
+        "--copies",
+        action="store_true",
+        help="keep cells that are copies of cells in another data set (is_primary_data false)",
+    )
+    parser.add_argument(
+        "--query", metavar="FILE", help="a saved query instead of filters; its hash is checked"
+    )
+    parser.add_argument(
+        "--label-column", default=MAJOR, metavar="COLUMN", help=f"obs column of labels; {MAJOR} by default"
+    )
+    parser.add_argument(
+        "--measurement",
+        default=AtlasConfig().measurement,
+        help="measurement that holds X; %(default)s by default",
+    )
+    parser.add_argument(
+        "--x-layer", default=AtlasConfig().x_layer, help="X layer of raw counts; %(default)s by default"
+    )
+    parser.add_argument(
+        "--tiledb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="TileDB settings: vfs.s3.region=eu-west-1",
     )
     parser.add_argument("--out", metavar="FILE", help="save the query as JSON")
     return parser

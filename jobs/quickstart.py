@@ -1,7 +1,9 @@
-"""The whole chain in one command: ingest, pre-train, fine-tune, evaluate on held-out donors, register, annotate.
+"""The whole chain in one command.
 
-Without --h5ad it simulates its data sets first. The result stands beside a logistic regression on the same cells, and everything is
-kept in one folder. The last line on stdout is one JSON object.
+Ingest, pre-train, fine-tune, evaluate on held-out donors, register, annotate.
+
+Without --h5ad it simulates its data sets first. The result stands beside a logistic regression on the same
+cells, and everything is kept in one folder. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -60,11 +62,18 @@ class Baseline:
 
 
 def logistic_regression(cells: TrainingCells) -> Baseline:
-    """Fit `logistic_l2` of `jobs.baselines` on the cells and genes that the model gets. Ray must be running."""
+    """Fit `logistic_l2` of `jobs.baselines` on the cells and genes that the model gets.
+
+    Ray must be running.
+    """
     parts, _ = baseline_parts(cells)
     k = len(cells.labels["names"])
     found = BaselineCells(
-        train=parts["train"], val=parts["val"], test_x_ng=parts["test"].x_ng, num_classes=k, genes=cells.vocabulary.feature_ids
+        train=parts["train"],
+        val=parts["val"],
+        test_x_ng=parts["test"].x_ng,
+        num_classes=k,
+        genes=cells.vocabulary.feature_ids,
     )
     answer, _ = run_baseline("logistic_l2", found, cells.config.train.seed)
     counts = LabelCounts(k)
@@ -87,27 +96,42 @@ class _Clock:
 
 
 def _own_major_types(path: Path, labels: Path | None) -> np.ndarray | None:
-    """What the file itself says its cells are, as major types ("unknown" where it doesn't), or None if it says nothing. Shape (n,)."""
+    """What the file itself says its cells are, as major types ("unknown" where it doesn't).
+
+    Or None if it says nothing. Shape (n,).
+    """
     with H5adFile.open(path) as file:
         obs = file.obs
     if "cell_type_major" in obs:
         return obs["cell_type_major"].astype(str).to_numpy()
-    terms = obs["cell_type_ontology_term_id"].astype(str).to_numpy() if "cell_type_ontology_term_id" in obs else np.full(len(obs), UNKNOWN)
+    terms = (
+        obs["cell_type_ontology_term_id"].astype(str).to_numpy()
+        if "cell_type_ontology_term_id" in obs
+        else np.full(len(obs), UNKNOWN)
+    )
     if labels is not None and "cell_type" in obs:
         rows = read_table(labels, "--labels", ("dataset", "cell_type", "cl_id"))
-        term_of = {(dataset, label): cl_id for dataset, label, cl_id in zip(rows["dataset"], rows["cell_type"], rows["cl_id"], strict=True)}
+        term_of = {
+            (dataset, label): cl_id
+            for dataset, label, cl_id in zip(rows["dataset"], rows["cell_type"], rows["cl_id"], strict=True)
+        }
         column = next((name for name in ("dataset_id", "dataset") if name in obs), None)
         datasets = obs[column].astype(str) if column else [path.stem] * len(obs)
         found = [term_of.get(pair, "") for pair in zip(datasets, obs["cell_type"].astype(str), strict=True)]
         terms = np.where(np.array(found) != "", found, terms)
     majors = MajorTypes()
-    name_of = {term: majors.roll_up(term).name if is_cell_term(term) else UNKNOWN for term in np.unique(terms)}
+    name_of = {
+        term: majors.roll_up(term).name if is_cell_term(term) else UNKNOWN for term in np.unique(terms)
+    }
     names = np.array([name_of[term] for term in terms])
     return names if (names != UNKNOWN).any() else None
 
 
 def _agreement(source: Path, annotated: Path, labels: Path | None) -> tuple[float, int] | None:
-    """Share of a file's cells whose prediction is what the file itself says of them, and how many it says something of."""
+    """Share of a file's cells whose prediction is what the file itself says of them.
+
+    And how many it says something of.
+    """
     own_n = _own_major_types(source, labels)
     if own_n is None:
         return None
@@ -118,7 +142,9 @@ def _agreement(source: Path, annotated: Path, labels: Path | None) -> tuple[floa
 
 
 def _write_test_cells(cells: TrainingCells, path: Path) -> None:
-    """Write test cells as an .h5ad of raw counts, as a laboratory would have it: those of one dataset, with the genes that it measured.
+    """Write test cells as an .h5ad of raw counts, as a laboratory would have it.
+
+    Those of one dataset, with the genes that it measured.
 
     It is the dataset with the most test cells; very many are thinned out evenly.
     """
@@ -132,7 +158,9 @@ def _write_test_cells(cells: TrainingCells, path: Path) -> None:
     with locator.open() as experiment, experiment.axis_query(locator.measurement, obs_query=wanted) as query:
         found: anndata.AnnData = query.to_anndata(locator.x_layer)
     found = found[:, locator.measured_genes([chosen], found.var["soma_joinid"].to_numpy())[0]].copy()
-    found.obs_names = found.obs["dataset_id"].astype(str) + ":" + found.obs_names.astype(str)  # tiledbsoma takes obs_id as the index
+    found.obs_names = (
+        found.obs["dataset_id"].astype(str) + ":" + found.obs_names.astype(str)
+    )  # tiledbsoma takes obs_id as the index
     found.var_names = found.var["feature_id"].astype(str)
     found.write_h5ad(path, compression="gzip")
 
@@ -166,35 +194,57 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "tracking.experiment": "quickstart",
         "cluster.storage_path": str(out / "runs"),
     }
-    test_donors = args.test_donors or ([f"{dataset.name}_donor{dataset.donors}" for dataset in DATASETS] if simulates else [])
+    test_donors = args.test_donors or (
+        [f"{dataset.name}_donor{dataset.donors}" for dataset in DATASETS] if simulates else []
+    )
     if test_donors:
         settings |= {"split.group_by": "donor_id", "split.test_groups": test_donors}
     config = ExperimentConfig.from_file(args.config).merge(settings).merge(args.overrides)
-    for path in (*args.h5ad, *([args.annotate] if args.annotate else []), *([args.labels] if args.labels else [])):
+    for path in (
+        *args.h5ad,
+        *([args.annotate] if args.annotate else []),
+        *([args.labels] if args.labels else []),
+    ):
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     _fresh_folder(out)
 
     if simulates:
         args.h5ad = simulate_h5ads(out / "simulated", num_cells=args.cells, seed=config.train.seed)
-        held_out = simulate_h5ads(out / "simulated", num_cells=max(40, args.cells // 6), seed=config.train.seed, datasets=(HELD_OUT,))
+        held_out = simulate_h5ads(
+            out / "simulated",
+            num_cells=max(40, args.cells // 6),
+            seed=config.train.seed,
+            datasets=(HELD_OUT,),
+        )
         args.annotate = args.annotate or held_out[0]
         clock.say("simulate", f"{args.cells:,} cells in {len(args.h5ad)} .h5ad files -> {out / 'simulated'}")
 
-    connect(num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker + config.cluster.cpus_per_read_task)
+    connect(
+        num_cpus=config.cluster.num_workers * config.cluster.cpus_per_worker
+        + config.cluster.cpus_per_read_task
+    )
     try:
         # Two symbols of one Ensembl gene are common in older files, and their counts belong together.
         report = ingest(args.h5ad, config.atlas.uri, IngestOptions(labels=args.labels, duplicate_genes="sum"))
         for file in report.files:
             print("\n".join(f"             {line}" for line in file.lines()))
-        clock.say("ingest", f"{report.cells_added:,} cells, {report.genes_total:,} genes -> {report.atlas_uri}")
+        clock.say(
+            "ingest", f"{report.cells_added:,} cells, {report.genes_total:,} genes -> {report.atlas_uri}"
+        )
 
         cells = prepare_cells(config, "finetune")
         if not len(cells.parts["test"]):
-            raise ValueError("no cells are held out for the test; give --test-donors, or split.test_fraction above 0")
+            raise ValueError(
+                "no cells are held out for the test; give --test-donors, or split.test_fraction above 0"
+            )
         held = ", ".join(cells.groups("test"))
         sizes = ", ".join(f"{part} {len(positions):,}" for part, positions in cells.parts.items())
-        clock.say("query", f"{len(cells.labels['names'])} major types; cells: {sizes}; held-out {config.split.group_by}: {held}")
+        clock.say(
+            "query",
+            f"{len(cells.labels['names'])} major types; cells: {sizes}; held-out {config.split.group_by}:"
+            f" {held}",
+        )
 
         start = None
         if args.pretrain_steps:
@@ -205,11 +255,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         tuned = run_training(config, "finetune", init_from=start)
         assert tuned.model_version is not None
         model = f"models:/{config.tracking.model_name}/{tuned.model_version}"
-        clock.say("finetune", f"{config.train.max_steps} steps, macro-F1 {tuned.metrics['best_val/macro_f1']:.3f} on validation cells")
+        clock.say(
+            "finetune",
+            f"{config.train.max_steps} steps, macro-F1 {tuned.metrics['best_val/macro_f1']:.3f} on validation"
+            f" cells",
+        )
         clock.say("register", f"{model} (alias candidate)")
 
         baseline = logistic_regression(cells)
-        clock.say("evaluate", f"logistic regression on the same cells, C = {baseline.c:g} chosen on the validation cells")
+        clock.say(
+            "evaluate",
+            f"logistic regression on the same cells, C = {baseline.c:g} chosen on the validation cells",
+        )
 
         source = args.annotate
         if source is None:
@@ -222,7 +279,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         run.log_table(annotation.table, f"annotated/{source.stem}.csv")
         run.log_table(_scores(cells, tuned.metrics, baseline).iloc[1:], BASELINES)
         agreement = _agreement(source, target, args.labels)
-        says = f"; {agreement[0]:.1%} of {agreement[1]:,} agree with the file's own labels" if agreement else ""
+        says = (
+            f"; {agreement[0]:.1%} of {agreement[1]:,} agree with the file's own labels" if agreement else ""
+        )
         clock.say("annotate", f"{annotation.num_cells:,} cells of {source.name}{says}")
         page = run_report(logged_run(tuned.run_id, config.tracking)).write_html(out / "report.html")
         run.log_file(page)
@@ -249,7 +308,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> pd.DataFrame:
-    """Test scores of the model, the logistic regression and the most frequent type: a row each with `model` and the names of `SCORES`."""
+    """Test scores of the model, the logistic regression and the most frequent type.
+
+    A row each with `model` and the names of `SCORES`.
+    """
     majority = LabelCounts(len(cells.labels["names"]))
     truth = torch.from_numpy(cells.codes_n[cells.parts["test"]])
     majority.add(truth, torch.full_like(truth, int(cells.class_counts_k.argmax())))
@@ -261,9 +323,15 @@ def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline)
 
 def _table(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> str:
     donors = ", ".join(cells.groups("test"))
-    lines = ["", f"{len(cells.parts['test']):,} cells of held-out donors ({donors})", f"{'':<22}accuracy  macro-F1"]
+    lines = [
+        "",
+        f"{len(cells.parts['test']):,} cells of held-out donors ({donors})",
+        f"{'':<22}accuracy  macro-F1",
+    ]
     scores = _scores(cells, metrics, baseline)
-    return "\n".join(lines + [f"{row.model:<22}{row.accuracy:8.3f}{row.macro_f1:10.3f}" for row in scores.itertuples()])
+    return "\n".join(
+        lines + [f"{row.model:<22}{row.accuracy:8.3f}{row.macro_f1:10.3f}" for row in scores.itertuples()]
+    )
 
 
 def _where_to_look(out: Path, model_name: str) -> str:
@@ -274,29 +342,69 @@ def _where_to_look(out: Path, model_name: str) -> str:
     return f"""
 the report, for any browser:                {short(out / "report.html")}
 runs, curves, per-type scores, confusion:   mlflow ui --backend-store-uri {store}
-label your own cells:                       screformer annotate --tracking-uri {store} --model models:/{model_name}@candidate \\
+label your own cells:                       screformer annotate --tracking-uri {store} \\
+                                                --model models:/{model_name}@candidate \\
                                                 --h5ad YOURS.h5ad --out labelled.h5ad
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.quickstart", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--h5ad", nargs="+", type=Path, default=[], metavar="FILE", help="your .h5ad files of raw counts; default: simulated"
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.quickstart", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument(
-        "--labels", type=Path, help="tab-separated table (dataset, cell_type, cl_id) for labels without a Cell Ontology term"
+        "--h5ad",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="your .h5ad files of raw counts; default: simulated",
     )
-    parser.add_argument("--test-donors", nargs="+", default=[], metavar="DONOR", help="donors to hold out; default: a fifth of the cells")
-    parser.add_argument("--annotate", type=Path, metavar="FILE", help=".h5ad to label in the end; default: held-out cells of one dataset")
-    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="folder for all that is made (default ./quickstart)")
-    parser.add_argument("--config", type=Path, default=RECIPE, metavar="RECIPE", help="settings (default jobs/recipes/quickstart.yaml)")
     parser.add_argument(
-        "--pretrain-steps", type=int, default=100, metavar="N", help="steps of pre-training; 0 leaves it out (default %(default)s)"
+        "--labels",
+        type=Path,
+        help="tab-separated table (dataset, cell_type, cl_id) for labels without a Cell Ontology term",
     )
-    parser.add_argument("--cells", type=int, default=2400, metavar="N", help="cells to simulate (default %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="settings that differ from the recipe")
+    parser.add_argument(
+        "--test-donors",
+        nargs="+",
+        default=[],
+        metavar="DONOR",
+        help="donors to hold out; default: a fifth of the cells",
+    )
+    parser.add_argument(
+        "--annotate",
+        type=Path,
+        metavar="FILE",
+        help=".h5ad to label in the end; default: held-out cells of one dataset",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        help="folder for all that is made (default ./quickstart)",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=RECIPE,
+        metavar="RECIPE",
+        help="settings (default jobs/recipes/quickstart.yaml)",
+    )
+    parser.add_argument(
+        "--pretrain-steps",
+        type=int,
+        default=100,
+        metavar="N",
+        help="steps of pre-training; 0 leaves it out (default %(default)s)",
+    )
+    parser.add_argument(
+        "--cells", type=int, default=2400, metavar="N", help="cells to simulate (default %(default)s)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="settings that differ from the recipe"
+    )
     words, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args([*words, *(["--", *overrides] if overrides else [])])
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

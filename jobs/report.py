@@ -1,4 +1,7 @@
-"""A report that people look at: one HTML file with everything in it, or Markdown with a folder of pictures."""
+"""A report that people look at.
+
+One HTML file with everything in it, or Markdown with a folder of pictures.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from jobs.tracking.runs import TrackedRun, logged_run
     from screformer.config import TrackingConfig
 
-    parser = argparse.ArgumentParser(prog="python -m jobs.report", description="Make the report of a run: one HTML file to look at.")
-    parser.add_argument("--run", required=True, nargs="+", help="run id or runs:/ID; the artifacts of further runs (explain) are added")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".html or .md (default report-RUN.html, RUN being eight characters)")
-    parser.add_argument("--tracking-uri", default="", help="where runs are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.report", description="Make the report of a run: one HTML file to look at."
+    )
+    parser.add_argument(
+        "--run",
+        required=True,
+        nargs="+",
+        help="run id or runs:/ID; the artifacts of further runs (explain) are added",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".html or .md (default report-RUN.html, RUN being eight characters)",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        default="",
+        help="where runs are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)",
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -42,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 report.write_html(out)
             with tempfile.TemporaryDirectory() as scratch:
-                TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(report.write_html(Path(scratch) / "report.html"))
+                TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(
+                    report.write_html(Path(scratch) / "report.html")
+                )
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

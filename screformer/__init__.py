@@ -12,7 +12,10 @@ __all__ = ["annotate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Give `annotate` on first use: it needs the registry, which a process that only predicts does without."""
+    """Give `annotate` on first use.
+
+    It needs the registry, which a process that only predicts does without.
+    """
     if name == "annotate":
         return import_module("jobs.annotate").annotate_adata
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,18 +1,20 @@
 """Attention over the tokens of a cell: LSH (Reformer's), full, local, over random buckets, or none.
 
-Axes: n cells, l token slots, h heads, e head width, d model width, r hash rounds, m slots of a bucket, w windows (a bucket of
-queries beside two buckets of keys), s slots of the sorted buffer.
+Axes: n cells, l token slots, h heads, e head width, d model width, r hash rounds, m slots of a bucket, w
+windows (a bucket of queries beside two buckets of keys), s slots of the sorted buffer.
 
-How LSH attention is laid out here. For each cell, head and round, tokens are sorted by hash, and a query sees the keys of its own bucket
-of `bucket_size` sorted slots and of the bucket before (the first bucket of a round looks back at the last one of the round before, as
-in Reformer). All sorted sequences of a batch lie one after another in a single buffer of rows [q | k | v], filled by one gather; each
-sequence starts with a copy of its last bucket, so that the keys of every window are a *view*: two neighbouring buckets. A window
-then differs from any other only by its data, except the first one of a round (a token may meet itself again there) and those with padded
-slots, which are attended once more with a mask of their own. The rounds are one softmax over all keys of all rounds; so the backward
-pass needs only the joined output and the joined log-sum-exp, and no gradient through the joining.
+How LSH attention is laid out here. For each cell, head and round, tokens are sorted by hash, and a query sees
+the keys of its own bucket of `bucket_size` sorted slots and of the bucket before (the first bucket of a round
+looks back at the last one of the round before, as in Reformer). All sorted sequences of a batch lie one after
+another in a single buffer of rows [q | k | v], filled by one gather; each sequence starts with a copy of its
+last bucket, so that the keys of every window are a *view*: two neighbouring buckets. A window then differs
+from any other only by its data, except the first one of a round (a token may meet itself again there) and
+those with padded slots, which are attended once more with a mask of their own. The rounds are one softmax
+over all keys of all rounds; so the backward pass needs only the joined output and the joined log-sum-exp, and
+no gradient through the joining.
 
-A cell's result depends on its own tokens only: its number of hash buckets and of windows follows its own length, and the rotations do not
-depend on the batch.
+A cell's result depends on its own tokens only: its number of hash buckets and of windows follows its own
+length, and the rotations do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -32,18 +34,25 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from screformer.config import ModelConfig
 
 SELF_SCORE = -5e4
-"""Score of a token with itself, taken only where there is nothing else to attend to. reformer-pytorch's value, safe in half precision."""
+"""Score of a token with itself, taken only where there is nothing else to attend to. reformer-pytorch's
+value, safe in half precision."""
 _MAX_COLUMNS = 64
-"""Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend on its neighbours."""
+"""Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend
+on its neighbours."""
 CROSSOVER_TOKENS = 1536
-"""Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a CPU (docs/performance.md)."""
+"""Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a
+CPU (docs/performance.md)."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
-"""Memory given back and taken anew costs more than the arithmetic in it; blocks of this size stay in allocator and cache."""
+"""Memory given back and taken anew costs more than the arithmetic in it; blocks of this size stay in
+allocator and cache."""
 
 
 class SortedTokens(NamedTuple):
-    """The result of hashing: all that the backward pass has to keep of it, a few bytes for each token, head and round."""
+    """The result of hashing.
+
+    All that the backward pass has to keep of it, a few bytes for each token, head and round.
+    """
 
     order_nhrl: Tensor
     """Positions of each cell's tokens in sorted order, padding last; int32."""
@@ -63,11 +72,14 @@ def _num_buckets(length: int, bucket_size: int) -> int:
     return -(-length // (2 * bucket_size)) * 2
 
 
-def hash_buckets(qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n_hashes: int, seed: int) -> Tensor:
+def hash_buckets(
+    qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n_hashes: int, seed: int
+) -> Tensor:
     """Hash each token by random rotations, factorised: two small hashes in place of one over all buckets.
 
-    A cell with B buckets has about B hash values, f1 x f2 with even f1 near the square root of B. Each factor is the cross-polytope hash
-    of Reformer: the index of the largest of [x R, -x R]. So a token needs about sqrt(B) columns for a round, not B.
+    A cell with B buckets has about B hash values, f1 x f2 with even f1 near the square root of B. Each factor
+    is the cross-polytope hash of Reformer: the index of the largest of [x R, -x R]. So a token needs about
+    sqrt(B) columns for a round, not B.
 
     Args:
         qk_nlhe: Shared queries and keys, shape (n, l, h, e).
@@ -81,12 +93,15 @@ def hash_buckets(qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n
     """
     n, length, h, width = qk_nlhe.shape
     generator = torch.Generator().manual_seed(seed)
-    rotations = torch.randn(_MAX_COLUMNS, 2 * n_hashes, width, generator=generator).to(qk_nlhe.device, qk_nlhe.dtype)
+    rotations = torch.randn(_MAX_COLUMNS, 2 * n_hashes, width, generator=generator).to(
+        qk_nlhe.device, qk_nlhe.dtype
+    )
     columns = [_hash_columns(_num_buckets(cell, bucket_size)) for cell in lengths]
     bucket_nlhr = torch.empty(n, length, h, n_hashes, dtype=torch.int16, device=qk_nlhe.device)
     for cells in _cell_groups([length * h] * n, _ROWS_AT_ONCE if qk_nlhe.device.type == "cpu" else None):
         widest = max(max(pair) for pair in columns[cells])
-        # Columns first in memory would make the product's rows long; last, the largest of a few neighbours is found in one cache line.
+        # Columns first in memory would make the product's rows long; last, the largest of a few neighbours is
+        # found in one cache line.
         turned = qk_nlhe[cells] @ rotations[:widest].transpose(0, 1).reshape(-1, width).T
         turned = turned.unflatten(-1, (2, n_hashes, widest))
         count_nf = torch.tensor(columns[cells], device=turned.device).view(-1, 1, 1, 2, 1)
@@ -102,16 +117,22 @@ def hash_buckets(qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n
 def random_buckets(qk_nlhe: Tensor, *, n_hashes: int, seed: int) -> Tensor:
     """Random numbers in the place and shape of `hash_buckets`' hashes: tokens sorted by them are shuffled.
 
-    The number of a token follows from seed, slot and round, so that a cell does not depend on its neighbours or on padding.
+    The number of a token follows from seed, slot and round, so that a cell does not depend on its neighbours
+    or on padding.
     """
     n, length, h, _ = qk_nlhe.shape
     generator = torch.Generator().manual_seed(seed)
-    drawn_lr = torch.randint(torch.iinfo(torch.int16).max, (length, n_hashes), generator=generator, dtype=torch.int16)
+    drawn_lr = torch.randint(
+        torch.iinfo(torch.int16).max, (length, n_hashes), generator=generator, dtype=torch.int16
+    )
     return drawn_lr.T.to(qk_nlhe.device).expand(n, h, -1, -1)
 
 
 def _hash_columns(num_buckets: int) -> tuple[int, int]:
-    """Split about `num_buckets` hash values in two factors: half of the first, half of the second (0: no second one)."""
+    """Split about `num_buckets` hash values in two factors.
+
+    Half of the first, half of the second (0: no second one).
+    """
     first = min(max(round(num_buckets**0.5 / 2), 1), _MAX_COLUMNS)
     return first, min(round(num_buckets / first / 4), _MAX_COLUMNS)
 
@@ -137,7 +158,9 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
     bucket = bucket_nhrl.to(torch.int16)
     if min(lengths) < bucket.shape[-1]:
         length_n = torch.tensor(lengths, device=bucket.device).view(-1, 1, 1, 1)
-        bucket = bucket.masked_fill(torch.arange(bucket.shape[-1], device=bucket.device) >= length_n, torch.iinfo(torch.int16).max)
+        bucket = bucket.masked_fill(
+            torch.arange(bucket.shape[-1], device=bucket.device) >= length_n, torch.iinfo(torch.int16).max
+        )
     if bucket.device.type == "cpu":
         # NumPy sorts 16-bit integers by radix, in a twentieth of the time of torch.sort.
         order = torch.from_numpy(np.argsort(bucket.contiguous().numpy(), axis=-1, kind="stable"))
@@ -147,7 +170,10 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
 
 
 class _Slots(NamedTuple):
-    """Where the sorted tokens of some cells and heads lie in the buffer. Rows are tokens, flat (cell, head, slot of the cell)."""
+    """Where the sorted tokens of some cells and heads lie in the buffer.
+
+    Rows are tokens, flat (cell, head, slot of the cell).
+    """
 
     row_s: Tensor
     """Token row of each slot; the row after the last one is the empty token."""
@@ -164,7 +190,10 @@ class _Slots(NamedTuple):
 
 
 def _place(order_brl: Tensor, lengths: Sequence[int], bucket_size: int) -> _Slots:
-    """Lay the sorted sequences of one or more cells and heads one after another, each behind a copy of its last bucket."""
+    """Lay the sorted sequences of one or more cells and heads one after another.
+
+    Each behind a copy of its last bucket.
+    """
     b, r, length = order_brl.shape
     m, device, empty = bucket_size, order_brl.device, b * length
     arange = partial(torch.arange, device=device)
@@ -191,7 +220,9 @@ def _place(order_brl: Tensor, lengths: Sequence[int], bucket_size: int) -> _Slot
     row_wm[head_w] = row_wm[tail_w]
     special = [first_br.flatten()]
     for back in (1, 2):
-        special.append((first_br + buckets_b[:, None] - back)[length_b <= (buckets_b - back + 1) * m - 1].flatten())
+        special.append(
+            (first_br + buckets_b[:, None] - back)[length_b <= (buckets_b - back + 1) * m - 1].flatten()
+        )
     pad_t = None if pad_bl is None else pad_bl.flatten()
     return _Slots(row_s, slot_tr, head_w, tail_w, torch.cat(special).unique(), pad_t)
 
@@ -199,19 +230,32 @@ def _place(order_brl: Tensor, lengths: Sequence[int], bucket_size: int) -> _Slot
 def _special_mask(slots: _Slots, bucket_size: int, like: Tensor) -> Tensor:
     """Additive masks of the special windows, (special windows, 1, m, 2 m)."""
     row_wm = slots.row_s.view(-1, bucket_size)
-    query_wm, key_wm = row_wm[slots.special_w + 1], torch.cat([row_wm[slots.special_w], row_wm[slots.special_w + 1]], 1)
+    query_wm, key_wm = (
+        row_wm[slots.special_w + 1],
+        torch.cat([row_wm[slots.special_w], row_wm[slots.special_w + 1]], 1),
+    )
     mask = like.new_zeros(len(query_wm), bucket_size, 2 * bucket_size)
     mask.masked_fill_(query_wm[:, :, None] == key_wm[:, None], SELF_SCORE)
-    return mask.masked_fill_((key_wm == len(slots.slot_tr))[:, None], torch.finfo(mask.dtype).min / 2)[:, None]
+    return mask.masked_fill_((key_wm == len(slots.slot_tr))[:, None], torch.finfo(mask.dtype).min / 2)[
+        :, None
+    ]
 
 
 def _sum_rows(table: Tensor, rows_tr: Tensor, weights_tr: Tensor | None = None) -> Tensor:
-    """Add up rows of a table (weighted) for each token, without materialising them: a scatter in fixed order."""
-    return F.embedding_bag(rows_tr, table.reshape(-1, table.shape[-1]), mode="sum", per_sample_weights=weights_tr)
+    """Add up rows of a table (weighted) for each token, without materialising them.
+
+    A scatter in fixed order.
+    """
+    return F.embedding_bag(
+        rows_tr, table.reshape(-1, table.shape[-1]), mode="sum", per_sample_weights=weights_tr
+    )
 
 
 def _windows(rows: Tensor, width: int, bucket_size: int) -> list[Tensor]:
-    """Cut gathered rows of parts [q | k | v | ...] into windows, without a copy: two buckets of k and v, one bucket of the others."""
+    """Cut gathered rows of parts [q | k | v | ...] into windows, without a copy.
+
+    Two buckets of k and v, one bucket of the others.
+    """
     m, (row, col) = bucket_size, rows.stride()
     count = rows.shape[0] // m - 1
     parts = []
@@ -228,24 +272,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 
 def _attend_backward(parts: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, ...]:
     q, k, v, grad, out, lse = parts
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, False, attn_mask=mask
+    )
 
 
 class _FusedBuckets(torch.autograd.Function):
-    """LSH attention for given hashes on PyTorch's fused CPU attention, block by block so that working memory stays small and warm."""
+    """LSH attention for given hashes on PyTorch's fused CPU attention.
+
+    Block by block so that working memory stays small and warm.
+    """
 
     @staticmethod
     def forward(ctx: Any, qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_size: int) -> Tensor:
         width, m = qk_nlhe.shape[3], bucket_size
         out_nlhe = torch.empty_like(v_nlhe, memory_format=torch.contiguous_format)
-        lse_nlh = out_nlhe.new_empty(out_nlhe.shape[:3], dtype=torch.float64 if out_nlhe.dtype == torch.float64 else torch.float32)
+        lse_nlh = out_nlhe.new_empty(
+            out_nlhe.shape[:3], dtype=torch.float64 if out_nlhe.dtype == torch.float64 else torch.float32
+        )
         self_mask = _self_mask(m, qk_nlhe)
         blocks: list[tuple[slice, slice, _Slots, Tensor]] = []
         scratch = v_nlhe.new_empty(0)
         for cells, heads, slots in _blocks(tokens, m):
             mask = _special_mask(slots, m, qk_nlhe)
             blocks.append((cells, heads, slots, mask))
-            q, k, v = _windows(_gather(scratch, _source(qk_nlhe[cells, :, heads], v_nlhe[cells, :, heads]), slots.row_s), width, m)
+            q, k, v = _windows(
+                _gather(scratch, _source(qk_nlhe[cells, :, heads], v_nlhe[cells, :, heads]), slots.row_s),
+                width,
+                m,
+            )
             out, lse = _attend(q, k, v, self_mask)
             special = slots.special_w
             q, k, v = (part.index_select(0, special) for part in (q, k, v))
@@ -253,7 +308,10 @@ class _FusedBuckets(torch.autograd.Function):
             out.index_copy_(0, special, out_special)
             lse.index_copy_(0, special, lse_special)
             lse_tr = lse.reshape(-1).take(slots.slot_tr)
-            joined, joined_lse = _sum_rows(out, slots.slot_tr, lse_tr.softmax(-1).to(out.dtype)), lse_tr.logsumexp(-1)
+            joined, joined_lse = (
+                _sum_rows(out, slots.slot_tr, lse_tr.softmax(-1).to(out.dtype)),
+                lse_tr.logsumexp(-1),
+            )
             if slots.pad_t is not None:
                 joined.masked_fill_(slots.pad_t[:, None], 0)
                 joined_lse.masked_fill_(slots.pad_t, 0)
@@ -265,8 +323,9 @@ class _FusedBuckets(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nlhe: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # The rounds are one softmax over the keys of all rounds, so with the joined output and log-sum-exp the kernel's backward pass gives
-        # the gradient of the whole, and none has to pass through the joining.
+        # The rounds are one softmax over the keys of all rounds, so with the joined output and log-sum-exp
+        # the kernel's backward pass gives the gradient of the whole, and none has to pass through the
+        # joining.
         qk_nlhe, v_nlhe, out_nlhe, lse_nlh = ctx.saved_tensors
         width, m = qk_nlhe.shape[3], ctx.bucket_size
         grad_qk_nlhe, grad_v_nlhe = torch.empty_like(out_nlhe), torch.empty_like(out_nlhe)
@@ -277,7 +336,11 @@ class _FusedBuckets(torch.autograd.Function):
             source = _source(qk, v, grad, out)
             if slots.pad_t is not None:
                 source[:-1, 3 * width :].masked_fill_(slots.pad_t[:, None], 0)
-            lse = F.pad(lse_nlh[cells, :, heads].transpose(1, 2).flatten(), (0, 1)).index_select(0, slots.row_s[m:]).view(-1, 1, m)
+            lse = (
+                F.pad(lse_nlh[cells, :, heads].transpose(1, 2).flatten(), (0, 1))
+                .index_select(0, slots.row_s[m:])
+                .view(-1, 1, m)
+            )
             parts = [*_windows(_gather(scratch, source, slots.row_s), width, m), lse]
             grads = _attend_backward(parts, self_mask)
             special = slots.special_w
@@ -288,7 +351,9 @@ class _FusedBuckets(torch.autograd.Function):
                 whole[slots.tail_w, :, :m] = whole[slots.head_w, :, :m]
             own_tr = slots.slot_tr + (slots.slot_tr // m + 1) * m
             both_tr = torch.cat([own_tr, own_tr + m], 1)
-            grad_q, grad_k, grad_v = (_sum_rows(*pair) for pair in zip(grads, (slots.slot_tr, both_tr, both_tr), strict=True))
+            grad_q, grad_k, grad_v = (
+                _sum_rows(*pair) for pair in zip(grads, (slots.slot_tr, both_tr, both_tr), strict=True)
+            )
             unit = source[:-1, width : 2 * width]
             grad_k -= unit * (unit * grad_k).sum(-1, keepdim=True)
             grad_qk = grad_q.addcdiv_(grad_k, _norm(source[:-1, :width]))
@@ -305,7 +370,10 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _source(qk: Tensor, v: Tensor, *others: Tensor) -> Tensor:
-    """Put [q | normalised q | v | others] of each token in one row, (cells x heads x l + 1, parts x e); the last row is empty, zeros."""
+    """Put [q | normalised q | v | others] of each token in one row, (cells x heads x l + 1, parts x e).
+
+    The last row is empty, zeros.
+    """
     n, length, h, width = qk.shape
     source = qk.new_empty(n * h * length + 1, (3 + len(others)) * width)
     source[-1] = 0
@@ -337,26 +405,41 @@ def _self_mask(m: int, like: Tensor) -> Tensor:
 
 
 def _blocks(tokens: SortedTokens, bucket_size: int) -> Iterator[tuple[slice, slice, _Slots]]:
-    """Cut a batch in blocks of whole cells, or of heads of one cell, of about `_WINDOWS_AT_ONCE` windows each."""
+    """Cut a batch in blocks of whole cells, or of heads of one cell.
+
+    Of about `_WINDOWS_AT_ONCE` windows each.
+    """
     heads, rounds = tokens.order_nhrl.shape[1:3]
     sizes = [rounds * _num_buckets(length, bucket_size) + 1 for length in tokens.lengths]
     for cells in _cell_groups([heads * size for size in sizes], _WINDOWS_AT_ONCE):
         together = max(_WINDOWS_AT_ONCE // max(sizes[cells]), 1)
         for start in range(0, heads, together) if cells.stop - cells.start == 1 else (0,):
-            part = slice(start, min(start + together, heads)) if cells.stop - cells.start == 1 else slice(0, heads)
+            part = (
+                slice(start, min(start + together, heads))
+                if cells.stop - cells.start == 1
+                else slice(0, heads)
+            )
             lengths = [length for length in tokens.lengths[cells] for _ in range(part.stop - part.start)]
             yield cells, part, _place(tokens.order_nhrl[cells, part].flatten(0, 1), lengths, bucket_size)
 
 
 def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_size: int) -> Tensor:
-    """The same by FlexAttention, for GPUs: the whole batch at once, self and padding decided where scores are made, ordinary autograd."""
+    """The same by FlexAttention, for GPUs.
+
+    The whole batch at once, self and padding decided where scores are made, ordinary autograd.
+    """
     n, length, h, width = qk_nlhe.shape
     m, empty = bucket_size, n * h * length
     slots = _place(tokens.order_nhrl.flatten(0, 1), [cell for cell in tokens.lengths for _ in range(h)], m)
-    q, v = (F.pad(part.transpose(1, 2).reshape(-1, width), (0, 0, 0, 1)).index_select(0, slots.row_s) for part in (qk_nlhe, v_nlhe))
+    q, v = (
+        F.pad(part.transpose(1, 2).reshape(-1, width), (0, 0, 0, 1)).index_select(0, slots.row_s)
+        for part in (qk_nlhe, v_nlhe)
+    )
     k = F.normalize(q, dim=-1)
     row_wm = slots.row_s.view(-1, m)
-    windows = (torch.cat([part[:-m].view(-1, m, width), part[m:].view(-1, m, width)], 1)[:, None] for part in (k, v))
+    windows = (
+        torch.cat([part[:-m].view(-1, m, width), part[m:].view(-1, m, width)], 1)[:, None] for part in (k, v)
+    )
     key_rows = torch.cat([row_wm[:-1], row_wm[1:]], 1)
     query_rows = row_wm[1:].contiguous()
     masked = torch.finfo(torch.float32).min / 2
@@ -366,7 +449,9 @@ def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_
         return torch.where(key_rows[window, key] == empty, masked, score)
 
     attend = _compiled_flex() if q.device.type == "cuda" else flex_attention
-    out, aux = attend(q[m:].view(-1, 1, m, width), *windows, score_mod=score_mod, return_aux=AuxRequest(lse=True))
+    out, aux = attend(
+        q[m:].view(-1, 1, m, width), *windows, score_mod=score_mod, return_aux=AuxRequest(lse=True)
+    )
     weight_tr = aux.lse.reshape(-1)[slots.slot_tr].softmax(-1).to(out.dtype)
     joined = torch.einsum("tre,tr->te", out.reshape(-1, width)[slots.slot_tr], weight_tr)
     if slots.pad_t is not None:
@@ -381,7 +466,12 @@ def _compiled_flex() -> Any:
 
 
 def lsh_attention(
-    qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, *, bucket_size: int, kernel: Literal["auto", "fused", "flex"] = "auto"
+    qk_nlhe: Tensor,
+    v_nlhe: Tensor,
+    tokens: SortedTokens,
+    *,
+    bucket_size: int,
+    kernel: Literal["auto", "fused", "flex"] = "auto",
 ) -> Tensor:
     """Attend within sorted buckets, as reformer_pytorch.LSHAttention does for the same hashes.
 
@@ -390,17 +480,18 @@ def lsh_attention(
         v_nlhe: Values, same shape.
         tokens: From `sort_tokens`.
         bucket_size: Slots of a bucket.
-        kernel: `fused`: PyTorch's CPU attention; `flex`: FlexAttention; `auto`: `fused` on CPU, `flex` elsewhere.
+        kernel: `fused`: PyTorch's CPU attention; `flex`: FlexAttention; `auto`: `fused` on CPU, `flex`
+            elsewhere.
 
     Returns:
         Attended values, same shape; zeros at padded slots.
 
-    Source: Kitaev et al. 2020, "Reformer"; the choices of reformer-pytorch 1.4.4 (normalised keys, self last, rounds joined by
-    log-sum-exp).
+    Source: Kitaev et al. 2020, "Reformer"; the choices of reformer-pytorch 1.4.4 (normalised keys, self last,
+    rounds joined by log-sum-exp).
     """
     if not any(tokens.lengths):
-        # Through both: a rank whose cells are all padding must reach the same parameters in its backward pass as the others, or ZeRO-3,
-        # which gathers them there, waits for ever.
+        # Through both: a rank whose cells are all padding must reach the same parameters in its backward pass
+        # as the others, or ZeRO-3, which gathers them there, waits for ever.
         return (qk_nlhe + v_nlhe) * 0
     if kernel == "flex" or (kernel == "auto" and qk_nlhe.device.type != "cpu"):
         return _flex_buckets(qk_nlhe, v_nlhe, tokens, bucket_size)
@@ -410,7 +501,9 @@ def lsh_attention(
 class SelfAttention(Protocol):
     """What the encoder asks of an attention layer."""
 
-    def __call__(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None) -> Tensor:
+    def __call__(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
         """Attend; `hash_seed` seeds the hashes, `memo` keeps them for a recomputation."""
 
 
@@ -423,18 +516,35 @@ class LSHSelfAttention(nn.Module):
         bucket_size: Tokens per bucket.
         n_hashes: Hash rounds; may be changed at any time, no parameter depends on it.
         eval_n_hashes: Hash rounds in eval mode; 0 takes `n_hashes`.
-        random: Shuffle the tokens into buckets instead of hashing them; a control that shows what the hashes are worth.
+        random: Shuffle the tokens into buckets instead of hashing them; a control that shows what the hashes
+            are worth.
     """
 
-    def __init__(self, dim: int, heads: int, *, bucket_size: int, n_hashes: int, eval_n_hashes: int = 0, random: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bucket_size: int,
+        n_hashes: int,
+        eval_n_hashes: int = 0,
+        random: bool = False,
+    ) -> None:
         super().__init__()
         self.random = random
-        self.heads, self.bucket_size, self.n_hashes, self.eval_n_hashes = heads, bucket_size, n_hashes, eval_n_hashes or n_hashes
+        self.heads, self.bucket_size, self.n_hashes, self.eval_n_hashes = (
+            heads,
+            bucket_size,
+            n_hashes,
+            eval_n_hashes or n_hashes,
+        )
         self.toqk = nn.Linear(dim, dim, bias=False)
         self.tov = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None) -> Tensor:
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
         """Attend to the tokens that share a bucket.
 
         Args:
@@ -463,11 +573,16 @@ class LSHSelfAttention(nn.Module):
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the rotations, or the random buckets.
         """
-        lengths, n_hashes = key_mask_nl.sum(1).tolist(), self.n_hashes if self.training else self.eval_n_hashes
+        lengths, n_hashes = (
+            key_mask_nl.sum(1).tolist(),
+            self.n_hashes if self.training else self.eval_n_hashes,
+        )
         if self.random:
             bucket = random_buckets(qk_nlhe, n_hashes=n_hashes, seed=hash_seed)
         else:
-            bucket = hash_buckets(qk_nlhe, lengths, bucket_size=self.bucket_size, n_hashes=n_hashes, seed=hash_seed)
+            bucket = hash_buckets(
+                qk_nlhe, lengths, bucket_size=self.bucket_size, n_hashes=n_hashes, seed=hash_seed
+            )
         return sort_tokens(bucket, lengths)
 
 
@@ -481,23 +596,36 @@ class FullSelfAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def _split(self, x_nld: Tensor) -> tuple[Tensor, ...]:
-        return tuple(part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.to_qkv(x_nld).chunk(3, -1))
+        return tuple(
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.to_qkv(x_nld).chunk(3, -1)
+        )
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None) -> Tensor:
-        """Attend; shapes as in `LSHSelfAttention.forward`. Cells without tokens give finite, meaningless rows."""
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
+        """Attend; shapes as in `LSHSelfAttention.forward`.
+
+        Cells without tokens give finite, meaningless rows.
+        """
         q, k, v = self._split(x_nld)
-        mask = None if bool(key_mask_nl.all()) else (key_mask_nl | ~key_mask_nl.any(1, keepdim=True))[:, None, None]
+        mask = (
+            None
+            if bool(key_mask_nl.all())
+            else (key_mask_nl | ~key_mask_nl.any(1, keepdim=True))[:, None, None]
+        )
         return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 class LocalSelfAttention(FullSelfAttention):
-    """Attention of each token to its own window of `bucket_size` tokens and to the windows before and after."""
+    """Attention of each token to its own window of `bucket_size` tokens and to both neighbouring windows."""
 
     def __init__(self, dim: int, heads: int, *, bucket_size: int) -> None:
         super().__init__(dim, heads)
         self.bucket_size = bucket_size
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None) -> Tensor:
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
         """Attend; shapes as in `LSHSelfAttention.forward`."""
         m, length = self.bucket_size, x_nld.shape[1]
         fill = -length % m
@@ -507,15 +635,22 @@ class LocalSelfAttention(FullSelfAttention):
         mask = (mask | ~mask.any(-1, keepdim=True))[:, None, :, None].expand(-1, self.heads, -1, -1, -1)
         q = q.unflatten(2, (-1, m)).flatten(0, 2)[:, None]
         k, v, mask = (part.flatten(0, 2)[:, None] for part in (k, v, mask))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(x_nld.shape[0], self.heads, length + fill, -1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(
+            x_nld.shape[0], self.heads, length + fill, -1
+        )
         return self.to_out(out[:, :, :length].transpose(1, 2).flatten(2))
 
 
 class NoAttention(nn.Module):
     """A control without attention: tokens do not see each other."""
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None) -> Tensor:
-        """Return zeros, through x: each parameter before this layer still gets a gradient, as ZeRO expects."""
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
+        """Return zeros, through x.
+
+        Each parameter before this layer still gets a gradient, as ZeRO expects.
+        """
         return x_nld * 0
 
 
@@ -546,12 +681,16 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
         most_slots: Tokens of the longest cell.
 
     Returns:
-        The architecture with its attention named, and a line for the log, which also names settings that have no effect with it.
+        The architecture with its attention named, and a line for the log, which also names settings that have
+        no effect with it.
     """
     why = ""
     if config.attention == "auto":
         config = replace(config, attention="lsh" if most_slots >= CROSSOVER_TOKENS else "full")
-        why = f" (auto: cells have up to {most_slots:,} tokens, and lsh is the faster one from {CROSSOVER_TOKENS:,} on)"
+        why = (
+            f" (auto: cells have up to {most_slots:,} tokens, and lsh is the faster one from"
+            f" {CROSSOVER_TOKENS:,} on)"
+        )
     idle = [
         f"model.{name}={getattr(config, name)}"
         for name, kinds in (
@@ -561,4 +700,6 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
         )
         if config.attention not in kinds and getattr(config, name) != getattr(ModelConfig(), name)
     ]
-    return config, f"attention: {config.attention}{why}" + (f"; {' and '.join(idle)} without effect" if idle else "")
+    return config, f"attention: {config.attention}{why}" + (
+        f"; {' and '.join(idle)} without effect" if idle else ""
+    )

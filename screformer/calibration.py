@@ -1,9 +1,10 @@
 """What a model's probabilities are worth: calibration, "unknown", and the step back to a more general term.
 
-Learned on the validation cells after training and saved in the model directory as `calibration.json`: a temperature, so that of the
-cells with probability 0.8 about 80 % are right; and what tells a cell that is like nothing the model was trained on: how high each
-label's logit usually is for its own cells, and the bound of a cell's shortfall from that which a stated share of the validation cells
-(`FALSE_ALARM_RATE`) exceeds. Where no label is more likely right than wrong, the nearest more general term of the Cell Ontology whose
+Learned on the validation cells after training and saved in the model directory as `calibration.json`: a
+temperature, so that of the cells with probability 0.8 about 80 % are right; and what tells a cell that is
+like nothing the model was trained on: how high each label's logit usually is for its own cells, and the bound
+of a cell's shortfall from that which a stated share of the validation cells (`FALSE_ALARM_RATE`) exceeds.
+Where no label is more likely right than wrong, the nearest more general term of the Cell Ontology whose
 labels together are likely enough is said instead.
 
 Axes: n cells, d model width, k classes, a answers.
@@ -29,14 +30,17 @@ LEVELS = (LABEL, BROADER, UNKNOWN)
 FALSE_ALARM_RATE = 0.05
 """Share of validation cells, all of known types, that the threshold of the unknown score calls unknown."""
 MIN_PROBABILITY = 0.5
-"""Least calibrated probability of what is said, of a label or of all labels below a term: more likely right than wrong."""
+"""Least calibrated probability of what is said, of a label or of all labels below a term: more likely right
+than wrong."""
 MOST_CELLS = 50_000
 """Cells, at most, whose outputs are kept for calibration; it learns a few numbers."""
 LEAST_CELLS = 0.5
-"""A label of which a query holds fewer cells, by the estimate of `composition`, is absent: the estimate rounds to none."""
+"""A label of which a query holds fewer cells, by the estimate of `composition`, is absent: the estimate
+rounds to none."""
 _EM_STEPS = 300
 _PRIOR_CELLS = 10
-"""Weight, in cells, of what is usual over all labels in what is usual for one: a rare label has few validation cells or none."""
+"""Weight, in cells, of what is usual over all labels in what is usual for one: a rare label has few
+validation cells or none."""
 _BINS = 15
 
 
@@ -54,7 +58,10 @@ class CellOutputs:
 
 
 class OutputSample:
-    """Outputs of at most `MOST_CELLS` labelled cells of a stream, the same ones however the cells are spread over ranks and batches."""
+    """Outputs of at most `MOST_CELLS` labelled cells of a stream.
+
+    The same ones however the cells are spread over ranks and batches.
+    """
 
     def __init__(self, num_classes: int, most_cells: int = MOST_CELLS) -> None:
         self._most = most_cells
@@ -66,11 +73,16 @@ class OutputSample:
         """Keep a batch; cells with label -1 are left out."""
         labels = labels_n.cpu().numpy()
         known = labels >= 0
-        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # scattered, and unique as the joinids are
+        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(
+            0x9E3779B97F4A7C15
+        )  # scattered, and unique as the joinids are
         self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
 
     def gather(self) -> CellOutputs:
-        """The sample of all ranks, on every rank, in an order that does not depend on their number. Every rank calls it."""
+        """The sample of all ranks, on every rank, in an order that does not depend on their number.
+
+        Every rank calls it.
+        """
         own = (self._keys, self._labels, self._logits)
         parts = [own] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, own)
@@ -118,7 +130,10 @@ class Lineage:
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Lineage:
         """Read what `to_json` wrote."""
-        terms = tuple(Term(cl_id=term["cl_id"], name=term["name"], labels=tuple(term["labels"])) for term in tree["terms"])
+        terms = tuple(
+            Term(cl_id=term["cl_id"], name=term["name"], labels=tuple(term["labels"]))
+            for term in tree["terms"]
+        )
         return cls(terms=terms, above_k=tuple(tuple(indices) for indices in tree["above"]))
 
 
@@ -129,14 +144,18 @@ class Answers:
     codes_n: np.ndarray
     """int64."""
     probability_n: np.ndarray
-    """Calibrated probability of the label, or of all labels below the term; of an unknown cell that of its best label. float32."""
+    """Calibrated probability of the label, or of all labels below the term; of an unknown cell that of its
+    best label. float32."""
     levels_n: np.ndarray
     """Index into `LEVELS`, int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the logits of one model become answers. The default is that of a model without calibration: softmax, and the best label."""
+    """How the logits of one model become answers.
+
+    The default is that of a model without calibration: softmax, and the best label.
+    """
 
     temperature: float = 1.0
     """Logits are divided by it."""
@@ -151,7 +170,8 @@ class Calibration:
     lineage: Lineage = Lineage()
     """Where to step back to."""
     prior_k: tuple[float, ...] = ()
-    """Share of each label in what the network was trained on, weighted as in its loss; empty where that is not known."""
+    """Share of each label in what the network was trained on, weighted as in its loss; empty where that is
+    not known."""
     measured: Mapping[str, float] | None = None
     """On which cells and how well: see `fit_calibration`. None where the model was not calibrated."""
 
@@ -162,25 +182,34 @@ class Calibration:
     def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
         """How unlike the known cells a cell is, float32 (n,); zeros where the model was not calibrated.
 
-        It is by how many standard deviations the logit of its best label falls short of what is usual for that label. A cell that no
-        label fits has low logits throughout, where its probabilities may be sure of the least bad label.
+        It is by how many standard deviations the logit of its best label falls short of what is usual for
+        that label. A cell that no label fits has low logits throughout, where its probabilities may be sure
+        of the least bad label.
 
-        Chosen by leaving each blood type out in turn, against the largest probability, energy (Liu et al., NeurIPS 2020), Mahalanobis
-        distances to class centroids of embeddings and of logits, and sums of them: docs/confidence.md.
+        Chosen by leaving each blood type out in turn, against the largest probability, energy (Liu et al.,
+        NeurIPS 2020), Mahalanobis distances to class centroids of embeddings and of logits, and sums of them:
+        docs/confidence.md.
         """
         if not self.logit_mean_k or not len(logits_nk):
             return np.zeros(len(logits_nk), dtype=np.float32)
         best = logits_nk.argmax(axis=1)
         logit = logits_nk[np.arange(len(best)), best].astype(np.float64)
-        return ((np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]).astype(np.float32)
+        return ((np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]).astype(
+            np.float32
+        )
 
     def answer_names(self, names: Sequence[str], cl_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Names and CL ids of all that may be said: the labels, then the terms that are no label themselves, then "unknown"."""
+        """Names and CL ids of all that may be said.
+
+        The labels, then the terms that are no label themselves, then "unknown".
+        """
         new = [term for term in self.lineage.terms if term.cl_id not in cl_ids]
         more = [UNKNOWN] if self.measured is not None else []
         return [*names, *(term.name for term in new), *more], [*cl_ids, *(term.cl_id for term in new), *more]
 
-    def answer(self, probabilities_nk: np.ndarray, unknown_score_n: np.ndarray, cl_ids: Sequence[str]) -> Answers:
+    def answer(
+        self, probabilities_nk: np.ndarray, unknown_score_n: np.ndarray, cl_ids: Sequence[str]
+    ) -> Answers:
         """Say the best label, else the nearest term above it that is likely enough, else "unknown".
 
         Args:
@@ -199,7 +228,11 @@ class Calibration:
                 term = self.lineage.terms[index]
                 total = probabilities_nk[cell, list(term.labels)].sum(dtype=np.float64)
                 if total >= self.min_probability:
-                    codes[cell], probability[cell], levels[cell] = all_ids.index(term.cl_id), min(total, 1.0), LEVELS.index(BROADER)
+                    codes[cell], probability[cell], levels[cell] = (
+                        all_ids.index(term.cl_id),
+                        min(total, 1.0),
+                        LEVELS.index(BROADER),
+                    )
                     break
             else:
                 unknown[cell] = True
@@ -228,10 +261,23 @@ class Calibration:
             ValueError: Another format, or a part is missing.
         """
         if tree.get("format") != FORMAT:
-            raise ValueError(f"calibration has format {tree.get('format')}, this screformer reads {FORMAT}; use the version that wrote it")
-        missing = {"temperature", "logit_mean", "logit_std", "unknown_threshold", "min_probability", "lineage", "measured"} - set(tree)
+            raise ValueError(
+                f"calibration has format {tree.get('format')}, this screformer reads {FORMAT}; use the"
+                f" version that wrote it"
+            )
+        missing = {
+            "temperature",
+            "logit_mean",
+            "logit_std",
+            "unknown_threshold",
+            "min_probability",
+            "lineage",
+            "measured",
+        } - set(tree)
         if missing:
-            raise ValueError(f"calibration lacks {', '.join(sorted(missing))}; it was not written by screformer")
+            raise ValueError(
+                f"calibration lacks {', '.join(sorted(missing))}; it was not written by screformer"
+            )
         return cls(
             temperature=float(tree["temperature"]),
             logit_mean_k=tuple(tree["logit_mean"]),
@@ -245,7 +291,11 @@ class Calibration:
 
 
 def fit_calibration(
-    outputs: CellOutputs, lineage: Lineage, *, prior_k: Sequence[float] | np.ndarray = (), false_alarm_rate: float = FALSE_ALARM_RATE
+    outputs: CellOutputs,
+    lineage: Lineage,
+    *,
+    prior_k: Sequence[float] | np.ndarray = (),
+    false_alarm_rate: float = FALSE_ALARM_RATE,
 ) -> Calibration:
     """Learn the temperature, the usual logits and the unknown threshold.
 
@@ -292,8 +342,9 @@ def fit_calibration(
 def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
     """How many cells of each label a query holds, estimated from all of its cells together.
 
-    The probabilities of a cell presume the shares that the labels had in training. Expectation-maximisation finds the query's own shares:
-    those which, put in the place of the former, are again the mean over the cells.
+    The probabilities of a cell presume the shares that the labels had in training. Expectation-maximisation
+    finds the query's own shares: those which, put in the place of the former, are again the mean over the
+    cells.
 
     Args:
         probabilities_nk: Of the query's cells, calibrated.
@@ -302,7 +353,8 @@ def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndar
     Returns:
         Expected cells of each label, float64 (k,).
 
-    Source: Saerens et al., Adjusting the outputs of a classifier to new a priori probabilities, Neural Computation 2002.
+    Source: Saerens et al., Adjusting the outputs of a classifier to new a priori probabilities, Neural
+    Computation 2002.
     """
     probabilities, prior = probabilities_nk.astype(np.float64), np.asarray(prior_k, np.float64)
     relative_nk = np.divide(probabilities, prior, out=np.zeros_like(probabilities), where=prior > 0)
@@ -314,9 +366,12 @@ def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndar
 
 
 def present_labels(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The best label of each cell among those that the query as a whole holds, int64 (n,); arguments as of `composition`.
+    """The best label of each cell among those that the query as a whole holds, int64 (n,).
 
-    A type that is not there can still be the best label of a few odd cells, each of which stands for a type of its own in a summary.
+    Arguments as of `composition`.
+
+    A type that is not there can still be the best label of a few odd cells, each of which stands for a type
+    of its own in a summary.
     """
     if not len(probabilities_nk):
         return np.zeros(0, np.int64)
@@ -324,8 +379,13 @@ def present_labels(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.n
     return np.where(present | ~present.any(), probabilities_nk, -1.0).argmax(axis=1)
 
 
-def _usual_logits(own_n: np.ndarray, labels_n: np.ndarray, num_classes: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each label's logit over its own cells, drawn to those of all labels by `_PRIOR_CELLS`."""
+def _usual_logits(
+    own_n: np.ndarray, labels_n: np.ndarray, num_classes: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each label's logit over its own cells.
+
+    Drawn to those of all labels by `_PRIOR_CELLS`.
+    """
     groups = [own_n[labels_n == label] for label in range(num_classes)]
     mean = np.mean([group.mean() for group in groups if len(group)])
     variance = np.mean([group.var() for group in groups if len(group)])
@@ -338,7 +398,10 @@ def _usual_logits(own_n: np.ndarray, labels_n: np.ndarray, num_classes: int) -> 
 
 
 def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
-    """Confidence against accuracy: one row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`."""
+    """Confidence against accuracy.
+
+    One row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`.
+    """
     confidence = probabilities_nk.max(axis=1)
     right = probabilities_nk.argmax(axis=1) == labels_n
     bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
@@ -358,6 +421,12 @@ def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict
 
 
 def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Mean distance of confidence and accuracy over 15 bins of equal width, weighted by their cells; in [0, 1]."""
+    """Mean distance of confidence and accuracy over 15 bins of equal width, weighted by their cells.
+
+    In [0, 1].
+    """
     rows = reliability(probabilities_nk, labels_n)
-    return float(sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows) / max(sum(row["cells"] for row in rows), 1))
+    return float(
+        sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
+        / max(sum(row["cells"] for row in rows), 1)
+    )

@@ -1,9 +1,12 @@
-"""Directories of a model and of a training run, without pickles, that say what is wrong with them when they are read.
+"""Directories of a model and of a training run, without pickles.
 
-A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after fine-tuning with
-validation cells `calibration.json`. A training checkpoint holds the best model so far in `model/`, each rank's part of DeepSpeed's state
-in `deepspeed/`, the same state whole and by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage can
-go on), `position.json`, and `manifest.json`, written last.
+That say what is wrong with them when they are read.
+
+A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and
+`meta.json`, and after fine-tuning with validation cells `calibration.json`. A training checkpoint holds the
+best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same state whole and
+by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage can go on),
+`position.json`, and `manifest.json`, written last.
 """
 
 from __future__ import annotations
@@ -28,7 +31,13 @@ from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
 
 FORMAT = "1"
-WEIGHTS, CONFIG, VOCABULARY, LABELS, META = "weights.safetensors", "config.json", "vocabulary.json", "labels.json", "meta.json"
+WEIGHTS, CONFIG, VOCABULARY, LABELS, META = (
+    "weights.safetensors",
+    "config.json",
+    "vocabulary.json",
+    "labels.json",
+    "meta.json",
+)
 CALIBRATION = "calibration.json"
 TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
@@ -43,7 +52,8 @@ class LoadedModel:
     config: ExperimentConfig
     vocabulary: GeneVocabulary
     labels: dict[str, Any]
-    """`column` of obs, `names` of the k classes in the order of the logits, and their `cl_ids` ("" where unknown)."""
+    """`column` of obs, `names` of the k classes in the order of the logits, and their `cl_ids` ("" where
+    unknown)."""
     meta: dict[str, Any]
     """Where it comes from: atlas, query hash, versions, metrics."""
     calibration: Calibration = Calibration()
@@ -68,7 +78,8 @@ def save_model(
         vocabulary: Its genes.
         labels: As `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
         meta: Plain values of JSON.
-        calibration: How its logits become answers; None where there were no validation cells to learn it from.
+        calibration: How its logits become answers; None where there were no validation cells to learn it
+            from.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -82,10 +93,16 @@ def save_model(
         hashed.append(CALIBRATION)
     state = model.state_dict() if isinstance(model, nn.Module) else model
     weights = {
-        name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True).contiguous()
+        name: tensor.detach()
+        .to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        .contiguous()
         for name, tensor in state.items()
     }
-    metadata = {"kind": "screformer model", "format": FORMAT, **{name: _sha256(directory / name) for name in hashed}}
+    metadata = {
+        "kind": "screformer model",
+        "format": FORMAT,
+        **{name: _sha256(directory / name) for name in hashed},
+    }
     save_file(weights, directory / WEIGHTS, metadata=metadata)
 
 
@@ -104,28 +121,44 @@ def load_model(directory: str | Path) -> LoadedModel:
     """Read a model directory onto the CPU, in eval mode.
 
     Raises:
-        ValueError: A missing or unreadable file, another format, a file that was changed since, or weights of other shapes; says which.
+        ValueError: A missing or unreadable file, another format, a file that was changed since, or weights of
+            other shapes; says which.
     """
     directory = Path(directory)
     for name in (WEIGHTS, CONFIG, VOCABULARY, LABELS, META):
         if not (directory / name).is_file():
-            raise ValueError(f"model directory {directory} has no {name}; give a directory written by training, or models:/NAME@ALIAS")
+            raise ValueError(
+                f"model directory {directory} has no {name}; give a directory written by training, or"
+                f" models:/NAME@ALIAS"
+            )
     weights, metadata = _read_tensors(directory / WEIGHTS)
     if metadata.get("kind") != "screformer model":
         raise ValueError(f"{directory / WEIGHTS} holds weights of something else than a screformer model")
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"model directory {directory} has format {metadata.get('format')}, this screformer reads {FORMAT}; load it with"
+            f"model directory {directory} has format {metadata.get('format')}, this screformer reads"
+            f" {FORMAT}; load it with"
             f" screformer {_writer(directory)}, which wrote it"
         )
-    hashed = [CONFIG, VOCABULARY, LABELS] + [CALIBRATION] * (CALIBRATION in metadata or (directory / CALIBRATION).exists())
+    hashed = [CONFIG, VOCABULARY, LABELS] + [CALIBRATION] * (
+        CALIBRATION in metadata or (directory / CALIBRATION).exists()
+    )
     for name in hashed:
         if not (directory / name).is_file() or metadata.get(name) != _sha256(directory / name):
-            raise ValueError(f"{directory / name} is not the file that was saved with these weights; restore it, or train again")
+            raise ValueError(
+                f"{directory / name} is not the file that was saved with these weights; restore it, or train"
+                f" again"
+            )
     config = ExperimentConfig.from_dict(_read_json(directory / CONFIG))
     vocabulary = GeneVocabulary.load(directory / VOCABULARY)
     labels = _read_json(directory / LABELS)
-    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=config.train.seed)
+    model = ScReformer(
+        config.model,
+        config.tokens,
+        num_genes=len(vocabulary),
+        num_classes=len(labels["names"]),
+        seed=config.train.seed,
+    )
     if model.linear_skip is not None:  # versions before it took a gene that was not measured as zero
         weights.setdefault("linear_skip.center", torch.zeros(len(vocabulary)))
     check_weights(model, weights, source=str(directory))
@@ -162,13 +195,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sour
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{source}: weight {name} has shape {found.get(name, 'none')}, but the network of this configuration has"
+                f"{source}: weight {name} has shape {found.get(name, 'none')}, but the network of this"
+                f" configuration has"
                 f" {expected.get(name, 'none')}; use the configuration that the weights were trained with"
             )
 
 
 def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any]) -> None:
-    """Write the state of a training run, after at least one step. Every rank calls it, with a directory that may be its own.
+    """Write the state of a training run, after at least one step.
+
+    Every rank calls it, with a directory that may be its own.
 
     The checkpoint counts as complete only after `seal`.
 
@@ -184,7 +220,9 @@ def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any
     moments, num_steps = engines.gather_moments(engine)
     if torch.distributed.get_rank() == 0:
         tensors = {**{f"weights/{name}": tensor for name, tensor in weights.items()}, **moments}
-        save_file(tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)})
+        save_file(
+            tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)}
+        )
         layout = engines.shard_layout(engine)
         (directory / POSITION).write_text(json.dumps({**position, "shards": layout}, indent=2))
 
@@ -192,14 +230,21 @@ def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any
 def load_training(directory: str | Path, engine: Any) -> None:
     """Put a training checkpoint into a fresh engine. Every rank calls it.
 
-    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout reads the consolidated file.
+    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout
+    reads the consolidated file.
     """
     directory = Path(directory)
     if _read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
         engines.load_shards(engine, directory / "deepspeed")
         return
-    tensors, metadata = _read_tensors(directory / TRAINING_STATE) if torch.distributed.get_rank() == 0 else ({}, {})
-    weights = {name.removeprefix("weights/"): tensor for name, tensor in tensors.items() if name.startswith("weights/")}
+    tensors, metadata = (
+        _read_tensors(directory / TRAINING_STATE) if torch.distributed.get_rank() == 0 else ({}, {})
+    )
+    weights = {
+        name.removeprefix("weights/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("weights/")
+    }
     num_steps = [metadata.get("num_steps")]
     torch.distributed.broadcast_object_list(num_steps)
     engines.load_weights(engine, weights)
@@ -212,9 +257,16 @@ def read_position(directory: str | Path) -> dict[str, Any]:
 
 
 def seal(directory: str | Path) -> None:
-    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes. Every rank calls it, once its files are written."""
+    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes.
+
+    Every rank calls it, once its files are written.
+    """
     directory = Path(directory)
-    own = {str(path.relative_to(directory)): path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    own = {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
     parts: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     if torch.distributed.get_rank() == 0:
@@ -225,13 +277,19 @@ def seal(directory: str | Path) -> None:
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether every file of a checkpoint is there in its full size: a run killed while it wrote, or copied, leaves one that is not."""
+    """Whether every file of a checkpoint is there in its full size.
+
+    A run killed while it wrote, or copied, leaves one that is not.
+    """
     directory = Path(directory)
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
         return False
-    return all((directory / name).is_file() and (directory / name).stat().st_size == size for name, size in files.items())
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == size
+        for name, size in files.items()
+    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,8 +1,9 @@
 """Every setting of screformer, with its unit, its reason and its check.
 
-A configuration is a frozen tree of dataclasses, one section per stage of the flow. It is read from a YAML recipe, varied by dotted
-overrides (`model.n_hashes=8`), sent across process borders as a plain dict, and saved beside every checkpoint and run. Fields
-that go straight to Ray, DeepSpeed, TileDB or the Reformer keep upstream's names.
+A configuration is a frozen tree of dataclasses, one section per stage of the flow. It is read from a YAML
+recipe, varied by dotted overrides (`model.n_hashes=8`), sent across process borders as a plain dict, and
+saved beside every checkpoint and run. Fields that go straight to Ray, DeepSpeed, TileDB or the Reformer keep
+upstream's names.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class AtlasConfig:
     timestamp_ms: int = 0
     """Atlas version, in milliseconds since 1970; 0 takes the newest one and pins it in all that is saved."""
     tiledb_config: Mapping[str, str] = field(default_factory=dict)
-    """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the environment."""
+    """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the
+    environment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +55,20 @@ class QueryConfig:
     is_primary_data: bool = True
     """Drop cells that Census marks as copies of cells in another dataset."""
     min_measured: float = 0.0
-    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes every gene that any did. Near 1
-    a small panel among large ones makes training and prediction faster, at the cost of the genes that it lacks."""
+    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes
+    every gene that any did. Near 1 a small panel among large ones makes training and prediction faster, at
+    the cost of the genes that it lacks."""
     file: str = ""
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
+        _require(
+            0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]"
+        )
         _require(
             not (self.file and (self.obs_filter or self.var_filter)),
-            f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or query.file",
+            f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or"
+            f" query.file",
         )
 
 
@@ -71,7 +77,8 @@ class LabelsConfig:
     """What is predicted."""
 
     column: str = "cell_type_major"
-    """obs column of labels. `cell_type_major` is the first-tier roll-up made from the Cell Ontology; any other obs column works."""
+    """obs column of labels. `cell_type_major` is the first-tier roll-up made from the Cell Ontology; any
+    other obs column works."""
     min_cells: int = 10
     """Labels with fewer training cells are left out of training and counted in the run."""
 
@@ -81,7 +88,10 @@ class LabelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which cells train, which choose the model, which are only looked at in the end. No group is on two sides."""
+    """Which cells train, which choose the model, which are only looked at in the end.
+
+    No group is on two sides.
+    """
 
     group_by: str = "donor_id"
     """obs column whose groups stay together: `donor_id` or `dataset_id`."""
@@ -105,18 +115,21 @@ class TokensConfig:
     input_mode: Literal["detected", "all"] = "detected"
     """`detected`: one token per detected gene; `all`: one per gene of the vocabulary, zeros included."""
     max_genes: int = 1024
-    """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the gene's mean expression
-    over the training cells, and the run says how many were cut."""
+    """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the
+    gene's mean expression over the training cells, and the run says how many were cut."""
     expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = "continuous"
-    """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 + counts per 10,000) as in
-    scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT; `binary`: detected or not, a control that leaves
-    pre-training nothing to learn."""
+    """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 +
+    counts per 10,000) as in scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT;
+    `binary`: detected or not, a control that leaves pre-training nothing to learn."""
     num_bins: int = 16
     """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
 
     def __post_init__(self) -> None:
         _require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
-        _require(2 <= self.num_bins <= 1024, f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected")
+        _require(
+            2 <= self.num_bins <= 1024,
+            f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected",
+        )
 
     def most_slots(self, num_genes: int) -> int:
         """Token slots of the longest possible cell, the [CLS] included, with a vocabulary of `num_genes`."""
@@ -128,9 +141,11 @@ class StreamConfig:
     """How cells travel from the atlas to a training step."""
 
     run_length: int = 64
-    """Neighbouring cells read together; the unit that is permuted over the whole query. Match the atlas tile."""
+    """Neighbouring cells read together; the unit that is permuted over the whole query. Match the atlas
+    tile."""
     cells_per_task: int = 16384
-    """Cells that meet in one read task and are mixed there; 256 runs of 64 give about 99 % of the entropy of a full shuffle."""
+    """Cells that meet in one read task and are mixed there; 256 runs of 64 give about 99 % of the entropy of
+    a full shuffle."""
     prefetch_batches: int = 4
     """Batches prepared ahead of the step, per rank."""
 
@@ -140,7 +155,8 @@ class StreamConfig:
             _require(value >= 1, f"stream.{name}={value} must be at least 1")
         _require(
             self.cells_per_task >= self.run_length,
-            f"stream.cells_per_task={self.cells_per_task} must be at least stream.run_length={self.run_length}",
+            f"stream.cells_per_task={self.cells_per_task} must be at least"
+            f" stream.run_length={self.run_length}",
         )
 
 
@@ -155,12 +171,14 @@ class ModelConfig:
     heads: int = 4
     """Attention heads; the head width is dim / heads."""
     attention: Literal["auto", "lsh", "full", "local", "random", "none"] = "auto"
-    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the longest cell, settled when a run
-    starts; `local`: neighbouring tokens only; and two controls, `random`: lsh with random buckets, `none`: without attention."""
+    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the
+    longest cell, settled when a run starts; `local`: neighbouring tokens only; and two controls, `random`:
+    lsh with random buckets, `none`: without attention."""
     n_hashes: int = 4
     """Hash rounds of `lsh` and `random`."""
     eval_n_hashes: int = 0
-    """Hash rounds where the network is not trained: validation, prediction, explanations; 0 takes `n_hashes`."""
+    """Hash rounds where the network is not trained: validation, prediction, explanations; 0 takes
+    `n_hashes`."""
     bucket_size: int = 64
     """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
     reversible: bool = True
@@ -168,19 +186,22 @@ class ModelConfig:
     ff_mult: int = 4
     """Width of the feed-forward layer over dim."""
     ff_chunks: int = 1
-    """Slices of the sequence that pass through the feed-forward layer one after another; more only where memory asks for it."""
+    """Slices of the sequence that pass through the feed-forward layer one after another; more only where
+    memory asks for it."""
     dropout: float = 0.0
     """Dropout after attention and feed-forward."""
     gene_embedding: Literal["random", "svd", "shuffled", "none"] = "svd"
-    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better on few cells). Two controls:
+    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better
+    on few cells). Two controls:
     `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
     pooling: Literal["cls", "mean", "attention"] = "attention"
     """How token vectors become a cell vector for the classification head."""
     linear_skip: bool = True
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
     linear_start_cells: int = 8192
-    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be the `linear_skip`: the network
-    begins as good as that, and trains the rest beside it (trained on, it lost on other data sets). 0 starts at zero and trains it."""
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be the
+    `linear_skip`: the network begins as good as that, and trains the rest beside it (trained on, it lost on
+    other data sets). 0 starts at zero and trains it."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
@@ -190,7 +211,8 @@ class ModelConfig:
             _require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
         _require(
             self.dim % self.heads == 0,
-            f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try model.dim={-(-self.dim // self.heads) * self.heads}",
+            f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try"
+            f" model.dim={-(-self.dim // self.heads) * self.heads}",
         )
         _require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must lie in [0, 1)")
 
@@ -222,20 +244,29 @@ class TrainConfig:
     mask_rate: float = 0.3
     """Pre-training: share of a cell's detected genes whose expression is hidden."""
     class_weighting: Literal["none", "sqrt", "balanced"] = "sqrt"
-    """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2, frequency^-1 (normalised to mean 1)."""
+    """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2,
+    frequency^-1 (normalised to mean 1)."""
     freeze_encoder: bool = False
     """Fine-tuning: train the heads only."""
     gene_dropout: float = 0.0
-    """Fine-tuning: share of a cell's tokens left out at random in each step, against differences between protocols and panels."""
+    """Fine-tuning: share of a cell's tokens left out at random in each step, against differences between
+    protocols and panels."""
     eval_every_steps: int = 200
     """Steps between validations (and checkpoints)."""
     log_every_steps: int = 20
     """Steps between log lines; metric values leave the device only then."""
     patience_evals: int = 0
-    """Stop after so many validations without a better macro-F1 (or loss in pre-training); 0 never stops early."""
+    """Stop after so many validations without a better macro-F1 (or loss in pre-training); 0 never stops
+    early."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "eval_every_steps", "log_every_steps"):
+        for name in (
+            "max_steps",
+            "global_batch_size",
+            "micro_batch_size",
+            "eval_every_steps",
+            "log_every_steps",
+        ):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")
         _require(self.lr > 0, f"train.lr={self.lr} must be positive")
@@ -285,7 +316,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         _require(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} must be at least 1")
         _require(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
-        _require(self.cpus_per_read_task > 0, f"cluster.cpus_per_read_task={self.cpus_per_read_task} must be positive")
+        _require(
+            self.cpus_per_read_task > 0,
+            f"cluster.cpus_per_read_task={self.cpus_per_read_task} must be positive",
+        )
         _require(self.max_failures >= -1, f"cluster.max_failures={self.max_failures} must be -1 or more")
 
 
@@ -294,7 +328,8 @@ class TrackingConfig:
     """Where MLflow keeps runs and models."""
 
     uri: str = ""
-    """Tracking server; empty takes MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the working directory."""
+    """Tracking server; empty takes MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the working
+    directory."""
     experiment: str = "screformer"
     """MLflow experiment."""
     run_name: str = ""
@@ -352,7 +387,9 @@ class ExperimentConfig:
         """
         tree = yaml.safe_load(Path(path).read_text())
         tree = {} if tree is None else tree  # comments alone, such as recipes/base.yaml: all defaults
-        _require(isinstance(tree, dict), f"{path} holds {type(tree).__name__}, not the sections {_names(cls)}")
+        _require(
+            isinstance(tree, dict), f"{path} holds {type(tree).__name__}, not the sections {_names(cls)}"
+        )
         return cls.from_dict(tree)
 
     @classmethod
@@ -368,8 +405,9 @@ class ExperimentConfig:
         """A copy with some fields replaced.
 
         Args:
-            overrides: `["model.n_hashes=8", "split.test_groups=[A, B]"]`, values in YAML, or `{"model.n_hashes": 8}`. What
-                follows the field of a mapping is its key: `atlas.tiledb_config.vfs.s3.region=eu-west-1`.
+            overrides: `["model.n_hashes=8", "split.test_groups=[A, B]"]`, values in YAML, or
+                `{"model.n_hashes": 8}`. What follows the field of a mapping is its key:
+                `atlas.tiledb_config.vfs.s3.region=eu-west-1`.
 
         Raises:
             ValueError: An override without `=`, an unknown field, or a value that fails its check.
@@ -380,11 +418,17 @@ class ExperimentConfig:
         for path, value in overrides.items():
             section, _, rest = path.partition(".")
             name, _, key = rest.partition(".")
-            _require(bool(section and name), f"override {path!r} must read section.field, with a section of {_names(type(self))}")
+            _require(
+                bool(section and name),
+                f"override {path!r} must read section.field, with a section of {_names(type(self))}",
+            )
             _known(section, _names(type(self)), where="")
             _known(name, _names(type(getattr(self, section))), where=f"{section}.")
             if key:
-                _require(isinstance(tree[section][name], dict), f"{section}.{name} is no mapping, so {path!r} names nothing")
+                _require(
+                    isinstance(tree[section][name], dict),
+                    f"{section}.{name} is no mapping, so {path!r} names nothing",
+                )
                 tree[section][name][key] = value
             else:
                 tree[section][name] = value
@@ -415,7 +459,10 @@ def _build(cls: type, tree: Mapping[str, Any], *, where: str) -> Any:
     for name, value in tree.items():
         kind, path = hints[name], f"{where}{name}"
         if dataclasses.is_dataclass(kind):
-            _require(isinstance(value, Mapping), f"{path}={value!r} must be a section of {_names(typing.cast(type, kind))}")
+            _require(
+                isinstance(value, Mapping),
+                f"{path}={value!r} must be a section of {_names(typing.cast(type, kind))}",
+            )
             values[name] = _build(typing.cast(type, kind), value, where=f"{path}.")
         else:
             values[name] = _checked(kind, value, path)
@@ -435,8 +482,13 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
         return tuple(str(item) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         _require(isinstance(value, Mapping), f"{path}={value!r} must be a mapping")
-        return {str(key): str(item).lower() if isinstance(item, bool) else str(item) for key, item in value.items()}  # TileDB's true
-    assert not isinstance(kind, types.UnionType), f"{path} has a type that the configuration does not read: {kind}"
+        return {
+            str(key): str(item).lower() if isinstance(item, bool) else str(item)
+            for key, item in value.items()
+        }  # TileDB's true
+    assert not isinstance(kind, types.UnionType), (
+        f"{path} has a type that the configuration does not read: {kind}"
+    )
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)

@@ -1,6 +1,9 @@
-"""The one door to DeepSpeed: its configuration, the engine, and whole weights and optimizer state out of any ZeRO stage.
+"""The one door to DeepSpeed.
 
-DeepSpeed is imported when an engine is built, never before: its import takes seconds and picks an accelerator for good.
+Its configuration, the engine, and whole weights and optimizer state out of any ZeRO stage.
+
+DeepSpeed is imported when an engine is built, never before: its import takes seconds and picks an accelerator
+for good.
 """
 
 from __future__ import annotations
@@ -22,15 +25,21 @@ from screformer.config import ExperimentConfig, TrainConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SHARDS_TAG = "state"
 BUCKET_ELEMENTS = 20_000_000
-"""Elements that ZeRO reduces or gathers together. DeepSpeed's own 5e8 would hold 2 GB of buffers per rank for networks of a few MB."""
+"""Elements that ZeRO reduces or gathers together. DeepSpeed's own 5e8 would hold 2 GB of buffers per rank for
+networks of a few MB."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak at the last step; pure, so that a resumed run has it exactly."""
+    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak at the last step.
+
+    Pure, so that a resumed run has it exactly.
+    """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / (train.warmup_steps + 1)
     progress = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
-    return train.lr * (train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return train.lr * (
+        train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 def uses_bf16(config: ExperimentConfig, device_type: str) -> bool:
@@ -64,14 +73,21 @@ def deepspeed_config(config: ExperimentConfig, world_size: int, *, device_type: 
         zero_config["stage3_param_persistence_threshold"] = zero.stage3_param_persistence_threshold
         zero_config["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
     if zero.offload_optimizer != "none":
-        zero_config["offload_optimizer"] = {"device": zero.offload_optimizer, "pin_memory": device_type == "cuda"}
+        zero_config["offload_optimizer"] = {
+            "device": zero.offload_optimizer,
+            "pin_memory": device_type == "cuda",
+        }
     settings: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
         "gradient_clipping": config.train.gradient_clipping,
-        # PyTorch's own AdamW: DeepSpeed's are compiled at first use, which needs a compiler that a user's machine may lack.
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "lr": config.train.lr, "weight_decay": config.train.weight_decay}},
+        # PyTorch's own AdamW: DeepSpeed's are compiled at first use, which needs a compiler that a user's
+        # machine may lack.
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"torch_adam": True, "lr": config.train.lr, "weight_decay": config.train.weight_decay},
+        },
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero_config,
         "steps_per_print": 2**31,
@@ -89,7 +105,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Returns:
         At most two groups, without empty ones, in the order of `model.named_parameters()`.
     """
-    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters(recurse=False)}
+    embeddings = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+    }
     trainable = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
     others = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
@@ -98,7 +119,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(config: ExperimentConfig, model: nn.Module, world_size: int) -> Any:
-    """Wrap a network in a DeepSpeed engine. torch.distributed must be initialised; every rank calls it with the same weights.
+    """Wrap a network in a DeepSpeed engine.
+
+    Torch.distributed must be initialised; every rank calls it with the same weights.
 
     Args:
         config: The run's settings; `cluster.use_gpu` chooses the device.
@@ -133,7 +156,10 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Whole parameters (fp32 masters) and buffers by name on rank 0, on the CPU; empty elsewhere. Every rank calls it."""
+    """Whole parameters (fp32 masters) and buffers by name on rank 0, on the CPU; empty elsewhere.
+
+    Every rank calls it.
+    """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -150,7 +176,10 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Put rank 0's weights, as `gather_weights` gave them, into the network and its fp32 masters. Every rank calls it."""
+    """Put rank 0's weights, as `gather_weights` gave them, into the network and its fp32 masters.
+
+    Every rank calls it.
+    """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
@@ -168,7 +197,9 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """AdamW's state, whole: `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0 (empty elsewhere), and its count of steps.
+    """AdamW's state, whole.
+
+    `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0 (empty elsewhere), and its count of steps.
 
     Every rank calls it, after at least one optimizer step.
     """
@@ -178,7 +209,11 @@ def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
     _link_moments(engine)
     for name, param in _trained(engine):
         for moment in MOMENTS:
-            full = engine.optimizer.state[param][moment] if _is_plain(engine) else safe_get_full_optimizer_state(param, moment)
+            full = (
+                engine.optimizer.state[param][moment]
+                if _is_plain(engine)
+                else safe_get_full_optimizer_state(param, moment)
+            )
             if keep:
                 moments[f"{moment}/{name}"] = full.detach().to("cpu", copy=True).float().contiguous()
     steps = {int(state["step"]) for state in _base_optimizer(engine).state.values()}
@@ -187,12 +222,18 @@ def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def load_moments(engine: Any, moments: dict[str, torch.Tensor], num_steps: int) -> None:
-    """Restore AdamW's state from rank 0's `gather_moments`, also into another ZeRO stage or world size. Every rank calls it."""
+    """Restore AdamW's state from rank 0's `gather_moments`, also into another ZeRO stage or world size.
+
+    Every rank calls it.
+    """
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     base = _base_optimizer(engine)
     for flat in _optimized_tensors(engine):
-        base.state[flat] = {"step": torch.tensor(float(num_steps)), **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        base.state[flat] = {
+            "step": torch.tensor(float(num_steps)),
+            **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+        }
     _link_moments(engine)
     for name, param in _trained(engine):
         shape = tuple(getattr(param, "ds_shape", param.shape))
@@ -217,14 +258,18 @@ def shard_layout(engine: Any) -> dict[str, Any]:
 
 
 def save_shards(engine: Any, directory: Path) -> None:
-    """Each rank's part of DeepSpeed's own state, into a folder that only this rank's node may see. Every rank calls it."""
+    """Each rank's part of DeepSpeed's own state, into a folder that only this rank's node may see.
+
+    Every rank calls it.
+    """
     (directory / SHARDS_TAG).mkdir(parents=True, exist_ok=True)
     engine.save_checkpoint(str(directory), tag=SHARDS_TAG, save_latest=False)
 
 
 def load_shards(engine: Any, directory: Path) -> None:
     """Read what `save_shards` wrote into an engine of the same `shard_layout`. Every rank calls it."""
-    # DeepSpeed would unpickle anything it finds there; PyTorch's restricted reader takes tensors and the types named here only.
+    # DeepSpeed would unpickle anything it finds there; PyTorch's restricted reader takes tensors and the
+    # types named here only.
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -251,9 +296,12 @@ def _import_deepspeed(device_type: str) -> Any:
     import deepspeed
 
     # About DeepSpeed's own calls.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning
+    )
     if device_type == "cpu":
-        # The shared-memory collective is compiled at first use: a minute with a compiler, an exception without. gloo does the same.
+        # The shared-memory collective is compiled at first use: a minute with a compiler, an exception
+        # without. gloo does the same.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
@@ -263,7 +311,9 @@ def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-def _broadcast(value: torch.Tensor | None, device: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def _broadcast(
+    value: torch.Tensor | None, device: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     if torch.distributed.get_rank() == 0:
         assert value is not None and tuple(value.shape) == shape
         full = value.to(device=device, dtype=dtype, copy=True)
@@ -278,7 +328,8 @@ def _is_partitioned(param: nn.Parameter) -> bool:
 
 
 def _own_part(full: torch.Tensor, param: Any) -> torch.Tensor:
-    # `safe_set_full_*` of DeepSpeed 0.19 fails at stage 3 where the elements do not divide over the ranks; the last part is padded.
+    # `safe_set_full_*` of DeepSpeed 0.19 fails at stage 3 where the elements do not divide over the ranks;
+    # the last part is padded.
     size, rank = param.ds_tensor.numel(), torch.distributed.get_rank()
     part = full.flatten()[rank * size : (rank + 1) * size]
     return nn.functional.pad(part, (0, size - part.numel()))
@@ -296,11 +347,16 @@ def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
 def _optimized_tensors(engine: Any) -> list[torch.Tensor]:
     # Stage 3 keeps its groups' `params` empty between steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
-    return list(flat) if flat is not None else [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
+    return (
+        list(flat)
+        if flat is not None
+        else [p for group in _base_optimizer(engine).param_groups for p in group["params"]]
+    )
 
 
 def _link_moments(engine: Any) -> None:
-    # DeepSpeed 0.19 links parameters to their state after the first group's first step, when the other groups have no state yet.
+    # DeepSpeed 0.19 links parameters to their state after the first group's first step, when the other groups
+    # have no state yet.
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,29 +1,36 @@
-"""Why a cell got its label: expected gradients of a logit, as one value per gene, that add up to the whole logit.
+"""Why a cell got its label.
 
-A cell is compared with background cells, and what stands between the two logits is shared out over genes. A background cell has other
-genes, and here a gene that is not detected is no token. So the path between the two cells runs over the tokens of both: at its ends each
-cell is itself, and on the way three things move in a straight line,
+Expected gradients of a logit, as one value per gene, that add up to the whole logit.
+
+A cell is compared with background cells, and what stands between the two logits is shared out over genes. A
+background cell has other genes, and here a gene that is not detected is no token. So the path between the two
+cells runs over the tokens of both: at its ends each cell is itself, and on the way three things move in a
+straight line,
 
 - the embedding of each token (gene and expression together), where both cells have the gene;
 - the presence of each token, 0 or 1 at the ends: its weight as a key of attention and in the pooling;
 - the expression value that the linear skip sees.
 
-The gradient along each of them, times its change, is summed for each gene and integrated over the path by Gauss-Legendre nodes, then
-averaged over the background. A gene that only the background has gets a value too: its absence is evidence. So does, where the
-background's datasets measured other genes than the cell's, a gene that was measured on one side only. This is expected gradients
-with the integral by quadrature in place of random points, which costs fewer passes for the same error. The values of a cell sum to its
-logit minus the background's mean logit; `additivity_error` says how nearly. What is left is the error of the quadrature, and the jumps of
-LSH attention where a hash changes on the way.
+The gradient along each of them, times its change, is summed for each gene and integrated over the path by
+Gauss-Legendre nodes, then averaged over the background. A gene that only the background has gets a value too:
+its absence is evidence. So does, where the background's datasets measured other genes than the cell's, a gene
+that was measured on one side only. This is expected gradients with the integral by quadrature in place of
+random points, which costs fewer passes for the same error. The values of a cell sum to its logit minus the
+background's mean logit; `additivity_error` says how nearly. What is left is the error of the quadrature, and
+the jumps of LSH attention where a hash changes on the way.
 
-`shap.GradientExplainer` cannot be asked for this: its inputs have one shape for cell and background, with no presence, and its `(model,
-layer)` mode multiplies gradients by the interpolated activation instead of the difference, so that the sums are wrong. Where neither
-matters (a network whose every gene is a token) the two agree, which tests/unit/test_explain.py holds.
+`shap.GradientExplainer` cannot be asked for this: its inputs have one shape for cell and background, with no
+presence, and its `(model, layer)` mode multiplies gradients by the interpolated activation instead of the
+difference, so that the sums are wrong. Where neither matters (a network whose every gene is a token) the two
+agree, which tests/unit/test_explain.py holds.
 
 Everything runs in eval mode on the ordinary (not reversible) backward pass with the hashes of `HASH_SEED`.
 
-Axes: n cells, r rows (pairs of background cell and node of the path), l token slots, g genes, d model width, k classes.
+Axes: n cells, r rows (pairs of background cell and node of the path), l token slots, g genes, d model width,
+k classes.
 
-Source: Erion et al., Improving performance of deep learning models with axiomatic attribution priors and expected gradients, 2021.
+Source: Erion et al., Improving performance of deep learning models with axiomatic attribution priors and
+expected gradients, 2021.
 """
 
 from __future__ import annotations
@@ -45,7 +52,8 @@ from screformer.reversible import AttentionSublayer, Block, _mix_seed
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, Panels
 
 NUM_NODES = 3
-"""Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood cells, LSH attention)."""
+"""Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood
+cells, LSH attention)."""
 _TOKENS_AT_ONCE = 16_384
 _TINY = 1e-6
 
@@ -95,11 +103,20 @@ class Explainer:
         ValueError: A model with local attention, or no background.
     """
 
-    def __init__(self, predictor: Predictor, background: Sequence[CellTokens], *, num_nodes: int = NUM_NODES, hash_seed: int = HASH_SEED):
+    def __init__(
+        self,
+        predictor: Predictor,
+        background: Sequence[CellTokens],
+        *,
+        num_nodes: int = NUM_NODES,
+        hash_seed: int = HASH_SEED,
+    ):
         if not background:
             raise ValueError("the background has no cells; give at least one")
         if predictor.config.model.attention == "local":
-            raise ValueError("a model with model.attention='local' cannot be explained; any other attention can")
+            raise ValueError(
+                "a model with model.attention='local' cannot be explained; any other attention can"
+            )
         self._model, self._device, self._hash_seed = predictor.model, predictor.device, hash_seed
         self._background = list(background)
         nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
@@ -141,34 +158,59 @@ class Explainer:
             for index, label in enumerate(labels)
         ]
 
-    def _add_panels(self, cell: CellTokens, labels: Sequence[int], sums: np.ndarray, seen: np.ndarray) -> None:
-        """Add what it makes that the cell's dataset measured other genes than the background's: exact, as that part is linear."""
+    def _add_panels(
+        self, cell: CellTokens, labels: Sequence[int], sums: np.ndarray, seen: np.ndarray
+    ) -> None:
+        """Add what it makes that the cell's dataset measured other genes than the background's.
+
+        Exact, as that part is linear.
+        """
         skip = self._model.linear_skip
         if skip is None:
             return
-        moved_g = (len(self._background) * cell.measured_g - self._background_measured_g) * skip.center.double().cpu().numpy()
+        moved_g = (
+            len(self._background) * cell.measured_g - self._background_measured_g
+        ) * skip.center.double().cpu().numpy()
         weights_gk = skip.weight.weight[NUM_SPECIAL:, list(labels)].detach().double().cpu().numpy()
         sums[:, NUM_SPECIAL:] -= (moved_g[:, None] * weights_gk).T
         seen[NUM_SPECIAL:] |= moved_g != 0
 
     def _batch(self, cells: Sequence[CellTokens]) -> dict[str, Tensor]:
-        arrays = {name: [getattr(cell, name) for cell in cells] for name in ("token_ids", "values", "bin_ids")}
+        arrays = {
+            name: [getattr(cell, name) for cell in cells] for name in ("token_ids", "values", "bin_ids")
+        }
         padded = {name: torch.from_numpy(_pad(rows)) for name, rows in arrays.items()}
         batch = {name: tensor if name == "values" else tensor.long() for name, tensor in padded.items()}
-        batch |= {"measured": torch.from_numpy(np.stack([cell.measured_g for cell in cells])), "panels": torch.arange(len(cells))}
+        batch |= {
+            "measured": torch.from_numpy(np.stack([cell.measured_g for cell in cells])),
+            "panels": torch.arange(len(cells)),
+        }
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
-    def _integrate(self, pairs: Sequence[_Pair], labels: Sequence[int]) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Token ids of each pair, and by class and pair the integrated gradient times change of each token."""
+    def _integrate(
+        self, pairs: Sequence[_Pair], labels: Sequence[int]
+    ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
+        """Token ids of each pair.
+
+        And by class and pair the integrated gradient times change of each token.
+        """
         model, device, count = self._model, self._device, len(self._nodes)
         ids = torch.from_numpy(_pad([pair.token_ids for pair in pairs])).long().to(device)
         real = ids != PAD
         ends = {}
         with torch.no_grad():
             for side in ("cell", "other"):
-                values = torch.from_numpy(_pad([getattr(pair, f"{side}_values") for pair in pairs])).to(device)
-                bins = torch.from_numpy(_pad([getattr(pair, f"{side}_bins") for pair in pairs])).long().to(device)
-                present = torch.from_numpy(_pad([getattr(pair, f"{side}_present") for pair in pairs])).to(device)
+                values = torch.from_numpy(_pad([getattr(pair, f"{side}_values") for pair in pairs])).to(
+                    device
+                )
+                bins = (
+                    torch.from_numpy(_pad([getattr(pair, f"{side}_bins") for pair in pairs]))
+                    .long()
+                    .to(device)
+                )
+                present = torch.from_numpy(_pad([getattr(pair, f"{side}_present") for pair in pairs])).to(
+                    device
+                )
                 ends[side] = [model.embed_tokens(ids, values, bins), present, values]
             # A token that one cell lacks has no embedding there: only its presence moves.
             for side, else_side in (("cell", "other"), ("other", "cell")):
@@ -183,14 +225,22 @@ class Explainer:
             tiled = [part.repeat(count, *(1,) * (part.ndim - 1)) for part in (start, change)]
             points.append((tiled[0] + node_r.view(shape) * tiled[1]).requires_grad_())
         with torch.enable_grad():
-            logits = _forward(model, ids.repeat(count, 1), real.repeat(count, 1), *points, hash_seed=self._hash_seed)
+            logits = _forward(
+                model, ids.repeat(count, 1), real.repeat(count, 1), *points, hash_seed=self._hash_seed
+            )
         found: list[list[np.ndarray]] = []
         for index, label in enumerate(labels):
             last = index == len(labels) - 1
-            grads = torch.autograd.grad((logits[:, label] * weight_r).sum(), points, retain_graph=not last, allow_unused=True)
+            grads = torch.autograd.grad(
+                (logits[:, label] * weight_r).sum(), points, retain_graph=not last, allow_unused=True
+            )
             total = torch.zeros(ids.shape, device=device)
             for grad, change in zip(grads, changes, strict=True):
-                if grad is None:  # values of a network without linear skip, presence where it has neither attention nor pooling over tokens
+                if (
+                    grad is None
+                    # Values of a network without linear skip, presence where it has neither attention nor
+                    # pooling over tokens
+                ):
                     continue
                 part = grad.unflatten(0, (count, len(pairs))).sum(0) * change
                 total += part.sum(-1) if part.ndim == 3 else part
@@ -225,11 +275,19 @@ class _Pair:
 
 
 def _forward(
-    model: ScReformer, ids_rl: Tensor, real_rl: Tensor, x_rld: Tensor, present_rl: Tensor, values_rl: Tensor, *, hash_seed: int
+    model: ScReformer,
+    ids_rl: Tensor,
+    real_rl: Tensor,
+    x_rld: Tensor,
+    present_rl: Tensor,
+    values_rl: Tensor,
+    *,
+    hash_seed: int,
 ) -> Tensor:
     """Logits of `ScReformer.forward` for given token embeddings, with tokens that are present in part.
 
-    Where presence is 0 or 1 it is the network without the tokens that are absent, up to the room that these take in LSH's buckets.
+    Where presence is 0 or 1 it is the network without the tokens that are absent, up to the room that these
+    take in LSH's buckets.
     """
     gate_rl = present_rl * real_rl
     y1 = y2 = x_rld
@@ -241,29 +299,38 @@ def _forward(
     assert model.classification_head is not None
     logits_rk = model.classification_head(embedding_rd)
     if model.linear_skip is not None:
-        # As the network's, but embedding_bag gives no gradient for weights per sample beside a frozen table on every device.
+        # As the network's, but embedding_bag gives no gradient for weights per sample beside a frozen table
+        # on every device.
         scaled_rl = F.normalize(values_rl, dim=1) * LINEAR_SCALE
-        logits_rk = logits_rk + torch.einsum("rl,rlk->rk", scaled_rl, F.embedding(ids_rl, model.linear_skip.weight.weight))
+        logits_rk = logits_rk + torch.einsum(
+            "rl,rlk->rk", scaled_rl, F.embedding(ids_rl, model.linear_skip.weight.weight)
+        )
     return logits_rk
 
 
-def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl: Tensor, seed: int) -> Tensor:
+def _attend(
+    sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl: Tensor, seed: int
+) -> Tensor:
     """Attention in which a token weighs as a key by its presence.
 
-    With weights w of the softmax over all keys, those over keys of presence p are w p / sum(w p): two calls of the same attention, one on p
-    times the values and one on p. Full attention takes log p as a bias.
+    With weights w of the softmax over all keys, those over keys of presence p are w p / sum(w p): two calls
+    of the same attention, one on p times the values and one on p. Full attention takes log p as a bias.
     """
     layer, x = sublayer.attention, sublayer.norm(x_rld)
     if isinstance(layer, LSHSelfAttention):
         qk, v = (part(x).unflatten(-1, (layer.heads, -1)) for part in (layer.toqk, layer.tov))
         tokens = layer.sort(qk, real_rl, hash_seed=seed)
         gate = gate_rl[..., None, None].expand_as(v).contiguous()
-        above, below = (lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate))
+        above, below = (
+            lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate)
+        )
         return layer.to_out((above / below.clamp(min=_TINY)).flatten(2))
     if isinstance(layer, FullSelfAttention):
         q, k, v = layer._split(x)
         bias = gate_rl.clamp(min=_TINY**2).log()[:, None, None]
-        return layer.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return layer.to_out(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        )
     assert isinstance(layer, NoAttention)
     return x_rld * 0
 
@@ -271,9 +338,18 @@ def _attend(sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl
 def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellTokens]:
     """Cut what `CellTokenizer` gives into cells, without padding."""
     cells = []
-    for ids, values, bins, panel in zip(tokens["token_ids"], tokens["values"], tokens["bin_ids"], panels.panels_n, strict=True):
+    for ids, values, bins, panel in zip(
+        tokens["token_ids"], tokens["values"], tokens["bin_ids"], panels.panels_n, strict=True
+    ):
         used = ids != PAD
-        cells.append(CellTokens(token_ids=ids[used], values=values[used], bin_ids=bins[used], measured_g=panels.measured_pg[panel]))
+        cells.append(
+            CellTokens(
+                token_ids=ids[used],
+                values=values[used],
+                bin_ids=bins[used],
+                measured_g=panels.measured_pg[panel],
+            )
+        )
     return cells
 
 
@@ -285,7 +361,10 @@ def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
 
 
 def markers() -> pd.DataFrame:
-    """Canonical marker genes of major types, chosen by hand: columns `cell_type`, `cl_id`, `symbol`, `feature_id`."""
+    """Canonical marker genes of major types, chosen by hand.
+
+    Columns `cell_type`, `cl_id`, `symbol`, `feature_id`.
+    """
     with resources.files("screformer").joinpath("markers.tsv").open() as file:
         return pd.read_csv(file, sep="\t", dtype=str)
 

@@ -8,15 +8,21 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_GENE_OVERLAP = 0.1
-"""Least share of the model's expected expression that the input's genes must carry. By expression and not by number of genes,
-because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a whole atlas is mostly genes that are
-never seen."""
+"""Least share of the model's expected expression that the input's genes must carry. By expression and not by
+number of genes, because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a
+whole atlas is mostly genes that are never seen."""
 
 
 _FOREIGN_ID = re.compile(r"ENS[A-Z]{3,4}G\d{11}")
 
 
-_SPECIES = {"ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "macaque", "ENSSSCG": "pig"}
+_SPECIES = {
+    "ENSMUSG": "mouse",
+    "ENSRNOG": "rat",
+    "ENSDARG": "zebrafish",
+    "ENSMMUG": "macaque",
+    "ENSSSCG": "pig",
+}
 
 
 _MOUSE_SYMBOL = re.compile(r"[A-Z][a-z0-9-]*[a-z][a-z0-9-]*$")
@@ -27,7 +33,8 @@ class GeneMatch:
     """Which column of an input is which gene of the model."""
 
     vocabulary_index: np.ndarray
-    """Vocabulary index of each input column, int32, -1 where the model does not know it. Columns of one gene are summed."""
+    """Vocabulary index of each input column, int32, -1 where the model does not know it. Columns of one gene
+    are summed."""
     num_by_id: int
     """Genes of the model found by `feature_id`."""
     num_by_name: int
@@ -56,7 +63,8 @@ class GeneMatch:
     def __str__(self) -> str:
         ambiguous = f", {self.num_ambiguous:,} ambiguous ones left out" if self.num_ambiguous else ""
         return (
-            f"{self.num_found:,} of the model's {self.num_model_genes:,} genes found ({self.num_by_id:,} by id, {self.num_by_name:,} by"
+            f"{self.num_found:,} of the model's {self.num_model_genes:,} genes found ({self.num_by_id:,} by"
+            f" id, {self.num_by_name:,} by"
             f" name{ambiguous}), {self.expression_share:.1%} of the expression it knows"
         )
 
@@ -68,13 +76,15 @@ class GeneMatch:
             source: Whose genes they are, for the message.
 
         Raises:
-            ValueError: Too few; the message says how many were found, and some names that were not understood.
+            ValueError: Too few; the message says how many were found, and some names that were not
+                understood.
         """
         if self.num_found and self.expression_share >= minimum:
             return
         looks = f"These are genes of another species: {self.species}. " if self.species else ""
         raise ValueError(
-            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed. {looks}Give human Ensembl gene ids"
+            f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed."
+            f" {looks}Give human Ensembl gene ids"
             " (ENSG...) or HGNC symbols; another species needs its own model"
         )
 
@@ -91,7 +101,10 @@ def check_counts(values: np.ndarray, *, source: str) -> None:
     """
     values = np.asarray(values).ravel()
     if values.dtype.kind not in "iufb":
-        raise ValueError(f"{source}: counts are of type {values.dtype}, not numbers; keep cell names in the index, not in a column")
+        raise ValueError(
+            f"{source}: counts are of type {values.dtype}, not numbers; keep cell names in the index, not in"
+            f" a column"
+        )
     if values.dtype.kind in "ub":
         return
     for bad, what in (
@@ -99,8 +112,11 @@ def check_counts(values: np.ndarray, *, source: str) -> None:
         (values < 0, "is negative, as after scaling; give raw counts"),
         (
             values != np.trunc(values),
-            "is fractional, as after normalising or log1p; give raw counts (often in `layers['counts']` or `raw`)",
+            "is fractional, as after normalising or log1p; give raw counts (often in `layers['counts']` or"
+            " `raw`)",
         ),
     ):
         if bad.any():
-            raise ValueError(f"{source}: value {values[bad.argmax()]:g} {what}; whole numbers >= 0 are needed")
+            raise ValueError(
+                f"{source}: value {values[bad.argmax()]:g} {what}; whole numbers >= 0 are needed"
+            )

@@ -13,10 +13,13 @@ import torch
 
 
 class LabelCounts:
-    """Confusion counts and loss sums. Sums are joined first and divided last, so batches and ranks of any size weigh right.
+    """Confusion counts and loss sums.
 
-    Scores follow scikit-learn's defaults: macro and weighted averages run over the classes that occur among the true or the predicted
-    labels, balanced accuracy over those among the true ones; a precision, recall or F1 of 0/0 is 0. Without any cell a score is 0.
+    Sums are joined first and divided last, so batches and ranks of any size weigh right.
+
+    Scores follow scikit-learn's defaults: macro and weighted averages run over the classes that occur among
+    the true or the predicted labels, balanced accuracy over those among the true ones; a precision, recall or
+    F1 of 0/0 is 0. Without any cell a score is 0.
 
     Args:
         num_classes: k; 0 counts losses only, as in pre-training.
@@ -109,7 +112,10 @@ class LabelCounts:
         return float(self.recall_k[present_k].mean()) if present_k.any() else 0.0
 
     def scores(self, prefix: str) -> dict[str, float]:
-        """The scores as metrics `prefix/loss`, and with classes `prefix/accuracy`, `/macro_f1`, `/weighted_f1`, `/balanced_accuracy`."""
+        """The scores as metrics `prefix/loss`.
+
+        And with classes `prefix/accuracy`, `/macro_f1`, `/weighted_f1`, `/balanced_accuracy`.
+        """
         names = ["loss"]
         if len(self.confusion_kk):
             names += ["accuracy", "macro_f1", "weighted_f1", "balanced_accuracy"]

@@ -1,11 +1,14 @@
 """The network: tokens of a cell in; cell vector, label logits and hidden expression out.
 
-Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads, b expression bins.
+Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads, b expression
+bins.
 
-    gene and expression embedding -> reversible encoder -> pooling -> cell vector -> label logits  (+ linear part on the values)
+    gene and expression embedding -> reversible encoder -> pooling -> cell vector -> label logits  (+ linear
+    part on the values)
                                                         -> hidden slots + cell vector -> their expression
 
-Parameters are only reached through calls of the modules that own them, because ZeRO-3 fetches them there and nowhere else.
+Parameters are only reached through calls of the modules that own them, because ZeRO-3 fetches them there and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -36,14 +39,15 @@ class ModelOutput(NamedTuple):
     logits_nk: Tensor | None
     """Label scores; only of the task `finetune`."""
     expression: Tensor | None
-    """Of the task `pretrain`: at the hidden slots, in row-major order, bin scores (num_hidden, b) or values (num_hidden,)."""
+    """Of the task `pretrain`: at the hidden slots, in row-major order, bin scores (num_hidden, b) or values
+    (num_hidden,)."""
 
 
 class ScReformer(nn.Module):
     """scReformer-BERT.
 
-    In eval mode the result is a function of the input, the weights and `hash_seed`; padding and the other cells of a batch change a
-    cell's result by rounding only.
+    In eval mode the result is a function of the input, the weights and `hash_seed`; padding and the other
+    cells of a batch change a cell's result by rounding only.
 
     Args:
         model: Architecture.
@@ -53,29 +57,39 @@ class ScReformer(nn.Module):
         seed: Seeds the weights; the global generator is neither read nor changed.
     """
 
-    def __init__(self, model: ModelConfig, tokens: TokensConfig, *, num_genes: int, num_classes: int, seed: int):
+    def __init__(
+        self, model: ModelConfig, tokens: TokensConfig, *, num_genes: int, num_classes: int, seed: int
+    ):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
         model, _ = settle_attention(model, tokens.most_slots(num_genes))
         with torch.random.fork_rng(devices=[]):
-            self.gene_embedding = nn.Embedding((1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim)
+            self.gene_embedding = nn.Embedding(
+                (1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim
+            )
             self.expression_embedding = _ExpressionEmbedding(model.dim, tokens)
             self.encoder = ReversibleEncoder(model)
             self.pooling = _Pooling(model)
             self.expression_head = _ExpressionHead(model.dim, tokens)
             self.classification_head = nn.Linear(model.dim, num_classes) if num_classes else None
-            self.linear_skip = _LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
+            self.linear_skip = (
+                _LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
+            )
         _draw_weights(self, seed)
 
-    def forward(self, batch: dict[str, Tensor], *, task: ModelTask, hidden: Tensor | None = None, hash_seed: int = 0) -> ModelOutput:
+    def forward(
+        self, batch: dict[str, Tensor], *, task: ModelTask, hidden: Tensor | None = None, hash_seed: int = 0
+    ) -> ModelOutput:
         """Run the network.
 
         Args:
-            batch: `token_ids` int64 (n, l), real tokens first, then PAD; `values` float32 (n, l); `bin_ids` int64 (n, l). Cells of PAD
-                only are allowed and get finite results without meaning. `measured` bool (p, g) and `panels` int64 (n,) say which genes
-                were measured in which cells; without them all were in all.
+            batch: `token_ids` int64 (n, l), real tokens first, then PAD; `values` float32 (n, l); `bin_ids`
+                int64 (n, l). Cells of PAD only are allowed and get finite results without meaning. `measured`
+                bool (p, g) and `panels` int64 (n,) say which genes were measured in which cells; without them
+                all were in all.
             task: Which heads run. Every rank calls the same modules, whatever its cells.
-            hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); it may be False everywhere.
+            hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); it may
+                be False everywhere.
             hash_seed: Seeds the LSH hashes, and the dropout in training.
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
@@ -92,10 +106,14 @@ class ScReformer(nn.Module):
         logits_nk = self.classification_head(embedding_nd)
         if self.linear_skip is not None:
             panels = (batch.get("measured"), batch.get("panels"))
-            logits_nk = logits_nk + self.linear_skip(batch["token_ids"], batch["values"].to(x_nld.dtype), *panels)
+            logits_nk = logits_nk + self.linear_skip(
+                batch["token_ids"], batch["values"].to(x_nld.dtype), *panels
+            )
         return ModelOutput(embedding_nd, logits_nk, None)
 
-    def embed_tokens(self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None) -> Tensor:
+    def embed_tokens(
+        self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None
+    ) -> Tensor:
         """Gene and expression of each token as one vector, (n, l, d): what the encoder reads."""
         # Where all genes share one vector, it is the last one.
         x_nld = self.gene_embedding(token_ids_nl.clamp(max=self.gene_embedding.num_embeddings - 1))
@@ -104,19 +122,26 @@ class ScReformer(nn.Module):
 
     @torch.no_grad()
     def set_gene_embeddings(self, matrix_gd: Tensor) -> None:
-        """Start from given gene embeddings, such as those of `svd_gene_embeddings`; before an engine is built.
+        """Start from given gene embeddings, such as those of `svd_gene_embeddings`.
+
+        Before an engine is built.
 
         Raises:
             ValueError: Another shape.
         """
         weight = self.gene_embedding.weight[NUM_SPECIAL:]
         if matrix_gd.shape != weight.shape:
-            raise ValueError(f"gene embeddings have shape {tuple(matrix_gd.shape)}, the network needs {tuple(weight.shape)}")
+            raise ValueError(
+                f"gene embeddings have shape {tuple(matrix_gd.shape)}, the network needs"
+                f" {tuple(weight.shape)}"
+            )
         weight.copy_(matrix_gd)
 
     @torch.no_grad()
     def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor, center_g: Tensor) -> None:
-        """Start as a given linear classifier (`screformer.linear`), to which the encoder adds nothing yet; before an engine is built.
+        """Start as a given linear classifier (`screformer.linear`), to which the encoder adds nothing yet.
+
+        Before an engine is built.
 
         Raises:
             ValueError: Another shape, or a network without a linear part.
@@ -125,7 +150,9 @@ class ScReformer(nn.Module):
             raise ValueError("a linear start needs model.linear_skip=true and labels")
         weight = self.linear_skip.weight.weight[NUM_SPECIAL:]
         given = [tuple(part.shape) for part in (weights_gk, bias_k, center_g)]
-        needed = [tuple(part.shape) for part in (weight, self.classification_head.bias, self.linear_skip.center)]
+        needed = [
+            tuple(part.shape) for part in (weight, self.classification_head.bias, self.linear_skip.center)
+        ]
         if given != needed:
             raise ValueError(f"linear start has shapes {given}, the network needs {needed}")
         weight.copy_(weights_gk)
@@ -137,28 +164,37 @@ class ScReformer(nn.Module):
 class _ExpressionEmbedding(nn.Module):
     """How strongly a gene is expressed, as a shift and a gain of its embedding.
 
-    The gain lets a sum over tokens be a weighted sum of gene embeddings, which with an SVD start is the cell's place in the SVD.
+    The gain lets a sum over tokens be a weighted sum of gene embeddings, which with an SVD start is the
+    cell's place in the SVD.
     """
 
     def __init__(self, dim: int, tokens: TokensConfig):
         super().__init__()
         self.continuous = tokens.expression == "continuous"
         if self.continuous:
-            self.to_bins = nn.Sequential(nn.Linear(1, tokens.num_bins), nn.LeakyReLU(), nn.Linear(tokens.num_bins, tokens.num_bins))
+            self.to_bins = nn.Sequential(
+                nn.Linear(1, tokens.num_bins), nn.LeakyReLU(), nn.Linear(tokens.num_bins, tokens.num_bins)
+            )
             self.bins: nn.Module = nn.Linear(tokens.num_bins, 2 * dim, bias=False)
-            self.magnitude = nn.Linear(1, 2 * dim, bias=False)  # soft bins alone go flat beyond the values seen in training
+            self.magnitude = nn.Linear(
+                1, 2 * dim, bias=False
+            )  # soft bins alone go flat beyond the values seen in training
         else:
             self.bins = nn.Embedding(tokens.num_bins, 2 * dim)
         self.hidden = nn.Embedding(1, 2 * dim)
 
-    def forward(self, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.continuous:
             values = values_nl.unsqueeze(-1)
             both = self.bins(self.to_bins(values).softmax(-1)) + self.magnitude(values)
         else:
             both = self.bins(bin_ids_nl)
         if hidden_nl is not None:
-            both = torch.where(hidden_nl.unsqueeze(-1), self.hidden(torch.zeros_like(bin_ids_nl[:1, :1])), both)
+            both = torch.where(
+                hidden_nl.unsqueeze(-1), self.hidden(torch.zeros_like(bin_ids_nl[:1, :1])), both
+            )
         shift, gain = both.chunk(2, dim=-1)
         return shift, gain
 
@@ -183,7 +219,9 @@ class _Pooling(nn.Module):
         else:
             scores_nlh = self.score(self.score_norm(x_nld))
             # The lowest finite number, not -inf: the softmax over a cell of PAD only must not be NaN.
-            weights_nlh = scores_nlh.masked_fill(~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min).softmax(1)
+            weights_nlh = scores_nlh.masked_fill(
+                ~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min
+            ).softmax(1)
         if presence_nl is not None:
             weights_nlh = weights_nlh * presence_nl.unsqueeze(-1)
             weights_nlh = weights_nlh / weights_nlh.sum(1, keepdim=True)
@@ -192,7 +230,10 @@ class _Pooling(nn.Module):
 
 
 class _ExpressionHead(nn.Module):
-    """Expression of hidden genes, from the token and from the cell: with the cell it can be learned without attention too."""
+    """Expression of hidden genes, from the token and from the cell.
+
+    With the cell it can be learned without attention too.
+    """
 
     def __init__(self, dim: int, tokens: TokensConfig):
         super().__init__()
@@ -210,12 +251,16 @@ class _ExpressionHead(nn.Module):
 
 
 class _LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to one length, which evens out depth and size of gene panels.
+    """A linear classifier on the cell's expression values, scaled to one length.
 
-    Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that was measured and not found
-    speaks against the labels that have it, and one that was not measured says nothing.
+    Which evens out depth and size of gene panels.
 
-    Sums over hundreds of genes are taken in float64: in float32 their last digits would hang on the padding and on the cells beside.
+    Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that
+    was measured and not found speaks against the labels that have it, and one that was not measured says
+    nothing.
+
+    Sums over hundreds of genes are taken in float64: in float32 their last digits would hang on the padding
+    and on the cells beside.
     """
 
     def __init__(self, num_genes: int, num_classes: int):
@@ -224,7 +269,13 @@ class _LinearSkip(nn.Module):
         self.center: Tensor
         self.register_buffer("center", torch.zeros(num_genes))
 
-    def forward(self, token_ids_nl: Tensor, values_nl: Tensor, measured_pg: Tensor | None = None, panels_n: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        token_ids_nl: Tensor,
+        values_nl: Tensor,
+        measured_pg: Tensor | None = None,
+        panels_n: Tensor | None = None,
+    ) -> Tensor:
         found_nk = self.weight(token_ids_nl, F.normalize(values_nl.double(), dim=1) * LINEAR_SCALE)
         usual_pg = self.center.expand(1, -1) if measured_pg is None else measured_pg * self.center
         genes = torch.arange(NUM_SPECIAL, NUM_SPECIAL + usual_pg.shape[1], device=usual_pg.device)
@@ -249,7 +300,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
         elif isinstance(module, nn.EmbeddingBag):
             nn.init.zeros_(module.weight)
     for module in network.modules():
-        # Soft bins whose borders spread over the range of log1p(counts per 10,000), about 0 to 6, instead of all lying at 0.
+        # Soft bins whose borders spread over the range of log1p(counts per 10,000), about 0 to 6, instead of
+        # all lying at 0.
         if isinstance(module, _ExpressionEmbedding) and module.continuous:
             first = module.to_bins[0]
             assert isinstance(first, nn.Linear)
@@ -265,7 +317,9 @@ EMBEDDING_STD = 0.1
 """Of random gene embeddings, and the root mean square of SVD ones."""
 
 
-def classification_loss(logits_nk: Tensor, labels_n: Tensor, class_weights_k: Tensor | None) -> tuple[Tensor, Tensor]:
+def classification_loss(
+    logits_nk: Tensor, labels_n: Tensor, class_weights_k: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Weighted cross-entropy as a sum, so that ranks and micro-batches can be joined exactly.
 
     Args:
@@ -276,13 +330,21 @@ def classification_loss(logits_nk: Tensor, labels_n: Tensor, class_weights_k: Te
     Returns:
         Sum of the weighted losses, and sum of the weights; float32 scalars.
     """
-    loss = F.cross_entropy(logits_nk.float(), labels_n, weight=class_weights_k, ignore_index=-1, reduction="sum")
+    loss = F.cross_entropy(
+        logits_nk.float(), labels_n, weight=class_weights_k, ignore_index=-1, reduction="sum"
+    )
     labelled = labels_n[labels_n >= 0]
-    weight = logits_nk.new_tensor(len(labelled), dtype=torch.float32) if class_weights_k is None else class_weights_k[labelled].sum()
+    weight = (
+        logits_nk.new_tensor(len(labelled), dtype=torch.float32)
+        if class_weights_k is None
+        else class_weights_k[labelled].sum()
+    )
     return loss, weight
 
 
-def expression_loss(output: ModelOutput, batch: dict[str, Tensor], hidden_nl: Tensor) -> tuple[Tensor, Tensor]:
+def expression_loss(
+    output: ModelOutput, batch: dict[str, Tensor], hidden_nl: Tensor
+) -> tuple[Tensor, Tensor]:
     """Error at the hidden slots as a sum: cross-entropy of bins, or squared error of values.
 
     Returns:

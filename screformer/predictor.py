@@ -33,7 +33,10 @@ ANSWER_COLUMNS = (
 """What is said of a cell, as columns: made by `Predictions.table`."""
 
 
-_TOKENS_PER_BATCH = {"cpu": 8_192, "cuda": 131_072}  # small batches stay in a CPU's cache: a quarter less time than 32,768
+_TOKENS_PER_BATCH = {
+    "cpu": 8_192,
+    "cuda": 131_072,
+}  # small batches stay in a CPU's cache: a quarter less time than 32,768
 
 
 _CELLS_PER_BATCH = 256
@@ -41,18 +44,24 @@ _CELLS_PER_BATCH = 256
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Predictions:
-    """What the model says of n cells, in the order of the input. A model without calibration always says its best label."""
+    """What the model says of n cells, in the order of the input.
+
+    A model without calibration always says its best label.
+    """
 
     answer_codes: np.ndarray
     """Index of what is said among the predictor's `answer_names`, int64 (n,)."""
     labels: np.ndarray
-    """What is said, object (n,): a label, a more general Cell Ontology term where no label is likely enough, or `unknown`."""
+    """What is said, object (n,): a label, a more general Cell Ontology term where no label is likely enough,
+    or `unknown`."""
     cl_ids: np.ndarray
     """Cell Ontology id of what is said, object (n,), `unknown` where it has none."""
     confidence: np.ndarray
-    """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, of an unknown cell's best label."""
+    """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, of an
+    unknown cell's best label."""
     level_codes: np.ndarray
-    """Index into `screformer.calibration.LEVELS`: whether a label, a broader term or `unknown` is said, int8 (n,)."""
+    """Index into `screformer.calibration.LEVELS`: whether a label, a broader term or `unknown` is said, int8
+    (n,)."""
     unknown_score: np.ndarray
     """How unlike the training cells, float32 (n,); above the calibration's threshold a cell is unknown."""
     label_codes: np.ndarray
@@ -75,7 +84,15 @@ class Predictions:
     def table(self, index: pd.Index | None = None) -> pd.DataFrame:
         """The columns that every way of applying a model gives: `ANSWER_COLUMNS`, one row per cell."""
         levels = np.array(LEVELS, dtype=object)[self.level_codes]
-        columns = (self.labels, self.confidence, self.cl_ids, levels, self.unknown, self.unknown_score, self.best_labels)
+        columns = (
+            self.labels,
+            self.confidence,
+            self.cl_ids,
+            levels,
+            self.unknown,
+            self.unknown_score,
+            self.best_labels,
+        )
         return pd.DataFrame(dict(zip(ANSWER_COLUMNS, columns, strict=True)), index=index)
 
 
@@ -85,7 +102,9 @@ class Predictor:
     The same cell gets the same result in every call, up to rounding whatever the cells beside it.
     """
 
-    def __init__(self, loaded: LoadedModel, directory: str | Path, *, device: str | torch.device | None = None):
+    def __init__(
+        self, loaded: LoadedModel, directory: str | Path, *, device: str | torch.device | None = None
+    ):
         self.directory = Path(directory)
         self.config = loaded.config
         self.vocabulary: GeneVocabulary = loaded.vocabulary
@@ -122,17 +141,26 @@ class Predictor:
     def match_genes(self, feature_ids: Sequence[str], names: Sequence[str] | None = None) -> GeneMatch:
         """Find the model's genes among the columns of an input.
 
-        By id first, without its version (`ENSG00000156738.18`); columns whose id is unknown are then looked up by exact name. Columns
-        with one id are one gene, as older files have it under two symbols; a name that occurs twice is left out rather than guessed.
+        By id first, without its version (`ENSG00000156738.18`); columns whose id is unknown are then looked
+        up by exact name. Columns with one id are one gene, as older files have it under two symbols; a name
+        that occurs twice is left out rather than guessed.
 
         Args:
             feature_ids: Ensembl id of each column; anything else that stands there is simply not found.
             names: Gene symbol of each column; None takes `feature_ids` for both.
         """
-        ids = np.array([str(text).partition(".")[0] if str(text).startswith("ENS") else str(text) for text in feature_ids], dtype=object)
+        ids = np.array(
+            [
+                str(text).partition(".")[0] if str(text).startswith("ENS") else str(text)
+                for text in feature_ids
+            ],
+            dtype=object,
+        )
         symbols = ids if names is None else np.array([str(text) for text in names], dtype=object)
         if len(ids) != len(symbols):
-            raise ValueError(f"genes have {len(ids)} ids but {len(symbols)} names; give one of each for every column")
+            raise ValueError(
+                f"genes have {len(ids)} ids but {len(symbols)} names; give one of each for every column"
+            )
         by_id = self.vocabulary.index(ids.tolist())
         unique, doubled = self._names
         taken = set(by_id[by_id >= 0].tolist())
@@ -156,17 +184,23 @@ class Predictor:
             num_by_name=int((by_name >= 0).sum()),
             num_ambiguous=num_ambiguous + int(repeated.sum()),
             num_model_genes=len(self.vocabulary),
-            expression_share=float(weight[np.unique(found[found >= 0])].sum(dtype=np.float64) / weight.sum(dtype=np.float64)),
+            expression_share=float(
+                weight[np.unique(found[found >= 0])].sum(dtype=np.float64) / weight.sum(dtype=np.float64)
+            ),
             species=self._species(ids, symbols),
         )
 
     def match_var(self, var: pd.DataFrame) -> GeneMatch:
-        """Find the model's genes in a table of genes: ids and names are each taken from where most of them stand, index or text column.
+        """Find the model's genes in a table of genes.
+
+        Ids and names are each taken from where most of them stand, index or text column.
 
         Args:
             var: A row per column of the counts, as `AnnData.var`.
         """
-        places = [var.index] + [column for _, column in var.items() if not pd.api.types.is_numeric_dtype(column.dtype)]
+        places = [var.index] + [
+            column for _, column in var.items() if not pd.api.types.is_numeric_dtype(column.dtype)
+        ]
         texts = [["" if pd.isna(value) else str(value) for value in place] for place in places]
         nothing = [""] * len(var)
         ids = max(texts, key=lambda text: self.match_genes(text, nothing).num_by_id)
@@ -174,7 +208,10 @@ class Predictor:
         return self.match_genes(ids, names)
 
     def _species(self, ids: np.ndarray, symbols: np.ndarray) -> str:
-        """What most genes look like, if not human: ids with a species in them, or symbols in the case of mouse and rat ("Cd3d")."""
+        """What most genes look like, if not human.
+
+        Ids with a species in them, or symbols in the case of mouse and rat ("Cd3d").
+        """
         foreign = [text for text in ids if _FOREIGN_ID.match(text)]
         if 2 * len(foreign) > len(ids):
             prefix = foreign[0].rstrip("0123456789")
@@ -188,11 +225,19 @@ class Predictor:
     @cached_property
     def _names(self) -> tuple[dict[str, int], set[str]]:
         """Vocabulary index of names that one gene has, and the names that several have."""
-        names, first, times = np.unique(np.array(self.vocabulary.feature_names, dtype=object), return_index=True, return_counts=True)
-        unique = {name: int(index) for name, index, count in zip(names, first, times, strict=True) if count == 1 and name}
+        names, first, times = np.unique(
+            np.array(self.vocabulary.feature_names, dtype=object), return_index=True, return_counts=True
+        )
+        unique = {
+            name: int(index)
+            for name, index, count in zip(names, first, times, strict=True)
+            if count == 1 and name
+        }
         return unique, set(names[times > 1])
 
-    def predict_counts(self, counts: sparse.spmatrix | np.ndarray, match: GeneMatch, *, source: str = "input") -> Predictions:
+    def predict_counts(
+        self, counts: sparse.spmatrix | np.ndarray, match: GeneMatch, *, source: str = "input"
+    ) -> Predictions:
         """Label cells given as a matrix of raw counts over the columns that `match_genes` saw.
 
         The library size of a cell is its sum over all columns, also those that the model does not know.
@@ -207,15 +252,22 @@ class Predictor:
         """
         matrix = sparse.csr_matrix(counts)
         if matrix.shape[1] != len(match.vocabulary_index):
-            raise ValueError(f"{source}: counts have {matrix.shape[1]} columns, but genes were matched for {len(match.vocabulary_index)}")
+            raise ValueError(
+                f"{source}: counts have {matrix.shape[1]} columns, but genes were matched for"
+                f" {len(match.vocabulary_index)}"
+            )
         check_counts(matrix.data, source=source)
         total = np.asarray(matrix.sum(axis=1, dtype=np.float64)).ravel()
         known = np.flatnonzero(match.vocabulary_index >= 0)
         entries = (np.ones(len(known), dtype=matrix.dtype), (known, match.vocabulary_index[known]))
-        matrix = sparse.csr_matrix(matrix @ sparse.csr_matrix(entries, shape=(matrix.shape[1], len(self.vocabulary))))
+        matrix = sparse.csr_matrix(
+            matrix @ sparse.csr_matrix(entries, shape=(matrix.shape[1], len(self.vocabulary)))
+        )
         matrix.eliminate_zeros()
         offsets, panels = matrix.indptr.astype(np.int64), Panels.one(match.measured_g, matrix.shape[0])
-        return self.predict(matrix.indices, matrix.data.astype(np.float32), offsets, total_counts=total, panels=panels)
+        return self.predict(
+            matrix.indices, matrix.data.astype(np.float32), offsets, total_counts=total, panels=panels
+        )
 
     def predict(
         self,

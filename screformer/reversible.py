@@ -2,9 +2,10 @@
 
 Axes: n cells, l token slots, d model width.
 
-Two residual streams start as copies of the input: y1 = x1 + f(x2), y2 = x2 + g(y1), with f attention and g feed-forward; the
-result is the mean of the two. The backward pass recovers each block's input from its output. Streams are float32 also when the
-weights are bfloat16, so that the recovery is exact to float32 rounding.
+Two residual streams start as copies of the input: y1 = x1 + f(x2), y2 = x2 + g(y1), with f attention and g
+feed-forward; the result is the mean of the two. The backward pass recovers each block's input from its
+output. Streams are float32 also when the weights are bfloat16, so that the recovery is exact to float32
+rounding.
 """
 
 from __future__ import annotations
@@ -36,14 +37,19 @@ def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
 
 
 class _Sublayer(nn.Module):
-    """One branch of a block: norm, then `_body`, then dropout. Works in the type of its weights, answers in that of the stream."""
+    """One branch of a block: norm, then `_body`, then dropout.
+
+    Works in the type of its weights, answers in that of the stream.
+    """
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.dropout = dropout
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, seed: int, memo: HashMemo | None = None) -> Tensor:
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, seed: int, memo: HashMemo | None = None
+    ) -> Tensor:
         out = self._body(self.norm(x_nld.to(self.norm.weight.dtype)), key_mask_nl, seed, memo)
         if self.training and self.dropout > 0:
             out = _dropout(out, self.dropout, _mix_seed(seed, 1))
@@ -90,7 +96,9 @@ class Block(nn.Module):
 
 class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nld: Tensor, key_mask_nl: Tensor, blocks: Sequence[tuple[nn.Module, nn.Module]], seed: int) -> Tensor:
+    def forward(
+        ctx: Any, x_nld: Tensor, key_mask_nl: Tensor, blocks: Sequence[tuple[nn.Module, nn.Module]], seed: int
+    ) -> Tensor:
         y1, y2 = x_nld, x_nld
         memos = [HashMemo() for _ in blocks]
         for index, ((f, g), memo) in enumerate(zip(blocks, memos, strict=True)):
@@ -112,7 +120,14 @@ class _ReversibleFunction(torch.autograd.Function):
 
 
 def _undo(
-    branch: nn.Module, out: Tensor, source: Tensor, grad_out: Tensor, grad_source: Tensor, mask: Tensor, seed: int, memo: HashMemo | None
+    branch: nn.Module,
+    out: Tensor,
+    source: Tensor,
+    grad_out: Tensor,
+    grad_source: Tensor,
+    mask: Tensor,
+    seed: int,
+    memo: HashMemo | None,
 ) -> tuple[Tensor, Tensor]:
     """Take back out = before + branch(source): return `before` and the full gradient of `source`."""
     with torch.enable_grad():
@@ -126,8 +141,9 @@ def _undo(
 class ReversibleEncoder(nn.Module):
     """A stack of `depth` blocks.
 
-    In training with `reversible`, activations are recomputed in the backward pass from the outputs, with the same hashes and the same
-    dropout. In eval mode, and without `reversible`, gradients take the ordinary way through the same parameters.
+    In training with `reversible`, activations are recomputed in the backward pass from the outputs, with the
+    same hashes and the same dropout. In eval mode, and without `reversible`, gradients take the ordinary way
+    through the same parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -147,14 +163,18 @@ class ReversibleEncoder(nn.Module):
             hash_seed: Seeds the hashes and the dropout of all layers.
 
         Returns:
-            Encoded tokens, shape (n, l, d), in the type of x; padded slots hold finite values without meaning.
+            Encoded tokens, shape (n, l, d), in the type of x; padded slots hold finite values without
+            meaning.
         """
         streams = x_nld.to(torch.promote_types(x_nld.dtype, torch.float32))
         if self.reversible and self.training and torch.is_grad_enabled():
             if not streams.requires_grad:
-                # Without it autograd would see no reason to enter the function, and the blocks would not learn.
+                # Without it autograd would see no reason to enter the function, and the blocks would not
+                # learn.
                 streams = streams.detach().requires_grad_()
-            return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(x_nld.dtype)
+            return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(
+                x_nld.dtype
+            )
         y1 = y2 = streams
         for index, (f, g) in enumerate(self._branches()):
             y1 = y1 + f(y2, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index))

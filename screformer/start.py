@@ -12,7 +12,8 @@ from screformer.model import EMBEDDING_STD, LINEAR_SCALE
 from screformer.tokenizer import Panels
 
 INVERSE_PENALTY = 1.0
-"""C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ little (docs/experiments.md)."""
+"""C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ
+little (docs/experiments.md)."""
 
 
 _MAX_ITERATIONS = 100
@@ -38,8 +39,8 @@ def logistic_start(
         panels: Which genes were measured in these cells.
 
     Returns:
-        Weights float32 (g, k) and bias float32 (k,) of the L2-penalised multinomial regression, and the mean of each gene's scaled value
-        over the cells that measured it, float32 (g,), 0 where none did.
+        Weights float32 (g, k) and bias float32 (k,) of the L2-penalised multinomial regression, and the mean
+        of each gene's scaled value over the cells that measured it, float32 (g,), 0 where none did.
     """
     x_ng = sparse.csr_matrix(normalize(sparse.csr_matrix(values_ng, dtype=np.float64)) * LINEAR_SCALE)
     cells_p = np.bincount(panels.panels_n, minlength=len(panels.measured_pg))
@@ -49,7 +50,9 @@ def logistic_start(
     present, codes_n = np.unique(labels_n, return_inverse=True)
     weight_n = class_weights_k[labels_n].astype(np.float64)
     rows, penalty = np.arange(len(labels_n)), 1 / (INVERSE_PENALTY * weight_n.sum())
-    of_panel_pn = sparse.csr_matrix((np.ones(len(rows)), (panels.panels_n, rows)), shape=(len(cells_p), len(rows)))
+    of_panel_pn = sparse.csr_matrix(
+        (np.ones(len(rows)), (panels.panels_n, rows)), shape=(len(cells_p), len(rows))
+    )
     shape = (x_ng.shape[1], len(present))
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -66,8 +69,13 @@ def logistic_start(
         return loss + penalty / 2 * float((weights_gc**2).sum()), np.append(gradient_gc, error_nc.sum(axis=0))
 
     limits = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": 0.0}
-    flat = minimize(objective, np.zeros(shape[0] * shape[1] + shape[1]), jac=True, method="L-BFGS-B", options=limits).x
-    weights_gk, bias_k = np.zeros((shape[0], len(class_weights_k)), np.float32), np.full(len(class_weights_k), _NEVER, np.float32)
+    flat = minimize(
+        objective, np.zeros(shape[0] * shape[1] + shape[1]), jac=True, method="L-BFGS-B", options=limits
+    ).x
+    weights_gk, bias_k = (
+        np.zeros((shape[0], len(class_weights_k)), np.float32),
+        np.full(len(class_weights_k), _NEVER, np.float32),
+    )
     weights_gk[:, present], bias_k[present] = flat[: -shape[1]].reshape(shape), flat[-shape[1] :]
     return weights_gk, bias_k, center_g.astype(np.float32)
 
@@ -81,7 +89,8 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
         seed: Seeds the randomised SVD, and what fills dimensions beyond the rank of a small matrix.
 
     Returns:
-        Embeddings float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest entry of a dimension is > 0.
+        Embeddings float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest
+        entry of a dimension is > 0.
     """
     num_genes = values_ng.shape[1]
     rank = min(dim, *values_ng.shape)

@@ -2,8 +2,8 @@
 
 Axes: n cells, l token slots, g genes of the vocabulary, p gene panels.
 
-Three spaces of integers, never mixed: a gene's *index* in the vocabulary, its *token id* (index + NUM_SPECIAL), and its joinid in an
-atlas, which does not occur here.
+Three spaces of integers, never mixed: a gene's *index* in the vocabulary, its *token id* (index +
+NUM_SPECIAL), and its joinid in an atlas, which does not occur here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class GeneVocabulary:
         sizes = (len(self.feature_ids), len(self.feature_names), len(self.mean_expression_g))
         if len(set(sizes)) != 1:
             raise ValueError(
-                f"a vocabulary has {sizes[0]} feature ids, {sizes[1]} names and {sizes[2]} mean expressions; give one per gene"
+                f"a vocabulary has {sizes[0]} feature ids, {sizes[1]} names and {sizes[2]} mean expressions;"
+                f" give one per gene"
             )
         if not self.feature_ids:
             raise ValueError("a vocabulary has no genes; check the var filter")
@@ -61,7 +62,9 @@ class GeneVocabulary:
 
     def index(self, feature_ids: Sequence[str]) -> np.ndarray:
         """Index of each gene, int32, -1 for those that the model does not know."""
-        return np.fromiter((self._position.get(name, -1) for name in feature_ids), dtype=np.int32, count=len(feature_ids))
+        return np.fromiter(
+            (self._position.get(name, -1) for name in feature_ids), dtype=np.int32, count=len(feature_ids)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same vocabulary, to the bit."""
@@ -80,8 +83,14 @@ class GeneVocabulary:
         """
         missing = {"feature_ids", "feature_names", "mean_expression"} - set(tree)
         if missing:
-            raise ValueError(f"a vocabulary lacks {', '.join(sorted(missing))}; it was not written by screformer")
-        return cls(tuple(tree["feature_ids"]), tuple(tree["feature_names"]), np.array(tree["mean_expression"], dtype=np.float32))
+            raise ValueError(
+                f"a vocabulary lacks {', '.join(sorted(missing))}; it was not written by screformer"
+            )
+        return cls(
+            tuple(tree["feature_ids"]),
+            tuple(tree["feature_names"]),
+            np.array(tree["mean_expression"], dtype=np.float32),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
@@ -95,7 +104,10 @@ class GeneVocabulary:
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Which of the vocabulary's genes were measured in which cells. A gene outside of a cell's panel is unknown there, not zero."""
+    """Which of the vocabulary's genes were measured in which cells.
+
+    A gene outside of a cell's panel is unknown there, not zero.
+    """
 
     measured_pg: np.ndarray
     """Genes of each panel, bool (p, g)."""
@@ -136,7 +148,8 @@ class CellTokenizer:
 
     Args:
         config: Input mode, length limit and expression encoding.
-        vocabulary: The model's genes; their mean expression decides which genes a cell that is too long keeps.
+        vocabulary: The model's genes; their mean expression decides which genes a cell that is too long
+            keeps.
     """
 
     def __init__(self, config: TokensConfig, vocabulary: GeneVocabulary):
@@ -144,34 +157,55 @@ class CellTokenizer:
         self._mean_expression_g = np.asarray(vocabulary.mean_expression_g, dtype=np.float32)
 
     def __call__(
-        self, gene_ids: np.ndarray, counts: np.ndarray, offsets: np.ndarray, *, total_counts: np.ndarray | None = None
+        self,
+        gene_ids: np.ndarray,
+        counts: np.ndarray,
+        offsets: np.ndarray,
+        *,
+        total_counts: np.ndarray | None = None,
     ) -> dict[str, Any]:
         """Tokenize a batch of cells.
 
-        Slot 0 is [CLS]; genes follow in the order of the vocabulary; PAD fills the rest. In `detected` mode a cell with more than
-        `max_genes` genes keeps those whose value exceeds the gene's mean expression most (ties: the first gene).
+        Slot 0 is [CLS]; genes follow in the order of the vocabulary; PAD fills the rest. In `detected` mode a
+        cell with more than
+        `max_genes` genes keeps those whose value exceeds the gene's mean expression most (ties: the first
+        gene).
 
         Args:
-            gene_ids: Vocabulary indices of all cells one after another, integer, in [0, g); unique within a cell.
+            gene_ids: Vocabulary indices of all cells one after another, integer, in [0, g); unique within a
+                cell.
             counts: Raw counts beside them, >= 0; zeros are no genes.
             offsets: Cell i has the entries `offsets[i]:offsets[i + 1]`; integer, (n + 1,).
-            total_counts: Counts of each cell over all measured genes, (n,), the library size; None sums the given counts.
+            total_counts: Counts of each cell over all measured genes, (n,), the library size; None sums the
+                given counts.
 
         Returns:
-            `token_ids` int32 (n, l); `values` float32 (n, l), log1p of counts per 10,000 (1 with `binary`), 0 for [CLS], PAD and genes
-            that are not detected; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly where the value is 0 (with `continuous` and
+            `token_ids` int32 (n, l); `values` float32 (n, l), log1p of counts per 10,000 (1 with `binary`), 0
+            for [CLS], PAD and genes that are not detected; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly
+            where the value is 0 (with `continuous` and
             `binary` 1 elsewhere);
             `num_cut`, the number of cells that lost genes. l is 1 + the number of genes of the longest cell.
 
         Raises:
-            ValueError: The arrays do not fit together, an index is out of range, or a gene stands twice in a cell.
+            ValueError: The arrays do not fit together, an index is out of range, or a gene stands twice in a
+                cell.
         """
-        gene_ids, counts, offsets = np.asarray(gene_ids), np.asarray(counts, dtype=np.float32), np.asarray(offsets, dtype=np.int64)
+        gene_ids, counts, offsets = (
+            np.asarray(gene_ids),
+            np.asarray(counts, dtype=np.float32),
+            np.asarray(offsets, dtype=np.int64),
+        )
         self._check(gene_ids, counts, offsets)
         num_cells, lengths_n = len(offsets) - 1, np.diff(offsets)
         if total_counts is None:
-            total_counts = np.add.reduceat(np.append(counts, 0), offsets[:-1], dtype=np.float64) * (lengths_n > 0) if num_cells else counts
-        scale_n = np.divide(COUNTS_PER_CELL, total_counts, out=np.zeros(num_cells), where=np.asarray(total_counts) > 0).astype(np.float32)
+            total_counts = (
+                np.add.reduceat(np.append(counts, 0), offsets[:-1], dtype=np.float64) * (lengths_n > 0)
+                if num_cells
+                else counts
+            )
+        scale_n = np.divide(
+            COUNTS_PER_CELL, total_counts, out=np.zeros(num_cells), where=np.asarray(total_counts) > 0
+        ).astype(np.float32)
         cells = np.repeat(np.arange(num_cells, dtype=np.int32), lengths_n)
 
         if counts.size and not counts.all():
@@ -180,7 +214,9 @@ class CellTokenizer:
             order = np.lexsort((gene_ids, cells))
             cells, gene_ids, counts = _select(order, cells, gene_ids, counts)
             if not _increasing(cells, gene_ids):
-                raise ValueError("a gene stands twice in a cell; sum the counts of entries with the same gene first")
+                raise ValueError(
+                    "a gene stands twice in a cell; sum the counts of entries with the same gene first"
+                )
 
         cp10k = counts * scale_n[cells]
         values = np.log1p(cp10k)
@@ -190,7 +226,9 @@ class CellTokenizer:
         lengths_n = np.bincount(cells, minlength=num_cells)
         num_cut = int((lengths_n > self.config.max_genes).sum())
         if num_cut:
-            cells, gene_ids, values, bins = _select(self._kept(cells, gene_ids, values, lengths_n), cells, gene_ids, values, bins)
+            cells, gene_ids, values, bins = _select(
+                self._kept(cells, gene_ids, values, lengths_n), cells, gene_ids, values, bins
+            )
             lengths_n = np.minimum(lengths_n, self.config.max_genes)
 
         slots = np.arange(1 + lengths_n.max(initial=0))
@@ -201,7 +239,9 @@ class CellTokenizer:
         tokens["bin_ids"][gene_slots_nl] = bins
         return {**tokens, "num_cut": num_cut}
 
-    def _every_gene(self, cells: np.ndarray, gene_ids: np.ndarray, values: np.ndarray, bins: np.ndarray, num_cells: int) -> dict[str, Any]:
+    def _every_gene(
+        self, cells: np.ndarray, gene_ids: np.ndarray, values: np.ndarray, bins: np.ndarray, num_cells: int
+    ) -> dict[str, Any]:
         num_genes = len(self._mean_expression_g)
         tokens = _empty_tokens(num_cells, 1 + num_genes)
         tokens["token_ids"][:, 1:] = np.arange(NUM_SPECIAL, NUM_SPECIAL + num_genes)
@@ -210,7 +250,10 @@ class CellTokenizer:
         return {**tokens, "num_cut": 0}
 
     def _shown(self, values: np.ndarray) -> np.ndarray:
-        """What the network gets of the values; which genes a cell keeps is decided before, alike for every encoding."""
+        """What the network gets of the values.
+
+        Which genes a cell keeps is decided before, alike for every encoding.
+        """
         return np.ones_like(values) if self.config.expression == "binary" else values
 
     def _bins(self, cells: np.ndarray, values: np.ndarray, cp10k: np.ndarray, num_cells: int) -> np.ndarray:
@@ -219,19 +262,23 @@ class CellTokenizer:
             return np.ones(len(values), dtype=np.int32)
         if self.config.expression == "log2_bins":
             return np.minimum(1 + np.log2(1 + cp10k).astype(np.int32), levels)
-        # The share of a cell's genes with a smaller value. Positive floats sort like their bits, so one integer carries cell and value.
+        # The share of a cell's genes with a smaller value. Positive floats sort like their bits, so one
+        # integer carries cell and value.
         keys = (cells.astype(np.int64) << 32) | values.view(np.int32)
         distinct, which, repeats = np.unique(keys, return_inverse=True, return_counts=True)
         lengths_n = np.bincount(cells, minlength=num_cells)
         num_before = (np.cumsum(repeats) - repeats)[which] - (np.cumsum(lengths_n) - lengths_n)[cells]
         return (1 + levels * num_before // lengths_n[cells]).astype(np.int32)
 
-    def _kept(self, cells: np.ndarray, gene_ids: np.ndarray, values: np.ndarray, lengths_n: np.ndarray) -> np.ndarray:
+    def _kept(
+        self, cells: np.ndarray, gene_ids: np.ndarray, values: np.ndarray, lengths_n: np.ndarray
+    ) -> np.ndarray:
         """Mask of the entries that stay, `max_genes` for each cell that is too long."""
         long_n = lengths_n > self.config.max_genes
         of_long = long_n[cells]
         genes, kept_lengths = gene_ids[of_long], lengths_n[long_n]
-        # Order of the score in the upper half, the gene in the lower: distinct keys, hence one answer however the cells are batched.
+        # Order of the score in the upper half, the gene in the lower: distinct keys, hence one answer however
+        # the cells are batched.
         bits = (values[of_long] - self._mean_expression_g[genes]).view(np.int32)
         ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
         keys = (ordered << 32) - genes
@@ -253,7 +300,8 @@ class CellTokenizer:
         for bad in (gene_ids.min(), gene_ids.max()):
             if not 0 <= bad < len(self._mean_expression_g):
                 raise ValueError(
-                    f"gene id {bad} is outside the vocabulary of {len(self._mean_expression_g)} genes; drop unknown genes first"
+                    f"gene id {bad} is outside the vocabulary of {len(self._mean_expression_g)} genes; drop"
+                    f" unknown genes first"
                 )
         if not counts.min() >= 0:
             raise ValueError(f"count {counts.min()} is not >= 0; give raw counts")

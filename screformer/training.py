@@ -1,7 +1,8 @@
 """The one training loop, for pre-training and fine-tuning, on any number of ranks.
 
-The mathematics of a step does not depend on how its cells are spread over ranks and micro-batches: losses are sums over the whole
-global batch, divided once; what is hidden from a cell follows from (seed, step, cell, gene); hashes follow from (seed, step).
+The mathematics of a step does not depend on how its cells are spread over ranks and micro-batches: losses are
+sums over the whole global batch, divided once; what is hidden from a cell follows from (seed, step, cell,
+gene); hashes follow from (seed, step).
 
 Axes: n cells, l token slots, k classes.
 """
@@ -28,7 +29,8 @@ from screformer.model import HASH_SEED, classification_loss, expression_loss
 from screformer.tokenizer import NUM_SPECIAL, PAD
 
 Batch = dict[str, torch.Tensor]
-"""token_ids int64 (n, l), values float32 (n, l), bin_ids int64 (n, l), labels int64 (n,), joinids int64 (n,); see `data_ingest.dataset`."""
+"""token_ids int64 (n, l), values float32 (n, l), bin_ids int64 (n, l), labels int64 (n,), joinids int64 (n,);
+see `data_ingest.dataset`."""
 Weights = dict[str, torch.Tensor]
 
 EVALUATION_STEP = -1
@@ -71,7 +73,10 @@ class Progress:
     def from_dict(cls, tree: dict[str, Any]) -> Progress:
         """From a saved position; other keys are left alone."""
         names = cls.__dataclass_fields__
-        return cls(**{name: value for name, value in tree.items() if name in names} | {"best_score": tuple(tree["best_score"])})
+        return cls(
+            **{name: value for name, value in tree.items() if name in names}
+            | {"best_score": tuple(tree["best_score"])}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,8 @@ def fit(
         task: `pretrain` learns hidden expression, `finetune` learns labels.
         class_counts_k: For `finetune`, training cells of each label, which `train.class_weighting` weighs.
         report: Takes metrics and the step, on every rank alike.
-        save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank 0) and the metrics.
+        save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank
+            0) and the metrics.
         resume: Progress and best weights (rank 0) of the checkpoint that the engine's state comes from.
     """
     train, world_size = config.train, torch.distributed.get_world_size()
@@ -120,7 +126,9 @@ def fit(
     engine.module.train()
 
     steps = _steps(parts, progress, accumulation)
-    while progress.global_step < train.max_steps and not 0 < train.patience_evals <= progress.evals_without_gain:
+    while (
+        progress.global_step < train.max_steps and not 0 < train.patience_evals <= progress.evals_without_gain
+    ):
         micro_batches, wait_s = next(steps)
         step = progress.global_step
         prepared = [objective.prepare(batch, step) for batch in micro_batches]
@@ -128,7 +136,9 @@ def fit(
         set_learning_rate(engine, learning_rate(step, train))
         step_loss = torch.zeros((), device=engine.device)
         for index, (batch, hidden, _) in enumerate(prepared):
-            loss = objective.loss(batch, hidden, objective.hash_seed(step, index, accumulation)) / max(total_weight, 1e-12)
+            loss = objective.loss(batch, hidden, objective.hash_seed(step, index, accumulation)) / max(
+                total_weight, 1e-12
+            )
             # DeepSpeed takes the mean over ranks; ours is a sum over all cells of the global batch.
             engine.backward(loss * world_size, scale_wrt_gas=False)
             engine.step()
@@ -139,10 +149,16 @@ def fit(
         num_cells = sum(int((batch["joinids"] >= 0).sum()) for batch in micro_batches)
         window.add(step_loss, wait_s, num_cells)
 
-        evaluates = progress.global_step % train.eval_every_steps == 0 or progress.global_step == train.max_steps
+        evaluates = (
+            progress.global_step % train.eval_every_steps == 0 or progress.global_step == train.max_steps
+        )
         metrics: dict[str, float] = {}
         if evaluates or progress.global_step % train.log_every_steps == 0:
-            metrics = {**window.close(), "train/lr": learning_rate(step, train), "train/epoch": float(progress.epoch)}
+            metrics = {
+                **window.close(),
+                "train/lr": learning_rate(step, train),
+                "train/epoch": float(progress.epoch),
+            }
         if evaluates:
             metrics |= _choose(config, engine, parts, objective, progress)
             if progress.best_step == progress.global_step:
@@ -159,13 +175,24 @@ def fit(
     val_sample, test_sample = OutputSample(objective.num_classes), OutputSample(objective.num_classes)
     val = evaluate(engine, parts.val(), objective, val_sample) if parts.val else None
     test = evaluate(engine, parts.test(), objective, test_sample) if parts.test else None
-    val_outputs, test_outputs = (sample.gather() if task == "finetune" else None for sample in (val_sample, test_sample))
+    val_outputs, test_outputs = (
+        sample.gather() if task == "finetune" else None for sample in (val_sample, test_sample)
+    )
     final = {**(val.scores("best_val") if val else {}), **(test.scores("test") if test else {})}
     report({**final, "best_step": float(progress.best_step)}, progress.global_step)
-    return Outcome(weights=best_weights, progress=progress, val=val, test=test, val_outputs=val_outputs, test_outputs=test_outputs)
+    return Outcome(
+        weights=best_weights,
+        progress=progress,
+        val=val,
+        test=test,
+        val_outputs=val_outputs,
+        test_outputs=test_outputs,
+    )
 
 
-def evaluate(engine: Any, batches: Iterator[Batch], objective: _Objective, sample: OutputSample | None = None) -> LabelCounts:
+def evaluate(
+    engine: Any, batches: Iterator[Batch], objective: _Objective, sample: OutputSample | None = None
+) -> LabelCounts:
     """Loss and label counts over all ranks' batches, unweighted by class; logits go to `sample`.
 
     The same weights and cells give the same bits.
@@ -206,7 +233,10 @@ def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, fre
 
 
 def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
-    """Weight of a cell in the loss by its label's frequency, float32 (k,): mean 1 over the training cells; 0 for labels without cells."""
+    """Weight of a cell in the loss by its label's frequency, float32 (k,): mean 1 over the training cells.
+
+    0 for labels without cells.
+    """
     frequency_k = counts_k / max(counts_k.sum(), 1)
     power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
     weights_k = np.power(frequency_k, power, out=np.zeros(len(counts_k)), where=counts_k > 0)
@@ -220,13 +250,19 @@ def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
 
 
 def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tensor:
-    """Detected genes whose expression pre-training hides, bool (n, l): a pure function of seed, step, cell and gene."""
+    """Detected genes whose expression pre-training hides, bool (n, l).
+
+    A pure function of seed, step, cell and gene.
+    """
     detected_nl = (batch["token_ids"] >= NUM_SPECIAL) & (batch["values"] > 0)
     return detected_nl & (_uniform24(batch, seed, step) < round(rate * 2**24))
 
 
 def drop_genes(batch: Batch, rate: float, seed: int, step: int) -> Batch:
-    """Leave out a random share of each cell's genes; the slots that are left close ranks, padding stays last."""
+    """Leave out a random share of each cell's genes.
+
+    The slots that are left close ranks, padding stays last.
+    """
     keep_nl = (batch["token_ids"] < NUM_SPECIAL) | (_uniform24(batch, seed, step) >= round(rate * 2**24))
     keep_nl &= batch["token_ids"] != PAD
     order_nl = torch.argsort(~keep_nl, dim=1, stable=True)[:, : max(1, int(keep_nl.sum(dim=1).max()))]
@@ -238,16 +274,23 @@ def drop_genes(batch: Batch, rate: float, seed: int, step: int) -> Batch:
 class _Objective:
     """What is learned: prepares a batch and gives its summed loss."""
 
-    def __init__(self, config: ExperimentConfig, engine: Any, task: Task, class_counts_k: np.ndarray | None) -> None:
+    def __init__(
+        self, config: ExperimentConfig, engine: Any, task: Task, class_counts_k: np.ndarray | None
+    ) -> None:
         self.config, self.engine, self.task = config, engine, task
         self.num_classes = 0
         if task == "finetune":
             assert class_counts_k is not None
             self.num_classes = len(class_counts_k)
-            self.class_weights_k = torch.from_numpy(class_weights(class_counts_k, config.train.class_weighting)).to(engine.device)
+            self.class_weights_k = torch.from_numpy(
+                class_weights(class_counts_k, config.train.class_weighting)
+            ).to(engine.device)
 
     def prepare(self, batch: Batch, step: int) -> tuple[Batch, torch.Tensor | None, float]:
-        """The batch on the device, its hidden slots, and the weight of its loss; made on the CPU, where batches come from."""
+        """The batch on the device, its hidden slots, and the weight of its loss.
+
+        Made on the CPU, where batches come from.
+        """
         train, hidden_nl = self.config.train, None
         if self.task == "pretrain":
             hidden_nl = hidden_slots(batch, train.mask_rate, train.seed, step)
@@ -257,7 +300,11 @@ class _Objective:
             if train.gene_dropout and step != EVALUATION_STEP:
                 batch = drop_genes(batch, train.gene_dropout, train.seed, step)
             weight = float(self.class_weights_k.cpu()[batch["labels"][batch["labels"] >= 0]].double().sum())
-        return {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}, hidden_nl, weight
+        return (
+            {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()},
+            hidden_nl,
+            weight,
+        )
 
     def loss(self, batch: Batch, hidden_nl: torch.Tensor | None, hash_seed: int) -> torch.Tensor:
         output = self.engine(batch, task=self.task, hidden=hidden_nl, hash_seed=hash_seed)
@@ -266,7 +313,10 @@ class _Objective:
         return classification_loss(output.logits_nk, batch["labels"], self.class_weights_k)[0]
 
     def hash_seed(self, step: int, micro_step: int, accumulation: int) -> int:
-        """New hashes in each step, alike on all ranks. With dropout, whose masks have the same seed, each micro-batch has its own."""
+        """New hashes in each step, alike on all ranks.
+
+        With dropout, whose masks have the same seed, each micro-batch has its own.
+        """
         if self.config.model.dropout == 0:
             return _mix(self.config.train.seed, step)
         return _mix(self.config.train.seed, step, torch.distributed.get_rank() * accumulation + micro_step)
@@ -280,7 +330,12 @@ class _Window:
         self.reset()
 
     def reset(self) -> None:
-        self.loss, self.wait_s, self.num_cells, self.num_steps = torch.zeros((), device=self.device), 0.0, 0, 0
+        self.loss, self.wait_s, self.num_cells, self.num_steps = (
+            torch.zeros((), device=self.device),
+            0.0,
+            0,
+            0,
+        )
         self.start = time.perf_counter()
 
     def add(self, loss: torch.Tensor, wait_s: float, num_cells: int) -> None:
@@ -291,7 +346,9 @@ class _Window:
 
     def close(self) -> dict[str, float]:
         elapsed_s = time.perf_counter() - self.start
-        sums = torch.tensor([self.loss.item(), self.wait_s, self.num_cells], dtype=torch.float64, device=self.device)
+        sums = torch.tensor(
+            [self.loss.item(), self.wait_s, self.num_cells], dtype=torch.float64, device=self.device
+        )
         torch.distributed.all_reduce(sums)
         loss, wait_s, num_cells = sums.tolist()
         wait_s /= torch.distributed.get_world_size()
@@ -306,8 +363,13 @@ class _Window:
         return metrics
 
 
-def _steps(parts: Parts, progress: Progress, accumulation: int) -> Generator[tuple[list[Batch], float], None, None]:
-    """The micro-batches of each step and the seconds they were waited for, epoch after epoch from where `progress` stands."""
+def _steps(
+    parts: Parts, progress: Progress, accumulation: int
+) -> Generator[tuple[list[Batch], float], None, None]:
+    """The micro-batches of each step and the seconds they were waited for.
+
+    Epoch after epoch from where `progress` stands.
+    """
     while True:
         if progress.step_in_epoch >= parts.steps_per_epoch:
             progress.epoch += 1
@@ -320,7 +382,9 @@ def _steps(parts: Parts, progress: Progress, accumulation: int) -> Generator[tup
         assert next(batches, None) is None, "an epoch ended with cells left over"
 
 
-def _choose(config: ExperimentConfig, engine: Any, parts: Parts, objective: _Objective, progress: Progress) -> dict[str, float]:
+def _choose(
+    config: ExperimentConfig, engine: Any, parts: Parts, objective: _Objective, progress: Progress
+) -> dict[str, float]:
     """Validate, and note in `progress` whether this step is the best one so far."""
     if parts.val is None:
         progress.best_step, progress.evals_without_gain = progress.global_step, 0
@@ -360,9 +424,14 @@ def _mix(*numbers: int) -> int:
 
 
 def _uniform24(batch: Batch, seed: int, step: int) -> torch.Tensor:
-    """Integers in [0, 2^24) for each slot, int64 (n, l), that depend on seed, step, cell (joinid) and gene (token id) alone."""
+    """Integers in [0, 2^24) for each slot, int64 (n.
+
+    L), that depend on seed, step, cell (joinid) and gene (token id) alone.
+    """
     state = (
-        batch["joinids"].unsqueeze(1) * _signed(0x9E3779B97F4A7C15) + batch["token_ids"] * _signed(0xD1B54A32D192ED03) + _mix(seed, step)
+        batch["joinids"].unsqueeze(1) * _signed(0x9E3779B97F4A7C15)
+        + batch["token_ids"] * _signed(0xD1B54A32D192ED03)
+        + _mix(seed, step)
     )
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         state = (state ^ _shifted(state, shift)) * _signed(factor)

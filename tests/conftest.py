@@ -1,6 +1,8 @@
-"""Fixtures for all tests: a local Ray, an S3 server on loopback, simulated files, a small atlas and, where they exist, real data.
+"""Fixtures for all tests: a local Ray, an S3 server on loopback, simulated files, a small atlas and, where
+they exist, real data.
 
-Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h5ad files are the real ones, small.
+Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h5ad files are the real ones,
+small.
 """
 
 import os
@@ -28,7 +30,8 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True, scope="session")
 def _mlflow_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test writes its runs into the working directory; one that wants its own store sets the variable again."""
+    """No test writes its runs into the working directory; one that wants its own store sets the variable
+    again."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
@@ -45,8 +48,8 @@ def real_data() -> Path:
 def s3_server() -> Iterator[SimpleNamespace]:
     """An S3 protocol server on a free loopback port with one empty bucket.
 
-    Gives `endpoint` (a URL), `bucket`, `uri` ("s3://bucket") and `tiledb_config` (what TileDB needs to reach it). Credentials are
-    in the environment.
+    Gives `endpoint` (a URL), `bucket`, `uri` ("s3://bucket") and `tiledb_config` (what TileDB needs to reach
+    it). Credentials are in the environment.
     """
     import boto3
     from moto.server import ThreadedMotoServer

@@ -14,7 +14,13 @@ def ensembl(numbers: range) -> list[str]:
 
 
 def cells(
-    n: int = 60, genes: range = range(100, 130), *, dataset: str = "blood_one", seed: int = 0, first: int = 0, terms: bool = True
+    n: int = 60,
+    genes: range = range(100, 130),
+    *,
+    dataset: str = "blood_one",
+    seed: int = 0,
+    first: int = 0,
+    terms: bool = True,
 ) -> anndata.AnnData:
     """Poisson counts; cell k is called `cell_k` from `first` on."""
     rng = np.random.default_rng([seed, first])
@@ -32,7 +38,10 @@ def cells(
     )
     if terms:
         obs["cell_type_ontology_term_id"] = np.array(["CL:0000895", "CL:0000236", "unknown"])[kinds]
-    var = pd.DataFrame({"feature_id": ensembl(genes), "gene_symbol": [f"GENE{k}" for k in genes]}, index=[f"GENE{k}" for k in genes])
+    var = pd.DataFrame(
+        {"feature_id": ensembl(genes), "gene_symbol": [f"GENE{k}" for k in genes]},
+        index=[f"GENE{k}" for k in genes],
+    )
     return anndata.AnnData(counts, obs=obs, var=var)
 
 
@@ -42,7 +51,8 @@ def write(path: Path, sample: anndata.AnnData, **options: Any) -> Path:
 
 
 def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict[str, pd.DataFrame]:
-    """Every table and matrix of an atlas, rows in joinid order; without the day it was built on, which midnight may change between two."""
+    """Every table and matrix of an atlas, rows in joinid order; without the day it was built on, which
+    midnight may change between two."""
     import tiledbsoma as soma
 
     from data_ingest import schema
@@ -51,7 +61,9 @@ def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict
     content = {}
     for place in (schema.OBS, schema.VAR, schema.DATASETS, schema.SUMMARY):
         with soma.DataFrame.open(f"{uri}/{place}", context=context) as table:
-            content[place] = table.read().concat().to_pandas().sort_values("soma_joinid").reset_index(drop=True)
+            content[place] = (
+                table.read().concat().to_pandas().sort_values("soma_joinid").reset_index(drop=True)
+            )
     built = content[schema.SUMMARY]["label"] == "census_build_date"
     assert content[schema.SUMMARY].loc[built, "value"].str.fullmatch(r"\d{4}-\d\d-\d\d").all()
     content[schema.SUMMARY].loc[built, "value"] = ""

@@ -23,15 +23,22 @@ NAMES = {
 
 
 class LibraryEncoder(nn.Module):
-    """The library's `Reformer` behind our encoder's call, for cells of one length, padded to what the library needs."""
+    """The library's `Reformer` behind our encoder's call, for cells of one length, padded to what the library
+    needs."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.multiple = 2 * config.bucket_size
         self.reformer = Reformer(
-            config.dim, config.depth, heads=config.heads, bucket_size=config.bucket_size, n_hashes=config.n_hashes, ff_chunks=1,
-            attn_chunks=1, reverse_thres=0 if config.reversible else 10**6,
-        )  # fmt: skip
+            config.dim,
+            config.depth,
+            heads=config.heads,
+            bucket_size=config.bucket_size,
+            n_hashes=config.n_hashes,
+            ff_chunks=1,
+            attn_chunks=1,
+            reverse_thres=0 if config.reversible else 10**6,
+        )
 
     def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int) -> Tensor:
         fill = -x_nld.shape[1] % self.multiple
@@ -45,11 +52,18 @@ class LibraryEncoder(nn.Module):
     def pairs(self, ours: ReversibleEncoder) -> list[tuple[nn.Module, nn.Module]]:
         """The library's modules with ours."""
         blocks = zip(self.reformer.layers.blocks, ours.blocks, strict=True)
-        return [(theirs.get_submodule(name), own.get_submodule(ours_name)) for theirs, own in blocks for ours_name, name in NAMES.items()]
+        return [
+            (theirs.get_submodule(name), own.get_submodule(ours_name))
+            for theirs, own in blocks
+            for ours_name, name in NAMES.items()
+        ]
 
 
-def give_equal_hashes(set_attribute: Callable[[Any, str, Any], None], length: int, config: ModelConfig) -> None:
-    """Let both hash by position alone, differently in each round: equal buckets without any random state that they would have to share.
+def give_equal_hashes(
+    set_attribute: Callable[[Any, str, Any], None], length: int, config: ModelConfig
+) -> None:
+    """Let both hash by position alone, differently in each round: equal buckets without any random state that
+    they would have to share.
 
     Padding goes last, where ours has none.
 

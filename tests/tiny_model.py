@@ -1,4 +1,5 @@
-"""A small model directory with random weights, for tests of what is done with a model rather than of what it knows."""
+"""A small model directory with random weights, for tests of what is done with a model rather than of what it
+knows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ LABELS = {
 }
 
 
-def tiny_vocabulary(feature_ids: Sequence[str] | None = None, feature_names: Sequence[str] | None = None) -> GeneVocabulary:
+def tiny_vocabulary(
+    feature_ids: Sequence[str] | None = None, feature_names: Sequence[str] | None = None
+) -> GeneVocabulary:
     """Thirty-odd genes, or those given; every mean expression differs from 0."""
     ids = tuple(feature_ids or (f"ENSG{i:011d}" for i in range(40)))
     names = tuple(feature_names or (f"GENE{i}" for i in range(len(ids))))
@@ -37,26 +40,47 @@ def calibrated_tiny_model(directory: Path) -> Path:
         unknown_threshold=0.0,
         lineage=lineage(LABELS["cl_ids"]),
         prior_k=(0.25,) * 4,
-        measured={"cells": 9.0, "false_alarm_rate": 0.05, "accuracy": 0.5, "ece_before": 0.2, "ece_after": 0.1},
+        measured={
+            "cells": 9.0,
+            "false_alarm_rate": 0.05,
+            "accuracy": 0.5,
+            "ece_before": 0.2,
+            "ece_after": 0.1,
+        },
     )
-    save_model(directory, loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta, calibration)
+    save_model(
+        directory, loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta, calibration
+    )
     return directory
 
 
-def write_tiny_model(directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object) -> Path:
+def write_tiny_model(
+    directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object
+) -> Path:
     """Save a model whose weights are random enough that cells differ in their labels."""
     vocabulary = vocabulary or tiny_vocabulary()
     small = {
-        "model.dim": 16, "model.depth": 2, "model.heads": 2, "model.attention": "lsh", "model.bucket_size": 4, "model.n_hashes": 2,
+        "model.dim": 16,
+        "model.depth": 2,
+        "model.heads": 2,
+        "model.attention": "lsh",
+        "model.bucket_size": 4,
+        "model.n_hashes": 2,
         "tokens.max_genes": 64,
-    }  # fmt: skip
+    }
     config = ExperimentConfig().merge({**small, **overrides})
     labels = LABELS if has_labels else NO_LABELS
-    model = ScReformer(config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=0)
+    model = ScReformer(
+        config.model, config.tokens, num_genes=len(vocabulary), num_classes=len(labels["names"]), seed=0
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    meta = {"atlas": {"uri": "atlas", "timestamp_ms": 5}, "query_hash": "ab12", "metrics": {"test/macro_f1": 0.5}}
+    meta = {
+        "atlas": {"uri": "atlas", "timestamp_ms": 5},
+        "query_hash": "ab12",
+        "metrics": {"test/macro_f1": 0.5},
+    }
     save_model(directory, model, config, vocabulary, labels, meta)
     return directory

@@ -11,7 +11,12 @@ from jobs.cli import dispatch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `jobs.benchmark.NAME`."""
-    return dispatch("python -m jobs.benchmark", Path(__file__).parent, "jobs.benchmark", sys.argv[1:] if argv is None else argv)
+    return dispatch(
+        "python -m jobs.benchmark",
+        Path(__file__).parent,
+        "jobs.benchmark",
+        sys.argv[1:] if argv is None else argv,
+    )
 
 
 if __name__ == "__main__":

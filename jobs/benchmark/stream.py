@@ -1,4 +1,6 @@
-"""Measure cells per second from the atlas into the training loop, beside a raw scan, Ray-free read tasks and tiledbsoma-ml.
+"""Measure cells per second from the atlas into the training loop, beside a raw scan.
+
+Ray-free read tasks and tiledbsoma-ml.
 
 All contestants read the same cells of the same atlas in one run, in alternating rounds; medians are printed.
 """
@@ -48,9 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             connect(arguments.address)
             uri = arguments.atlas or f"{stack.enter_context(tempfile.TemporaryDirectory())}/atlas"
             if not arguments.atlas:
-                print(f"writing an atlas of {arguments.cells:,} cells x {arguments.genes:,} genes", file=sys.stderr)
+                print(
+                    f"writing an atlas of {arguments.cells:,} cells x {arguments.genes:,} genes",
+                    file=sys.stderr,
+                )
                 write_synthetic_atlas(uri, num_cells=arguments.cells, num_genes=arguments.genes)
-            locator = AtlasLocator(uri, tiledb_config=tuple(parse_pairs("--tiledb", arguments.tiledb).items())).pinned()
+            locator = AtlasLocator(
+                uri, tiledb_config=tuple(parse_pairs("--tiledb", arguments.tiledb).items())
+            ).pinned()
             query = CellQuery(obs_filter=arguments.obs_filter).run(locator)
         except ValueError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -61,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse.Namespace) -> dict[str, object]:
+def _measure(
+    query: QueryResult, pool: Executor, cores: int, arguments: argparse.Namespace
+) -> dict[str, object]:
     codes = query.obs["label"].cat.codes.to_numpy()
     num_cells = len(query.obs_joinids)
     stream = CellStream(
@@ -77,9 +86,12 @@ def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse
     contestants: dict[str, Callable[[int], int]] = {
         "raw SOMA scan": lambda number: _scan(query, cores),
         "our read tasks, called directly": lambda number: _read_directly(stream, number, pool, cores),
-        "our read tasks, through Ray": lambda number: sum(block.num_rows for block in stream.blocks(number, rank=0, world_size=1)),
+        "our read tasks, through Ray": lambda number: sum(
+            block.num_rows for block in stream.blocks(number, rank=0, world_size=1)
+        ),
         "our stream, tokens in the loop": lambda number: sum(
-            len(batch["joinids"]) for batch in stream.batches(number, rank=0, world_size=1, micro_batch_size=arguments.batch)
+            len(batch["joinids"])
+            for batch in stream.batches(number, rank=0, world_size=1, micro_batch_size=arguments.batch)
         ),
     }
     versions = {name: importlib.metadata.version(name) for name in ("ray", "tiledbsoma", "pyarrow", "numpy")}
@@ -91,11 +103,17 @@ def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse
     try:
         versions["tiledbsoma-ml"] = importlib.metadata.version("tiledbsoma-ml")
     except importlib.metadata.PackageNotFoundError:
-        print("tiledbsoma-ml is not installed (pip install screformer[baselines]), so there is no peer in this run", file=sys.stderr)
+        print(
+            "tiledbsoma-ml is not installed (pip install screformer[baselines]), so there is no peer in this"
+            " run",
+            file=sys.stderr,
+        )
     else:
         peers = [f"tiledbsoma-ml, batch {size:,}" for size in PEER_BATCHES]
         for name, size in zip(peers, PEER_BATCHES, strict=True):
-            contestants[name] = lambda number, size=size: sum(len(joinids) for joinids in _peer(query, size, cores, arguments.seed))  # type: ignore[misc]
+            contestants[name] = lambda number, size=size: sum(
+                len(joinids) for joinids in _peer(query, size, cores, arguments.seed)
+            )  # type: ignore[misc]
         joinids = np.concatenate(list(_peer(query, PEER_IO_BATCH, cores, arguments.seed)))
         entropy["tiledbsoma-ml"] = _entropy(codes[np.searchsorted(query.obs_joinids, joinids)])
     next(iter(stream.blocks(0, rank=0, world_size=1)))  # Ray's worker processes start before the clock does
@@ -113,7 +131,10 @@ def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse
         spread = ", ".join(f"{num_cells / time_s:,.0f}" for time_s in seconds[name])
         print(f"{name:<34} {rate:>9,.0f} cells/s  {rate / cores:>9,.0f} per core   rounds: {spread}")
     for name, bits in entropy.items():
-        print(f"label entropy in batches of {_ENTROPY_BATCH}, {name:<14} {bits:.4f} bits ({bits / entropy['random']:.2%} of random)")
+        print(
+            f"label entropy in batches of {_ENTROPY_BATCH}, {name:<14} {bits:.4f} bits"
+            f" ({bits / entropy['random']:.2%} of random)"
+        )
     ours, direct = rates["our stream, tokens in the loop"], rates["our read tasks, called directly"]
     result: dict[str, object] = {
         "benchmark": "stream",
@@ -132,7 +153,8 @@ def _measure(query: QueryResult, pool: Executor, cores: int, arguments: argparse
     if peers:
         result["over_tiledbsoma_ml"] = round(ours / max(rates[name] for name in peers), 2)
     print(
-        f"load average {os.getloadavg()[0]:.1f} on {cores} cores; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+        f"load average {os.getloadavg()[0]:.1f} on {cores} cores; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     return result
 
@@ -157,16 +179,25 @@ def _read_directly(stream: CellStream, epoch: int, pool: Executor, processes: in
     num_units = len(list(plan.units(0, 1)))
     parts = [range(first, num_units, processes) for first in range(processes)]
     arrays = stream.arrays
-    return sum(pool.map(_run_read_tasks, *zip(*((stream.locator, arrays, plan, part) for part in parts), strict=True)))
+    return sum(
+        pool.map(
+            _run_read_tasks, *zip(*((stream.locator, arrays, plan, part) for part in parts), strict=True)
+        )
+    )
 
 
-def _run_read_tasks(locator: AtlasLocator, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]) -> int:
+def _run_read_tasks(
+    locator: AtlasLocator, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]
+) -> int:
     tasks = SomaDatasource(locator, arrays, plan, rank=0, world_size=1).get_read_tasks(1)
     return sum(table.num_rows for number in numbers for table in tasks[number]())
 
 
 def _peer(query: QueryResult, batch_size: int, threads: int, seed: int) -> Iterator[np.ndarray]:
-    """Joinids of tiledbsoma-ml's batches, read as its documents advise: sparse X, eager fetching, TileDB's own buffer size."""
+    """Joinids of tiledbsoma-ml's batches, read as its documents advise.
+
+    Sparse X, eager fetching, TileDB's own buffer size.
+    """
     from tiledbsoma_ml import ExperimentDataset
 
     with query.locator.open(threads=threads, buffer_bytes=2**30) as experiment:
@@ -194,7 +225,9 @@ def _labels_in_order(stream: CellStream, codes: np.ndarray) -> np.ndarray:
 
 def _entropy(codes_in_order: np.ndarray) -> float:
     """Mean Shannon entropy, in bits, of the labels in consecutive batches."""
-    batches = codes_in_order[: len(codes_in_order) // _ENTROPY_BATCH * _ENTROPY_BATCH].reshape(-1, _ENTROPY_BATCH)
+    batches = codes_in_order[: len(codes_in_order) // _ENTROPY_BATCH * _ENTROPY_BATCH].reshape(
+        -1, _ENTROPY_BATCH
+    )
     if not len(batches):
         return float("nan")
     share_bk = np.stack([(batches == code).mean(axis=1) for code in np.unique(codes_in_order)], axis=1)
@@ -203,16 +236,41 @@ def _entropy(codes_in_order: np.ndarray) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark stream", description=__doc__)
-    parser.add_argument("--atlas", metavar="URI", help="read this atlas; a synthetic one is written, read and removed by default")
-    parser.add_argument("--obs-filter", default="", metavar="FILTER", help="cells to read; all primary ones by default")
-    parser.add_argument("--cells", type=int, default=65_536, metavar="N", help="cells of the synthetic atlas (%(default)s)")
-    parser.add_argument("--genes", type=int, default=20_000, metavar="N", help="genes of the synthetic atlas (%(default)s)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="cells per batch of our stream (%(default)s)")
-    parser.add_argument("--max-genes", type=int, default=TokensConfig().max_genes, metavar="N", help="tokens per cell (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="epochs that each contestant reads (%(default)s)")
+    parser.add_argument(
+        "--atlas",
+        metavar="URI",
+        help="read this atlas; a synthetic one is written, read and removed by default",
+    )
+    parser.add_argument(
+        "--obs-filter", default="", metavar="FILTER", help="cells to read; all primary ones by default"
+    )
+    parser.add_argument(
+        "--cells", type=int, default=65_536, metavar="N", help="cells of the synthetic atlas (%(default)s)"
+    )
+    parser.add_argument(
+        "--genes", type=int, default=20_000, metavar="N", help="genes of the synthetic atlas (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="cells per batch of our stream (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-genes",
+        type=int,
+        default=TokensConfig().max_genes,
+        metavar="N",
+        help="tokens per cell (%(default)s)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="epochs that each contestant reads (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and order (%(default)s)")
     parser.add_argument(
-        "--tiledb", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help="TileDB settings: vfs.s3.region=eu-west-1"
+        "--tiledb",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="TileDB settings: vfs.s3.region=eu-west-1",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="Ray cluster; a local one by default")
     return parser

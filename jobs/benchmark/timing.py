@@ -25,8 +25,13 @@ class Times:
         return statistics.median(self.rounds[name])
 
     def ratio(self, slow: str, fast: str) -> float:
-        """Median over the rounds of `slow` / `fast`: other load falls on both sides of a round, so it cancels."""
-        return statistics.median(one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True))
+        """Median over the rounds of `slow` / `fast`.
+
+        Other load falls on both sides of a round, so it cancels.
+        """
+        return statistics.median(
+            one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True)
+        )
 
 
 def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: torch.device) -> Times:
@@ -49,7 +54,10 @@ def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: t
 
 
 def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
-    """Most memory that tensors made by `step` held at once, in MiB: counted by the allocator, so that other load does not matter."""
+    """Most memory that tensors made by `step` held at once, in MiB.
+
+    Counted by the allocator, so that other load does not matter.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -61,7 +69,9 @@ def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
         step()
     results = profiler.profiler.kineto_results if profiler.profiler is not None else None
     assert results is not None
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"
+    )
     held = peak = 0
     for _, change in changes:
         held += change
@@ -69,8 +79,13 @@ def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
     return peak / 2**20
 
 
-def peak_activation_mb(*, depth: int, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
-    """Peak memory of one forward and backward pass of a reversible encoder (width 128, 4 heads), without the gradients of its weights."""
+def peak_activation_mb(
+    *, depth: int, length: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """Peak memory of one forward and backward pass of a reversible encoder (width 128, 4 heads).
+
+    Without the gradients of its weights.
+    """
     device = torch.device(device)
     encoder = ReversibleEncoder(ModelConfig(depth=depth, attention="lsh")).to(device, dtype)
     x = torch.randn(1, length, 128, device=device, dtype=dtype)
@@ -101,7 +116,10 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
-    """FLOP/s that the device can do: as given, or by the name of the card in bfloat16; None where it is not known."""
+    """FLOP/s that the device can do: as given, or by the name of the card in bfloat16.
+
+    None where it is not known.
+    """
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type != "cuda" or dtype != torch.bfloat16:
@@ -112,5 +130,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def utilisation(flops: float, seconds: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, in [0, 1]: arithmetic that the mathematics asks for, over time x peak; None where that is not known."""
+    """Model FLOPs utilisation, in [0, 1]: arithmetic that the mathematics asks for, over time x peak.
+
+    None where that is not known.
+    """
     return None if peak is None else round(flops / seconds / peak, 4)

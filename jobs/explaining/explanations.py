@@ -33,7 +33,15 @@ CANDIDATES = 2_000
 
 
 def explain(
-    predictor: Predictor, model_dir: Path, source: CellSource, out: Path, *, num_cells: int, num_background: int, num_nodes: int, seed: int
+    predictor: Predictor,
+    model_dir: Path,
+    source: CellSource,
+    out: Path,
+    *,
+    num_cells: int,
+    num_background: int,
+    num_nodes: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Explain a sample of cells and check the explanations.
 
@@ -53,7 +61,9 @@ def explain(
     Raises:
         ValueError: `out` holds explanations of other cells or settings.
     """
-    plan = _plan(predictor, source, num_cells=num_cells, num_background=num_background, num_nodes=num_nodes, seed=seed)
+    plan = _plan(
+        predictor, source, num_cells=num_cells, num_background=num_background, num_nodes=num_nodes, seed=seed
+    )
     chosen, background = np.array(plan["cells"]), np.array(plan["background"])
     panels = source.panels(chosen)
     _prepare(out, plan, predictor, panels)
@@ -81,7 +91,15 @@ def explain(
     return summary
 
 
-def _plan(predictor: Predictor, source: CellSource, *, num_cells: int, num_background: int, num_nodes: int, seed: int) -> dict[str, Any]:
+def _plan(
+    predictor: Predictor,
+    source: CellSource,
+    *,
+    num_cells: int,
+    num_background: int,
+    num_nodes: int,
+    seed: int,
+) -> dict[str, Any]:
     """Which cells: background and explained ones, each taken from the predicted labels in turn.
 
     Both come from at most 2,000 random cells that the model labels first.
@@ -96,11 +114,23 @@ def _plan(predictor: Predictor, source: CellSource, *, num_cells: int, num_backg
         flat = source.read(candidates[start : start + 512])
         codes.append(predictor.predict(*flat).label_codes)
     order = _in_turn(np.concatenate(codes), rng)
-    background, cells = np.sort(candidates[order[:num_background]]), np.sort(candidates[order[num_background : num_background + num_cells]])
+    background, cells = (
+        np.sort(candidates[order[:num_background]]),
+        np.sort(candidates[order[num_background : num_background + num_cells]]),
+    )
     if not len(cells):
-        raise ValueError(f"{source.num_cells} cells are too few for a background of {num_background}; lower --background")
-    settings = {"num_nodes": num_nodes, "seed": seed, "background": background.tolist(), "cells": cells.tolist()}
-    weights = hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in predictor.model.state_dict().values())).hexdigest()
+        raise ValueError(
+            f"{source.num_cells} cells are too few for a background of {num_background}; lower --background"
+        )
+    settings = {
+        "num_nodes": num_nodes,
+        "seed": seed,
+        "background": background.tolist(),
+        "cells": cells.tolist(),
+    }
+    weights = hashlib.sha256(
+        b"".join(value.cpu().numpy().tobytes() for value in predictor.model.state_dict().values())
+    ).hexdigest()
     return {**settings, "candidates": candidates.tolist(), "model": weights, "source": source.identity()}
 
 
@@ -115,7 +145,10 @@ def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor, panels: Pane
     (out / SHARDS).mkdir(parents=True, exist_ok=True)
     text = json.dumps(plan)
     if (out / PLAN).exists() and (out / PLAN).read_text() != text:
-        raise ValueError(f"--out {out} holds explanations of other cells, another model or other settings; name another folder")
+        raise ValueError(
+            f"--out {out} holds explanations of other cells, another model or other settings; name another"
+            f" folder"
+        )
     (out / PLAN).write_text(text)
     vocabulary = predictor.vocabulary
     genes = {"feature_id": list(vocabulary.feature_ids), "feature_name": vocabulary_names(vocabulary)}
@@ -132,10 +165,18 @@ def _run_tasks(
     num_nodes: int,
     out: Path,
 ) -> list[float]:
-    """Explain the cells of each shard that is missing; at most as many at a time as Ray has CPUs. Returns peaks of memory in GB."""
-    shards = {start: out / SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)}
+    """Explain the cells of each shard that is missing; at most as many at a time as Ray has CPUs.
+
+    Returns peaks of memory in GB.
+    """
+    shards = {
+        start: out / SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)
+    }
     missing = [start for start, path in shards.items() if not path.exists()]
-    shared, remote = ray.put((str(model_dir), source, background, num_nodes)), ray.remote(num_cpus=1)(_explain_shard)
+    shared, remote = (
+        ray.put((str(model_dir), source, background, num_nodes)),
+        ray.remote(num_cpus=1)(_explain_shard),
+    )
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
     peaks: list[float] = []
     running: dict[ray.ObjectRef, int] = {}
@@ -152,7 +193,9 @@ def _run_tasks(
     return peaks
 
 
-def _explain_shard(shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, panels: np.ndarray, path: str) -> float:
+def _explain_shard(
+    shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, panels: np.ndarray, path: str
+) -> float:
     model_dir, source, background, num_nodes = shared
     predictor = _predictor(model_dir)
     explainer = Explainer(predictor, background, num_nodes=num_nodes)

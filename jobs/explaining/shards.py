@@ -25,11 +25,13 @@ class Explanations:
     """What a run of this command saved, as `load_explanations` gives it back."""
 
     cells: pd.DataFrame
-    """m rows: `cell`, `position`, `class`, `predicted`, `true`, `output`, `base`, `additivity_error`, `panel`."""
+    """m rows: `cell`, `position`, `class`, `predicted`, `true`, `output`, `base`, `additivity_error`,
+    `panel`."""
     values_mg: sparse.csr_matrix
     """Contribution of each gene to the class's logit, float32."""
     genes: pd.DataFrame
-    """g rows: `feature_id`, `feature_name`, and `panel_0`, ...: whether the cells of that `panel` measured the gene."""
+    """g rows: `feature_id`, `feature_name`, and `panel_0`, ...: whether the cells of that `panel` measured
+    the gene."""
 
     def mean(self, label: str) -> pd.Series:
         """Mean contribution of each gene to a class, by gene name, largest first.
@@ -39,12 +41,19 @@ class Explanations:
         rows = ((self.cells["class"] == label) & (self.cells["predicted"] == label)).to_numpy()
         means = MeasuredMeans(1, self.genes)
         if rows.any():
-            means.add(np.zeros(rows.sum(), np.int64), self.cells["panel"].to_numpy()[rows], self.values_mg[rows])
-        return pd.Series(means.mean_kg[0], index=self.genes["feature_name"]).sort_values(ascending=False, kind="stable")
+            means.add(
+                np.zeros(rows.sum(), np.int64), self.cells["panel"].to_numpy()[rows], self.values_mg[rows]
+            )
+        return pd.Series(means.mean_kg[0], index=self.genes["feature_name"]).sort_values(
+            ascending=False, kind="stable"
+        )
 
 
 class MeasuredMeans:
-    """Mean of each gene's value by class, over the cells whose dataset measured the gene; shards are added one after another."""
+    """Mean of each gene's value by class, over the cells whose dataset measured the gene.
+
+    Shards are added one after another.
+    """
 
     def __init__(self, num_classes: int, genes: pd.DataFrame) -> None:
         panels = [name for name in genes if name.startswith("panel_")]
@@ -56,7 +65,9 @@ class MeasuredMeans:
         """Add the rows of a shard."""
         entries = values_mg.tocoo()
         measured = self._measured_pg[panels_m[entries.row], entries.col]
-        np.add.at(self._sums_kg, (codes_m[entries.row[measured]], entries.col[measured]), entries.data[measured])
+        np.add.at(
+            self._sums_kg, (codes_m[entries.row[measured]], entries.col[measured]), entries.data[measured]
+        )
         np.add.at(self._cells_kp, (codes_m, panels_m), 1)
 
     @property
@@ -79,20 +90,26 @@ def load_explanations(out: str | Path) -> Explanations:
     out = Path(out)
     if not (out / "summary.json").is_file():
         raise ValueError(
-            f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it goes on where it stopped"
+            f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it"
+            f" goes on where it stopped"
         )
     genes = pd.read_parquet(out / GENES)
     frames, rows = [], []
     for table in shards_of(out):
         frames.append(table.drop(columns=["genes", "values"]))
         rows.append(values_matrix(table, len(genes)))
-    return Explanations(cells=pd.concat(frames, ignore_index=True), values_mg=sparse.vstack(rows, format="csr"), genes=genes)
+    return Explanations(
+        cells=pd.concat(frames, ignore_index=True), values_mg=sparse.vstack(rows, format="csr"), genes=genes
+    )
 
 
 def tokens_of(predictor: Predictor, source: CellSource, positions: np.ndarray) -> list[CellTokens]:
     """Tokens of some cells of a source."""
     flat = source.read(positions)
-    return cell_tokens(predictor.tokenizer(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts), flat.panels)
+    return cell_tokens(
+        predictor.tokenizer(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts),
+        flat.panels,
+    )
 
 
 def shards_of(out: Path) -> Iterator[pd.DataFrame]:

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from jobs.labelling.h5ad_copy import _CELLS_PER_CHUNK, COLUMNS, MAJORITY_COLUMN, PRESENT_COLUMN, cluster_codes, majority, require_prior
+from jobs.labelling.h5ad_copy import (
+    _CELLS_PER_CHUNK,
+    COLUMNS,
+    MAJORITY_COLUMN,
+    PRESENT_COLUMN,
+    cluster_codes,
+    majority,
+    require_prior,
+)
 from jobs.tracking.models import resolve_model
 from screformer.calibration import present_labels
 from screformer.config import TrackingConfig
@@ -36,7 +44,8 @@ def annotate_adata(
         tracking_uri: Where models are kept; empty takes MLFLOW_TRACKING_URI, else ./mlflow.db.
 
     Returns:
-        A copy with the obs columns `screformer.predictor.ANSWER_COLUMNS` (those of these names are replaced) and
+        A copy with the obs columns `screformer.predictor.ANSWER_COLUMNS` (those of these names are replaced)
+        and
         `obsm["X_screformer"]`, float32 (n, d).
 
     Raises:
@@ -64,9 +73,15 @@ def annotate_adata(
         labelled.obs[name] = table[name].astype("category") if table[name].dtype == object else table[name]
     labelled.obsm["X_screformer"] = np.concatenate(embeddings)
     if majority_vote:
-        voted = majority(np.concatenate(codes), cluster_codes(adata.obs, majority_vote), len(predictor.label_names))
-        labelled.obs[MAJORITY_COLUMN] = pd.Categorical.from_codes(voted, categories=predictor.label_names.tolist())
+        voted = majority(
+            np.concatenate(codes), cluster_codes(adata.obs, majority_vote), len(predictor.label_names)
+        )
+        labelled.obs[MAJORITY_COLUMN] = pd.Categorical.from_codes(
+            voted, categories=predictor.label_names.tolist()
+        )
     if drop_absent:
         present = present_labels(np.concatenate(probabilities), predictor.calibration.prior_k)
-        labelled.obs[PRESENT_COLUMN] = pd.Categorical.from_codes(present, categories=predictor.label_names.tolist())
+        labelled.obs[PRESENT_COLUMN] = pd.Categorical.from_codes(
+            present, categories=predictor.label_names.tolist()
+        )
     return labelled

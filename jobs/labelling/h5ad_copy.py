@@ -61,13 +61,15 @@ class Annotation:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.path}: {self.num_cells:,} cells in {self.seconds:.1f} s ({self.num_cells / self.seconds:,.0f} cells/s); {self.genes}"
+            f"{self.path}: {self.num_cells:,} cells in {self.seconds:.1f} s"
+            f" ({self.num_cells / self.seconds:,.0f} cells/s); {self.genes}"
         ]
         lines += [f"  obs[{name!r}] of the input is kept as {name + '_original'!r}" for name in self.moved]
         if self.num_empty:
             lines.append(empty_cells_text(self.num_empty))
         shown = self.table.assign(
-            share=self.table["share"].map("{:.1%}".format), mean_confidence=self.table["mean_confidence"].map("{:.3f}".format)
+            share=self.table["share"].map("{:.1%}".format),
+            mean_confidence=self.table["mean_confidence"].map("{:.3f}".format),
         )
         lines += ["  " + line for line in shown.to_string(index=False).splitlines()]
         return "\n".join(lines)
@@ -90,31 +92,36 @@ def annotate(
 ) -> Annotation:
     """Copy an .h5ad file and label its cells.
 
-    Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and says in `uns["screformer"]` where they come from. Columns of these names
-    that the input already has are kept as `NAME_original`, unless an earlier run of this command wrote them. The copy appears under its
-    name only when it is complete; until then the labels are kept in the folder `TARGET.labels`, from which an interrupted run goes on.
+    Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and says in `uns["screformer"]` where they come
+    from. Columns of these names that the input already has are kept as `NAME_original`, unless an earlier run
+    of this command wrote them. The copy appears under its name only when it is complete; until then the
+    labels are kept in the folder `TARGET.labels`, from which an interrupted run goes on.
 
     Args:
         predictor: The model.
-        source: .h5ad file of raw counts. Genes are known by Ensembl id or symbol, in the var index or any text column of var.
+        source: .h5ad file of raw counts. Genes are known by Ensembl id or symbol, in the var index or any
+            text column of var.
         target: The copy; its folder is made.
         model: URI of the model for `uns`, with its version.
         layer: Counts are in this layer instead of X.
         raw: Counts are in `raw.X` instead of X.
-        min_gene_overlap: Least share of the model's expected expression that the file's genes must carry, in [0, 1].
-        probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the label's categories.
+        min_gene_overlap: Least share of the model's expected expression that the file's genes must carry, in
+            [0, 1].
+        probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the
+            label's categories.
         embedding: Also write `obsm["X_screformer"]`, float32 (n, d).
-        majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most frequent best label of the cell's
-            cluster. Empty writes none.
-        drop_absent: Also write `present_label`, the best label among those that the file's cells as a whole hold
-            (`screformer.calibration.present_labels`); holds 4 bytes per cell and label in memory.
+        majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most
+            frequent best label of the cell's cluster. Empty writes none.
+        drop_absent: Also write `present_label`, the best label among those that the file's cells as a whole
+            hold (`screformer.calibration.present_labels`); holds 4 bytes per cell and label in memory.
         overwrite: Replace an existing target.
 
     Returns:
         What was done, to be printed.
 
     Raises:
-        ValueError: An unreadable file, values that are no raw counts, too few genes, or a target that is there already.
+        ValueError: An unreadable file, values that are no raw counts, too few genes, or a target that is
+            there already.
     """
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
@@ -126,14 +133,23 @@ def annotate(
     cells = H5adCells.open(predictor, source, min_gene_overlap=min_gene_overlap, layer=layer, raw=raw)
     with H5adFile.open(source, layer=layer, raw=raw) as file:
         clusters = cluster_codes(file.obs, majority_vote) if majority_vote else None
-        for start, counts in file.chunks(64, stop=min(64, file.n_cells)):  # before the copy, which may take long
+        for start, counts in file.chunks(
+            64, stop=min(64, file.n_cells)
+        ):  # before the copy, which may take long
             check_counts(counts, file=file, start=start)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".tmp")
         try:
             shutil.copyfile(source, partial)
             with h5py.File(partial, "r+") as copy:
-                writer = _Writer(copy, predictor, file, probabilities=probabilities, embedding=embedding, drop_absent=drop_absent)
+                writer = _Writer(
+                    copy,
+                    predictor,
+                    file,
+                    probabilities=probabilities,
+                    embedding=embedding,
+                    drop_absent=drop_absent,
+                )
                 labelled = label_cells(
                     predictor,
                     cells,
@@ -169,15 +185,27 @@ class _Writer:
     """Adds our columns to an open copy, chunk by chunk."""
 
     def __init__(
-        self, copy: h5py.File, predictor: Predictor, file: H5adFile, *, probabilities: bool, embedding: bool, drop_absent: bool
+        self,
+        copy: h5py.File,
+        predictor: Predictor,
+        file: H5adFile,
+        *,
+        probabilities: bool,
+        embedding: bool,
+        drop_absent: bool,
     ) -> None:
         obs = copy["obs"]
         if not isinstance(obs, h5py.Group):
-            raise ValueError(f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again")
+            raise ValueError(
+                f"{file.path}: obs is stored as before anndata 0.7; read it with anndata and write it again"
+            )
         num_labels, num_cells = len(predictor.label_names), file.n_cells
         length = obs[obs.attrs["_index"]].shape[0]
         if length != num_cells:
-            raise ValueError(f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged, write it again")
+            raise ValueError(
+                f"{file.path}: obs has {length} rows but {file.source} has {num_cells}; the file is damaged,"
+                f" write it again"
+            )
         self._copy, self._predictor = copy, predictor
         self._probabilities_nk = np.zeros((num_cells if drop_absent else 0, num_labels), np.float32)
         self._num_written = 0
@@ -188,10 +216,17 @@ class _Writer:
             "label_level": pd.Index(LEVELS),
             "best_label": pd.Index(predictor.label_names),
         }
-        self._codes = {name: self._categorical(name, values.to_numpy(), num_cells) for name, values in self._categories.items()}
+        self._codes = {
+            name: self._categorical(name, values.to_numpy(), num_cells)
+            for name, values in self._categories.items()
+        }
         self._values = {
             name: self._array(obs, name, (num_cells,), dtype)
-            for name, dtype in (("conf_score", np.float32), ("unknown_score", np.float32), ("unknown", np.bool_))
+            for name, dtype in (
+                ("conf_score", np.float32),
+                ("unknown_score", np.float32),
+                ("unknown", np.bool_),
+            )
         }
         for key in ("uns", "obsm"):
             if key not in copy:
@@ -226,7 +261,11 @@ class _Writer:
         """List the new columns in obs, and say where they come from."""
         obs = self._copy["obs"]
         order = [_text(name) for name in obs.attrs["column-order"]]
-        order = [f"{name}_original" if name in self.moved else name for name in order if name in obs or name in self.moved]
+        order = [
+            f"{name}_original" if name in self.moved else name
+            for name in order
+            if name in obs or name in self.moved
+        ]
         order += [name for name in COLUMNS if name not in order]
         obs.attrs.create("column-order", order, dtype=h5py.string_dtype())
         write_elem(
@@ -247,11 +286,16 @@ class _Writer:
 
     def vote(self, clusters_n: np.ndarray) -> None:
         """Add `majority_label`: of each cluster (codes >= 0), the best label that most of its cells have."""
-        self._add_labels(MAJORITY_COLUMN, majority(self._codes["best_label"][:], clusters_n, len(self._predictor.label_names)))
+        self._add_labels(
+            MAJORITY_COLUMN,
+            majority(self._codes["best_label"][:], clusters_n, len(self._predictor.label_names)),
+        )
 
     def drop_absent(self) -> None:
         """Add `present_label`: the best label among those that the cells as a whole hold."""
-        self._add_labels(PRESENT_COLUMN, present_labels(self._probabilities_nk, self._predictor.calibration.prior_k))
+        self._add_labels(
+            PRESENT_COLUMN, present_labels(self._probabilities_nk, self._predictor.calibration.prior_k)
+        )
 
     def _add_labels(self, column: str, codes_n: np.ndarray) -> None:
         obs = self._copy["obs"]
@@ -272,27 +316,39 @@ class _Writer:
                 del obs[name]
                 continue
             if f"{name}_original" in obs:
-                raise ValueError(f"obs has {name!r} and {name + '_original'!r} already; rename or drop one of them in the input")
+                raise ValueError(
+                    f"obs has {name!r} and {name + '_original'!r} already; rename or drop one of them in the"
+                    f" input"
+                )
             obs.move(name, f"{name}_original")
             moved.append(name)
         if ours:
             del self._copy["uns"][PROVENANCE]
         return tuple(moved)
 
-    def _array(self, group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> h5py.Dataset:
+    def _array(
+        self, group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any = np.float32
+    ) -> h5py.Dataset:
         dataset = group.create_dataset(name, shape=shape, dtype=dtype)
         dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
         return dataset
 
     def _categorical(self, name: str, categories: np.ndarray, num_cells: int) -> h5py.Dataset:
         group = self._copy["obs"].create_group(name)
-        group.attrs["encoding-type"], group.attrs["encoding-version"], group.attrs["ordered"] = "categorical", "0.2.0", False
+        group.attrs["encoding-type"], group.attrs["encoding-version"], group.attrs["ordered"] = (
+            "categorical",
+            "0.2.0",
+            False,
+        )
         write_elem(group, "categories", categories.astype(str))
         return self._array(group, "codes", (num_cells,), np.int8 if len(categories) < 128 else np.int16)
 
 
 def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np.ndarray:
-    """The most frequent label code of each cell's cluster (ties: the first label); a cell without cluster (-1) keeps its own."""
+    """The most frequent label code of each cell's cluster (ties: the first label).
+
+    A cell without cluster (-1) keeps its own.
+    """
     inside = clusters_n >= 0
     votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
     np.add.at(votes, (clusters_n[inside], codes_n[inside]), 1)
@@ -305,14 +361,18 @@ def require_prior(predictor: Predictor, drop_absent: bool) -> None:
     """Refuse `--drop-absent` for a model without label shares."""
     if drop_absent and not predictor.calibration.prior_k:
         raise ValueError(
-            "--drop-absent needs a model that knows its labels' shares in training; this one is older, or had no validation cells"
+            "--drop-absent needs a model that knows its labels' shares in training; this one is older, or had"
+            " no validation cells"
         )
 
 
 def cluster_codes(obs: pd.DataFrame, column: str) -> np.ndarray:
     """Codes of an obs column of clusters, int64 (n,), -1 for none."""
     if column not in obs:
-        raise ValueError(f"--majority-vote {column}: obs has no such column; it has {', '.join(map(str, obs.columns)) or 'none'}")
+        raise ValueError(
+            f"--majority-vote {column}: obs has no such column; it has"
+            f" {', '.join(map(str, obs.columns)) or 'none'}"
+        )
     return obs[column].astype("category").cat.codes.to_numpy().astype(np.int64)
 
 

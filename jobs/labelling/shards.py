@@ -1,4 +1,7 @@
-"""Label any number of cells into Parquet shards: in parallel where they are many, and going on where an interrupted run stopped."""
+"""Label any number of cells into Parquet shards.
+
+In parallel where they are many, and going on where an interrupted run stopped.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ CELLS_PER_SHARD = 4_096
 
 
 CELLS_FOR_RAY = 20_000
-"""From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling fewer."""
+"""From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling
+fewer."""
 
 
 OBS_PREFIX = "screformer_"
@@ -81,33 +85,50 @@ def label_cells(
         probabilities: Also a column `probability: LABEL` per label.
         embedding: Also columns `embedding_0`, ...
         overwrite: Begin anew where the folder is there already.
-        scratch: The folder is the caller's own and goes when he is done: labels of other cells there, or of another model, are replaced
-            instead of refused, and nothing stays behind where cells cannot be labelled.
+        scratch: The folder is the caller's own and goes when he is done: labels of other cells there, or of
+            another model, are replaced instead of refused, and nothing stays behind where cells cannot be
+            labelled.
 
     Returns:
         The folder and what is in it.
 
     Raises:
-        ValueError: The folder holds labels of other cells or of another model, or something else; or cells that cannot be labelled.
+        ValueError: The folder holds labels of other cells or of another model, or something else; or cells
+            that cannot be labelled.
     """
     weights = hashlib.sha256((predictor.directory / "weights.safetensors").read_bytes()).hexdigest()
-    plan = {"model": model, "weights": weights, "source": source.identity(), "probabilities": probabilities, "embedding": embedding}
+    plan = {
+        "model": model,
+        "weights": weights,
+        "source": source.identity(),
+        "probabilities": probabilities,
+        "embedding": embedding,
+    }
     if folder.exists() and not (folder / PLAN).exists():
-        raise ValueError(f"--out {folder} is there already and was not made by this command; name another folder")
+        raise ValueError(
+            f"--out {folder} is there already and was not made by this command; name another folder"
+        )
     text = json.dumps(plan, indent=2)
     if folder.exists() and (overwrite or (scratch and (folder / PLAN).read_text() != text)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / PLAN).exists() and (folder / PLAN).read_text() != text:
-        raise ValueError(f"--out {folder} holds labels of other cells, another model or other columns; name another, or add --overwrite")
+        raise ValueError(
+            f"--out {folder} holds labels of other cells, another model or other columns; name another, or"
+            f" add --overwrite"
+        )
     (folder / PLAN).write_text(text)
     size = CELLS_PER_SHARD * (4 if source.column_major else 1)
     ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
     missing = sum(stop - start for start, stop in shards)
-    with tqdm(total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None) as progress:
+    with tqdm(
+        total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None
+    ) as progress:
         try:
-            for num_cells in _label_all(predictor, source, folder, shards, probabilities=probabilities, embedding=embedding):
+            for num_cells in _label_all(
+                predictor, source, folder, shards, probabilities=probabilities, embedding=embedding
+            ):
                 progress.update(num_cells)
         except ValueError:
             if scratch:
@@ -117,9 +138,12 @@ def label_cells(
 
 
 def write_to_atlas(source: AtlasCells, folder: Path) -> None:
-    """Put the labels into obs of the atlas they came from, as columns `screformer_...`; cells outside the query keep what they had.
+    """Put the labels into obs of the atlas they came from, as columns `screformer_...`.
 
-    The new columns make a new version of the atlas; a pinned one stays as it is. obs is held in memory for it.
+    Cells outside the query keep what they had.
+
+    The new columns make a new version of the atlas; a pinned one stays as it is. obs is held in memory for
+    it.
 
     Raises:
         ValueError: A public release of Census, which nobody can write to.
@@ -128,7 +152,13 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
         raise ValueError(f"{source.locator.uri} cannot be written to; name a folder with --out instead")
     labels = pd.concat([pd.read_parquet(path) for path in _files(folder)]).set_index("cell")
     labels.index = labels.index.astype(np.int64)
-    newest = AtlasLocator(source.locator.uri, source.locator.measurement, source.locator.x_layer, 0, source.locator.tiledb_config)
+    newest = AtlasLocator(
+        source.locator.uri,
+        source.locator.measurement,
+        source.locator.x_layer,
+        0,
+        source.locator.tiledb_config,
+    )
     with newest.open() as experiment:
         obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
     place = pd.Index(obs["soma_joinid"]).get_indexer(labels.index)
@@ -136,21 +166,39 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
     for name in ANSWER_COLUMNS:
         column, values = OBS_PREFIX + name, labels[name].to_numpy()
         if column not in obs:
-            obs[column] = "" if labels[name].dtype == object else False if labels[name].dtype == bool else np.float32("nan")
-        whole = obs[column].to_numpy(dtype=object if labels[name].dtype == object else labels[name].dtype, copy=True)
+            obs[column] = (
+                ""
+                if labels[name].dtype == object
+                else False
+                if labels[name].dtype == bool
+                else np.float32("nan")
+            )
+        whole = obs[column].to_numpy(
+            dtype=object if labels[name].dtype == object else labels[name].dtype, copy=True
+        )
         whole[place] = values
         obs[column] = whole
-    writable = tiledbsoma.SOMATileDBContext(tiledb_config=dict(context.tiledb_config))  # the newest version, not a pinned one
+    writable = tiledbsoma.SOMATileDBContext(
+        tiledb_config=dict(context.tiledb_config)
+    )  # the newest version, not a pinned one
     with tiledbsoma.Experiment.open(uri, "w", context=writable) as experiment:
         tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))
 
 
 def _label_all(
-    predictor: Predictor, source: CellSource, folder: Path, shards: list[tuple[int, int]], *, probabilities: bool, embedding: bool
+    predictor: Predictor,
+    source: CellSource,
+    folder: Path,
+    shards: list[tuple[int, int]],
+    *,
+    probabilities: bool,
+    embedding: bool,
 ) -> Iterator[int]:
     if source.num_cells < CELLS_FOR_RAY:
         for shard in shards:
-            yield _label_shard(predictor, source, folder, shard, probabilities=probabilities, embedding=embedding)
+            yield _label_shard(
+                predictor, source, folder, shard, probabilities=probabilities, embedding=embedding
+            )
         return
     connect()
     shared = ray.put((str(predictor.directory), source, str(folder), probabilities, embedding))
@@ -177,20 +225,40 @@ def _label_task(shared: tuple[str, CellSource, str, bool, bool], shard: tuple[in
     model_dir, source, folder, probabilities, embedding = shared
     if model_dir not in _LOADED:
         _LOADED[model_dir] = Predictor.load(model_dir)
-    return _label_shard(_LOADED[model_dir], source, Path(folder), shard, probabilities=probabilities, embedding=embedding)
+    return _label_shard(
+        _LOADED[model_dir], source, Path(folder), shard, probabilities=probabilities, embedding=embedding
+    )
 
 
 def _label_shard(
-    predictor: Predictor, source: CellSource, folder: Path, shard: tuple[int, int], *, probabilities: bool, embedding: bool
+    predictor: Predictor,
+    source: CellSource,
+    folder: Path,
+    shard: tuple[int, int],
+    *,
+    probabilities: bool,
+    embedding: bool,
 ) -> int:
     cells = np.arange(*shard)
     flat = source.read(cells)
     found = predictor.predict(*flat)
-    parts = [pd.DataFrame({"cell": source.names(cells).astype(str)}), found.table(), pd.DataFrame({EMPTY: np.diff(flat.offsets) == 0})]
+    parts = [
+        pd.DataFrame({"cell": source.names(cells).astype(str)}),
+        found.table(),
+        pd.DataFrame({EMPTY: np.diff(flat.offsets) == 0}),
+    ]
     if probabilities:
-        parts.append(pd.DataFrame(found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]))
+        parts.append(
+            pd.DataFrame(
+                found.probabilities_nk, columns=[f"probability: {name}" for name in predictor.label_names]
+            )
+        )
     if embedding:
-        parts.append(pd.DataFrame(found.embedding_nd, columns=[f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]))
+        parts.append(
+            pd.DataFrame(
+                found.embedding_nd, columns=[f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]
+            )
+        )
     path = _path(folder, shard[0])
     scratch = path.with_name(f"_{path.name}.part")
     pd.concat(parts, axis=1).to_parquet(scratch, index=False)
@@ -219,7 +287,13 @@ def _summary(predictor: Predictor, folder: Path) -> LabelledCells:
             confidence[label] = confidence.get(label, 0.0) + float(part.sum()[label])
     cl_id_of = dict(zip(predictor.answer_names, predictor.answer_cl_ids, strict=True))
     rows = [
-        {"label": label, "cl_id": cl_id_of[label], "cells": n, "share": n / sum(cells.values()), "mean_confidence": confidence[label] / n}
+        {
+            "label": label,
+            "cl_id": cl_id_of[label],
+            "cells": n,
+            "share": n / sum(cells.values()),
+            "mean_confidence": confidence[label] / n,
+        }
         for label, n in sorted(cells.items(), key=lambda item: -item[1])
     ]
     return LabelledCells(folder, pd.DataFrame(rows), num_empty)

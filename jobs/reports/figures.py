@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 
 
 def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
-    """Cells by true (row) and predicted (column) label, rows normalised to 1; `counts_kk` is (k, k), `names` the k labels."""
+    """Cells by true (row) and predicted (column) label, rows normalised to 1.
+
+    `counts_kk` is (k, k), `names` the k labels.
+    """
     from matplotlib.figure import Figure
 
     rows = counts_kk.sum(axis=1, keepdims=True)
@@ -25,13 +28,23 @@ def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), [str(name) for name in names], rotation=60, ha="right")
-    axes.set_yticks(range(len(names)), [f"{name} ({int(count)})" for name, count in zip(names, rows[:, 0], strict=True)])
+    axes.set_yticks(
+        range(len(names)), [f"{name} ({int(count)})" for name, count in zip(names, rows[:, 0], strict=True)]
+    )
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (cells)")
     if len(names) <= 25:
         for row, column in np.argwhere(counts_kk > 0):
             value = share[row, column]
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value > 0.6 else "black")
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if value > 0.6 else "black",
+            )
     figure.colorbar(image, ax=axes, label="share of the true label's cells", shrink=0.8)
     return figure
 
@@ -44,7 +57,12 @@ def learning_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) ->
     axes = figure.add_subplot()
     for key, points in sorted(curves.items()):
         finite = [(step, value) for step, value in points if math.isfinite(value)]
-        axes.plot([step for step, _ in finite], [value for _, value in finite], label=key, marker="." if len(finite) < 30 else None)
+        axes.plot(
+            [step for step, _ in finite],
+            [value for _, value in finite],
+            label=key,
+            marker="." if len(finite) < 30 else None,
+        )
     axes.set_xlabel("optimizer step")
     axes.locator_params(axis="x", integer=True)
     axes.set_ylabel(name)
@@ -66,10 +84,22 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
         for state, rows in table[table["part"] == part].groupby("calibration", sort=False):
-            error = (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum()
-            axes.plot(rows["confidence"], rows["accuracy"], marker="o", markersize=4, label=f"{state} calibration, ECE {error:.3f}")
+            error = (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows[
+                "cells"
+            ].sum()
+            axes.plot(
+                rows["confidence"],
+                rows["accuracy"],
+                marker="o",
+                markersize=4,
+                label=f"{state} calibration, ECE {error:.3f}",
+            )
         axes.set(
-            xlim=(0, 1), ylim=(0, 1), title=f"{part} ({rows['cells'].sum():,} cells)", xlabel="confidence", ylabel="share that is right"
+            xlim=(0, 1),
+            ylim=(0, 1),
+            title=f"{part} ({rows['cells'].sum():,} cells)",
+            xlabel="confidence",
+            ylabel="share that is right",
         )
         axes.legend(loc="upper left", fontsize=8)
         axes.grid(alpha=0.3)
@@ -83,7 +113,9 @@ def perturbation_figure(curves: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, values in curves.items():
-        axes.plot(curves.index, values, marker=".", linestyle="--" if "random" in str(name) else "-", label=name)
+        axes.plot(
+            curves.index, values, marker=".", linestyle="--" if "random" in str(name) else "-", label=name
+        )
     axes.set(xlabel="share of the cell's genes", ylabel="probability of the label", ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)
@@ -104,7 +136,10 @@ def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str
 
 
 def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, title: str) -> Figure:
-    """Contribution of genes in each cell, a row of dots per gene, the first on top; dots that would overlap stand beside each other."""
+    """Contribution of genes in each cell, a row of dots per gene, the first on top.
+
+    Dots that would overlap stand beside each other.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 0.6 + 0.3 * len(genes)), layout="constrained")

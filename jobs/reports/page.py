@@ -30,7 +30,8 @@ _MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 
 
 _LARGEST_SVG = 400_000
-"""Bytes. A drawing beyond this (a scatter plot of thousands of cells) becomes pixels, which are then the smaller and the faster."""
+"""Bytes. A drawing beyond this (a scatter plot of thousands of cells) becomes pixels, which are then the
+smaller and the faster."""
 
 
 _WIDE_INCHES = 6.1
@@ -40,8 +41,8 @@ _WIDE_INCHES = 6.1
 class Report:
     """Sections of text, tables, figures and warnings, in the order of the calls, written as HTML or Markdown.
 
-    The HTML file needs nothing beside it and nothing from the network. It is laid out for phones, desktops, dark mode and paper.
-    The same calls give the same bytes.
+    The HTML file needs nothing beside it and nothing from the network. It is laid out for phones, desktops,
+    dark mode and paper. The same calls give the same bytes.
     """
 
     def __init__(self, title: str, subtitle: str = "") -> None:
@@ -57,13 +58,16 @@ class Report:
         """Add paragraphs, parted by empty lines.
 
         Args:
-            text: Plain text; `**bold**` and `` `code` `` are set as such, and a paragraph whose lines all start with `- ` is a list.
+            text: Plain text; `**bold**` and `` `code` `` are set as such, and a paragraph whose lines all
+                start with `- ` is a list.
         """
         self._add(_Part(html=_paragraphs(text), markdown=text.strip()))
 
     def warning(self, text: str) -> None:
         """Add something the reader must not miss; marked up as `text`."""
-        html = Markup('<aside class="warning" role="note"><strong>Warning</strong>{}</aside>').format(_paragraphs(text))
+        html = Markup('<aside class="warning" role="note"><strong>Warning</strong>{}</aside>').format(
+            _paragraphs(text)
+        )
         quoted = "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines())
         self._add(_Part(html=html, markdown=f"> **Warning**\n>\n{quoted}"))
 
@@ -72,7 +76,8 @@ class Report:
 
         Args:
             title: Heading; may be empty.
-            table: Columns in their order. Numbers are aligned and rounded for reading; a missing value is a dash.
+            table: Columns in their order. Numbers are aligned and rounded for reading; a missing value is a
+                dash.
             caption: What the reader should know to read it.
         """
         is_number = [_is_number(table[name]) for name in table.columns]
@@ -80,7 +85,8 @@ class Report:
         names = [str(name) for name in table.columns]
         self._add(
             _Part(
-                html=_table_html(title, names, is_number, rows, caption), markdown=_table_markdown(title, names, is_number, rows, caption)
+                html=_table_html(title, names, is_number, rows, caption),
+                markdown=_table_markdown(title, names, is_number, rows, caption),
             )
         )
 
@@ -102,7 +108,9 @@ class Report:
 
     def facts(self, facts: Mapping[str, str]) -> None:
         """Add a row of the few figures that matter most, each with its name."""
-        items = Markup("").join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in facts.items())
+        items = Markup("").join(
+            Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in facts.items()
+        )
         markdown = "\n".join(f"- {name}: **{value}**" for name, value in facts.items())
         self._add(_Part(html=Markup('<dl class="facts">{}</dl>').format(items), markdown=markdown))
 
@@ -113,7 +121,12 @@ class Report:
 
     def write_html(self, path: str | Path) -> Path:
         """Write one self-contained file and give its path back."""
-        environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        environment = Environment(
+            loader=FileSystemLoader(Path(__file__).parent),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
         page = environment.get_template(_TEMPLATE).render(
             title=self._title,
             subtitle=self._subtitle,
@@ -125,7 +138,10 @@ class Report:
         return path
 
     def write_markdown(self, path: str | Path) -> Path:
-        """Write Markdown, with the pictures in the folder `NAME_files` beside it, and give the path of the text back."""
+        """Write Markdown, with the pictures in the folder `NAME_files` beside it.
+
+        And give the path of the text back.
+        """
         path = Path(path)
         folder = path.with_name(f"{path.stem}_files")
         blocks, num_pictures = [f"# {self._title}", self._subtitle], 0
@@ -144,12 +160,24 @@ class Report:
         path.write_text(_join(*blocks) + "\n", encoding="utf-8")
         return path
 
-    def _picture(self, title: str, kind: str, content: bytes, size_in: tuple[float, float] | None, caption: str, alt: str) -> None:
+    def _picture(
+        self,
+        title: str,
+        kind: str,
+        content: bytes,
+        size_in: tuple[float, float] | None,
+        caption: str,
+        alt: str,
+    ) -> None:
         if not alt.strip():
             raise ValueError(f"alt of figure {title!r} is empty; say in a sentence what the picture shows")
         if kind not in _MEDIA:
             raise ValueError(f"picture {title!r} is of kind {kind!r}; known are {', '.join(_MEDIA)}")
-        size = Markup(' width="{}" height="{}"').format(*(round(inches * 96) for inches in size_in)) if size_in else Markup("")
+        size = (
+            Markup(' width="{}" height="{}"').format(*(round(inches * 96) for inches in size_in))
+            if size_in
+            else Markup("")
+        )
         image = Markup('<img alt="{}"{}{} src="data:{};base64,{}">').format(
             alt,
             size,
@@ -158,9 +186,13 @@ class Report:
             base64.b64encode(content).decode(),
         )
         note = Markup("<figcaption>{}</figcaption>").format(_inline(caption)) if caption else Markup("")
-        html = _heading(title) + Markup('<figure><div class="scroll" tabindex="0">{}</div>{}</figure>').format(image, note)
+        html = _heading(title) + Markup(
+            '<figure><div class="scroll" tabindex="0">{}</div>{}</figure>'
+        ).format(image, note)
         if size_in and size_in[0] <= _WIDE_INCHES:
-            html = Markup('<div class="narrow">{}</div>').format(html)  # two neighbours stand side by side where there is room
+            html = Markup('<div class="narrow">{}</div>').format(
+                html
+            )  # two neighbours stand side by side where there is room
         markdown = _join(f"### {title}" if title else "", f"![{_cell(alt)}]({_PICTURE})", caption)
         self._add(_Part(html=html, markdown=markdown, picture=(kind, content)))
 
@@ -219,9 +251,14 @@ def _heading(title: str) -> Markup:
     return Markup("<h3>{}</h3>").format(title) if title else Markup("")
 
 
-def _table_html(title: str, names: list[str], is_number: list[bool], rows: list[list[str]], caption: str) -> Markup:
+def _table_html(
+    title: str, names: list[str], is_number: list[bool], rows: list[list[str]], caption: str
+) -> Markup:
     classes = [Markup(' class="number"') if number else Markup("") for number in is_number]
-    head = Markup("").join(Markup('<th scope="col"{}>{}</th>').format(kind, name) for kind, name in zip(classes, names, strict=True))
+    head = Markup("").join(
+        Markup('<th scope="col"{}>{}</th>').format(kind, name)
+        for kind, name in zip(classes, names, strict=True)
+    )
     body = []
     for row in rows:
         cells = []
@@ -230,13 +267,22 @@ def _table_html(title: str, names: list[str], is_number: list[bool], rows: list[
             cells.append(Markup(cell).format(kind, value))
         body.append(Markup("<tr>{}</tr>").format(Markup("").join(cells)))
     note = Markup('<p class="caption">{}</p>').format(_inline(caption)) if caption else Markup("")
-    grid = Markup("<table><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>").format(head, Markup("\n").join(body))
-    box = Markup('<div class="scroll table" tabindex="0" role="region" aria-label="{}">{}</div>').format(title or "table", grid)
+    grid = Markup("<table><thead><tr>{}</tr></thead>\n<tbody>{}</tbody></table>").format(
+        head, Markup("\n").join(body)
+    )
+    box = Markup('<div class="scroll table" tabindex="0" role="region" aria-label="{}">{}</div>').format(
+        title or "table", grid
+    )
     return _heading(title) + box + note
 
 
-def _table_markdown(title: str, names: list[str], is_number: list[bool], rows: list[list[str]], caption: str) -> str:
-    lines = [f"| {' | '.join(_cell(name) for name in names)} |", f"|{'|'.join('---:' if number else '---' for number in is_number)}|"]
+def _table_markdown(
+    title: str, names: list[str], is_number: list[bool], rows: list[list[str]], caption: str
+) -> str:
+    lines = [
+        f"| {' | '.join(_cell(name) for name in names)} |",
+        f"|{'|'.join('---:' if number else '---' for number in is_number)}|",
+    ]
     lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
     return _join(f"### {title}" if title else "", "\n".join(lines), caption)
 
@@ -251,17 +297,28 @@ def _join(*blocks: str) -> str:
 
 def _is_number(column: pd.Series) -> bool:
     values = column.dropna()
-    return len(values) > 0 and all(isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_) for value in values)
+    return len(values) > 0 and all(
+        isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_) for value in values
+    )
 
 
 def _shown(column: pd.Series) -> list[str]:
-    """The values as they are read: whole numbers with commas, others to three decimals or digits, a dash for what is missing."""
+    """The values as they are read.
+
+    Whole numbers with commas, others to three decimals or digits, a dash for what is missing.
+    """
     missing = column.isna()
     if _is_number(column):
         whole = all(float(value).is_integer() for value in column[~missing])
-        texts = ["" if gone else f"{int(value):,}" if whole else _number(float(value)) for value, gone in zip(column, missing, strict=True)]
+        texts = [
+            "" if gone else f"{int(value):,}" if whole else _number(float(value))
+            for value, gone in zip(column, missing, strict=True)
+        ]
     else:
-        texts = [{True: "yes", False: "no"}[bool(value)] if isinstance(value, bool | np.bool_) else str(value) for value in column]
+        texts = [
+            {True: "yes", False: "no"}[bool(value)] if isinstance(value, bool | np.bool_) else str(value)
+            for value in column
+        ]
     return ["–" if gone else text for text, gone in zip(texts, missing, strict=True)]
 
 

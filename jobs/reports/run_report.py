@@ -1,7 +1,8 @@
 """The report of a run: what was run on what, what came out beside the baselines, and pictures of it.
 
-Everything comes from what the run logged, so a report can be made again at any time. A section appears where its artifacts are found;
-tables and pictures that jobs log under a folder of `FOLDERS` appear without being known here.
+Everything comes from what the run logged, so a report can be made again at any time. A section appears where
+its artifacts are found; tables and pictures that jobs log under a folder of `FOLDERS` appear without being
+known here.
 """
 
 from __future__ import annotations
@@ -31,23 +32,35 @@ FOLDERS = {
     "explanations": "Genes behind the predictions",
     "annotated": "Annotated cells",
 }
-"""Artifact folder to section. In it, CSV files are tables, PNG and SVG files pictures, and Markdown is text."""
+"""Artifact folder to section. In it, CSV files are tables, PNG and SVG files pictures, and Markdown is
+text."""
 
 
 OWN_REPORT = "report.md"
-"""A run that logged this (a cross-validation, an ablation) has made its report itself, with `report.html` beside it."""
+"""A run that logged this (a cross-validation, an ablation) has made its report itself, with `report.html`
+beside it."""
 
 
 OURS = "scReformer-BERT"
 
 
-CELLS, BASELINES, PER_CLASS, CONFUSION = "test/cells.parquet", "test/baselines.csv", "test/per_class.csv", "test/confusion.csv"
+CELLS, BASELINES, PER_CLASS, CONFUSION = (
+    "test/cells.parquet",
+    "test/baselines.csv",
+    "test/per_class.csv",
+    "test/confusion.csv",
+)
 
 
 RELIABILITY = "calibration/reliability.csv"
 
 
-SCORES = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1", "weighted_f1": "weighted F1"}
+SCORES = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro-F1",
+    "weighted_f1": "weighted F1",
+}
 """Name among the metrics, and for people."""
 
 
@@ -64,7 +77,8 @@ _MOST_COLOURS = 20
 
 
 _MOST_ON_MAP = 4_000
-"""More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a minute."""
+"""More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a
+minute."""
 
 
 _FEWEST_FOR_UMAP = 250
@@ -104,30 +118,50 @@ class _Builder:
 
     def _title(self) -> str:
         job = self.run.tags.get("job", "run")
-        names = {"pretrain": "Pre-training", "finetune": "Fine-tuning", "crossval": "Cross-validation", "ablate": "Ablation"}
-        return f"{names.get(job, job.capitalize())}: {self.config.get('tracking', {}).get('model_name') or self.run.name}"
+        names = {
+            "pretrain": "Pre-training",
+            "finetune": "Fine-tuning",
+            "crossval": "Cross-validation",
+            "ablate": "Ablation",
+        }
+        model_name = self.config.get("tracking", {}).get("model_name")
+        return f"{names.get(job, job.capitalize())}: {model_name or self.run.name}"
 
     def _subtitle(self) -> str:
         started = datetime.fromtimestamp(self.run.started_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        lasted = f", {_duration((self.run.ended_ms - self.run.started_ms) / 1000)}" if self.run.ended_ms else ""
+        lasted = (
+            f", {_duration((self.run.ended_ms - self.run.started_ms) / 1000)}" if self.run.ended_ms else ""
+        )
         return f"Run {self.run.name}, {self.run.status.lower()}, {started}{lasted}"
 
     def _summary(self) -> None:
         report, split = self.report, self._split()
         cells, groups = split.get("cells", {}), split.get("groups", {})
-        facts = {name: f"{self.run.metrics[f'test/{key}']:.3f}" for key, name in SCORES.items() if f"test/{key}" in self.run.metrics}
-        facts = {f"{name} on test cells": value for name, value in facts.items() if name in ("macro-F1", "accuracy")}
+        facts = {
+            name: f"{self.run.metrics[f'test/{key}']:.3f}"
+            for key, name in SCORES.items()
+            if f"test/{key}" in self.run.metrics
+        }
+        facts = {
+            f"{name} on test cells": value
+            for name, value in facts.items()
+            if name in ("macro-F1", "accuracy")
+        }
         if not facts and "best_val/loss" in self.run.metrics:
             facts = {"loss on validation cells": f"{self.run.metrics['best_val/loss']:.4f}"}
         if cells:
-            facts |= {"cells to learn from": f"{cells.get('train', 0):,}", "cells of the test": f"{cells.get('test', 0):,}"}
+            facts |= {
+                "cells to learn from": f"{cells.get('train', 0):,}",
+                "cells of the test": f"{cells.get('test', 0):,}",
+            }
         if facts:
             report.facts(facts)
         test_groups = groups.get("test", [])
         if test_groups:
             kind = _plural(split["group_by"].removesuffix("_id"))
             report.text(
-                f"The test is on {cells['test']:,} cells of {len(test_groups)} {kind} that the model never saw"
+                f"The test is on {cells['test']:,} cells of {len(test_groups)} {kind} that the model never"
+                f" saw"
                 f" ({_listed(test_groups)}). Its best step was chosen on {cells.get('val', 0):,} other cells."
             )
         if self.run.status in ("FAILED", "KILLED"):
@@ -135,11 +169,14 @@ class _Builder:
         for note in self.identity.get("notes", []):
             report.warning(note)
         if 0 < len(test_groups) < 3 and split["group_by"] == "donor_id":
-            report.warning(f"The test has only {len(test_groups)} donors; the scores may be far from those on others.")
+            report.warning(
+                f"The test has only {len(test_groups)} donors; the scores may be far from those on others."
+            )
         num_cut = self.run.metrics.get("data/cells_cut", 0)
         if num_cut:
             report.warning(
-                f"{num_cut:,.0f} cells, counted each time they were read, have more genes than `tokens.max_genes` and were cut to those"
+                f"{num_cut:,.0f} cells, counted each time they were read, have more genes than"
+                f" `tokens.max_genes` and were cut to those"
                 " that stand out most."
             )
 
@@ -152,23 +189,36 @@ class _Builder:
         rows = [{"model": OURS, **ours}]
         if self._has(BASELINES):
             baselines = self._table(BASELINES)
-            rows += [{"model": row["model"]} | {name: row.get(key) for key, name in SCORES.items()} for _, row in baselines.iterrows()]
+            rows += [
+                {"model": row["model"]} | {name: row.get(key) for key, name in SCORES.items()}
+                for _, row in baselines.iterrows()
+            ]
             best = baselines.loc[baselines["macro_f1"].idxmax()]
             difference = self.run.metrics["test/macro_f1"] - best["macro_f1"]
             verdict = "above" if difference > 0 else "below" if difference < 0 else "the same as"
             report.text(
-                f"Macro-F1 is **{abs(difference):.3f} {verdict}** the best baseline on the same cells ({best['model']},"
-                f" {best['macro_f1']:.3f}). One split says little about small differences; cross-validation says more."
+                f"Macro-F1 is **{abs(difference):.3f} {verdict}** the best baseline on the same cells"
+                f" ({best['model']},"
+                f" {best['macro_f1']:.3f}). One split says little about small differences; cross-validation"
+                f" says more."
             )
         table = pd.DataFrame(rows)
         caption = "Macro-F1 weighs every type alike, however rare it is; accuracy weighs every cell alike."
         report.table("Test scores", table.dropna(axis="columns", how="all"), caption)
         if self._has(PER_CLASS):
-            per_class = self._table(PER_CLASS).rename(columns={"label": "type", "f1": "F1"}).sort_values("cells", ascending=False)
+            per_class = (
+                self._table(PER_CLASS)
+                .rename(columns={"label": "type", "f1": "F1"})
+                .sort_values("cells", ascending=False)
+            )
             weak = per_class[(per_class["cells"] > 0) & (per_class["F1"] < 0.5)]["type"].tolist()
             if weak:
                 report.warning(f"F1 below 0.5: {_listed(weak)}.")
-            report.table("Each type", per_class, "Test cells of each true type; a type without test cells has no recall.")
+            report.table(
+                "Each type",
+                per_class,
+                "Test cells of each true type; a type without test cells has no recall.",
+            )
         if self._has(CONFUSION):
             confusion = self._table(CONFUSION)
             names = confusion["true_label"].astype(str).tolist()
@@ -199,8 +249,15 @@ class _Builder:
             figure = learning_figure(name, histories[name])
             if best is not None and name != "lr":
                 figure.axes[0].axvline(best, color="grey", linewidth=1, linestyle=":")
-            ends = "; ".join(f"{key} goes from {points[0][1]:.4g} to {points[-1][1]:.4g}" for key, points in histories[name].items())
-            dotted = f" The dotted line is step {best:.0f}, the best on the validation cells." if best is not None and name != "lr" else ""
+            ends = "; ".join(
+                f"{key} goes from {points[0][1]:.4g} to {points[-1][1]:.4g}"
+                for key, points in histories[name].items()
+            )
+            dotted = (
+                f" The dotted line is step {best:.0f}, the best on the validation cells."
+                if best is not None and name != "lr"
+                else ""
+            )
             self.report.figure(title, figure, f"By optimizer step.{dotted}", f"{title} by step: {ends}.")
 
     def _confidence(self) -> None:
@@ -213,14 +270,18 @@ class _Builder:
             table = reliability_bins(self._table(CELLS)).assign(part="test", calibration="without")
         self.used.add("calibration/reliability.png")
         errors = {
-            f"{part} cells {state} calibration": (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows["cells"].sum()
+            f"{part} cells {state} calibration": (
+                rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()
+            ).sum()
+            / rows["cells"].sum()
             for (part, state), rows in table.groupby(["part", "calibration"], sort=False)
         }
         said = "; ".join(f"{name} {error:.3f}" for name, error in errors.items())
         self.report.figure(
             "Reliability",
             reliability_figure(table),
-            "Cells in bins of their score: on the dashed line 90 of 100 cells with score 0.9 are right; below it the model is too sure of"
+            "Cells in bins of their score: on the dashed line 90 of 100 cells with score 0.9 are right; below"
+            " it the model is too sure of"
             f" itself. Expected calibration error: {said}.",
             f"Share of right predictions by score. Expected calibration error: {said}.",
         )
@@ -231,14 +292,21 @@ class _Builder:
         cells = self._table(CELLS)
         if len(cells) < 3:
             return
-        wrong, unsure = float((cells["label"] != cells["prediction"]).mean()), float((cells["said"] != cells["prediction"]).mean())
+        wrong, unsure = (
+            float((cells["label"] != cells["prediction"]).mean()),
+            float((cells["said"] != cells["prediction"]).mean()),
+        )
         which = f"{len(cells):,} test cells"
         if len(cells) > _MOST_ON_MAP:
-            cells, which = cells.sample(_MOST_ON_MAP, random_state=0).sort_index(), f"{_MOST_ON_MAP:,} of {which}, drawn at random"
+            cells, which = (
+                cells.sample(_MOST_ON_MAP, random_state=0).sort_index(),
+                f"{_MOST_ON_MAP:,} of {which}, drawn at random",
+            )
         points_n2, how = layout(np.stack(cells["embedding"].to_list()))
         self.report.section("Map of the cells")
         self.report.text(
-            f"{how} of the model's embeddings of {which}. Cells that the model sees as alike lie together; distances"
+            f"{how} of the model's embeddings of {which}. Cells that the model sees as alike lie together;"
+            f" distances"
             " between far groups mean little."
         )
         for column, title, caption in (
@@ -246,7 +314,8 @@ class _Builder:
             (
                 "prediction",
                 "By prediction",
-                f"The same cells by best label, wrong for {wrong:.1%}; of {unsure:.1%} the model says less: unknown, or a broader term.",
+                f"The same cells by best label, wrong for {wrong:.1%}; of {unsure:.1%} the model says less:"
+                f" unknown, or a broader term.",
             ),
             ("donor_id", "By donor", "Donors that stay apart within a type would be a batch effect."),
         ):
@@ -255,7 +324,12 @@ class _Builder:
             names = cells["label"].value_counts().index.tolist() if column == "prediction" else []
             names += [name for name in counts.index if name not in names]
             biggest = ", ".join(f"{name} {count:,}" for name, count in counts.head(5).items())
-            self.report.figure(title, _map_figure(points_n2, cells[column], names), caption, f"Map of cells {title.lower()}: {biggest}.")
+            self.report.figure(
+                title,
+                _map_figure(points_n2, cells[column], names),
+                caption,
+                f"Map of cells {title.lower()}: {biggest}.",
+            )
 
     def _folder(self, source: LoggedRun, folder: str, title: str) -> None:
         used = self.used if source is self.run else set()
@@ -265,7 +339,9 @@ class _Builder:
             return
         report = self.report
         report.section(title)
-        for path in sorted(shown, key=lambda path: (not path.endswith(".md"), path.endswith((".png", ".svg")), path)):
+        for path in sorted(
+            shown, key=lambda path: (not path.endswith(".md"), path.endswith((".png", ".svg")), path)
+        ):
             name = path.removeprefix(f"{folder}/").rpartition(".")[0].replace("_", " ").replace("/", ": ")
             if path.endswith(".md"):
                 # Its tables and pictures lie beside it as files of their own.
@@ -276,7 +352,9 @@ class _Builder:
             else:
                 table = pd.read_csv(source.file(path))
                 note = (
-                    f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`." if len(table) > _MOST_ROWS else ""
+                    f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`."
+                    if len(table) > _MOST_ROWS
+                    else ""
                 )
                 report.table(name, table.head(_MOST_ROWS).map(_shortened), note)
 
@@ -293,22 +371,32 @@ class _Builder:
             version = atlas.get("timestamp_ms")
             rows |= {
                 "atlas": atlas.get("uri"),
-                "atlas version": datetime.fromtimestamp(version / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if version else None,
+                "atlas version": datetime.fromtimestamp(version / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+                if version
+                else None,
                 "cells": filters,
                 "genes": query.get("var_filter") or "every gene",
                 "query hash": query.get("hash"),
             }
         for part, number in split.get("cells", {}).items():
-            rows[f"{part} cells"] = f"{number:,} ({split['group_by']}: {_listed(split['groups'].get(part, []))})"
+            rows[f"{part} cells"] = (
+                f"{number:,} ({split['group_by']}: {_listed(split['groups'].get(part, []))})"
+            )
         if code:
-            rows |= {"screformer": f"{code['screformer']} ({code['git']})", "Python": code["python"], "machine": _machine(code["host"])}
+            rows |= {
+                "screformer": f"{code['screformer']} ({code['git']})",
+                "Python": code["python"],
+                "machine": _machine(code["host"]),
+            }
         named = [(name, str(value)) for name, value in rows.items() if value not in (None, "")]
         report.table("", pd.DataFrame(named, columns=["what", "value"]))
         changed = changed_settings(self.config)
         if len(changed):
             report.table("Settings that differ from the defaults", changed)
         if code.get("packages"):
-            report.table("Packages", pd.DataFrame(sorted(code["packages"].items()), columns=["package", "version"]))
+            report.table(
+                "Packages", pd.DataFrame(sorted(code["packages"].items()), columns=["package", "version"])
+            )
 
     def _split(self) -> dict[str, Any]:
         split = self.identity.get("split")
@@ -347,16 +435,26 @@ def changed_settings(config: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def reliability_bins(cells: pd.DataFrame, *, num_bins: int = 10) -> pd.DataFrame:
-    """Cells in equal bins of their score: mean `confidence`, `accuracy` and number of `cells` of each bin that has any.
+    """Cells in equal bins of their score.
+
+    Mean `confidence`, `accuracy` and number of `cells` of each bin that has any.
 
     Args:
         cells: `label`, `prediction` and `confidence` of each.
         num_bins: Bins of [0, 1].
     """
     bins_n = np.minimum((cells["confidence"].to_numpy() * num_bins).astype(int), num_bins - 1)
-    right = pd.DataFrame({"bin": bins_n, "confidence": cells["confidence"], "right": cells["label"] == cells["prediction"]})
+    right = pd.DataFrame(
+        {"bin": bins_n, "confidence": cells["confidence"], "right": cells["label"] == cells["prediction"]}
+    )
     grouped = right.groupby("bin")
-    return pd.DataFrame({"confidence": grouped["confidence"].mean(), "accuracy": grouped["right"].mean(), "cells": grouped.size()})
+    return pd.DataFrame(
+        {
+            "confidence": grouped["confidence"].mean(),
+            "accuracy": grouped["right"].mean(),
+            "cells": grouped.size(),
+        }
+    )
 
 
 def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
@@ -391,25 +489,40 @@ def _map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: list[str]) ->
     other_n = ~groups_n.isin(names).to_numpy()
     size = float(np.clip(6000 / len(points_n2), 3, 24))
     if other_n.any():
-        axes.scatter(points_n2[other_n, 0], points_n2[other_n, 1], s=size, color="0.7", linewidths=0, label="others")
+        axes.scatter(
+            points_n2[other_n, 0], points_n2[other_n, 1], s=size, color="0.7", linewidths=0, label="others"
+        )
     for name, colour in zip(names, colours, strict=False):
         chosen_n = (groups_n == name).to_numpy()
-        axes.scatter(points_n2[chosen_n, 0], points_n2[chosen_n, 1], s=size, color=colour, linewidths=0, label=name, alpha=0.85)
+        axes.scatter(
+            points_n2[chosen_n, 0],
+            points_n2[chosen_n, 1],
+            s=size,
+            color=colour,
+            linewidths=0,
+            label=name,
+            alpha=0.85,
+        )
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False)
+    figure.legend(
+        loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False
+    )
     return figure
 
 
 def _confusion_alt(counts_kk: np.ndarray, names: list[str]) -> str:
     wrong_kk = counts_kk * (1 - np.eye(len(counts_kk), dtype=counts_kk.dtype))
-    pairs = [np.unravel_index(flat, wrong_kk.shape) for flat in np.argsort(-wrong_kk, axis=None, kind="stable")[:3]]
+    pairs = [
+        np.unravel_index(flat, wrong_kk.shape) for flat in np.argsort(-wrong_kk, axis=None, kind="stable")[:3]
+    ]
     said = "; ".join(
-        f"{names[row]} taken for {names[column]} {wrong_kk[row, column]} times" for row, column in pairs if wrong_kk[row, column]
+        f"{names[row]} taken for {names[column]} {wrong_kk[row, column]} times"
+        for row, column in pairs
+        if wrong_kk[row, column]
     )
-    return (
-        f"Confusion matrix of {len(names)} types; {np.trace(counts_kk):,} of {counts_kk.sum():,} cells are right. {said or 'No mistakes'}."
-    )
+    right = f"{np.trace(counts_kk):,} of {counts_kk.sum():,} cells are right"
+    return f"Confusion matrix of {len(names)} types; {right}. {said or 'No mistakes'}."
 
 
 def _machine(host: Mapping[str, Any]) -> str:

@@ -22,7 +22,9 @@ from jobs.studies.variants import REFERENCE, Variant, by_folds, variants
 def run_ablation(
     config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None, axes: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run the reference and each variant over the folds, once per seed, and write the table; connects to Ray where no connection is.
+    """Run the reference and each variant over the folds, once per seed, and write the table.
+
+    Connects to Ray where no connection is.
 
     Args:
         config: The recipe with its overrides; when resuming, that of the interrupted study.
@@ -44,14 +46,27 @@ def run_ablation(
         listed = listed or variants(study.config, axes)
         for note in study.notes():
             print(f"note: {note}", flush=True)
-        exact = exactness(study.config.experiment, num_genes=len(study.query.feature_ids), num_classes=len(study.label_names))
+        exact = exactness(
+            study.config.experiment,
+            num_genes=len(study.query.feature_ids),
+            num_classes=len(study.label_names),
+        )
         print("\n".join(exact_lines(exact)), flush=True)
         seeds = range(study.config.train.seed, study.config.train.seed + study.config.ablation.num_seeds)
         found: dict[str, dict[str, Any]] = {}
         for changed, group in by_folds(listed):
             part = _beside(study, changed) if changed else study
-            run_trials(part, {"settings": tune.grid_search([variant.with_seed(seed) for variant in group for seed in seeds])})
-            found |= {variant.name: _row(part, variant, None if changed else listed[0], seeds) for variant in group}
+            run_trials(
+                part,
+                {
+                    "settings": tune.grid_search(
+                        [variant.with_seed(seed) for variant in group for seed in seeds]
+                    )
+                },
+            )
+            found |= {
+                variant.name: _row(part, variant, None if changed else listed[0], seeds) for variant in group
+            }
         rows = [found[variant.name] | {"axis": variant.axis} for variant in listed]
         tree = {"variants": rows, "exact": exact, "notes": study.notes(), "config": study.config.to_dict()}
         write_report(ablation_report(study, rows, exact, len(seeds)), study.run_dir, tree)
@@ -64,14 +79,22 @@ def run_ablation(
             "run_id": study.run.run_id,
             "run_dir": str(study.run_dir),
             "report": str(study.run_dir / "report.html"),
-            "variants": {row["variant"]: {"macro_f1": row["mean"], "difference": row["difference"]} for row in rows},
+            "variants": {
+                row["variant"]: {"macro_f1": row["mean"], "difference": row["difference"]} for row in rows
+            },
         }
 
 
 def without_extras(config: StudyConfig) -> StudyConfig:
     """The recipe without baselines and search, which an ablation does not run."""
     return config.merge(
-        {"crossval.baselines": [], "crossval.register": False, "search.space": {}, "search.algorithm": "grid", "search.scheduler": "none"}
+        {
+            "crossval.baselines": [],
+            "crossval.register": False,
+            "search.space": {},
+            "search.algorithm": "grid",
+            "search.scheduler": "none",
+        }
     )
 
 
@@ -79,26 +102,36 @@ def _beside(study: Study, changed: Mapping[str, Any]) -> Study:
     """The study on other cells, labels or folds, in a folder of its own; begun, or taken up again."""
     folder = study.run_dir / "folds" / settings_key(changed)
     begun = (folder / FILE).is_file()
-    part = dataclasses.replace(open_study(study.config.merge(changed), run_dir=folder, resume=begun), run=study.run)
+    part = dataclasses.replace(
+        open_study(study.config.merge(changed), run_dir=folder, resume=begun), run=study.run
+    )
     if not begun:
         folder.mkdir(parents=True, exist_ok=True)
         part.folds.save(folder / FILE, part.query.obs_joinids)
     return part
 
 
-def _row(study: Study, variant: Variant, reference: Variant | None, seeds: Sequence[int] | range) -> dict[str, Any]:
+def _row(
+    study: Study, variant: Variant, reference: Variant | None, seeds: Sequence[int] | range
+) -> dict[str, Any]:
     ours = _by_seed(study, variant, seeds)
     # Seeds of one fold share its cells, so their mean is one observation: the interval is over folds.
-    by_fold = {fold: float(np.mean([values[fold] for values in ours.values()])) for fold in range(len(study.folds))}
+    by_fold = {
+        fold: float(np.mean([values[fold] for values in ours.values()])) for fold in range(len(study.folds))
+    }
     results = [result for seed in seeds for result in _results(study, variant, seed)]
     difference, same = None, False
     if reference is not None:
         theirs = _by_seed(study, reference, seeds)
-        mean, low, high = mean_interval([by_fold[fold] - float(np.mean([values[fold] for values in theirs.values()])) for fold in by_fold])
+        mean, low, high = mean_interval(
+            [by_fold[fold] - float(np.mean([values[fold] for values in theirs.values()])) for fold in by_fold]
+        )
         difference = {"mean": mean, "low": low, "high": high, "folds": len(by_fold)}
         others = [result for seed in seeds for result in _results(study, reference, seed)]
         same = variant.name != REFERENCE and all(
-            a.probabilities_nk is not None and b.probabilities_nk is not None and np.array_equal(a.probabilities_nk, b.probabilities_nk)
+            a.probabilities_nk is not None
+            and b.probabilities_nk is not None
+            and np.array_equal(a.probabilities_nk, b.probabilities_nk)
             for a, b in zip(results, others, strict=True)
         )
     speeds = [result.account["cells_per_s"] for result in results if result.account.get("cells_per_s")]
@@ -108,7 +141,9 @@ def _row(study: Study, variant: Variant, reference: Variant | None, seeds: Seque
         "variant": variant.name,
         "mean": float(np.mean(values)),
         "sd": float(np.std(list(by_fold.values()), ddof=1)) if len(by_fold) > 1 else None,
-        "seed_sd": float(np.mean([np.std([scored[fold] for scored in ours.values()], ddof=1) for fold in by_fold]))
+        "seed_sd": float(
+            np.mean([np.std([scored[fold] for scored in ours.values()], ddof=1) for fold in by_fold])
+        )
         if len(ours) > 1
         else None,
         "difference": difference,
@@ -125,4 +160,7 @@ def _results(study: Study, variant: Variant, seed: int) -> list[FoldResult]:
 
 def _by_seed(study: Study, variant: Variant, seeds: Sequence[int] | range) -> dict[int, dict[int, float]]:
     """Macro-F1 by seed and fold."""
-    return {seed: {result.fold: scores(result, study)["macro_f1"] for result in _results(study, variant, seed)} for seed in seeds}
+    return {
+        seed: {result.fold: scores(result, study)["macro_f1"] for result in _results(study, variant, seed)}
+        for seed in seeds
+    }

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from jobs.training.cells import TrainingCells
 
 MOST_FITTED = 50_000
-"""Training cells, at most, that a baseline is given; a random choice where there are more. It bounds their memory."""
+"""Training cells, at most, that a baseline is given; a random choice where there are more. It bounds their
+memory."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,7 +75,10 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
     for part, positions in cells.parts.items():
         most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)
         if not len(positions):
-            parts[part] = Part(x_ng=sparse.csr_matrix((0, len(cells.vocabulary)), dtype=np.float32), labels_n=np.zeros(0, np.int64))
+            parts[part] = Part(
+                x_ng=sparse.csr_matrix((0, len(cells.vocabulary)), dtype=np.float32),
+                labels_n=np.zeros(0, np.int64),
+            )
             continue
         found = cells.stream(part).sample_counts(most, cells.config.train.seed)
         # Of the 32-bit kind: scikit-learn's solvers take no other.

@@ -1,7 +1,10 @@
-"""What scReformer-BERT has to beat: other methods on the very same cells and genes, tuned on the validation cells alone.
+"""What scReformer-BERT has to beat.
 
-`BASELINES` is the table of them. Each gets log1p of counts per 10,000 as a sparse matrix (the tokenizer's values), chooses its one or two
-settings by macro-F1 on the validation cells, and then labels the test cells once.
+Other methods on the very same cells and genes, tuned on the validation cells alone.
+
+`BASELINES` is the table of them. Each gets log1p of counts per 10,000 as a sparse matrix (the tokenizer's
+values), chooses its one or two settings by macro-F1 on the validation cells, and then labels the test cells
+once.
 
 Axes: n cells, g genes, k classes.
 """
@@ -49,7 +52,8 @@ class Baseline:
     fit: Callable[[BaselineCells, int], Answer]
     """From cells and a seed."""
     seconds_per_1000_cells: float
-    """CPU time per 1,000 training cells of 1,265 genes and 7 types, as measured on 4,000; for the estimate of `--dry-run`."""
+    """CPU time per 1,000 training cells of 1,265 genes and 7 types, as measured on 4,000; for the estimate of
+    `--dry-run`."""
     needs: tuple[str, ...] = ()
     """Modules beyond the main dependencies; extra `baselines` installs them."""
 
@@ -63,11 +67,14 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
     """Fit a method of `BASELINES`, choose its settings and label the test cells."""
     start, cpu_start = time.perf_counter(), time.process_time()
     with warnings.catch_warnings():
-        # A weakly regularised fit need not converge to be compared on the validation cells; the rest is about empty classes.
+        # A weakly regularised fit need not converge to be compared on the validation cells; the rest is about
+        # empty classes.
         warnings.simplefilter("ignore")
         answer = BASELINES[name].fit(cells, seed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    return answer, Cost(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start, peak_memory_gb=peak)
+    return answer, Cost(
+        seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start, peak_memory_gb=peak
+    )
 
 
 def _majority(cells: BaselineCells, seed: int) -> Answer:
@@ -81,8 +88,13 @@ def _majority(cells: BaselineCells, seed: int) -> Answer:
     )
 
 
-def _chosen(cells: BaselineCells, settings: Iterable[dict[str, Any]], make: Callable[..., Any], seed: int) -> Answer:
-    """Fit one classifier of scikit-learn's kind per setting, take the best on the validation cells, and let it label the test cells."""
+def _chosen(
+    cells: BaselineCells, settings: Iterable[dict[str, Any]], make: Callable[..., Any], seed: int
+) -> Answer:
+    """Fit one classifier of scikit-learn's kind per setting, take the best on the validation cells.
+
+    And let it label the test cells.
+    """
     best: tuple[float, dict[str, Any], Any] | None = None
     for setting in settings:
         model = make(**setting, random_state=seed).fit(cells.train.x_ng, cells.train.labels_n)
@@ -94,7 +106,9 @@ def _chosen(cells: BaselineCells, settings: Iterable[dict[str, Any]], make: Call
     probabilities = model.predict_proba(cells.test_x_ng) if hasattr(model, "predict_proba") else None
     return Answer(
         predicted_n=np.asarray(model.predict(cells.test_x_ng), np.int64),
-        probabilities_nk=None if probabilities is None else spread(probabilities, model.classes_, cells.num_classes),
+        probabilities_nk=None
+        if probabilities is None
+        else spread(probabilities, model.classes_, cells.num_classes),
         chosen=setting,
         parameters=int(np.asarray(model.coef_).size + np.asarray(model.intercept_).size),
     )
@@ -113,8 +127,11 @@ def _logistic_l1(cells: BaselineCells, seed: int) -> Answer:
     from sklearn.linear_model import LogisticRegression
 
     def make(**settings: Any) -> Any:
-        # Source of the choice: saga is the one solver of a multinomial L1 model; its last digits are not worth its time.
-        return LogisticRegression(l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=40, tol=1e-2, **settings)
+        # Source of the choice: saga is the one solver of a multinomial L1 model; its last digits are not
+        # worth its time.
+        return LogisticRegression(
+            l1_ratio=1.0, solver="saga", class_weight="balanced", max_iter=40, tol=1e-2, **settings
+        )
 
     return _chosen(cells, ({"C": c} for c in (0.1, 1.0, 10.0)), make, seed)
 
@@ -145,7 +162,10 @@ def _pca_knn(cells: BaselineCells, seed: int) -> Answer:
     _, neighbours, model = best
     probabilities = spread(model.predict_proba(test), model.classes_, cells.num_classes)
     return Answer(
-        predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen={"neighbours": neighbours}, parameters=train.size
+        predicted_n=probabilities.argmax(1),
+        probabilities_nk=probabilities,
+        chosen={"neighbours": neighbours},
+        parameters=train.size,
     )
 
 
@@ -153,24 +173,48 @@ def _gradient_boosting(cells: BaselineCells, seed: int) -> Answer:
     import lightgbm
 
     columns = variable_genes(cells.train.x_ng, 2000)
-    train, chooser, test = (sparse.csr_matrix(x[:, columns]) for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng))
+    train, chooser, test = (
+        sparse.csr_matrix(x[:, columns]) for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng)
+    )
     known = np.isin(cells.chooser.labels_n, cells.train.labels_n)
     best: tuple[float, dict[str, Any], Any] | None = None
     for leaves in (7, 31):
         model = lightgbm.LGBMClassifier(
-            n_estimators=150, num_leaves=leaves, learning_rate=0.1, class_weight="balanced", colsample_bytree=0.3,
-            random_state=seed, n_jobs=1, verbose=-1, deterministic=True, force_row_wise=True,
-        )  # fmt: skip
+            n_estimators=150,
+            num_leaves=leaves,
+            learning_rate=0.1,
+            class_weight="balanced",
+            colsample_bytree=0.3,
+            random_state=seed,
+            n_jobs=1,
+            verbose=-1,
+            deterministic=True,
+            force_row_wise=True,
+        )
         stop = lightgbm.early_stopping(15, verbose=False)
-        model.fit(train, cells.train.labels_n, eval_set=[(chooser[known], cells.chooser.labels_n[known])], callbacks=[stop])
+        model.fit(
+            train,
+            cells.train.labels_n,
+            eval_set=[(chooser[known], cells.chooser.labels_n[known])],
+            callbacks=[stop],
+        )
         score = macro_f1(cells.chooser.labels_n, model.predict(chooser), cells.num_classes)
         if best is None or score > best[0]:
-            best = (score, {"num_leaves": leaves, "rounds": int(model.best_iteration_ or model.n_estimators)}, model)
+            best = (
+                score,
+                {"num_leaves": leaves, "rounds": int(model.best_iteration_ or model.n_estimators)},
+                model,
+            )
     assert best is not None
     _, setting, model = best
     probabilities = spread(model.predict_proba(test), model.classes_, cells.num_classes)
     parameters = sum(tree["num_leaves"] * 2 - 1 for tree in model.booster_.dump_model()["tree_info"])
-    return Answer(predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen=setting, parameters=parameters)
+    return Answer(
+        predicted_n=probabilities.argmax(1),
+        probabilities_nk=probabilities,
+        chosen=setting,
+        parameters=parameters,
+    )
 
 
 def _mlp(cells: BaselineCells, seed: int) -> Answer:
@@ -180,7 +224,12 @@ def _mlp(cells: BaselineCells, seed: int) -> Answer:
     from sklearn.neural_network import MLPClassifier
 
     classes = np.unique(cells.train.labels_n)
-    model = MLPClassifier(hidden_layer_sizes=(128,), alpha=1e-4, batch_size=min(200, len(cells.train.labels_n)), random_state=seed)
+    model = MLPClassifier(
+        hidden_layer_sizes=(128,),
+        alpha=1e-4,
+        batch_size=min(200, len(cells.train.labels_n)),
+        random_state=seed,
+    )
     best: tuple[float, int, Any] | None = None
     for epoch in range(1, 13):
         model.partial_fit(cells.train.x_ng, cells.train.labels_n, classes=classes)
@@ -193,11 +242,19 @@ def _mlp(cells: BaselineCells, seed: int) -> Answer:
     _, epoch, model = best
     probabilities = spread(model.predict_proba(cells.test_x_ng), model.classes_, cells.num_classes)
     parameters = sum(weight.size for weight in (*model.coefs_, *model.intercepts_))
-    return Answer(predicted_n=probabilities.argmax(1), probabilities_nk=probabilities, chosen={"epochs": epoch}, parameters=parameters)
+    return Answer(
+        predicted_n=probabilities.argmax(1),
+        probabilities_nk=probabilities,
+        chosen={"epochs": epoch},
+        parameters=parameters,
+    )
 
 
 def _celltypist(cells: BaselineCells, seed: int) -> Answer:
-    """CellTypist trained on the fold, as its authors say: SGD logistic regression, then again on the genes it weighs most."""
+    """CellTypist trained on the fold, as its authors say.
+
+    SGD logistic regression, then again on the genes it weighs most.
+    """
     import logging
 
     import celltypist
@@ -212,11 +269,18 @@ def _celltypist(cells: BaselineCells, seed: int) -> Answer:
         return found
 
     def label(model: Any, x_ng: sparse.csr_matrix) -> np.ndarray:
-        """One-against-rest scores, (n, k), a few dense cells at a time: sparse ones fail in CellTypist 1.7 unless they were centred."""
+        """One-against-rest scores, (n, k), a few dense cells at a time.
+
+        Sparse ones fail in CellTypist 1.7 unless they were centred.
+        """
         whole = np.zeros((x_ng.shape[0], cells.num_classes), np.float32)
         for start in range(0, len(whole), _CHUNK):
-            found = celltypist.annotate(data(x_ng[start : start + _CHUNK].toarray()), model=model).probability_matrix
-            whole[start : start + _CHUNK, [int(name.removeprefix("class")) for name in found.columns]] = found.to_numpy()
+            found = celltypist.annotate(
+                data(x_ng[start : start + _CHUNK].toarray()), model=model
+            ).probability_matrix
+            whole[start : start + _CHUNK, [int(name.removeprefix("class")) for name in found.columns]] = (
+                found.to_numpy()
+            )
         return whole
 
     expressed = len(np.unique(cells.train.x_ng.indices))
@@ -224,10 +288,21 @@ def _celltypist(cells: BaselineCells, seed: int) -> Answer:
     for alpha in (1e-4, 1e-3):
         # Without centring, so that the training cells stay sparse.
         model = celltypist.train(
-            data(cells.train.x_ng), labels=names[cells.train.labels_n], use_SGD=True, alpha=alpha, feature_selection=expressed > 300,
-            top_genes=300, with_mean=False, check_expression=False, n_jobs=1, max_iter=200, random_state=seed,
-        )  # fmt: skip
-        score = macro_f1(cells.chooser.labels_n, label(model, cells.chooser.x_ng).argmax(1), cells.num_classes)
+            data(cells.train.x_ng),
+            labels=names[cells.train.labels_n],
+            use_SGD=True,
+            alpha=alpha,
+            feature_selection=expressed > 300,
+            top_genes=300,
+            with_mean=False,
+            check_expression=False,
+            n_jobs=1,
+            max_iter=200,
+            random_state=seed,
+        )
+        score = macro_f1(
+            cells.chooser.labels_n, label(model, cells.chooser.x_ng).argmax(1), cells.num_classes
+        )
         if best is None or score > best[0]:
             best = (score, {"alpha": alpha}, model)
     assert best is not None
@@ -236,13 +311,20 @@ def _celltypist(cells: BaselineCells, seed: int) -> Answer:
     predicted = spread.argmax(1)
     # Divided by their sum they can be read as probabilities.
     spread /= np.maximum(spread.sum(1, keepdims=True), 1e-12)
-    return Answer(predicted_n=predicted, probabilities_nk=spread, chosen=setting, parameters=int(model.classifier.coef_.size))
+    return Answer(
+        predicted_n=predicted,
+        probabilities_nk=spread,
+        chosen=setting,
+        parameters=int(model.classifier.coef_.size),
+    )
 
 
 def _spearman_centroid(cells: BaselineCells, seed: int) -> Answer:
-    """SingleR's idea: rank correlation with each type's mean over the genes that tell pairs of types apart."""
+    """SingleR's idea: rank correlation with each type's mean, over genes that separate pairs of types."""
     classes = np.unique(cells.train.labels_n)
-    mean_kg = np.stack([np.asarray(cells.train.x_ng[cells.train.labels_n == code].mean(0)).ravel() for code in classes])
+    mean_kg = np.stack(
+        [np.asarray(cells.train.x_ng[cells.train.labels_n == code].mean(0)).ravel() for code in classes]
+    )
 
     def rank_rows(values: np.ndarray) -> np.ndarray:
         ranks = rankdata(values, axis=1)
@@ -251,7 +333,10 @@ def _spearman_centroid(cells: BaselineCells, seed: int) -> Answer:
 
     def correlations(x_ng: sparse.csr_matrix, columns: np.ndarray) -> np.ndarray:
         centroids = rank_rows(mean_kg[:, columns])
-        chunks = [rank_rows(x_ng[start : start + _CHUNK][:, columns].toarray()) @ centroids.T for start in range(0, x_ng.shape[0], _CHUNK)]
+        chunks = [
+            rank_rows(x_ng[start : start + _CHUNK][:, columns].toarray()) @ centroids.T
+            for start in range(0, x_ng.shape[0], _CHUNK)
+        ]
         return np.concatenate(chunks) if chunks else np.zeros((0, len(classes)))
 
     best: tuple[float, int, np.ndarray] | None = None
@@ -266,7 +351,11 @@ def _spearman_centroid(cells: BaselineCells, seed: int) -> Answer:
     assert best is not None
     _, top, columns = best
     predicted = classes[correlations(cells.test_x_ng, columns).argmax(1)]
-    return Answer(predicted_n=predicted, chosen={"markers_per_pair": top, "genes": len(columns)}, parameters=len(classes) * len(columns))
+    return Answer(
+        predicted_n=predicted,
+        chosen={"markers_per_pair": top, "genes": len(columns)},
+        parameters=len(classes) * len(columns),
+    )
 
 
 BASELINES: dict[str, Baseline] = {
@@ -276,13 +365,23 @@ BASELINES: dict[str, Baseline] = {
     "linear_svm": Baseline(title="linear SVM", fit=_linear_svm, seconds_per_1000_cells=1.2),
     "pca_knn": Baseline(title="SVD + nearest neighbours", fit=_pca_knn, seconds_per_1000_cells=0.2),
     "gradient_boosting": Baseline(
-        title="gradient boosting (LightGBM)", fit=_gradient_boosting, seconds_per_1000_cells=10, needs=("lightgbm",)
+        title="gradient boosting (LightGBM)",
+        fit=_gradient_boosting,
+        seconds_per_1000_cells=10,
+        needs=("lightgbm",),
     ),
     "mlp": Baseline(title="multilayer perceptron", fit=_mlp, seconds_per_1000_cells=0.5),
-    "celltypist": Baseline(title="CellTypist", fit=_celltypist, seconds_per_1000_cells=1.5, needs=("celltypist",)),
-    "spearman_centroid": Baseline(title="nearest centroid by Spearman (as SingleR)", fit=_spearman_centroid, seconds_per_1000_cells=0.1),
+    "celltypist": Baseline(
+        title="CellTypist", fit=_celltypist, seconds_per_1000_cells=1.5, needs=("celltypist",)
+    ),
+    "spearman_centroid": Baseline(
+        title="nearest centroid by Spearman (as SingleR)", fit=_spearman_centroid, seconds_per_1000_cells=0.1
+    ),
     "scbert": Baseline(
-        title="scBERT's architecture (Performer), small", fit=scbert_baseline, seconds_per_1000_cells=28, needs=("performer_pytorch",)
+        title="scBERT's architecture (Performer), small",
+        fit=scbert_baseline,
+        seconds_per_1000_cells=28,
+        needs=("performer_pytorch",),
     ),
 }
 """All methods by name, in the order of the report."""

@@ -19,8 +19,12 @@ from jobs.studies.study import OURS, Study, opened, results_of
 from jobs.studies.trials import run_trials
 
 
-def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None) -> dict[str, Any]:
-    """Run all folds of all configurations and baselines, and write the report; connects to Ray where no connection is.
+def run_crossval(
+    config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None
+) -> dict[str, Any]:
+    """Run all folds of all configurations and baselines, and write the report.
+
+    Connects to Ray where no connection is.
 
     Args:
         config: The recipe with its overrides; when resuming, that of the interrupted study.
@@ -28,7 +32,8 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         resume: Folder of a study that was interrupted; finished folds are not run again.
 
     Returns:
-        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1 by name), `skipped`,
+        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1
+        by name), `skipped`,
         `model_version` (of `crossval.register`, else None).
 
     Raises:
@@ -41,7 +46,8 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         skipped = study.missing_baselines()
         notes = study.notes()
         notes += [
-            f"{BASELINES[name].title} was skipped: it needs {', '.join(missing)}; pip install 'screformer[baselines]'"
+            f"{BASELINES[name].title} was skipped: it needs {', '.join(missing)}; pip install"
+            f" 'screformer[baselines]'"
             for name, missing in skipped.items()
         ]
         for note in notes:
@@ -49,11 +55,16 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         wanted = [name for name in check_names(config.crossval.baselines) if name not in skipped]
         beside = _Beside(lambda: _run_baselines(study, wanted))
         drawn = config.search.algorithm != "grid" and bool(config.search.space)
-        settings = run_trials(study, search_space(config), num_samples=config.search.num_samples if drawn else 1)
+        settings = run_trials(
+            study, search_space(config), num_samples=config.search.num_samples if drawn else 1
+        )
         beside.join()
         found = [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
         trials = [
-            {"settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's", "folds": len(results)}
+            {
+                "settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's",
+                "folds": len(results),
+            }
             | {"macro-F1": float(np.mean([_macro_f1(result, study) for result in results]))}
             for setting, results in found
             if results
@@ -62,16 +73,21 @@ def run_crossval(config: StudyConfig, *, folds_from: str | None = None, resume: 
         best, ours = max(whole, key=lambda pair: np.mean([_macro_f1(result, study) for result in pair[1]]))
         if len(trials) > 1:
             notes.append(
-                f"scReformer-BERT is the best of {len(trials)} configurations, chosen on these test folds: its score flatters ({best})"
+                f"scReformer-BERT is the best of {len(trials)} configurations, chosen on these test folds:"
+                f" its score flatters ({best})"
             )
-        methods = {OURS: ours} | {name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted}
+        methods = {OURS: ours} | {
+            name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted
+        }
         tree = write_crossval_report(study, methods, trials, notes)
         log_report(study, tree["methods"])
         print(verdict(tree["methods"]), flush=True)
         version = None
         if config.crossval.register:
             bundle = fold_bundle(config)
-            task = ray.remote(register_final).options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))
+            task = ray.remote(register_final).options(
+                num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0)
+            )
             version = ray.get(task.remote(study, best, fold_scores(study, ours)))
         macro_f1 = {name: entry["metrics"]["macro_f1"]["mean"] for name, entry in tree["methods"].items()}
         return {
@@ -107,12 +123,17 @@ class _Beside:
 
 
 def _run_baselines(study: Study, names: Sequence[str]) -> None:
-    """Fit the baselines of all folds, one at a time; a fold's cells are read once and lie in the object store meanwhile."""
+    """Fit the baselines of all folds, one at a time.
+
+    A fold's cells are read once and lie in the object store meanwhile.
+    """
     task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
     shared = ray.put(study)
     failed = []
     for fold in range(len(study.folds)):
-        missing = [name for name in names if not (study.baseline_folder(name) / f"fold-{fold}.json").is_file()]
+        missing = [
+            name for name in names if not (study.baseline_folder(name) / f"fold-{fold}.json").is_file()
+        ]
         if not missing:
             continue
         cells, joinids, labels, known = read_baseline_cells(study, fold)

@@ -19,12 +19,17 @@ from screformer.tokenizer import NUM_SPECIAL
 
 
 def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes: int) -> float:
-    """Seconds that a training step takes per cell on this machine, measured on two steps of one micro-batch of full length."""
+    """Seconds that a training step takes per cell on this machine.
+
+    Measured on two steps of one micro-batch of full length.
+    """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     model = ScReformer(config.model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=0)
     slots = num_genes if config.tokens.input_mode == "all" else min(config.tokens.max_genes, num_genes)
     size, generator = config.train.micro_batch_size, torch.Generator().manual_seed(0)
-    genes = torch.rand(size, num_genes, generator=generator).argsort(1)[:, :slots].sort(1).values + NUM_SPECIAL
+    genes = (
+        torch.rand(size, num_genes, generator=generator).argsort(1)[:, :slots].sort(1).values + NUM_SPECIAL
+    )
     batch = {
         "token_ids": genes,
         "values": torch.rand(size, slots, generator=generator) * 4,
@@ -41,7 +46,9 @@ def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes
 
 
 def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats: int = 1) -> dict[str, Any]:
-    """What a study will take: folds, notes, and hours by a measured training step and the baselines' known speed.
+    """What a study will take.
+
+    Folds, notes, and hours by a measured training step and the baselines' known speed.
 
     The step is measured with as many tokens as a cell can have, so cells with fewer detected genes take less.
 
@@ -56,9 +63,13 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
     measured: dict[str, float] = {}
     seconds = 0.0
     for config in configs:
-        key = json.dumps([config.model.__dict__, config.tokens.__dict__, config.train.micro_batch_size], default=str)
+        key = json.dumps(
+            [config.model.__dict__, config.tokens.__dict__, config.train.micro_batch_size], default=str
+        )
         if key not in measured:
-            config = dataclasses.replace(config, model=settle_attention(config.model, config.tokens.most_slots(num_genes))[0])
+            config = dataclasses.replace(
+                config, model=settle_attention(config.model, config.tokens.most_slots(num_genes))[0]
+            )
             measured[key] = train_seconds_per_cell(config, num_genes, k)
         steps = config.train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
         evaluations = config.train.max_steps // config.train.eval_every_steps + 2
@@ -68,7 +79,9 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
             seconds += repeats * cells * measured[key] / config.cluster.num_workers
     parallel = study.config.search.concurrent_trials * crossval.concurrent_folds
     names = [name for name in check_names(crossval.baselines) if not BASELINES[name].missing]
-    baselines_s = sum(BASELINES[name].seconds_per_1000_cells * size["train"] / 1000 for name in names for size in sizes)
+    baselines_s = sum(
+        BASELINES[name].seconds_per_1000_cells * size["train"] / 1000 for name in names for size in sizes
+    )
     return {
         "cells": len(study.labels_n),
         "genes": num_genes,
@@ -76,5 +89,8 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
         "folds": [{"name": name, **size} for name, size in zip(study.folds.names, sizes, strict=True)],
         "notes": study.notes(),
         "configurations": len(configs) * repeats,
-        "minutes": {"ours": round(seconds / parallel / 60, 1), "baselines, beside": round(baselines_s / 60, 1)},
+        "minutes": {
+            "ours": round(seconds / parallel / 60, 1),
+            "baselines, beside": round(baselines_s / 60, 1),
+        },
     }

@@ -17,16 +17,24 @@ _CHUNKS = 4
 
 
 def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> dict[str, Any]:
-    """Whether what must not change a result leaves it alone, on the reference's network and random cells of different lengths.
+    """Whether what must not change a result leaves it alone.
+
+    On the reference's network and random cells of different lengths.
 
     Returns:
-        `ff_chunks_bit_equal`: feed-forward in slices gives the same bits; `reversible_gradient_error`: largest difference, over all
+        `ff_chunks_bit_equal`: feed-forward in slices gives the same bits; `reversible_gradient_error`:
+            largest difference, over all
         parameters, between their gradients with and without recomputation, over the norm of the latter.
     """
     longest = config.tokens.most_slots(num_genes) - 1
     generator, slots = torch.Generator().manual_seed(config.train.seed), torch.arange(longest)
     lengths_n = torch.tensor([longest, max(1, longest // 2), max(1, longest // 3)])
-    token_ids = torch.stack([torch.randperm(num_genes, generator=generator)[:longest].sort().values for _ in lengths_n]) + NUM_SPECIAL
+    token_ids = (
+        torch.stack(
+            [torch.randperm(num_genes, generator=generator)[:longest].sort().values for _ in lengths_n]
+        )
+        + NUM_SPECIAL
+    )
     real_nl = slots < lengths_n[:, None]
     batch = {
         "token_ids": token_ids * real_nl,
@@ -37,7 +45,9 @@ def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> 
 
     def network(**changes: Any) -> ScReformer:
         model = dataclasses.replace(config.model, dropout=0.0, **changes)
-        return ScReformer(model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=config.train.seed)
+        return ScReformer(
+            model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=config.train.seed
+        )
 
     def gradients(model: ScReformer) -> list[torch.Tensor]:
         logits_nk = model.train()(batch, task="finetune", hash_seed=0).logits_nk
@@ -45,7 +55,9 @@ def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> 
         return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     with torch.no_grad():
-        whole, sliced = (network(ff_chunks=chunks).eval()(batch, task="finetune").logits_nk for chunks in (1, _CHUNKS))
+        whole, sliced = (
+            network(ff_chunks=chunks).eval()(batch, task="finetune").logits_nk for chunks in (1, _CHUNKS)
+        )
     ours, theirs = (gradients(network(reversible=reversible)) for reversible in (True, False))
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True) if b.norm() > 0]
     return {"ff_chunks_bit_equal": bool(torch.equal(whole, sliced)), "reversible_gradient_error": max(errors)}
@@ -56,6 +68,7 @@ def exact_lines(exact: Mapping[str, Any]) -> list[str]:
     same = "the same bits" if exact["ff_chunks_bit_equal"] else "**other bits**"
     return [
         f"Feed-forward in {_CHUNKS} slices gives {same} as in one.",
-        f"Gradients with recomputation (reversible) differ from those without it by at most {exact['reversible_gradient_error']:.1e}"
+        f"Gradients with recomputation (reversible) differ from those without it by at most"
+        f" {exact['reversible_gradient_error']:.1e}"
         " of their norm.",
     ]

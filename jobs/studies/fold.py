@@ -45,7 +45,8 @@ PRETRAIN_IGNORES = {
     "labels": None,
     "zero": None,
 }
-"""Settings that pre-training does not read (None: the whole section), so that configurations that differ in them share it."""
+"""Settings that pre-training does not read (None: the whole section), so that configurations that differ in
+them share it."""
 
 
 def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult:
@@ -82,7 +83,9 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             sample = study.test_stream(cells, positions[rows]).sample_counts(_CELLS_AT_ONCE, 0)
             counts = sample.counts_ng
             offsets = counts.indptr.astype(np.int64)
-            said = predictor.predict(counts.indices, counts.data, offsets, total_counts=sample.total_n, panels=sample.panels)
+            said = predictor.predict(
+                counts.indices, counts.data, offsets, total_counts=sample.total_n, panels=sample.panels
+            )
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
         prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)
@@ -110,7 +113,9 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         )
         result.save_predictions(folder)
         run.log_file(folder / f"fold-{fold}.parquet")
-    result.finish(folder)  # after its run has ended, so that a kill between the two leaves no finished fold with an open run
+    result.finish(
+        folder
+    )  # after its run has ended, so that a kill between the two leaves no finished fold with an open run
     return result
 
 
@@ -120,7 +125,8 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     Args:
         study: The study.
         settings: Overrides of the configuration.
-        folds: What its folds gave; goes into the model's meta data, where the model card and `jobs.promote` find it.
+        folds: What its folds gave; goes into the model's meta data, where the model card and `jobs.promote`
+            find it.
 
     Returns:
         The version; None where the tracking server is away and takes the model later.
@@ -134,7 +140,9 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     config = config.merge({"tracking.run_name": "all folds"})
     with start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
-        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, everything, run)
+        start_dir = (
+            None if crossval.pretrain == "none" else _pretrained(study, crossval, config, everything, run)
+        )
         cells = study.cells(config, "finetune", everything, start_dir)
         model_dir, _ = train_fold(config, "finetune", cells, start_dir, run, study.run_dir / "final")
         add_meta(model_dir, {"folds": dict(folds)})
@@ -168,7 +176,13 @@ def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndar
 
 
 def run_baseline_fold(
-    study: Study, name: str, fold: int, cells: BaselineCells, joinids: np.ndarray, labels: np.ndarray, known: list[int]
+    study: Study,
+    name: str,
+    fold: int,
+    cells: BaselineCells,
+    joinids: np.ndarray,
+    labels: np.ndarray,
+    known: list[int],
 ) -> None:
     """Fit a baseline on one fold and leave its result; the body of a Ray task."""
     _reset_peak_memory()
@@ -182,7 +196,9 @@ def run_baseline_fold(
         probabilities_nk=answer.probabilities_nk,
         known=known,
         account={
-            "prior": (np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)).tolist(),
+            "prior": (
+                np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)
+            ).tolist(),
             "seconds": cost.seconds,
             "cpu_seconds": cost.cpu_seconds,
             "peak_memory_gb": cost.peak_memory_gb,
@@ -194,14 +210,20 @@ def run_baseline_fold(
     ).save(study.baseline_folder(name))
 
 
-def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: TrackedRun) -> Path:
+def _pretrained(
+    study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: TrackedRun
+) -> Path:
     """The pre-trained model of a fold: made once and shared by all configurations that pre-train alike."""
-    config = config.merge({"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0, "model.eval_n_hashes": 0})
+    config = config.merge(
+        {"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0, "model.eval_n_hashes": 0}
+    )
     tree = config.to_dict()
     for section, names in PRETRAIN_IGNORES.items():
         for name in names if names is not None else list(tree[section]):
             tree[section].pop(name, None)
-    key = settings_key({**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"})
+    key = settings_key(
+        {**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"}
+    )
     target = study.run_dir / "pretrained" / key
     if not target.is_dir():
         cells = study.cells(config, "pretrain", fold)
@@ -223,7 +245,12 @@ def _pretrained(study: Study, crossval: CrossvalConfig, config: ExperimentConfig
 
 
 def train_fold(
-    config: ExperimentConfig, task: Task, cells: TrainingCells, start_dir: Path | None, run: TrackedRun, folder: Path
+    config: ExperimentConfig,
+    task: Task,
+    cells: TrainingCells,
+    start_dir: Path | None,
+    run: TrackedRun,
+    folder: Path,
 ) -> tuple[Path, dict[str, Any]]:
     """Train on a fold's cells; the folder of the best model, and cells/s, peak memory and best step."""
     start = load_model(start_dir) if start_dir else None
@@ -248,8 +275,12 @@ def train_fold(
         calibration = None
         if outcome.val_outputs is not None and len(outcome.val_outputs):
             prior_k = label_prior(cells.class_counts_k, config.train.class_weighting)
-            calibration = fit_calibration(outcome.val_outputs, lineage(cells.labels["cl_ids"]), prior_k=prior_k)
-        save_model(folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration)
+            calibration = fit_calibration(
+                outcome.val_outputs, lineage(cells.labels["cl_ids"]), prior_k=prior_k
+            )
+        save_model(
+            folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration
+        )
     speeds = history.get("train/cells_per_s", [0.0])
     return folder / "model", {
         "cells_per_s": float(np.median(speeds)),
@@ -259,6 +290,9 @@ def train_fold(
 
 
 def _reset_peak_memory() -> None:
-    """Start the process's peak of resident memory anew, since a warm process would report that of an earlier fold; Linux only."""
+    """Start the process's peak of resident memory anew.
+
+    Since a warm process would report that of an earlier fold; Linux only.
+    """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

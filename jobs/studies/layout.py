@@ -27,7 +27,8 @@ def num_cpus(config: StudyConfig) -> float:
     """CPUs that a study reserves at its most."""
     cluster, trials = config.cluster, config.search.concurrent_trials
     return (
-        trials * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
+        trials
+        * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
         + cluster.cpus_per_read_task
         + (BASELINE_CPUS if config.crossval.baselines else 0)
     )
@@ -36,7 +37,8 @@ def num_cpus(config: StudyConfig) -> float:
 def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> None:
     """Refuse what the cluster could never hold, before anything starts.
 
-    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for it.
+    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for
+    it.
 
     Args:
         config: The recipe.
@@ -53,13 +55,16 @@ def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> 
     if needed > cpus + 1e-9:
         baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
         raise ValueError(
-            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x cluster.num_workers="
-            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of {cluster.cpus_per_read_task:g}"
+            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x"
+            f" cluster.num_workers="
+            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of"
+            f" {cluster.cpus_per_read_task:g}"
             f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
         )
     if cluster.use_gpu and workers > gpus:
         raise ValueError(
-            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x cluster.num_workers={cluster.num_workers} need"
+            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x"
+            f" cluster.num_workers={cluster.num_workers} need"
             f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
         )
 
@@ -77,17 +82,25 @@ def search_space(config: StudyConfig) -> dict[str, Any]:
         drawn = _DRAWN.fullmatch(text.strip())
         if drawn:
             if config.search.algorithm == "grid":
-                raise ValueError(f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use random or optuna")
+                raise ValueError(
+                    f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use"
+                    f" random or optuna"
+                )
             kind, low, high = drawn[1], float(drawn[2]), float(drawn[3])
             probes: list[Any] = [int(low)] if kind == "randint" else [low, high]
-            space[name] = tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
+            space[name] = (
+                tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
+            )
         else:
             probes = yaml.safe_load(text)
             if not isinstance(probes, list) or not probes:
                 raise ValueError(
-                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b), loguniform(a, b), randint(a, b)"
+                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b),"
+                    f" loguniform(a, b), randint(a, b)"
                 )
-            space[name] = tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
+            space[name] = (
+                tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
+            )
         for value in probes:
             config.merge({name: value})
     return space

@@ -22,13 +22,20 @@ from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, fini
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
-    """In a few sentences, how ours does against the best baseline in macro-F1, and with absent types dropped on both sides."""
+    """In a few sentences, how ours does against the best baseline in macro-F1.
+
+    And with absent types dropped on both sides.
+    """
     said = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
     return "\n\n".join(dict.fromkeys(said))
 
 
 def _verdict(tree: Mapping[str, Any], metric: str) -> str:
-    others = {name: entry for name, entry in tree.items() if name != OURS and "difference" in entry["metrics"].get(metric, {})}
+    others = {
+        name: entry
+        for name, entry in tree.items()
+        if name != OURS and "difference" in entry["metrics"].get(metric, {})
+    }
     if not others:
         return "There is no baseline to compare with."
     best = max(others, key=lambda name: others[name]["metrics"][metric]["mean"])
@@ -40,11 +47,18 @@ def _verdict(tree: Mapping[str, Any], metric: str) -> str:
         return said + f"{OURS} is better."
     if difference["high"] < 0:
         return said + f"**{OURS} is worse than {title}.**"
-    return said + "the folds do not tell them apart" + (", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
+    return (
+        said
+        + "the folds do not tell them apart"
+        + (", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
+    )
 
 
 def write_crossval_report(
-    study: Study, methods: Mapping[str, Sequence[FoldResult]], trials: Sequence[Mapping[str, Any]], notes: Sequence[str]
+    study: Study,
+    methods: Mapping[str, Sequence[FoldResult]],
+    trials: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Write `report.md`, `report.html` and `report.json` into the study's folder.
 
@@ -60,8 +74,15 @@ def write_crossval_report(
     tree = summary(methods, study, OURS)
     names, k = study.label_names, len(study.label_names)
     folds = study.folds
-    kinds = {"donor": "whole donors are held out", "dataset": "whole data sets are held out", "random": "random cells are held out"}
-    report = Report("Cross-validation", f"{len(folds)} folds, {kinds[folds.kind]}; {len(study.labels_n):,} cells, {k} labels")
+    kinds = {
+        "donor": "whole donors are held out",
+        "dataset": "whole data sets are held out",
+        "random": "random cells are held out",
+    }
+    report = Report(
+        "Cross-validation",
+        f"{len(folds)} folds, {kinds[folds.kind]}; {len(study.labels_n):,} cells, {k} labels",
+    )
     report.text(verdict(tree) if OURS in tree else "")
     for note in notes:
         report.warning(note)
@@ -72,20 +93,37 @@ def write_crossval_report(
         row = {"method": entry["title"], "folds": len(entry["folds"])}
         row |= {title: spread_text(metrics.get(metric)) for metric, title in METRICS.items()}
         rows.append(row)
-    report.table("Mean and standard deviation over folds", pd.DataFrame(rows), "Scores of the test cells, which nothing was chosen on.")
+    report.table(
+        "Mean and standard deviation over folds",
+        pd.DataFrame(rows),
+        "Scores of the test cells, which nothing was chosen on.",
+    )
     rows = []
     for name, entry in tree.items():
         if name != OURS:
-            differences = {metric: scored.get("difference") for metric, scored in entry["metrics"].items() if metric in COMPARED}
-            rows.append({"method": entry["title"]} | {METRICS[metric]: difference_text(found) for metric, found in differences.items()})
+            differences = {
+                metric: scored.get("difference")
+                for metric, scored in entry["metrics"].items()
+                if metric in COMPARED
+            }
+            rows.append(
+                {"method": entry["title"]}
+                | {METRICS[metric]: difference_text(found) for metric, found in differences.items()}
+            )
     if rows:
         report.table(
             f"{OURS} minus baseline",
             pd.DataFrame(rows),
-            "Mean of the differences over the same folds, with its 95 % interval by Student's t. Above zero, ours is better. Few folds and"
+            "Mean of the differences over the same folds, with its 95 % interval by Student's t. Above zero,"
+            " ours is better. Few folds and"
             " training cells that they share make such intervals rough.",
         )
-    report.figure("", _scores_figure(tree), "Macro-F1 of each fold (dots) and its mean (bar).", "Macro-F1 of each method over the folds.")
+    report.figure(
+        "",
+        _scores_figure(tree),
+        "Macro-F1 of each fold (dots) and its mean (bar).",
+        "Macro-F1 of each method over the folds.",
+    )
     report.section("Types")
     report.table(
         "F1 of each type",
@@ -128,22 +166,28 @@ def write_crossval_report(
                     "training cells/s": entry.get("cells_per_s"),
                     "peak memory (GB)": entry.get("peak_memory_gb"),
                     "parameters": entry.get("parameters"),
-                    "chosen on validation cells": "; ".join(dict.fromkeys(_plain(chosen) for chosen in entry["chosen"] if chosen)),
+                    "chosen on validation cells": "; ".join(
+                        dict.fromkeys(_plain(chosen) for chosen in entry["chosen"] if chosen)
+                    ),
                 }
                 for entry in tree.values()
             ]
         ),
-        "Memory is that of the whole process. Cells/s of baselines divides the training cells by all of the method's time.",
+        "Memory is that of the whole process. Cells/s of baselines divides the training cells by all of the"
+        " method's time.",
     )
     if len(trials) > 1:
         report.section("Search")
         report.table(
             "Configurations",
             pd.DataFrame(trials),
-            "Mean macro-F1 of the finished folds. The best one with all folds is ours above, and flattered by the choice.",
+            "Mean macro-F1 of the finished folds. The best one with all folds is ours above, and flattered by"
+            " the choice.",
         )
     report.section("Folds")
-    report.table("Cells", _folds_table(study), "Validation cells choose the step and the baselines' settings.")
+    report.table(
+        "Cells", _folds_table(study), "Validation cells choose the step and the baselines' settings."
+    )
     whole = {
         "split": folds.kind,
         "labels": list(names),
@@ -199,7 +243,9 @@ def _scores_figure(tree: Mapping[str, Any]) -> Figure:
 
 
 def _reliability_table(results: Sequence[FoldResult]) -> pd.DataFrame:
-    probabilities = np.concatenate([result.probabilities_nk for result in results if result.probabilities_nk is not None])
+    probabilities = np.concatenate(
+        [result.probabilities_nk for result in results if result.probabilities_nk is not None]
+    )
     rows = reliability(probabilities, np.concatenate([result.labels_n for result in results]))
     return pd.DataFrame(rows).assign(part="test", calibration="after")
 

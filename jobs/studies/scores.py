@@ -48,10 +48,12 @@ def counts(result: FoldResult, num_classes: int) -> LabelCounts:
 def scores(result: FoldResult, study: Study) -> dict[str, float]:
     """Scores of one fold.
 
-    Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which leaves them out. In
-    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the more general one. In
-    `macro_f1_present` labels are dropped that the test cells as a whole do not hold (`screformer.calibration.present_labels`); their own
-    labels are not asked for that.
+    Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which
+    leaves them out. In
+    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the
+    more general one. In
+    `macro_f1_present` labels are dropped that the test cells as a whole do not hold
+    (`screformer.calibration.present_labels`); their own labels are not asked for that.
     """
     k = len(study.label_names)
     whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)
@@ -60,11 +62,16 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
     accepted_kk = _accepted(study.label_cl_ids)
     taken_n = np.where(accepted_kk[result.labels_n, result.predicted_n], result.labels_n, result.predicted_n)
     lenient.add(torch.from_numpy(result.labels_n), torch.from_numpy(taken_n))
-    found = {name: float(getattr(whole, name)) for name in ("macro_f1", "accuracy", "weighted_f1", "balanced_accuracy")}
+    found = {
+        name: float(getattr(whole, name))
+        for name in ("macro_f1", "accuracy", "weighted_f1", "balanced_accuracy")
+    }
     found |= {"macro_f1_known": known.macro_f1, "ontology_f1": lenient.macro_f1}
     if result.probabilities_nk is not None:
         found["ece"] = expected_calibration_error(result.probabilities_nk, result.labels_n)
-        present = dataclasses.replace(result, predicted_n=present_labels(result.probabilities_nk, result.account["prior"]))
+        present = dataclasses.replace(
+            result, predicted_n=present_labels(result.probabilities_nk, result.account["prior"])
+        )
         found["macro_f1_present"] = float(counts(present, k).macro_f1)
     return found
 
@@ -79,11 +86,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference: str) -> dict[str, Any]:
-    """Scores of all methods over the folds that they finished, and the differences `reference` - method on common folds."""
-    by_fold = {name: {result.fold: scores(result, study) for result in results} for name, results in methods.items()}
+    """Scores of all methods over the folds that they finished.
+
+    And the differences `reference` - method on common folds.
+    """
+    by_fold = {
+        name: {result.fold: scores(result, study) for result in results} for name, results in methods.items()
+    }
     tree: dict[str, Any] = {}
     for name, results in methods.items():
-        entry: dict[str, Any] = {"title": baseline_title(name), "folds": [result.fold for result in results], "metrics": {}}
+        entry: dict[str, Any] = {
+            "title": baseline_title(name),
+            "folds": [result.fold for result in results],
+            "metrics": {},
+        }
         for metric in METRICS:
             values = [scored[metric] for scored in by_fold[name].values() if metric in scored]
             if not values:
@@ -92,8 +108,15 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
             entry["metrics"][metric] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
             common = [fold for fold in by_fold[name] if metric in by_fold.get(reference, {}).get(fold, {})]
             if name != reference and common:
-                mean, low, high = mean_interval([by_fold[reference][fold][metric] - by_fold[name][fold][metric] for fold in common])
-                entry["metrics"][metric]["difference"] = {"mean": mean, "low": low, "high": high, "folds": len(common)}
+                mean, low, high = mean_interval(
+                    [by_fold[reference][fold][metric] - by_fold[name][fold][metric] for fold in common]
+                )
+                entry["metrics"][metric]["difference"] = {
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "folds": len(common),
+                }
         for cost in ("seconds", "cpu_seconds", "cells_per_s", "peak_memory_gb", "parameters"):
             values = [result.account[cost] for result in results if result.account.get(cost) is not None]
             if values:
@@ -104,14 +127,21 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
 
 
 def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:
-    """What a model carries of the cross-validation of its settings: which folds, and each metric's value in each of them."""
+    """What a model carries of the cross-validation of its settings.
+
+    Which folds, and each metric's value in each of them.
+    """
     scored = [scores(result, study) for result in results]
     return {
         "run_id": study.run.run_id if study.run else None,
         "kind": study.folds.kind,
         "hash": study.folds.hash(study.query.obs_joinids),
         "names": list(study.folds.names),
-        "metrics": {metric: [fold[metric] for fold in scored] for metric in METRICS if all(metric in fold for fold in scored)},
+        "metrics": {
+            metric: [fold[metric] for fold in scored]
+            for metric in METRICS
+            if all(metric in fold for fold in scored)
+        },
     }
 
 
@@ -132,7 +162,10 @@ def spread_text(entry: Mapping[str, Any] | None) -> str:
 
 
 def _accepted(cl_ids: Sequence[str]) -> np.ndarray:
-    """Whether a prediction (column) is right for a true label (row): the same, or a term below it; bool (k, k)."""
+    """Whether a prediction (column) is right for a true label (row): the same, or a term below it.
+
+    Bool (k, k).
+    """
     accepted_kk = np.eye(len(cl_ids), dtype=bool)
     for row, general in enumerate(cl_ids):
         for column, special in enumerate(cl_ids):

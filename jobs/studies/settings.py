@@ -17,11 +17,13 @@ class CrossvalConfig:
     """How a cross-validation divides and compares."""
 
     split: FoldKind = "donor"
-    """What a fold keeps together: `donor`; `dataset`, each of which is a fold; or nothing (`random` cells, which flatters)."""
+    """What a fold keeps together: `donor`; `dataset`, each of which is a fold; or nothing (`random` cells,
+    which flatters)."""
     num_folds: int = 5
     """Folds, where `split` does not fix their number."""
     val_fraction: float = 0.1
-    """Share of a fold's training cells that choose the step and the settings of baselines; whole donors where that works out."""
+    """Share of a fold's training cells that choose the step and the settings of baselines; whole donors where
+    that works out."""
     max_cells: int = 0
     """Use so many cells of the query only, the same share of each donor and label; 0 uses all."""
     pretrain: Literal["fold", "once", "none"] = "fold"
@@ -33,7 +35,8 @@ class CrossvalConfig:
     concurrent_folds: int = 1
     """Folds of a configuration that are trained at a time."""
     register: bool = False
-    """In the end train the (best) configuration on the cells of all folds, and add it to `tracking.model_name` with its folds' scores."""
+    """In the end train the (best) configuration on the cells of all folds, and add it to
+    `tracking.model_name` with its folds' scores."""
 
     def __post_init__(self) -> None:
         check_names(self.baselines)
@@ -43,7 +46,10 @@ class CrossvalConfig:
         if self.num_folds < 2:
             raise ValueError(f"crossval.num_folds={self.num_folds} must be at least 2")
         if not 0 < self.val_fraction < 1:
-            raise ValueError(f"crossval.val_fraction={self.val_fraction} must lie between 0 and 1: something has to choose the step")
+            raise ValueError(
+                f"crossval.val_fraction={self.val_fraction} must lie between 0 and 1: something has to choose"
+                f" the step"
+            )
         if self.max_cells < 0:
             raise ValueError(f"crossval.max_cells={self.max_cells} must not be negative; 0 uses all cells")
 
@@ -53,7 +59,8 @@ class SearchConfig:
     """Which configurations are tried. With an empty space it is the recipe's alone."""
 
     space: Mapping[str, str] = field(default_factory=dict)
-    """Setting to its values: a list (`[2, 4]`), or `uniform(a, b)`, `loguniform(a, b)`, `randint(a, b)` with b left out."""
+    """Setting to its values: a list (`[2, 4]`), or `uniform(a, b)`, `loguniform(a, b)`, `randint(a, b)` with
+    b left out."""
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     """`grid` takes every combination of lists; the others draw `num_samples`."""
     num_samples: int = 8
@@ -74,7 +81,8 @@ class AblationConfig:
     """What an ablation varies."""
 
     axes: Mapping[str, str] = field(default_factory=dict)
-    """Name of a group to its list of variants, each some settings as on the command line: `[model.attention=none, ...]`."""
+    """Name of a group to its list of variants, each some settings as on the command line:
+    `[model.attention=none, ...]`."""
     num_seeds: int = 1
     """Seeds of each variant, counted up from `train.seed`; folds are the same for all."""
 

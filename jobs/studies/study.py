@@ -1,7 +1,8 @@
 """A study: methods over the folds of one query's cells. What `jobs.crossval` and `jobs.ablate` share.
 
-Every finished (configuration, fold) and (baseline, fold) leaves two files in the study's folder, predictions and an account of them, so
-that a study that was interrupted goes on where it stopped, and reports are made from files alone.
+Every finished (configuration, fold) and (baseline, fold) leaves two files in the study's folder, predictions
+and an account of them, so that a study that was interrupted goes on where it stopped, and reports are made
+from files alone.
 
 Axes: n cells of the query, g genes, k classes of the whole query.
 """
@@ -59,8 +60,8 @@ class FoldResult:
     known: list[int]
     """Classes that the fold's training cells have."""
     account: dict[str, Any]
-    """`seconds`, `cells_per_s` of training, `peak_memory_gb`, `parameters`, `chosen` settings, `notes`; `prior`, the share of each of the k
-    classes in training."""
+    """`seconds`, `cells_per_s` of training, `peak_memory_gb`, `parameters`, `chosen` settings, `notes`;
+    `prior`, the share of each of the k classes in training."""
 
     def save(self, folder: Path) -> None:
         """Write both files; the account last, which marks the fold as finished."""
@@ -70,7 +71,11 @@ class FoldResult:
     def save_predictions(self, folder: Path) -> None:
         """Write the predictions alone."""
         folder.mkdir(parents=True, exist_ok=True)
-        columns = {"joinid": self.joinids_n, "label": self.labels_n.astype(np.int16), "predicted": self.predicted_n.astype(np.int16)}
+        columns = {
+            "joinid": self.joinids_n,
+            "label": self.labels_n.astype(np.int16),
+            "predicted": self.predicted_n.astype(np.int16),
+        }
         if self.probabilities_nk is not None:
             flat = pa.array(self.probabilities_nk.astype(np.float32).ravel())
             columns["probabilities"] = pa.FixedSizeListArray.from_arrays(flat, self.probabilities_nk.shape[1])
@@ -107,7 +112,10 @@ class FoldResult:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Study:
-    """The cells, folds and classes of a study, and the folder of its results. Picklable; Ray tasks get it by reference."""
+    """The cells, folds and classes of a study, and the folder of its results.
+
+    Picklable; Ray tasks get it by reference.
+    """
 
     config: StudyConfig
     query: QueryResult
@@ -135,7 +143,8 @@ class Study:
         notes = list(self.folds.notes)
         for label, name in self.folds.labels_of_one_fold(self.labels_n).items():
             notes.append(
-                f"all cells of {self.label_names[label]!r} are in fold {name}: no method can learn it there, and each of its"
+                f"all cells of {self.label_names[label]!r} are in fold {name}: no method can learn it there,"
+                f" and each of its"
                 " test cells counts as an error"
             )
         least = self.config.labels.min_cells
@@ -144,13 +153,19 @@ class Study:
             notes += split.notes
             labels = self.labels_n[split["train"]]
             counts_k = np.bincount(labels[labels >= 0], minlength=len(self.label_names))
-            few = [f"{self.label_names[k]} ({counts_k[k]})" for k in np.flatnonzero((counts_k > 0) & (counts_k < least))]
+            few = [
+                f"{self.label_names[k]} ({counts_k[k]})"
+                for k in np.flatnonzero((counts_k > 0) & (counts_k < least))
+            ]
             if few:
                 notes.append(
-                    f"fold {self.folds.names[fold]}: fewer than labels.min_cells={least} training cells, so not learned: {', '.join(few)}"
+                    f"fold {self.folds.names[fold]}: fewer than labels.min_cells={least} training cells, so"
+                    f" not learned: {', '.join(few)}"
                 )
         if self.config.crossval.pretrain == "once":
-            notes.append("pre-training saw the cells of every fold, without their labels: it flatters scReformer-BERT")
+            notes.append(
+                "pre-training saw the cells of every fold, without their labels: it flatters scReformer-BERT"
+            )
         unlabelled = int((self.labels_n < 0).sum())
         if unlabelled:
             notes.append(f"{unlabelled} cells without a label serve pre-training only")
@@ -171,7 +186,9 @@ class Study:
         wanted = {name: BASELINES[name].missing for name in check_names(self.config.crossval.baselines)}
         return {name: missing for name, missing in wanted.items() if missing}
 
-    def cells(self, config: ExperimentConfig, task: Task, fold: int, model_dir: Path | None = None) -> TrainingCells:
+    def cells(
+        self, config: ExperimentConfig, task: Task, fold: int, model_dir: Path | None = None
+    ) -> TrainingCells:
         """The training and validation cells of a fold, without its test cells."""
         split = self.split(fold)
         split["test"] = np.zeros(0, np.int64)
@@ -188,7 +205,9 @@ class Study:
         return [self.label_names.index(name) for name in cells.labels["names"]]
 
 
-def open_study(config: StudyConfig, *, run_dir: Path | None = None, folds_from: str | None = None, resume: bool = False) -> Study:
+def open_study(
+    config: StudyConfig, *, run_dir: Path | None = None, folds_from: str | None = None, resume: bool = False
+) -> Study:
     """Run the query, and make or read the folds. Nothing is written.
 
     Args:
@@ -205,13 +224,18 @@ def open_study(config: StudyConfig, *, run_dir: Path | None = None, folds_from: 
     names = [str(name) for name in query.obs["label"].cat.categories]
     crossval = config.crossval
     if crossval.max_cells and crossval.max_cells < len(labels_n):
-        kept = _sample(query.obs["donor_id"].astype(str).to_numpy(), labels_n, crossval.max_cells, config.train.seed)
-        query = dataclasses.replace(query, obs_joinids=query.obs_joinids[kept], obs=query.obs.iloc[kept].reset_index(drop=True))
+        kept = _sample(
+            query.obs["donor_id"].astype(str).to_numpy(), labels_n, crossval.max_cells, config.train.seed
+        )
+        query = dataclasses.replace(
+            query, obs_joinids=query.obs_joinids[kept], obs=query.obs.iloc[kept].reset_index(drop=True)
+        )
         labels_n = labels_n[kept]
     present = np.unique(labels_n[labels_n >= 0])
     if len(present) < 2:
         raise ValueError(
-            f"labels.column={config.labels.column!r} has {len(present)} labels among the query's cells; comparing needs at least 2"
+            f"labels.column={config.labels.column!r} has {len(present)} labels among the query's cells;"
+            f" comparing needs at least 2"
         )
     new_code = np.full(len(names) + 1, -1, np.int64)
     new_code[present] = np.arange(len(present))
@@ -224,7 +248,9 @@ def open_study(config: StudyConfig, *, run_dir: Path | None = None, folds_from: 
         donors, datasets = (query.obs[column].astype(str).to_numpy() for column in ("donor_id", "dataset_id"))
         folds = make_folds(crossval.split, donors, datasets, labels_n, crossval.num_folds, config.train.seed)
     return Study(
-        config=config.merge({"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms}),
+        config=config.merge(
+            {"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms}
+        ),
         query=query,
         folds=folds,
         label_names=tuple(names),
@@ -250,7 +276,9 @@ def _folds_file(given: str, config: StudyConfig) -> Path:
 
 def _sample(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
     """Positions of an equal share of each (donor, label), increasing; at least one cell of each."""
-    pair_n = np.unique(np.stack([np.unique(donors, return_inverse=True)[1], labels]), axis=1, return_inverse=True)[1].ravel()
+    pair_n = np.unique(
+        np.stack([np.unique(donors, return_inverse=True)[1], labels]), axis=1, return_inverse=True
+    )[1].ravel()
     order = np.random.default_rng([seed, 15]).permutation(len(pair_n))
     ranked = order[np.argsort(pair_n[order], kind="stable")]
     counts = np.bincount(pair_n)
@@ -278,7 +306,9 @@ def baseline_title(name: str) -> str:
 
 
 @contextmanager
-def opened(config: StudyConfig, job: str, *, folds_from: str | None = None, resume: str | None = None) -> Iterator[Study]:
+def opened(
+    config: StudyConfig, job: str, *, folds_from: str | None = None, resume: str | None = None
+) -> Iterator[Study]:
     """A running study: Ray connected, the layout checked, folder and parent run made or taken up again.
 
     Args:
@@ -294,21 +324,33 @@ def opened(config: StudyConfig, job: str, *, folds_from: str | None = None, resu
     config = StudyConfig.from_dict(saved["config"]) if saved else config
     storage = config.cluster.storage_path or "runs"
     if "://" in storage:
-        raise ValueError(f"cluster.storage_path={storage!r}: a study needs a folder that all nodes see, not a URI")
+        raise ValueError(
+            f"cluster.storage_path={storage!r}: a study needs a folder that all nodes see, not a URI"
+        )
     connect(num_cpus=num_cpus(config))
     check_study_layout(config, ray.nodes())
     search_space(config)
-    run_dir = Path(resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}").resolve()
+    run_dir = Path(
+        resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    ).resolve()
     study = open_study(config, run_dir=run_dir, folds_from=folds_from, resume=bool(saved))
     if saved and saved["query_hash"] != study.query.hash:
-        raise ValueError(f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now {study.query.hash[:12]})")
+        raise ValueError(
+            f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now"
+            f" {study.query.hash[:12]})"
+        )
     run = TrackedRun(**saved["run"]) if saved else start_run(study.config.experiment, job)
     study = dataclasses.replace(study, run=run)
     with run:
         if not saved:
             run_dir.mkdir(parents=True, exist_ok=True)
             study.folds.save(run_dir / FILE, study.query.obs_joinids)
-            plain = {"config": study.config.to_dict(), "query_hash": study.query.hash, "job": job, "run": dataclasses.asdict(run)}
+            plain = {
+                "config": study.config.to_dict(),
+                "query_hash": study.query.hash,
+                "job": job,
+                "run": dataclasses.asdict(run),
+            }
             (run_dir / STUDY).write_text(json.dumps(plain, indent=2))
             run.log_identity({"query": study.query.identity(), "split": study.folds.kind})
             run.log_file(run_dir / FILE)
@@ -326,6 +368,7 @@ def read_study(run_dir: str) -> dict[str, Any]:
         tree: dict[str, Any] = json.loads((Path(run_dir) / STUDY).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume {run_dir}: no {STUDY} there ({error}); give the folder that the study printed when it started"
+            f"--resume {run_dir}: no {STUDY} there ({error}); give the folder that the study printed when it"
+            f" started"
         ) from error
     return tree

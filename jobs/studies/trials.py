@@ -1,8 +1,9 @@
 """The door to Ray Tune: configurations as trials, each of which trains its folds in workers that stay warm.
 
-A trial is a driver that holds next to nothing. Its folds are trained by actors that it owns, which keep their imports, process group and
-data connections from fold to fold and end with the trial, so that a stopped one gives everything back. After each fold it reports the mean
-of the folds so far: schedulers compare configurations on the same folds.
+A trial is a driver that holds next to nothing. Its folds are trained by actors that it owns, which keep their
+imports, process group and data connections from fold to fold and end with the trial, so that a stopped one
+gives everything back. After each fold it reports the mean of the folds so far: schedulers compare
+configurations on the same folds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
 
     Args:
         study: With its parent run.
-        space: Setting to values, in Ray Tune's terms; `{"settings": tune.grid_search([...])}` lists whole configurations.
+        space: Setting to values, in Ray Tune's terms; `{"settings": tune.grid_search([...])}` lists whole
+            configurations.
         num_samples: Configurations to draw, where the space is drawn from.
 
     Raises:
@@ -39,19 +41,25 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     from ray.tune.schedulers import ASHAScheduler
 
     search = study.config.search
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # results are in the study's folder and in MLflow
+    os.environ.setdefault(
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"
+    )  # results are in the study's folder and in MLflow
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that were turned off
     scheduler = None
     if search.scheduler == "asha":
-        scheduler = ASHAScheduler(time_attr="folds", max_t=len(study.folds), grace_period=1, reduction_factor=2)
+        scheduler = ASHAScheduler(
+            time_attr="folds", max_t=len(study.folds), grace_period=1, reduction_factor=2
+        )
     algorithm: Any
     if search.algorithm == "optuna" and search.space:
         algorithm = _optuna(study.config)
     else:
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        algorithm = BasicVariantGenerator(random_state=study.config.train.seed, max_concurrent=search.concurrent_trials)
+        algorithm = BasicVariantGenerator(
+            random_state=study.config.train.seed, max_concurrent=search.concurrent_trials
+        )
     bundles = [{"CPU": DRIVER_CPUS}] + [fold_bundle(study.config)] * (
         study.config.crossval.concurrent_folds if fold_bundle(study.config) else 0
     )
@@ -64,13 +72,17 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
             search_alg=algorithm,
             scheduler=scheduler,
             num_samples=num_samples,
-            max_concurrent_trials=search.concurrent_trials if search.algorithm == "optuna" and search.space else None,
+            max_concurrent_trials=search.concurrent_trials
+            if search.algorithm == "optuna" and search.space
+            else None,
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(study.run_dir), verbose=0),
     )
     results = tuner.fit()
     if results.errors:
-        raise RuntimeError(f"a trial failed, finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}")
+        raise RuntimeError(
+            f"a trial failed, finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}"
+        )
     return [settings_of(result.config) for result in results]
 
 
@@ -83,14 +95,19 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     from ray import tune
 
     settings = settings_of(trial_config)
-    # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not bound to it.
-    inside = PlacementGroupSchedulingStrategy(get_current_placement_group(), placement_group_capture_child_tasks=False)
+    # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not
+    # bound to it.
+    inside = PlacementGroupSchedulingStrategy(
+        get_current_placement_group(), placement_group_capture_child_tasks=False
+    )
     bundle = fold_bundle(study.config)
     worker = _FoldWorker.options(  # type: ignore[attr-defined]
         num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
     )
     folds, shared = range(len(study.folds)), ray.put(study)
-    idle = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, len(study.folds)))]
+    idle = [
+        worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, len(study.folds)))
+    ]
     waiting, busy = list(folds), {}
     done: dict[int, float] = {}
     while len(done) < len(folds):
@@ -106,7 +123,11 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
         for count in range(reported + 1, _in_order(done) + 1):
             values = [done[index] for index in range(count)]
             tune.report(
-                {"folds": count, "macro_f1": float(np.mean(values)), "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0}
+                {
+                    "folds": count,
+                    "macro_f1": float(np.mean(values)),
+                    "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0,
+                }
             )
 
 
@@ -134,5 +155,8 @@ def _optuna(config: StudyConfig) -> Any:
         import optuna  # noqa: F401
         from ray.tune.search.optuna import OptunaSearch
     except ImportError as error:
-        raise ValueError("search.algorithm=optuna needs the package optuna; pip install 'screformer[search]', or use random") from error
+        raise ValueError(
+            "search.algorithm=optuna needs the package optuna; pip install 'screformer[search]', or use"
+            " random"
+        ) from error
     return OptunaSearch(metric="macro_f1", mode="max", seed=config.train.seed)

@@ -14,9 +14,17 @@ REFERENCE = "reference"
 
 
 _OWN_FOLDS = (
-    "atlas.", "query.obs_filter", "query.var_filter", "query.is_primary_data", "query.file", "labels.column", "crossval.split",
-    "crossval.num_folds", "crossval.val_fraction", "crossval.max_cells",
-)  # fmt: skip
+    "atlas.",
+    "query.obs_filter",
+    "query.var_filter",
+    "query.is_primary_data",
+    "query.file",
+    "labels.column",
+    "crossval.split",
+    "crossval.num_folds",
+    "crossval.val_fraction",
+    "crossval.max_cells",
+)
 """Settings that change cells, labels or folds."""
 
 
@@ -50,7 +58,9 @@ def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
     """
     known = config.ablation.axes
     if not known:
-        raise ValueError("ablation.axes is empty; give a recipe with axes, such as jobs/recipes/ablation.yaml")
+        raise ValueError(
+            "ablation.axes is empty; give a recipe with axes, such as jobs/recipes/ablation.yaml"
+        )
     for axis in axes:
         if axis not in known:
             raise ValueError(f"--axes: there is no axis {axis!r}; there is {', '.join(known)}")
@@ -58,9 +68,15 @@ def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
     for axis in axes or known:
         listed = yaml.safe_load(known[axis])
         if not isinstance(listed, list) or not listed:
-            raise ValueError(f"ablation.axes.{axis}={known[axis]} must be a list such as [model.attention=none, model.attention=full]")
+            raise ValueError(
+                f"ablation.axes.{axis}={known[axis]} must be a list such as [model.attention=none,"
+                f" model.attention=full]"
+            )
         for text in listed:
-            settings = {name: yaml.safe_load(value) for name, _, value in (part.partition("=") for part in str(text).split())}
+            settings = {
+                name: yaml.safe_load(value)
+                for name, _, value in (part.partition("=") for part in str(text).split())
+            }
             try:
                 config.merge(str(text).split())
             except ValueError as error:
@@ -70,8 +86,13 @@ def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
 
 
 def by_folds(listed: Sequence[Variant]) -> list[tuple[dict[str, Any], list[Variant]]]:
-    """The variants by the settings that call for folds of their own; none first, which is the reference's folds."""
+    """The variants by the settings that call for folds of their own.
+
+    None first, which is the reference's folds.
+    """
     groups: dict[str, tuple[dict[str, Any], list[Variant]]] = {}
     for variant in listed:
-        groups.setdefault(json.dumps(variant.of_the_study, sort_keys=True), (variant.of_the_study, []))[1].append(variant)
+        groups.setdefault(json.dumps(variant.of_the_study, sort_keys=True), (variant.of_the_study, []))[
+            1
+        ].append(variant)
     return list(groups.values())

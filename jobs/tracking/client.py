@@ -24,7 +24,9 @@ PATIENCE_S = 2.0
 
 
 def tracking_uri(tracking: TrackingConfig) -> str:
-    """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI, else the SQLite file `mlflow.db` in the working directory.
+    """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI.
+
+    Else the SQLite file `mlflow.db` in the working directory.
 
     Raises:
         ValueError: A folder or another thing that MLflow 3 has no store for.
@@ -36,7 +38,8 @@ def tracking_uri(tracking: TrackingConfig) -> str:
         return f"sqlite:///{sqlite_path(uri)}"
     if not uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ValueError(
-            f"tracking.uri={uri!r} is no tracking store; give http://HOST:PORT of an MLflow server, or sqlite:///PATH/mlflow.db"
+            f"tracking.uri={uri!r} is no tracking store; give http://HOST:PORT of an MLflow server, or"
+            f" sqlite:///PATH/mlflow.db"
             " (MLflow 3 keeps no runs in plain folders)"
         )
     return uri
@@ -66,13 +69,17 @@ def probe(uri: str, *, timeout_s: float = 10) -> None:
             raise ConnectionError(f"tracking.uri={uri} does not answer: {error}") from error
     except OSError as error:
         raise ConnectionError(
-            f"tracking.uri={uri} does not answer ({error}); start `mlflow server` there, correct tracking.uri or MLFLOW_TRACKING_URI,"
+            f"tracking.uri={uri} does not answer ({error}); start `mlflow server` there, correct tracking.uri"
+            f" or MLFLOW_TRACKING_URI,"
             " or leave both empty to keep runs in ./mlflow.db"
         ) from error
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error of MLflow's client comes from a server that is not there or not well, rather than from what it was asked."""
+    """Whether an error of MLflow's client comes from a server that is not there or not well.
+
+    Rather than from what it was asked.
+    """
     from mlflow.exceptions import RestException
     from requests.exceptions import HTTPError, RequestException
 
@@ -89,23 +96,30 @@ def is_away(error: BaseException) -> bool:
 @lru_cache(maxsize=4)
 def mlflow_client(uri: str) -> Any:
     """MLflow's client of a store; the only place that imports MLflow first."""
-    # Read when mlflow is imported, so every import of mlflow here comes after a call of this function: without it the import starts a
-    # thread that reports usage over the network.
+    # Read when mlflow is imported, so every import of mlflow here comes after a call of this function:
+    # without it the import starts a thread that reports usage over the network.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow would try seven times for minutes, while a step waits; what fails is kept in the outbox and tried again from there.
+    # MLflow would try seven times for minutes, while a step waits; what fails is kept in the outbox and tried
+    # again from there.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    for chatty in ("mlflow.store.db.utils", "mlflow.pyfunc"):  # its new tables, its check of the input example
+    for chatty in (
+        "mlflow.store.db.utils",
+        "mlflow.pyfunc",
+    ):  # its new tables, its check of the input example
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if uri.startswith("sqlite:") and not sqlite_path(uri).parent.is_dir():
         raise ValueError(
-            f"tracking.uri={uri} lies in a folder that does not exist; create it, or give http://HOST:PORT of an MLflow server"
+            f"tracking.uri={uri} lies in a folder that does not exist; create it, or give http://HOST:PORT of"
+            f" an MLflow server"
         )
     try:
         return MlflowClient(uri, registry_uri=uri)
     except MlflowException as error:
-        raise ValueError(f"tracking.uri={uri!r} cannot be opened by MLflow {package_version('mlflow')}: {error.message}") from error
+        raise ValueError(
+            f"tracking.uri={uri!r} cannot be opened by MLflow {package_version('mlflow')}: {error.message}"
+        ) from error

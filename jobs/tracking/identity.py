@@ -15,11 +15,26 @@ import screformer
 if TYPE_CHECKING:
     pass
 
-_PACKAGES = ("torch", "deepspeed", "ray", "tiledbsoma", "cellxgene-census", "mlflow", "numpy", "scipy", "pandas", "pyarrow", "safetensors")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "ray",
+    "tiledbsoma",
+    "cellxgene-census",
+    "mlflow",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pyarrow",
+    "safetensors",
+)
 
 
 def code_identity() -> dict[str, Any]:
-    """Which code runs, with what, on which machine: version, git revision, package versions and host facts, as plain values."""
+    """Which code runs, with what, on which machine.
+
+    Version, git revision, package versions and host facts, as plain values.
+    """
     root = Path(screformer.__file__).resolve().parents[1]
     gpus: list[str] = []
     torch = sys.modules.get("torch")
@@ -50,8 +65,14 @@ def package_version(package: str) -> str:
 def git_revision(root: Path) -> str:
     """Commit of the source tree, with `+changes` when files differ from it."""
     try:
-        ask = [["git", "-C", str(root), *words] for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])]
-        revision, status = (subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip() for words in ask)
+        ask = [
+            ["git", "-C", str(root), *words]
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+        revision, status = (
+            subprocess.run(words, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            for words in ask
+        )
     except (OSError, subprocess.SubprocessError):
         return "not a git checkout"
     return revision + ("+changes" if status else "")

@@ -1,4 +1,7 @@
-"""The model card: what a registered model is, what it was trained on and how well it did, as Markdown made from its own files."""
+"""The model card: what a registered model is, what it was trained on and how well it did.
+
+As Markdown made from its own files.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
     meta = loaded.meta
     parts = [
         f"# {name}",
-        "scReformer-BERT, a cell-type classifier for human single-cell RNA-seq. Input: raw counts, genes by Ensembl id or symbol;"
+        "scReformer-BERT, a cell-type classifier for human single-cell RNA-seq. Input: raw counts, genes by"
+        " Ensembl id or symbol;"
         " output: cell type with Cell Ontology id, calibrated probability and an unknown flag.",
         _section("Labels", _labels(loaded)),
         _section("Trained on", _training(meta, run_id)),
@@ -50,14 +54,22 @@ def _labels(loaded: LoadedModel) -> list[str]:
 def _training(meta: Mapping[str, Any], run_id: str) -> list[str]:
     query, split = meta.get("query", {}), meta.get("split", {})
     atlas = query.get("atlas", meta.get("atlas", {}))
-    lines = [f"- atlas `{atlas.get('uri', 'not recorded')}` at timestamp_ms {atlas.get('timestamp_ms', 'not recorded')}"]
+    lines = [
+        f"- atlas `{atlas.get('uri', 'not recorded')}` at timestamp_ms"
+        f" {atlas.get('timestamp_ms', 'not recorded')}"
+    ]
     for field in ("obs_filter", "var_filter", "is_primary_data"):
         if field in query:
             lines.append(f"- {field}: `{query[field]}`")
-    lines.append(f"- hash of the query's cells and genes: `{query.get('hash', meta.get('query_hash', 'not recorded'))}`")
+    lines.append(
+        f"- hash of the query's cells and genes:"
+        f" `{query.get('hash', meta.get('query_hash', 'not recorded'))}`"
+    )
     for part, cells in split.get("cells", {}).items():
         groups = split.get("groups", {}).get(part, [])
-        shown = ", ".join(groups[:_SHOWN_GROUPS]) + (f" and {len(groups) - _SHOWN_GROUPS} more" if len(groups) > _SHOWN_GROUPS else "")
+        shown = ", ".join(groups[:_SHOWN_GROUPS]) + (
+            f" and {len(groups) - _SHOWN_GROUPS} more" if len(groups) > _SHOWN_GROUPS else ""
+        )
         lines.append(f"- {part}: {cells:,} cells of {len(groups)} `{split['group_by']}` ({shown})")
     return [*lines, f"- MLflow run `{run_id}`"]
 
@@ -68,12 +80,16 @@ def _scores(meta: Mapping[str, Any]) -> list[str]:
     if meta.get("folds"):
         folds = meta["folds"]
         lines += [
-            f"Cross-validation of these settings, {len(folds['names'])} {folds['kind']} folds (run `{folds['run_id']}`); then"
+            f"Cross-validation of these settings, {len(folds['names'])} {folds['kind']} folds (run"
+            f" `{folds['run_id']}`); then"
             " trained on the cells of all of them:",
             "",
             f"| metric | {' | '.join(f'fold {name}' for name in folds['names'])} |",
             f"|---|{'---|' * len(folds['names'])}",
-            *(f"| {metric} | {' | '.join(f'{value:.4f}' for value in values)} |" for metric, values in folds["metrics"].items()),
+            *(
+                f"| {metric} | {' | '.join(f'{value:.4f}' for value in values)} |"
+                for metric, values in folds["metrics"].items()
+            ),
         ]
     return lines
 
@@ -81,29 +97,44 @@ def _scores(meta: Mapping[str, Any]) -> list[str]:
 def _confidence(loaded: LoadedModel) -> list[str]:
     calibration, measured = loaded.calibration, loaded.calibration.measured
     if measured is None:
-        return ["Not calibrated: probabilities are the softmax of the network, and every cell gets its best label."]
+        return [
+            "Not calibrated: probabilities are the softmax of the network, and every cell gets its best"
+            " label."
+        ]
     return [
-        f"- temperature {calibration.temperature:.3f}, from {measured['cells']:,.0f} validation cells; expected calibration error"
+        f"- temperature {calibration.temperature:.3f}, from {measured['cells']:,.0f} validation cells;"
+        f" expected calibration error"
         f" {measured['ece_before']:.3f} before, {measured['ece_after']:.3f} after (on the same cells)",
-        f"- unknown above a score of {calibration.unknown_threshold:.4g}, which {measured['false_alarm_rate']:.0%} of these cells exceed",
-        f"- below a probability of {MIN_PROBABILITY:g} one of {len(calibration.lineage.terms)} more general terms is said, or `unknown`",
+        f"- unknown above a score of {calibration.unknown_threshold:.4g}, which"
+        f" {measured['false_alarm_rate']:.0%} of these cells exceed",
+        f"- below a probability of {MIN_PROBABILITY:g} one of {len(calibration.lineage.terms)} more general"
+        f" terms is said, or `unknown`",
     ]
 
 
 def _limits(loaded: LoadedModel) -> list[str]:
     lines = [f"- {note}" for note in loaded.meta.get("notes", [])]
-    genes = f"- knows {len(loaded.vocabulary):,} genes; others only add to the library size, and one that an input lacks is unknown, not 0"
+    genes = (
+        f"- knows {len(loaded.vocabulary):,} genes; others only add to the library size, and one that an"
+        " input lacks is unknown, not 0"
+    )
     return [*lines, genes, "- human cells only"]
 
 
 def _code(loaded: LoadedModel) -> list[str]:
     code, tokens = loaded.meta.get("code", {}), loaded.config.tokens
-    lines = [f"- screformer {code.get('screformer', 'not recorded')}, git `{code.get('git', 'not recorded')}`"]
+    lines = [
+        f"- screformer {code.get('screformer', 'not recorded')}, git `{code.get('git', 'not recorded')}`"
+    ]
     if code.get("packages"):
-        lines.append("- " + ", ".join(f"{package} {version}" for package, version in code["packages"].items()))
+        lines.append(
+            "- " + ", ".join(f"{package} {version}" for package, version in code["packages"].items())
+        )
     model = loaded.config.model
     return [
         *lines,
-        f"- tokens: {tokens.input_mode}, at most {tokens.max_genes} genes, {tokens.expression} expression in {tokens.num_bins} bins",
-        f"- network: width {model.dim}, depth {model.depth}, {model.heads} heads, attention {model.attention}",
+        f"- tokens: {tokens.input_mode}, at most {tokens.max_genes} genes, {tokens.expression} expression in"
+        f" {tokens.num_bins} bins",
+        f"- network: width {model.dim}, depth {model.depth}, {model.heads} heads, attention"
+        f" {model.attention}",
     ]

@@ -23,7 +23,8 @@ from jobs.tracking.identity import package_version
 logger = logging.getLogger(__name__)
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-"""Aliases of the newest registered version, and of the one in use, which is moved by hand or by `jobs.promote` only."""
+"""Aliases of the newest registered version, and of the one in use, which is moved by hand or by
+`jobs.promote` only."""
 
 
 _WEIGHTS = "weights.safetensors"
@@ -32,18 +33,31 @@ _WEIGHTS = "weights.safetensors"
 MODEL_FOLDER = "model"
 
 
-_LOADING_PACKAGES = ("mlflow", "torch", "numpy", "scipy", "pandas", "safetensors", "pyyaml", "anndata", "h5py")
+_LOADING_PACKAGES = (
+    "mlflow",
+    "torch",
+    "numpy",
+    "scipy",
+    "pandas",
+    "safetensors",
+    "pyyaml",
+    "anndata",
+    "h5py",
+)
 
 
 _DESCRIPTION_CHARACTERS = 5000  # the most that MLflow's database keeps
 
 
-def register_model(tracking_uri: str, run_id: str, model_dir: str | Path, name: str, *, alias: str = CANDIDATE) -> int:
+def register_model(
+    tracking_uri: str, run_id: str, model_dir: str | Path, name: str, *, alias: str = CANDIDATE
+) -> int:
     """Register a fine-tuned model directory as the next version of a model, and give it an alias.
 
-    The version is an MLflow `pyfunc` from code: the file `jobs/tracking/pyfunc.py`, copies of the `screformer`
-    package and of the reader of .h5ad files, the model directory itself and a model card, which is also the version's
-    description. It loads in a process that has neither this repository nor Ray, and holds no pickle.
+    The version is an MLflow `pyfunc` from code: the file `jobs/tracking/pyfunc.py`, copies of the
+    `screformer` package and of the reader of .h5ad files, the model directory itself and a model card, which
+    is also the version's description. It loads in a process that has neither this repository nor Ray, and
+    holds no pickle.
 
     Args:
         tracking_uri: The store of the run, as `TrackedRun` has it.
@@ -72,13 +86,18 @@ def register_model(tracking_uri: str, run_id: str, model_dir: str | Path, name: 
     signature, example = signature_and_example(model_dir)
     card = model_card(model_dir, name=name, run_id=run_id)
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, name=MODEL_FOLDER, source_run_id=run_id, model_type="cell-type-classifier")
+    logged = client.create_logged_model(
+        experiment_id, name=MODEL_FOLDER, source_run_id=run_id, model_type="cell-type-classifier"
+    )
     with tempfile.TemporaryDirectory() as scratch:
-        # The folder of an artifact is named after its source; a fixed name keeps versions alike wherever they were trained.
+        # The folder of an artifact is named after its source; a fixed name keeps versions alike wherever they
+        # were trained.
         source = Path(scratch) / "source" / MODEL_FOLDER
         shutil.copytree(model_dir, source)
         package = Path(scratch) / "source" / "screformer"
-        shutil.copytree(Path(screformer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(screformer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+        )
         reader = Path(scratch) / "source" / "data_ingest"
         reader.mkdir()
         for module in ("__init__.py", "h5ad.py"):
@@ -89,7 +108,10 @@ def register_model(tracking_uri: str, run_id: str, model_dir: str | Path, name: 
             python_model=pyfunc.__file__,
             artifacts={MODEL_FOLDER: str(source)},
             code_paths=[str(package), str(reader)],
-            pip_requirements=[f"{package_name}=={package_version(package_name).partition('+')[0]}" for package_name in _LOADING_PACKAGES],
+            pip_requirements=[
+                f"{package_name}=={package_version(package_name).partition('+')[0]}"
+                for package_name in _LOADING_PACKAGES
+            ],
             signature=signature,
             input_example=example,
             mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
@@ -103,12 +125,15 @@ def register_model(tracking_uri: str, run_id: str, model_dir: str | Path, name: 
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a server takes nothing else.
+    # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a
+    # server takes nothing else.
     source_uri = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
     short = card
     if len(card) > _DESCRIPTION_CHARACTERS:
         short = f"{card[: _DESCRIPTION_CHARACTERS - 60]}\n\n... more in MODEL_CARD.md\n"
-    version = client.create_model_version(name, source_uri, run_id, model_id=logged.model_id, description=short)
+    version = client.create_model_version(
+        name, source_uri, run_id, model_id=logged.model_id, description=short
+    )
     if alias:
         client.set_registered_model_alias(name, alias, version.version)
     logger.info("registered %s version %s%s", name, version.version, f" as {alias}" if alias else "")
@@ -133,15 +158,21 @@ def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str
     return {alias: int(version) for alias, version in aliases.items()}
 
 
-def move_alias(name: str, alias: str, version: int, *, reason: Mapping[str, Any], tracking: TrackingConfig | None = None) -> None:
+def move_alias(
+    name: str, alias: str, version: int, *, reason: Mapping[str, Any], tracking: TrackingConfig | None = None
+) -> None:
     """Let an alias name another version, which keeps the reason as tag `promotion.ALIAS`."""
     client = mlflow_client(tracking_uri(tracking or TrackingConfig()))
-    client.set_model_version_tag(name, str(version), f"promotion.{alias}", json.dumps(dict(reason), default=str)[:5000])
+    client.set_model_version_tag(
+        name, str(version), f"promotion.{alias}", json.dumps(dict(reason), default=str)[:5000]
+    )
     client.set_registered_model_alias(name, alias, str(version))
 
 
 def pinned_model(uri: str, tracking: TrackingConfig | None = None) -> str:
-    """The model URI with its alias replaced by the version number that it names now; any other URI or path as it is.
+    """The model URI with its alias replaced by the version number that it names now.
+
+    Any other URI or path as it is.
 
     Raises:
         ValueError: There is no such model, alias or version; the message lists what there is.
@@ -158,12 +189,14 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     """Find a model directory on this machine, downloading it where needed.
 
     Args:
-        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` (the model that the run logged), a bare run id, or a
+        uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` (the model that the run logged), a
+            bare run id, or a
             directory: that of a model, or of a checkpoint that holds one.
         tracking: Where models are kept; the default is that of the configuration.
 
     Returns:
-        Directory with weights, configuration, vocabulary and labels. A downloaded one lasts until this process ends.
+        Directory with weights, configuration, vocabulary and labels. A downloaded one lasts until this
+        process ends.
 
     Raises:
         ValueError: Nothing of that name, or it holds no model.
@@ -180,7 +213,9 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     target: str | None = None
     if not location.startswith(("/", "file:")):  # files are read where they lie
         target = scratch_folder()
-    return _model_directory(Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri)
+    return _model_directory(
+        Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri
+    )
 
 
 def _registered(uri: str, store: str) -> tuple[str, Any]:
@@ -202,7 +237,10 @@ def _registered(uri: str, store: str) -> tuple[str, Any]:
             known = f"there are {', '.join(sorted(models))}" if models else "nothing is registered there yet"
             raise ValueError(f"model {uri!r}: no registered model {name!r} in {store}; {known}") from error
         versions = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
-        aliases = ", ".join(f"{alias} -> {version}" for alias, version in sorted(client.get_registered_model(name).aliases.items()))
+        aliases = ", ".join(
+            f"{alias} -> {version}"
+            for alias, version in sorted(client.get_registered_model(name).aliases.items())
+        )
         raise ValueError(
             f"model {uri!r} is not in {store}; {name} has versions {', '.join(map(str, versions)) or 'none'}"
             f" and aliases {aliases or 'none'}"
@@ -215,7 +253,10 @@ def _version_location(uri: str, store: str) -> str:
 
 
 def _run_model(run_id: str, store: str) -> str:
-    """Where the artifacts of a run's model lie: the registered one, else the directory `model` among the run's artifacts."""
+    """Where the artifacts of a run's model lie.
+
+    The registered one, else the directory `model` among the run's artifacts.
+    """
     client = mlflow_client(store)
     from mlflow.exceptions import MlflowException
 
@@ -227,7 +268,10 @@ def _run_model(run_id: str, store: str) -> str:
     if models:
         return str(client.get_logged_model(models[-1].model_id).artifact_location)
     if not any(entry.path == MODEL_FOLDER for entry in client.list_artifacts(run_id)):
-        raise ValueError(f"run {run_id} ({run.info.status}) logged no model; give a run of pretrain or finetune that ended well")
+        raise ValueError(
+            f"run {run_id} ({run.info.status}) logged no model; give a run of pretrain or finetune that ended"
+            f" well"
+        )
     return f"{run.info.artifact_uri.rstrip('/')}/{MODEL_FOLDER}"
 
 
@@ -236,4 +280,7 @@ def _model_directory(directory: Path, uri: str) -> Path:
         if (candidate / _WEIGHTS).is_file():
             return candidate
     what = "holds no" if directory.is_dir() else "is no directory with"
-    raise ValueError(f"model {uri!r} {what} {_WEIGHTS}; give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory")
+    raise ValueError(
+        f"model {uri!r} {what} {_WEIGHTS}; give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a"
+        f" model directory"
+    )

@@ -1,7 +1,8 @@
 """What could not be sent to the tracking server, kept until it can be.
 
-Each entry is a file of its own, written whole or not at all, so that a driver and its workers may share a folder, also in an object
-store, and a killed process leaves nothing half. Names sort by time. What an entry means is `jobs.tracking`'s business.
+Each entry is a file of its own, written whole or not at all, so that a driver and its workers may share a
+folder, also in an object store, and a killed process leaves nothing half. Names sort by time. What an entry
+means is `jobs.tracking`'s business.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Send = Callable[[Entry, Path | None], None]
 
 
 _RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
-"""The server is asked again after 5 s or, where asking takes long, so seldom that it costs 5 % of the time; at least once a minute."""
+"""The server is asked again after 5 s or, where asking takes long, so seldom that it costs 5 % of the time;
+at least once a minute."""
 
 
 _ENTRY = "entry.json"
@@ -41,11 +43,16 @@ _counter = itertools.count()
 
 
 class Outbox:
-    """The entries of one run, in a folder. Get it from `outbox`, so that a process has one for each folder."""
+    """The entries of one run, in a folder.
+
+    Get it from `outbox`, so that a process has one for each folder.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._files, self._path = pyarrow.fs.FileSystem.from_uri(folder if "://" in folder else Path(folder).resolve().as_uri())
+        self._files, self._path = pyarrow.fs.FileSystem.from_uri(
+            folder if "://" in folder else Path(folder).resolve().as_uri()
+        )
         self._waiting = bool(self.names())
         self._next_try = 0.0
 
@@ -64,7 +71,11 @@ class Outbox:
             except ConnectionError as error:
                 self._put(entry, content)
                 self._later(began)
-                logger.warning("%s; the job goes on, what it logs is kept in %s and sent when the server is back", error, self.folder)
+                logger.warning(
+                    "%s; the job goes on, what it logs is kept in %s and sent when the server is back",
+                    error,
+                    self.folder,
+                )
             return
         self._put(entry, content)
         if time.monotonic() >= self._next_try:
@@ -103,7 +114,9 @@ class Outbox:
 
     def names(self) -> list[str]:
         """The entries that wait, oldest first."""
-        found = self._files.get_file_info(pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True))
+        found = self._files.get_file_info(
+            pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
+        )
         return sorted(Path(info.path).parent.name for info in found if info.base_name == _ENTRY)
 
     def _put(self, entry: Entry, content: Path | None) -> None:
@@ -111,7 +124,9 @@ class Outbox:
         folder = f"{self._path}/{name}"
         self._files.create_dir(folder, recursive=True)
         if content is not None:
-            pyarrow.fs.copy_files(str(content), f"{folder}/{content.name}", destination_filesystem=self._files)
+            pyarrow.fs.copy_files(
+                str(content), f"{folder}/{content.name}", destination_filesystem=self._files
+            )
         with self._files.open_output_stream(f"{folder}/{_ENTRY}.part") as out:
             out.write(json.dumps({"entry": entry, "content": content.name if content else None}).encode())
         self._files.move(f"{folder}/{_ENTRY}.part", f"{folder}/{_ENTRY}")

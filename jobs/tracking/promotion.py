@@ -52,7 +52,8 @@ class Comparison:
     accuracy: dict[str, float]
     """Of `candidate` and `champion`, over cells."""
     table: pd.DataFrame
-    """One row per type: `label`, `cells`, `candidate`, `champion` (shares that are right), `difference`, `low`, `high`."""
+    """One row per type: `label`, `cells`, `candidate`, `champion` (shares that are right), `difference`,
+    `low`, `high`."""
 
 
 def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequence[str]) -> Comparison:
@@ -75,7 +76,16 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
         samples.append(drawn)
         low, high = np.quantile(drawn, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
         shares_right = {name: float(right[inside].mean()) for name, right in right_n.items()}
-        rows.append({"label": label, "cells": int(inside.sum()), **shares_right, "difference": gain.mean(), "low": low, "high": high})
+        rows.append(
+            {
+                "label": label,
+                "cells": int(inside.sum()),
+                **shares_right,
+                "difference": gain.mean(),
+                "low": low,
+                "high": high,
+            }
+        )
     table = pd.DataFrame(rows)
     low, high = np.quantile(np.mean(samples, axis=0), [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
     return Comparison(
@@ -89,7 +99,9 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
     )
 
 
-def compare_folds(candidate: Mapping[str, Any] | None, champion: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def compare_folds(
+    candidate: Mapping[str, Any] | None, champion: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
     """Candidate less champion over the folds that both were cross-validated on.
 
     Args:
@@ -97,7 +109,8 @@ def compare_folds(candidate: Mapping[str, Any] | None, champion: Mapping[str, An
         champion: Likewise.
 
     Returns:
-        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None unless both have the same folds.
+        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None unless
+        both have the same folds.
     """
     if candidate is None or champion is None or candidate["hash"] != champion["hash"]:
         return None
@@ -110,35 +123,49 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
     """Let both models label the cells that neither was trained on.
 
     Raises:
-        ValueError: The candidate held no cells out, its atlas is not there any more, or the champion was trained on those cells.
+        ValueError: The candidate held no cells out, its atlas is not there any more, or the champion was
+            trained on those cells.
     """
     split, query = candidate.meta.get("split", {}), candidate.meta.get("query", {})
     held_out = set(split.get("groups", {}).get("test", []))
     if not held_out or not query:
-        raise ValueError("the candidate's training held no cells out to compare on; train it with split.test_fraction above 0")
+        raise ValueError(
+            "the candidate's training held no cells out to compare on; train it with split.test_fraction"
+            " above 0"
+        )
     theirs = champion.meta.get("split", {})
     if theirs.get("group_by") != split["group_by"]:
         raise ValueError(
-            f"the candidate was split by {split['group_by']!r} and the champion by {theirs.get('group_by')!r}: what neither was trained on"
+            f"the candidate was split by {split['group_by']!r} and the champion by"
+            f" {theirs.get('group_by')!r}: what neither was trained on"
             " cannot be told; train the candidate with the champion's split.group_by"
         )
     seen = {group for part in ("train", "val") for group in theirs["groups"].get(part, [])}
     groups = sorted(held_out - seen)
     if not groups:
         raise ValueError(
-            f"the champion was trained on all of the candidate's held-out groups ({', '.join(sorted(held_out))}); train the candidate with"
+            f"the champion was trained on all of the candidate's held-out groups"
+            f" ({', '.join(sorted(held_out))}); train the candidate with"
             f" split.test_groups={theirs['groups'].get('test', [])}"
         )
     locator = AtlasLocator.from_dict(query["atlas"])
     filters = {name: query[name] for name in ("obs_filter", "var_filter", "is_primary_data")}
-    result = CellQuery(**filters, expected_hash=query["hash"]).run(locator, candidate.label_column, (split["group_by"],))
-    own = result.obs[split["group_by"]].astype(str).isin(groups).to_numpy() & result.obs["label"].notna().to_numpy()
+    result = CellQuery(**filters, expected_hash=query["hash"]).run(
+        locator, candidate.label_column, (split["group_by"],)
+    )
+    own = (
+        result.obs[split["group_by"]].astype(str).isin(groups).to_numpy()
+        & result.obs["label"].notna().to_numpy()
+    )
     positions = np.flatnonzero(own)
     if len(positions) > _MOST_CELLS:
         positions = np.sort(np.random.default_rng(0).choice(positions, _MOST_CELLS, replace=False))
     labels_n = result.obs["label"].astype(str).to_numpy(dtype=object)[positions]
     if len(positions) < _LEAST_CELLS:
-        raise ValueError(f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are needed; hold more out")
+        raise ValueError(
+            f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are"
+            f" needed; hold more out"
+        )
     right_n = {}
     for name, predictor in ((CANDIDATE, candidate), (CHAMPION, champion)):
         source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
@@ -151,7 +178,9 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
     return compare(right_n, labels_n, groups)
 
 
-def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: bool = False) -> dict[str, Any]:
+def promote(
+    name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: bool = False
+) -> dict[str, Any]:
     """Compare candidate and champion, and move the alias where the candidate is better.
 
     Args:
@@ -168,7 +197,10 @@ def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: 
     """
     aliases = model_aliases(name, tracking)
     if CANDIDATE not in aliases:
-        raise ValueError(f"model {name} has no version with the alias {CANDIDATE!r}; register one with `python -m jobs.finetune`")
+        raise ValueError(
+            f"model {name} has no version with the alias {CANDIDATE!r}; register one with `python -m"
+            f" jobs.finetune`"
+        )
     version, before = aliases[CANDIDATE], aliases.get(CHAMPION)
     found: dict[str, Any] = {"model": name, "candidate": version, "champion_before": before, "forced": force}
     if before == version:
@@ -183,32 +215,50 @@ def promote(name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: 
             folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
             comparison = compare_models(candidate, champion) if folds is None else None
             if comparison is not None:
-                measured = {key: getattr(comparison, key) for key in ("difference", "low", "high", "num_cells", "accuracy")}
+                measured = {
+                    key: getattr(comparison, key)
+                    for key in ("difference", "low", "high", "num_cells", "accuracy")
+                }
                 measured["groups"] = list(comparison.groups)
-                metric, where = "balanced accuracy", f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}"
+                metric, where = (
+                    "balanced accuracy",
+                    f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}",
+                )
             else:
                 assert folds is not None
                 measured = folds
-                metric, where = "macro-F1", f"the {folds['folds']} {folds['kind']} folds of both cross-validations"
+                metric, where = (
+                    "macro-F1",
+                    f"the {folds['folds']} {folds['kind']} folds of both cross-validations",
+                )
             better = measured["low"] > margin
             reason = (
-                f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to {measured['high']:+.4f})"
+                f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to"
+                f" {measured['high']:+.4f})"
                 f" on {where}; the interval must lie above {margin:+.4f}"
             )
         except ValueError as error:
             if not force:
                 raise
             better, reason = False, f"not compared: {error}"
-    found |= {"promoted": better or force, "reason": reason, "champion": version if better or force else before}
+    found |= {
+        "promoted": better or force,
+        "reason": reason,
+        "champion": version if better or force else before,
+    }
     if measured:
         found["comparison"] = measured
     config = candidate.config.merge({"tracking.uri": tracking.uri})
-    with start_run(dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "promote") as run:
+    with start_run(
+        dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "promote"
+    ) as run:
         run.set_tags({f"promote.{key}": value for key, value in found.items()})
         if comparison is not None:
             run.log_table(comparison.table, "promote/per_type.csv")
         if measured:
-            run.log_metrics({"promote/difference": measured["difference"], "promote/low": measured["low"]}, step=0)
+            run.log_metrics(
+                {"promote/difference": measured["difference"], "promote/low": measured["low"]}, step=0
+            )
         if found["promoted"]:
             move_alias(name, CHAMPION, version, reason={**found, "run": run.run_id}, tracking=tracking)
     return found

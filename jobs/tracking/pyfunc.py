@@ -1,6 +1,9 @@
-"""The registered model, as code: MLflow copies this file beside the weights and runs it wherever the model is loaded.
+"""The registered model, as code.
 
-It may import `screformer` and `data_ingest.h5ad` (copies of which travel with the model) but nothing else of this repository.
+MLflow copies this file beside the weights and runs it wherever the model is loaded.
+
+It may import `screformer` and `data_ingest.h5ad` (copies of which travel with the model) but nothing else of
+this repository.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
 from screformer.predictor import ANSWER_COLUMNS, Predictions, Predictor
 
-_OUTPUT_KINDS = {"conf_score": "float", "unknown": "boolean", "unknown_score": "float"}  # the others are strings
+_OUTPUT_KINDS = {
+    "conf_score": "float",
+    "unknown": "boolean",
+    "unknown_score": "float",
+}  # the others are strings
 
 
 _PARAMS = (
@@ -33,7 +40,10 @@ _PARAMS = (
 _CELLS_PER_CHUNK = 2048
 
 
-_TAKES = "a pandas DataFrame with a row per cell and a column per gene, the path or URI of an .h5ad file, or an AnnData"
+_TAKES = (
+    "a pandas DataFrame with a row per cell and a column per gene, the path or URI of an .h5ad"
+    " file, or an AnnData"
+)
 
 
 class CellTypeModel(PythonModel):
@@ -44,20 +54,25 @@ class CellTypeModel(PythonModel):
         self.predictor = Predictor.load(context.artifacts["model"])
 
     # Of the hints for what it takes, this is the one that MLflow neither warns of nor makes a schema of.
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> pd.DataFrame:
         """Label cells.
 
         Args:
             context: Not used.
-            model_input: Raw counts of cells. A table: one row per cell and one column per gene, named by Ensembl id or symbol. A path or
-                URI of an .h5ad file, as a string or a table of one column of them, read where the model runs. In Python also an AnnData.
-                All measured genes should be there, also those that the model does not know: they belong to the cell's library size.
-            params: `probabilities` adds a column `probability: LABEL` per label; `embedding` adds `embedding_0`, ...; `min_gene_overlap` is
-                the least share of the model's expected expression that the genes must carry; `layer` takes the counts of an .h5ad or
-                AnnData from that layer, or from `raw`, instead of X.
+            model_input: Raw counts of cells. A table: one row per cell and one column per gene, named by
+                Ensembl id or symbol. A path or URI of an .h5ad file, as a string or a table of one column of
+                them, read where the model runs. In Python also an AnnData. All measured genes should be
+                there, also those that the model does not know: they belong to the cell's library size.
+            params: `probabilities` adds a column `probability: LABEL` per label; `embedding` adds
+                `embedding_0`, ...; `min_gene_overlap` is the least share of the model's expected expression
+                that the genes must carry; `layer` takes the counts of an .h5ad or AnnData from that layer, or
+                from `raw`, instead of X.
 
         Returns:
-            The columns of `screformer.predictor.Predictions.table`, indexed as the input; cells of several files one after another.
+            The columns of `screformer.predictor.Predictions.table`, indexed as the input; cells of several
+            files one after another.
 
         Raises:
             ValueError: Too few genes, genes of another species, or values that are no raw counts.
@@ -76,10 +91,13 @@ class CellTypeModel(PythonModel):
     def _of_table(self, table: Any, overlap: float) -> tuple[pd.Index, Predictions]:
         if not isinstance(table, pd.DataFrame):
             raise ValueError(f"input is a {type(table).__name__}; give {_TAKES}")
-        text = next((name for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)), None)
+        text = next(
+            (name for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)), None
+        )
         if text is not None:
             raise ValueError(
-                f"input: column {text!r} holds {table[text].dtype}, not counts; only genes may be columns, cell names go to the index"
+                f"input: column {text!r} holds {table[text].dtype}, not counts; only genes may be columns,"
+                f" cell names go to the index"
             )
         match = self.predictor.match_genes([str(name) for name in table.columns])
         match.require(overlap, source="input")
@@ -102,12 +120,17 @@ class CellTypeModel(PythonModel):
         from data_ingest.h5ad import H5adFile, check_counts
 
         with tempfile.TemporaryDirectory(prefix="screformer-") as scratch:
-            with H5adFile.open(_local(name, scratch), layer=layer if layer != "raw" else None, raw=layer == "raw") as file:
+            with H5adFile.open(
+                _local(name, scratch), layer=layer if layer != "raw" else None, raw=layer == "raw"
+            ) as file:
                 match = self.predictor.match_var(file.var)
                 match.require(overlap, source=f"{name} ({file.source})")
                 for start, counts in file.chunks(_CELLS_PER_CHUNK):
                     check_counts(counts, file=file, start=start)
-                    yield file.obs.index[start : start + counts.shape[0]], self.predictor.predict_counts(counts, match, source=name)
+                    yield (
+                        file.obs.index[start : start + counts.shape[0]],
+                        self.predictor.predict_counts(counts, match, source=name),
+                    )
 
     def _table(self, found: Predictions, index: pd.Index, given: dict[str, Any]) -> pd.DataFrame:
         table = found.table(index)
@@ -132,7 +155,10 @@ def _files(model_input: Any) -> list[str]:
 
 
 def _local(name: str, scratch: str) -> str:
-    """A file on this machine: as it is, or downloaded by MLflow's artifact stores (s3://, gs://, http://, runs:/, ...)."""
+    """A file on this machine.
+
+    As it is, or downloaded by MLflow's artifact stores (s3://, gs://, http://, runs:/, ...).
+    """
     if "://" not in name and not name.startswith(("runs:/", "models:/")):
         return name
     if name.startswith("file://"):
@@ -143,17 +169,21 @@ def _local(name: str, scratch: str) -> str:
     try:
         return download_artifacts(artifact_uri=name, dst_path=scratch)
     except (MlflowException, OSError) as error:
-        raise ValueError(f"{name} cannot be fetched ({error}); give a path or URI that the machine of the model can read") from error
+        raise ValueError(
+            f"{name} cannot be fetched ({error}); give a path or URI that the machine of the model can read"
+        ) from error
 
 
 def signature_and_example(model_dir: str | Path) -> tuple[ModelSignature, pd.DataFrame]:
     """What the registry stores about input and output of a model directory.
 
-    The signature leaves the input open on purpose: MLflow would drop every column that it does not list, so symbols, and the genes that
-    make up the library size, would be lost before the model sees them. The model checks its input itself.
+    The signature leaves the input open on purpose: MLflow would drop every column that it does not list, so
+    symbols, and the genes that make up the library size, would be lost before the model sees them. The model
+    checks its input itself.
 
     Returns:
-        The signature, and two cells that `predict` accepts: the genes with the highest expected expression, small whole counts.
+        The signature, and two cells that `predict` accepts: the genes with the highest expected expression,
+        small whole counts.
 
     Raises:
         ValueError: Not a model directory, or a model without labels.

@@ -1,7 +1,7 @@
 """MLflow runs: start one, log to it, read it back.
 
-`TrackedRun` is a plain picklable handle, so that rank 0 of a Ray worker group logs into the run that the driver started. Nothing
-here touches MLflow's global state (active run, tracking URI).
+`TrackedRun` is a plain picklable handle, so that rank 0 of a Ray worker group logs into the run that the
+driver started. Nothing here touches MLflow's global state (active run, tracking URI).
 """
 
 from __future__ import annotations
@@ -33,7 +33,15 @@ from screformer.config import ExperimentConfig, TrackingConfig
 if TYPE_CHECKING:
     pass
 from jobs.reports.figures import confusion_figure, learning_figure
-from jobs.tracking.client import PATIENCE_S, is_away, mlflow_client, probe, scratch_folder, sqlite_path, tracking_uri
+from jobs.tracking.client import (
+    PATIENCE_S,
+    is_away,
+    mlflow_client,
+    probe,
+    scratch_folder,
+    sqlite_path,
+    tracking_uri,
+)
 from jobs.tracking.identity import code_identity
 from jobs.tracking.models import MODEL_FOLDER, register_model
 
@@ -49,7 +57,8 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
         parent: Run that this one belongs to, such as that of a cross-validation.
 
     Returns:
-        The run, to be used in a `with` statement: an exception marks it FAILED with the error, else it ends FINISHED.
+        The run, to be used in a `with` statement: an exception marks it FAILED with the error, else it ends
+        FINISHED.
 
     Raises:
         ConnectionError: The tracking server does not answer.
@@ -60,18 +69,28 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
     client = mlflow_client(uri)
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     if experiment is None:
-        # A server chooses its own artifact store; a SQLite file has none, and MLflow would take the working directory of each process.
+        # A server chooses its own artifact store; a SQLite file has none, and MLflow would take the working
+        # directory of each process.
         artifacts = sqlite_path(uri).parent / "mlartifacts" if uri.startswith("sqlite:") else None
-        experiment_id = client.create_experiment(config.tracking.experiment, artifact_location=artifacts.as_uri() if artifacts else None)
+        experiment_id = client.create_experiment(
+            config.tracking.experiment, artifact_location=artifacts.as_uri() if artifacts else None
+        )
     else:
         experiment_id = experiment.experiment_id
-    tags = {"job": job, "mlflow.source.name": f"jobs.{job}", "mlflow.source.type": "JOB", "mlflow.user": os.environ.get("USER", "unknown")}
+    tags = {
+        "job": job,
+        "mlflow.source.name": f"jobs.{job}",
+        "mlflow.source.type": "JOB",
+        "mlflow.user": os.environ.get("USER", "unknown"),
+    }
     if parent is not None:
         tags["mlflow.parentRunId"] = parent.run_id
     info = client.create_run(experiment_id, tags=tags, run_name=config.tracking.run_name or None).info
     run = TrackedRun(tracking_uri=uri, run_id=info.run_id)
     run.log_config(config)
-    logger.info("run %s (%s) in experiment %s of %s", info.run_id, info.run_name, config.tracking.experiment, uri)
+    logger.info(
+        "run %s (%s) in experiment %s of %s", info.run_id, info.run_name, config.tracking.experiment, uri
+    )
     return run
 
 
@@ -88,7 +107,10 @@ class TrackedRun:
     """Folder or URI where entries wait while the server is away; empty sends everything at once or raises."""
 
     def kept_in(self, run_dir: str) -> TrackedRun:
-        """The same run, which loses nothing while its server is away: what cannot be sent waits in `outbox/` of the run folder."""
+        """The same run, which loses nothing while its server is away.
+
+        What cannot be sent waits in `outbox/` of the run folder.
+        """
         if not self.tracking_uri.startswith("http"):
             return self
         folder = run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).resolve())
@@ -98,15 +120,22 @@ class TrackedRun:
         self._deliver({"kind": "running"})
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.end(error=error)
 
     def end(self, *, error: BaseException | None = None) -> None:
-        """Mark the run FINISHED, or FAILED (KILLED when interrupted) with the error as a tag and its traceback as an artifact."""
+        """Mark the run FINISHED.
+
+        Or FAILED (KILLED when interrupted) with the error as a tag and its traceback as an artifact.
+        """
         entry: Entry = {"kind": "end", "status": "FINISHED", "time_ms": int(time.time() * 1000)}
         if error is not None:
             self.set_tags({"error": f"{type(error).__name__}: {error}"})
-            self._deliver({"kind": "text", "path": "error.txt", "text": "".join(traceback.format_exception(error))})
+            self._deliver(
+                {"kind": "text", "path": "error.txt", "text": "".join(traceback.format_exception(error))}
+            )
             entry["status"] = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
         self.send_kept()
         self._deliver(entry)
@@ -126,9 +155,16 @@ class TrackedRun:
         return outbox(self.outbox).flush(self._send) if self.outbox else (0, 0)
 
     def log_config(self, config: ExperimentConfig) -> None:
-        """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`, which a job can be started from again."""
+        """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`.
+
+        Which a job can be started from again.
+        """
         tree = config.to_dict()
-        params = {f"{section}.{name}": str(value)[:6000] for section, fields in tree.items() for name, value in fields.items()}
+        params = {
+            f"{section}.{name}": str(value)[:6000]
+            for section, fields in tree.items()
+            for name, value in fields.items()
+        }
         self._deliver({"kind": "params", "params": params})
         self._deliver({"kind": "text", "path": "config.yaml", "text": yaml.safe_dump(tree, sort_keys=False)})
 
@@ -136,18 +172,24 @@ class TrackedRun:
         """Log what the run read and which code it ran.
 
         Args:
-            identity: Nested plain values, such as `{"atlas": locator.to_dict(), "query": {"hash": ..., "num_cells": ...}}`. They become
-                tags (`atlas.uri`) and, with `code_identity()`, the artifact `identity.json`.
+            identity: Nested plain values, such as `{"atlas": locator.to_dict(), "query": {"hash": ...,
+                "num_cells": ...}}`. They become tags (`atlas.uri`) and, with `code_identity()`, the artifact
+                `identity.json`.
         """
         whole = {**identity, "code": code_identity()}
         tags = {name: value for name, value in _flat(whole).items() if not name.startswith("code.packages.")}
         if re.fullmatch(r"[0-9a-f]{40}.*", whole["code"]["git"]):
             tags["mlflow.source.git.commit"] = whole["code"]["git"][:40]
         self.set_tags(tags)
-        self._deliver({"kind": "text", "path": "identity.json", "text": json.dumps(whole, indent=2, default=str)})
+        self._deliver(
+            {"kind": "text", "path": "identity.json", "text": json.dumps(whole, indent=2, default=str)}
+        )
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log scalars, such as `{"train/loss": 0.3}`, in one request. Characters that MLflow refuses become `_`."""
+        """Log scalars, such as `{"train/loss": 0.3}`, in one request.
+
+        Characters that MLflow refuses become `_`.
+        """
         named = {re.sub(r"[^\w\-. :/]", "_", name): float(value) for name, value in metrics.items()}
         self._deliver({"kind": "metrics", "metrics": named, "step": step, "time_ms": int(time.time() * 1000)})
 
@@ -174,21 +216,32 @@ class TrackedRun:
     def history(self, names: Sequence[str]) -> dict[str, list[float]]:
         """Values of metrics in the order of their steps; metrics that were never logged are left out."""
         client = self._client
-        found = {name: sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, name)) for name in names}
+        found = {
+            name: sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, name))
+            for name in names
+        }
         return {name: [value for _, value in points] for name, points in found.items() if points}
 
     def log_curves(self) -> None:
-        """Log pictures of all metrics that have more than one step; those that differ only before the `/` share one picture."""
+        """Log pictures of all metrics that have more than one step.
+
+        Those that differ only before the `/` share one picture.
+        """
         self.send_kept()  # what other processes of the run could not send belongs into the pictures
         self._deliver({"kind": "curves"})
 
     def log_file(self, path: str | Path, *, folder: str = "") -> None:
-        """Log a file, or a directory with its name, as artifact; a directory called `model` makes `runs:/ID` resolvable."""
+        """Log a file, or a directory with its name, as artifact.
+
+        A directory called `model` makes `runs:/ID` resolvable.
+        """
         self._deliver({"kind": "file", "folder": folder}, Path(path))
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; nested mappings are flattened with dots."""
-        self._deliver({"kind": "tags", "tags": {name: str(value)[:5000] for name, value in _flat(tags).items()}})
+        self._deliver(
+            {"kind": "tags", "tags": {name: str(value)[:5000] for name, value in _flat(tags).items()}}
+        )
 
     def register(self, model_dir: str | Path, name: str) -> int | None:
         """Register the run's model as `register_model` does, or keep that for later where the server is away.
@@ -207,11 +260,17 @@ class TrackedRun:
                 self._send(entry, content)
 
         self.send_kept()
-        outbox(self.outbox).deliver({"kind": "register", "model_dir": str(Path(model_dir).resolve()), "name": name}, send)
+        outbox(self.outbox).deliver(
+            {"kind": "register", "model_dir": str(Path(model_dir).resolve()), "name": name}, send
+        )
         if versions:
             return versions[0]
         logger.warning(
-            "the model is kept in %s; when %s is back, `%s` registers it as %s", model_dir, self.tracking_uri, self._sync_command, name
+            "the model is kept in %s; when %s is back, `%s` registers it as %s",
+            model_dir,
+            self.tracking_uri,
+            self._sync_command,
+            name,
         )
         return None
 
@@ -232,12 +291,18 @@ class TrackedRun:
             raise
 
     def _apply(self, entry: Entry, content: Path | None) -> None:
-        """Do one entry. Twice is as good as once, because nobody knows whether a server that went away had done it."""
+        """Do one entry. Twice is as good as once.
+
+        Because nobody knows whether a server that went away had done it.
+        """
         client, kind = self._client, entry["kind"]
         from mlflow.entities import Metric, Param
 
         if kind == "metrics":
-            batch = [Metric(name, value, entry["time_ms"], entry["step"]) for name, value in entry["metrics"].items()]
+            batch = [
+                Metric(name, value, entry["time_ms"], entry["step"])
+                for name, value in entry["metrics"].items()
+            ]
             for start in range(0, len(batch), 1000):  # the most that the store takes at once
                 client.log_batch(self.run_id, metrics=batch[start : start + 1000])
         elif kind == "params":
@@ -252,7 +317,11 @@ class TrackedRun:
         elif kind == "file":
             assert content is not None
             if content.is_dir():
-                client.log_artifacts(self.run_id, str(content), "/".join(part for part in (entry["folder"], content.name) if part))
+                client.log_artifacts(
+                    self.run_id,
+                    str(content),
+                    "/".join(part for part in (entry["folder"], content.name) if part),
+                )
             else:
                 client.log_artifact(self.run_id, str(content), entry["folder"] or None)
         elif kind == "curves":
@@ -264,7 +333,9 @@ class TrackedRun:
                 client.update_run(self.run_id, status="RUNNING")
         else:
             assert kind == "end", f"unknown entry {kind!r}"
-            if entry["status"] == "FINISHED" and "error" in client.get_run(self.run_id).data.tags:  # of an attempt that was resumed
+            if (
+                entry["status"] == "FINISHED" and "error" in client.get_run(self.run_id).data.tags
+            ):  # of an attempt that was resumed
                 client.delete_tag(self.run_id, "error")
             client.set_terminated(self.run_id, entry["status"], entry["time_ms"])
 
@@ -276,11 +347,17 @@ class TrackedRun:
         client = self._client
         groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
         for key in client.get_run(self.run_id).data.metrics:
-            points = sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, key))
+            points = sorted(
+                (point.step, point.value) for point in client.get_metric_history(self.run_id, key)
+            )
             if len(points) > 1:
                 groups.setdefault(key.rpartition("/")[2], {})[key] = points
         for name, curves in groups.items():
-            client.log_figure(self.run_id, learning_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
+            client.log_figure(
+                self.run_id,
+                learning_figure(name, curves),
+                f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png",
+            )
 
     def _register(self, entry: Entry) -> int:
         return register_model(self.tracking_uri, self.run_id, entry["model_dir"], entry["name"])
@@ -289,7 +366,8 @@ class TrackedRun:
     def _client(self) -> Any:
         if self.tracking_uri.startswith("sqlite:") and not sqlite_path(self.tracking_uri).is_file():
             raise ValueError(
-                f"run {self.run_id} is kept in {self.tracking_uri}, a file that this machine ({platform.node()}) does not have;"
+                f"run {self.run_id} is kept in {self.tracking_uri}, a file that this machine"
+                f" ({platform.node()}) does not have;"
                 " for a job on several nodes set tracking.uri to an MLflow server (http://HOST:PORT)"
             )
         return mlflow_client(self.tracking_uri)
@@ -314,7 +392,10 @@ class LoggedRun:
 
     def history(self, key: str) -> list[tuple[int, float]]:
         """(step, value) points of a metric, by step."""
-        return sorted((point.step, point.value) for point in mlflow_client(self.store).get_metric_history(self.run_id, key))
+        return sorted(
+            (point.step, point.value)
+            for point in mlflow_client(self.store).get_metric_history(self.run_id, key)
+        )
 
     def file(self, path: str) -> Path:
         """A file of the run on this machine; a downloaded one lasts until this process ends."""
@@ -377,7 +458,9 @@ def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
     target = tempfile.mkdtemp(prefix="screformer-artifact-")
     atexit.register(shutil.rmtree, target, ignore_errors=True)
     try:
-        return Path(download_artifacts(run_id=run_id, artifact_path=name, dst_path=target, tracking_uri=store))
+        return Path(
+            download_artifacts(run_id=run_id, artifact_path=name, dst_path=target, tracking_uri=store)
+        )
     except (MlflowException, OSError) as error:
         raise ValueError(f"run {run_id!r} in {store} has no artifact {name}: {error}") from error
 

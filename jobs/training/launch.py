@@ -35,22 +35,29 @@ def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> N
     needed = cluster.num_workers * cluster.cpus_per_worker + cluster.cpus_per_read_task
     if needed > cpus:
         raise ValueError(
-            f"cluster.num_workers={cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g} + one read task of"
-            f" cpus_per_read_task={cluster.cpus_per_read_task:g} = {needed:g} CPUs, but Ray has {cpus:g} on {len(resources)} node(s);"
+            f"cluster.num_workers={cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g} + one"
+            f" read task of"
+            f" cpus_per_read_task={cluster.cpus_per_read_task:g} = {needed:g} CPUs, but Ray has {cpus:g} on"
+            f" {len(resources)} node(s);"
             " lower one of them or add nodes"
         )
     if cluster.use_gpu and cluster.num_workers > gpus:
         raise ValueError(
-            f"cluster.num_workers={cluster.num_workers} need one GPU each, but Ray has {gpus:g}; lower it, or set cluster.use_gpu=false"
+            f"cluster.num_workers={cluster.num_workers} need one GPU each, but Ray has {gpus:g}; lower it, or"
+            f" set cluster.use_gpu=false"
         )
     places = sum(
-        min(int(node.get("CPU", 0) / cluster.cpus_per_worker), int(node.get("GPU", 0)) if cluster.use_gpu else sys.maxsize)
+        min(
+            int(node.get("CPU", 0) / cluster.cpus_per_worker),
+            int(node.get("GPU", 0)) if cluster.use_gpu else sys.maxsize,
+        )
         for node in resources
     )
     if places < cluster.num_workers:
         raise ValueError(
             f"cluster.cpus_per_worker={cluster.cpus_per_worker:g} lets only {places} workers fit on the nodes"
-            f" ({', '.join(format(float(node.get('CPU', 0)), 'g') for node in resources)} CPUs), not {cluster.num_workers}; lower it"
+            f" ({', '.join(format(float(node.get('CPU', 0)), 'g') for node in resources)} CPUs), not"
+            f" {cluster.num_workers}; lower it"
         )
 
 
@@ -63,13 +70,18 @@ def train_on_cluster(
     run_dir: str,
     checkpoint: ray.train.Checkpoint | None,
 ) -> ray.train.Result:
-    """Train with a group of Ray Train workers; the result holds the last checkpoint, with the best model in its folder `model`."""
+    """Train with a group of Ray Train workers.
+
+    The result holds the last checkpoint, with the best model in its folder `model`.
+    """
     from ray.train.torch import TorchConfig
 
-    # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see it.
+    # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see
+    # it.
     for name in ("CONTROLLER_STRUCTURED_LOGGING", "WORKER_STRUCTURED_LOGGING", "PRINT_PATCH"):
         os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
-    # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the next look.
+    # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the
+    # next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     cluster = config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
@@ -78,7 +90,9 @@ def train_on_cluster(
         train_loop_config={
             "config": config.to_dict(),
             "task": task,
-            "streams": {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)},
+            "streams": {
+                part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)
+            },
             "labels": cells.labels,
             "lineage": lineage(cells.labels["cl_ids"]).to_json(),
             "class_counts": cells.class_counts_k.tolist(),
@@ -87,10 +101,13 @@ def train_on_cluster(
             "run": run,
             "resume": checkpoint,
         },
-        scaling_config=ray.train.ScalingConfig(num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
+        ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
-            # A name of its own for each attempt: which checkpoint to go on from is ours to say, by the manifest that is written last.
+            # A name of its own for each attempt: which checkpoint to go on from is ours to say, by the
+            # manifest that is written last.
             name=f"attempt-{len(attempts(run_dir)):03d}",
             storage_path=run_dir,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
@@ -103,12 +120,14 @@ def train_on_cluster(
 class _Trainer(ray.train.torch.TorchTrainer):
     """Without the watcher that Ray Train starts for a controller that dies: it asks the dashboard.
 
-    A Ray without dashboard is one that ends with this process, so nothing is left to clean up; the watcher would warn every second, or
-    fail where another Ray runs on the machine.
+    A Ray without dashboard is one that ends with this process, so nothing is left to clean up; the watcher
+    would warn every second, or fail where another Ray runs on the machine.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         if ray._private.worker.get_dashboard_url():
             return callbacks
-        return [callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"]
+        return [
+            callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
+        ]

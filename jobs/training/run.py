@@ -29,7 +29,8 @@ from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
 SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
-"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have no GPU, computes them."""
+"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have
+no GPU, computes them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +46,23 @@ class TrainingResult:
     metrics: dict[str, float]
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
-    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync` has to register it."""
+    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync`
+    has to register it."""
 
 
 def run_training(
-    config: ExperimentConfig, task: Task, *, init_from: str | None = None, resume: str | None = None, overrides: Sequence[str] = ()
+    config: ExperimentConfig,
+    task: Task,
+    *,
+    init_from: str | None = None,
+    resume: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> TrainingResult:
     """Train a model with Ray Train; connects to Ray where no connection is.
 
     Args:
-        config: The run's settings. When resuming, those that the run was started with are taken instead, with `overrides`.
+        config: The run's settings. When resuming, those that the run was started with are taken instead, with
+            `overrides`.
         task: `pretrain` or `finetune`.
         init_from: Model to start from: a run id, `runs:/...`, `models:/NAME@ALIAS` or a model directory.
         resume: Run folder of a training that was killed; it goes on after its newest complete checkpoint.
@@ -67,7 +75,11 @@ def run_training(
     saved: dict[str, Any] = {}
     if resume is not None:
         saved = read_run(resume)
-        config, task, init_from = ExperimentConfig.from_dict(saved["config"]).merge(overrides), saved["task"], saved["init_from"]
+        config, task, init_from = (
+            ExperimentConfig.from_dict(saved["config"]).merge(overrides),
+            saved["task"],
+            saved["init_from"],
+        )
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
@@ -82,11 +94,17 @@ def run_training(
         if saved:
             if saved["query_hash"] != cells.query.hash:
                 raise ValueError(
-                    f"{run_dir} was trained on other cells (query hash {saved['query_hash'][:12]}, now {cells.query.hash[:12]})"
+                    f"{run_dir} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
+                    f" {cells.query.hash[:12]})"
                 )
             checkpoint = newest_checkpoint(run_dir)
         else:
-            plain = {"config": config.to_dict(), "task": task, "init_from": init_from, "query_hash": cells.query.hash}
+            plain = {
+                "config": config.to_dict(),
+                "task": task,
+                "init_from": init_from,
+                "query_hash": cells.query.hash,
+            }
             write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
             run.log_identity(cells.identity())
         print(attention, flush=True)
@@ -105,7 +123,9 @@ def run_training(
             else:
                 run.log_file(model_dir)
         run.log_curves()
-    return TrainingResult(run_id=run.run_id, run_dir=run_dir, model_dir=str(model_dir), metrics=metrics, model_version=version)
+    return TrainingResult(
+        run_id=run.run_id, run_dir=run_dir, model_dir=str(model_dir), metrics=metrics, model_version=version
+    )
 
 
 def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
@@ -114,7 +134,10 @@ def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
-    """Log what the model says of some test cells, with their embeddings, for the pictures of `jobs.report`."""
+    """Log what the model says of some test cells.
+
+    With their embeddings, for the pictures of `jobs.report`.
+    """
     if not len(cells.parts["test"]):
         return
     predictor = Predictor.load(model_dir)
@@ -122,9 +145,13 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
     found = cells.stream("test").sample_counts(most_cells, cells.config.train.seed)
     counts = found.counts_ng
     offsets = counts.indptr.astype(np.int64)
-    said = predictor.predict(counts.indices, counts.data, offsets, total_counts=found.total_n, panels=found.panels)
+    said = predictor.predict(
+        counts.indices, counts.data, offsets, total_counts=found.total_n, panels=found.panels
+    )
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
-    groups = {name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")}
+    groups = {
+        name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")
+    }
     table = pd.DataFrame(
         {
             "joinid": found.joinids_n,
@@ -143,7 +170,14 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
 
 
 def _keep_model(source: Path, run_dir: str) -> Path:
-    """Copy the model to where it outlives the checkpoints: the run folder, or a temporary one where that is remote."""
-    target = Path(tempfile.mkdtemp(prefix="screformer-model-")) / "model" if "://" in run_dir else Path(run_dir) / "model"
+    """Copy the model to where it outlives the checkpoints.
+
+    The run folder, or a temporary one where that is remote.
+    """
+    target = (
+        Path(tempfile.mkdtemp(prefix="screformer-model-")) / "model"
+        if "://" in run_dir
+        else Path(run_dir) / "model"
+    )
     shutil.copytree(source, target, dirs_exist_ok=True)
     return target

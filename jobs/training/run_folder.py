@@ -20,7 +20,9 @@ RUN_FILE = "run.json"
 def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
     """Path or URI of a new run's folder."""
     name, storage = f"{task}-{run_id[:8]}-{uuid.uuid4().hex[:4]}", config.cluster.storage_path
-    return f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage or "runs").resolve() / name)
+    return (
+        f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage or "runs").resolve() / name)
+    )
 
 
 def _filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
@@ -36,7 +38,9 @@ def write_run(run_dir: str, tree: dict[str, Any]) -> None:
 
 
 def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
-    """What a run wrote into its folder when it started: `config`, `task`, `init_from`, `query_hash` and `run`.
+    """What a run wrote into its folder when it started.
+
+    `config`, `task`, `init_from`, `query_hash` and `run`.
 
     Raises:
         ValueError: No such folder; the message names the command's option.
@@ -47,7 +51,8 @@ def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
             return json.loads(source.read())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it started"
+            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it"
+            f" started"
         ) from error
 
 
@@ -55,7 +60,11 @@ def attempts(run_dir: str) -> list[str]:
     """Folders of the run's attempts, oldest first."""
     files, path = _filesystem(run_dir)
     found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return sorted(info.path for info in found if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("attempt-"))
+    return sorted(
+        info.path
+        for info in found
+        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("attempt-")
+    )
 
 
 def newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
@@ -66,14 +75,20 @@ def newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
     """
     files, _ = _filesystem(run_dir)
     for attempt in reversed(attempts(run_dir)):
-        folders = [info for info in files.get_file_info(pyarrow.fs.FileSelector(attempt)) if info.base_name.startswith("checkpoint_")]
+        folders = [
+            info
+            for info in files.get_file_info(pyarrow.fs.FileSelector(attempt))
+            if info.base_name.startswith("checkpoint_")
+        ]
         for info in sorted(folders, key=lambda info: info.base_name, reverse=True):
             checkpoint = ray.train.Checkpoint(info.path, filesystem=files)
             with checkpoint.as_directory() as folder:
                 if not is_complete(folder):
                     continue
                 if read_position(folder)["finished"]:
-                    raise ValueError(f"--resume {run_dir}: that run is finished; its model is in {folder}/model")
+                    raise ValueError(
+                        f"--resume {run_dir}: that run is finished; its model is in {folder}/model"
+                    )
                 return checkpoint
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None

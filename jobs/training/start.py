@@ -28,7 +28,14 @@ from screformer.start import logistic_start, svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary, normalised
 from screformer.training import class_weights
 
-SAME_AS_START = ("model.dim", "model.depth", "model.heads", "model.attention", "model.ff_mult", "model.pooling")
+SAME_AS_START = (
+    "model.dim",
+    "model.depth",
+    "model.heads",
+    "model.attention",
+    "model.ff_mult",
+    "model.pooling",
+)
 
 
 SAME_TOKENS = ("tokens.expression", "tokens.num_bins")
@@ -45,7 +52,8 @@ def load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
         section, name = path.split(".")
         if ours[section][name] not in (theirs[section][name], "auto"):
             raise ValueError(
-                f"{path}={ours[section][name]!r}, but the model {init_from} was trained with {theirs[section][name]!r};"
+                f"{path}={ours[section][name]!r}, but the model {init_from} was trained with"
+                f" {theirs[section][name]!r};"
                 f" set {path}={theirs[section][name]}, or start from another model"
             )
     return start
@@ -59,11 +67,18 @@ def initial_arrays(
         with checkpoint.as_directory() as folder:
             saved = load_model(Path(folder) / "model")
         if saved.labels["names"] != cells.labels["names"]:
-            raise ValueError(f"the run was started with the labels {saved.labels['names']}, now they are {cells.labels['names']}")
+            raise ValueError(
+                f"the run was started with the labels {saved.labels['names']}, now they are"
+                f" {cells.labels['names']}"
+            )
         return dataclasses.replace(cells, vocabulary=saved.vocabulary), {}
     if start is not None:
         same_labels = start.labels["names"] == cells.labels["names"]
-        weights = {name: tensor.numpy() for name, tensor in start.model.state_dict().items() if same_labels or not name.startswith(HEADS)}
+        weights = {
+            name: tensor.numpy()
+            for name, tensor in start.model.state_dict().items()
+            if same_labels or not name.startswith(HEADS)
+        }
         return cells, {"weights": weights, **({} if same_labels else linear_start(cells))}
     sample = cells.sample
     mean_g = np.asarray(sample.mean(axis=0), dtype=np.float32).reshape(-1)
@@ -73,7 +88,9 @@ def initial_arrays(
     if start_from in ("svd", "shuffled"):
         embeddings_gd = svd_gene_embeddings(sample, cells.config.model.dim, seed)
         shuffles = start_from == "shuffled"
-        arrays["gene_embeddings"] = np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
+        arrays["gene_embeddings"] = (
+            np.random.default_rng([seed, 3]).permutation(embeddings_gd) if shuffles else embeddings_gd
+        )
     return dataclasses.replace(cells, vocabulary=vocabulary), {**arrays, **linear_start(cells)}
 
 
@@ -82,16 +99,27 @@ def linear_start(cells: TrainingCells) -> dict[str, Any]:
     config = cells.config
     if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
         return {}
-    found = cells.stream("train").sample_counts(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    found = cells.stream("train").sample_counts(
+        config.model.linear_start_cells, config.train.seed, even_labels=True
+    )
     values_ng = normalised(found.counts_ng, found.total_n)
     if config.tokens.expression == "binary":
         values_ng.data[:] = 1
     counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
-    return {"linear": logistic_start(values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting), found.panels)}
+    return {
+        "linear": logistic_start(
+            values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting), found.panels
+        )
+    }
 
 
-def settled(config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None) -> tuple[ExperimentConfig, str]:
-    """The configuration with its attention named: the start model's, whose weights fit no other one, or the faster one."""
+def settled(
+    config: ExperimentConfig, cells: TrainingCells, start: LoadedModel | None
+) -> tuple[ExperimentConfig, str]:
+    """The configuration with its attention named.
+
+    The start model's, whose weights fit no other one, or the faster one.
+    """
     if start is not None and config.model.attention == "auto":
         config = config.merge({"model.attention": start.config.model.attention})
     model, says = settle_attention(config.model, config.tokens.most_slots(len(cells.vocabulary)))
@@ -103,13 +131,16 @@ def start_from(model: ScReformer, start: dict[str, Any]) -> None:
 
     Args:
         model: The network.
-        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights (g, k), bias (k,) and
-            center (g,) of a linear classifier. Each may be missing; without any the random start is left.
+        start: `gene_embeddings` (g, d); `weights` by name, which may leave out some; `linear`, the weights
+            (g, k), bias (k,) and center (g,) of a linear classifier. Each may be missing; without any the
+            random start is left.
     """
     if "gene_embeddings" in start:
         model.set_gene_embeddings(torch.from_numpy(np.array(start["gene_embeddings"])))
     if "weights" in start:
         state = model.state_dict()
-        model.load_state_dict({**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}})
+        model.load_state_dict(
+            {**state, **{name: torch.from_numpy(np.array(array)) for name, array in start["weights"].items()}}
+        )
     if "linear" in start:
         model.set_linear_start(*(torch.from_numpy(np.array(array)) for array in start["linear"]))

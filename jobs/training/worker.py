@@ -1,4 +1,7 @@
-"""What runs inside each Ray Train worker: the network, its engine, this rank's cells, and the training loop."""
+"""What runs inside each Ray Train worker.
+
+The network, its engine, this rank's cells, and the training loop.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +30,33 @@ from screformer.calibration import (
     fit_calibration,
     reliability,
 )
-from screformer.checkpoint import POSITION, load_training, read_position, read_weights, save_model, save_training, seal
+from screformer.checkpoint import (
+    POSITION,
+    load_training,
+    read_position,
+    read_weights,
+    save_model,
+    save_training,
+    seal,
+)
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import build_engine
 from screformer.model import ScReformer
 from screformer.training import Batch, Outcome, Parts, Progress, Weights, fit, freeze_parameters, label_prior
 
 REPLAY_BYTES = 512 * 2**20
-"""Validation batches of a rank up to this size are kept in memory, so that each validation after the first reads nothing."""
+"""Validation batches of a rank up to this size are kept in memory, so that each validation after the first
+reads nothing."""
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     """Train on this rank's share of the cells; the same on every rank.
 
     Args:
-        loop_config: Made by `jobs.train`: `config` (plain), `task`, `streams` (part to `CellStream`), `labels`, `lineage` (plain),
-            `class_counts`, `start` (an ObjectRef of arrays to start from), `meta`, `run` (`jobs.tracking.TrackedRun`), `resume` (a
-            Checkpoint or None).
+        loop_config: Made by `jobs.train`: `config` (plain), `task`, `streams` (part to `CellStream`),
+            `labels`, `lineage` (plain),
+            `class_counts`, `start` (an ObjectRef of arrays to start from), `meta`, `run`
+            (`jobs.tracking.TrackedRun`), `resume` (a Checkpoint or None).
     """
     config = ExperimentConfig.from_dict(loop_config["config"])
     task, streams, labels = loop_config["task"], loop_config["streams"], loop_config["labels"]
@@ -55,9 +68,12 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     if not config.cluster.use_gpu:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
-    engine = _engine(config, task, streams["train"], len(labels["names"]), ray.get(loop_config["start"]), world_size)
+    engine = _engine(
+        config, task, streams["train"], len(labels["names"]), ray.get(loop_config["start"]), world_size
+    )
 
-    # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole names one itself.
+    # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole
+    # names one itself.
     checkpoint, resume = ray.train.get_checkpoint() or loop_config["resume"], None
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -66,10 +82,19 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
                 return
             load_training(folder, engine)
             resume = (Progress.from_dict(position), read_weights(Path(folder) / "model") if rank == 0 else {})
-            _say(rank, f"resumed after step {resume[0].global_step} (epoch {resume[0].epoch}, {resume[0].cells_consumed} cells into it)")
+            _say(
+                rank,
+                f"resumed after step {resume[0].global_step} (epoch {resume[0].epoch},"
+                f" {resume[0].cells_consumed} cells into it)",
+            )
 
     def write(
-        scores: dict[str, float], weights: Weights, progress: Progress, *, finished: bool, calibration: Calibration | None = None
+        scores: dict[str, float],
+        weights: Weights,
+        progress: Progress,
+        *,
+        finished: bool,
+        calibration: Calibration | None = None,
     ) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
@@ -85,7 +110,12 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
             ray.train.report(scores, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def report(metrics: dict[str, float], step: int) -> None:
-        metrics = {**metrics, "data/cells_cut": _sum_over_ranks(sum(stream.num_cut for stream in streams.values()), engine.device)}
+        metrics = {
+            **metrics,
+            "data/cells_cut": _sum_over_ranks(
+                sum(stream.num_cut for stream in streams.values()), engine.device
+            ),
+        }
         if rank == 0:
             loop_config["run"].log_metrics(metrics, step=step)
             print(_line(metrics, step, config.train.max_steps), flush=True)
@@ -100,42 +130,62 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
         save_checkpoint=lambda progress, weights, metrics: write(metrics, weights, progress, finished=False),
         resume=resume,
     )
-    scores = {**(outcome.val.scores("best_val") if outcome.val else {}), **(outcome.test.scores("test") if outcome.test else {})}
+    scores = {
+        **(outcome.val.scores("best_val") if outcome.val else {}),
+        **(outcome.test.scores("test") if outcome.test else {}),
+    }
     calibration = None
     if outcome.val_outputs is not None and len(outcome.val_outputs):
         prior_k = label_prior(np.asarray(loop_config["class_counts"]), config.train.class_weighting)
-        calibration = fit_calibration(outcome.val_outputs, Lineage.from_json(loop_config["lineage"]), prior_k=prior_k)
+        calibration = fit_calibration(
+            outcome.val_outputs, Lineage.from_json(loop_config["lineage"]), prior_k=prior_k
+        )
         scores |= calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
         if rank == 0:
             loop_config["run"].log_metrics(
-                {name: value for name, value in scores.items() if "/ece" in name or "unknown" in name}, step=config.train.max_steps
+                {name: value for name, value in scores.items() if "/ece" in name or "unknown" in name},
+                step=config.train.max_steps,
             )
             _log_reliability(loop_config["run"], calibration, outcome.val_outputs, outcome.test_outputs)
     if rank == 0 and task == "finetune":
         for folder, counts in (("val", outcome.val), ("test", outcome.test)):
             if counts is not None:
                 loop_config["run"].log_confusion(counts.confusion_kk, labels["names"], folder=folder)
-                loop_config["run"].log_table(pd.DataFrame(counts.table(labels["names"])), f"{folder}/per_class.csv")
+                loop_config["run"].log_table(
+                    pd.DataFrame(counts.table(labels["names"])), f"{folder}/per_class.csv"
+                )
     write(scores, outcome.weights, outcome.progress, finished=True, calibration=calibration)
 
 
-def calibration_scores(calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> dict[str, float]:
-    """Metrics of a calibration: `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` of known types, for `best_val` and `test`."""
+def calibration_scores(
+    calibration: Calibration, val: CellOutputs, test: CellOutputs | None
+) -> dict[str, float]:
+    """Metrics of a calibration.
+
+    `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` of known types, for `best_val` and `test`.
+    """
     scores: dict[str, float] = {}
     for part, outputs in (("best_val", val), ("test", test)):
         if outputs is None or not len(outputs):
             continue
         unknown = calibration.unknown_scores(outputs.logits_nk) > calibration.unknown_threshold
         scores |= {
-            f"{part}/ece_uncalibrated": expected_calibration_error(Calibration().probabilities(outputs.logits_nk), outputs.labels_n),
-            f"{part}/ece": expected_calibration_error(calibration.probabilities(outputs.logits_nk), outputs.labels_n),
+            f"{part}/ece_uncalibrated": expected_calibration_error(
+                Calibration().probabilities(outputs.logits_nk), outputs.labels_n
+            ),
+            f"{part}/ece": expected_calibration_error(
+                calibration.probabilities(outputs.logits_nk), outputs.labels_n
+            ),
             f"{part}/unknown_share": float(unknown.mean()),
         }
     return scores
 
 
 def _log_reliability(run: Any, calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> None:
-    """Log `calibration/reliability.csv` and `.png`: confidence against accuracy before and after, of validation and test cells."""
+    """Log `calibration/reliability.csv` and `.png`.
+
+    Confidence against accuracy before and after, of validation and test cells.
+    """
     tables = []
     for part, outputs in (("validation", val), ("test", test)):
         for state, used in (("before", Calibration()), ("after", calibration)):
@@ -159,7 +209,9 @@ def train_alone(
     start: dict[str, Any],
     report: Callable[[dict[str, float], int], None],
 ) -> Outcome:
-    """Train in this process, the only rank, and keep no checkpoints: for trainings shorter than Ray Train's start of workers.
+    """Train in this process, the only rank, and keep no checkpoints.
+
+    For trainings shorter than Ray Train's start of workers.
 
     Args:
         config: The run's settings; one worker.
@@ -173,7 +225,9 @@ def train_alone(
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
     if not torch.distributed.is_initialized():
         backend = "nccl" if config.cluster.use_gpu else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
     if not config.cluster.use_gpu:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     engine = _engine(config, task, streams["train"], len(labels["names"]), start, 1)
@@ -188,10 +242,28 @@ def train_alone(
     )
 
 
-def _engine(config: ExperimentConfig, task: Task, stream: CellStream, num_classes: int, start: dict[str, Any], world_size: int) -> Any:
-    model = ScReformer(config.model, config.tokens, num_genes=len(stream.vocabulary), num_classes=num_classes, seed=config.train.seed)
+def _engine(
+    config: ExperimentConfig,
+    task: Task,
+    stream: CellStream,
+    num_classes: int,
+    start: dict[str, Any],
+    world_size: int,
+) -> Any:
+    model = ScReformer(
+        config.model,
+        config.tokens,
+        num_genes=len(stream.vocabulary),
+        num_classes=num_classes,
+        seed=config.train.seed,
+    )
     start_from(model, start)
-    freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=config.model.linear_start_cells > 0)
+    freeze_parameters(
+        model,
+        task,
+        freeze_encoder=config.train.freeze_encoder,
+        freeze_linear=config.model.linear_start_cells > 0,
+    )
     return build_engine(config, model, world_size)
 
 
@@ -247,5 +319,9 @@ def _say(rank: int, text: str) -> None:
 
 
 def _line(metrics: dict[str, float], step: int, max_steps: int) -> str:
-    shown = {name: value for name, value in metrics.items() if name not in ("train/epoch", "data/wait_s", "data/cells_cut")}
+    shown = {
+        name: value
+        for name, value in metrics.items()
+        if name not in ("train/epoch", "data/wait_s", "data/cells_cut")
+    }
     return f"step {step}/{max_steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

@@ -1,4 +1,5 @@
-"""One Ray for all tests of this folder, so that not each module pays for its start and its workers' imports."""
+"""One Ray for all tests of this folder, so that not each module pays for its start and its workers'
+imports."""
 
 import sys
 from pathlib import Path

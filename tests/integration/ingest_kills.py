@@ -1,7 +1,7 @@
 """Kill an ingest at each of its storage operations, and see that the next one puts everything right.
 
-Run by `test_ingest_kill.py` in a fresh process: it forks, and TileDB must not have been used before a fork. Every `stride`-th operation is
-tried. Prints one line of JSON: the operations tried, and what was wrong.
+Run by `test_ingest_kill.py` in a fresh process: it forks, and TileDB must not have been used before a fork.
+Every `stride`-th operation is tried. Prints one line of JSON: the operations tried, and what was wrong.
 """
 
 import json
@@ -50,13 +50,20 @@ def kill_at(operation: int) -> None:
 
         return call
 
-    for kind in (tiledbsoma.Collection, tiledbsoma.Experiment, tiledbsoma.Measurement, tiledbsoma.DataFrame, tiledbsoma.SparseNDArray):
+    for kind in (
+        tiledbsoma.Collection,
+        tiledbsoma.Experiment,
+        tiledbsoma.Measurement,
+        tiledbsoma.DataFrame,
+        tiledbsoma.SparseNDArray,
+    ):
         for name in ("open", "create"):
             setattr(kind, name, counted(getattr(kind, name)))
 
 
 def check(folder: Path, files: list[Path], base: list[Path], operation: int, other: list[Path]) -> str:
-    """Ingest `files` over `base`, killed; then `other`, if any, and `files` again. Returns `finished`, `right`, or what is wrong."""
+    """Ingest `files` over `base`, killed; then `other`, if any, and `files` again. Returns `finished`,
+    `right`, or what is wrong."""
     atlas = folder / f"killed_{operation}"
     if base:
         shutil.copytree(folder / "before", atlas)
@@ -75,8 +82,15 @@ def check(folder: Path, files: list[Path], base: list[Path], operation: int, oth
         before, whole = (json.loads((folder / f"{name}.json").read_text()) for name in ("before", "whole"))
         cells = []
         if schema.find_atlas(str(atlas), schema.soma_context()):
-            cells = [list(cell) for cell in atlas_content(str(atlas))[schema.OBS][["dataset_id", "obs_id"]].itertuples(index=False)]
-        assert cells in (before, whole), f"{len(cells)} cells visible after the kill, not {len(before)} or {len(whole)}"
+            cells = [
+                list(cell)
+                for cell in atlas_content(str(atlas))[schema.OBS][["dataset_id", "obs_id"]].itertuples(
+                    index=False
+                )
+            ]
+        assert cells in (before, whole), (
+            f"{len(cells)} cells visible after the kill, not {len(before)} or {len(whole)}"
+        )
         if other:
             ingest(other, str(atlas), OPTIONS)
         ingest(files, str(atlas), OPTIONS)
@@ -86,16 +100,22 @@ def check(folder: Path, files: list[Path], base: list[Path], operation: int, oth
             return
         for place in (schema.VAR, schema.SUMMARY):
             columns = [column for column in found[place] if column != "soma_joinid"]
-            a, b = (content[place][columns].sort_values(columns[0]).reset_index(drop=True) for content in (found, expected))
+            a, b = (
+                content[place][columns].sort_values(columns[0]).reset_index(drop=True)
+                for content in (found, expected)
+            )
             assert a.equals(b), f"{place} differs"
         a, b = (counts_by_name(content) for content in (found, expected))
         assert a == b, "counts differ"
 
     status = in_child(compare)
     if status < 0:
-        # The process crashed in native code (seen once, in malloc, on a machine at load 15), which says nothing of the atlas but that one
-        # more ingest was killed: what holds after a kill must hold now.
-        print(f"operation {operation}: the comparing process died of signal {-status}; once more", file=sys.stderr)
+        # The process crashed in native code (seen once, in malloc, on a machine at load 15), which says
+        # nothing of the atlas but that one more ingest was killed: what holds after a kill must hold now.
+        print(
+            f"operation {operation}: the comparing process died of signal {-status}; once more",
+            file=sys.stderr,
+        )
         status = in_child(compare)
     return "right" if status == 0 else f"operation {operation}: see above"
 
@@ -110,15 +130,23 @@ def counts_by_name(content) -> dict[tuple[str, str, str], float]:
 
 def main() -> None:
     folder, stride, start = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    base, files, other = ([folder / name for name in argument.split(",") if name] for argument in sys.argv[4:7])
+    base, files, other = (
+        [folder / name for name in argument.split(",") if name] for argument in sys.argv[4:7]
+    )
 
     def prepare() -> None:
         for name, steps in (("before", [base]), ("whole", [base, files])):
             for step in steps:
                 if step:
                     ingest(step, str(folder / name), OPTIONS)
-            cells = atlas_content(str(folder / name))[schema.OBS][["dataset_id", "obs_id"]] if any(steps) else None
-            (folder / f"{name}.json").write_text(json.dumps([] if cells is None else cells.to_numpy().tolist()))
+            cells = (
+                atlas_content(str(folder / name))[schema.OBS][["dataset_id", "obs_id"]]
+                if any(steps)
+                else None
+            )
+            (folder / f"{name}.json").write_text(
+                json.dumps([] if cells is None else cells.to_numpy().tolist())
+            )
 
     assert in_child(prepare) == 0
     tried, wrong = [], []

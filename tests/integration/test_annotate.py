@@ -39,13 +39,18 @@ def predictor(model_dir: Path) -> Predictor:
 
 
 def _cells(num_cells: int = 60, *, seed: int = 0) -> anndata.AnnData:
-    """Raw counts over the model's genes, five unknown ones among them, with everything else that such a file may hold."""
+    """Raw counts over the model's genes, five unknown ones among them, with everything else that such a file
+    may hold."""
     rng = np.random.default_rng(seed)
     ids, names = tiny_vocabulary().feature_ids, tiny_vocabulary().feature_names
     unknown = [f"ENSG{i:011d}" for i in range(900, 905)]
     order = rng.permutation(45)
-    var = pd.DataFrame({"feature_id": [*ids, *unknown]}, index=[*names, *(f"NEW{i}" for i in range(5))]).iloc[order]
-    counts = rng.poisson(2.0, size=(num_cells, 45)) * (rng.random((num_cells, 45)) < rng.random((num_cells, 1)))
+    var = pd.DataFrame({"feature_id": [*ids, *unknown]}, index=[*names, *(f"NEW{i}" for i in range(5))]).iloc[
+        order
+    ]
+    counts = rng.poisson(2.0, size=(num_cells, 45)) * (
+        rng.random((num_cells, 45)) < rng.random((num_cells, 1))
+    )
     obs = pd.DataFrame(
         {"donor_id": pd.Categorical(rng.choice(["a", "b"], num_cells)), "depth": rng.random(num_cells)},
         index=[f"cell{i}" for i in range(num_cells)],
@@ -80,11 +85,23 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
     source, target = tmp_path / "in.h5ad", tmp_path / "made" / "out.h5ad"
     _cells().write_h5ad(source)
     before = hashlib.sha256(source.read_bytes()).hexdigest()
-    command = ["--model", "models:/blood@candidate", "--h5ad", str(source), "--out", str(target), "--tracking-uri", tracking.uri]
+    command = [
+        "--model",
+        "models:/blood@candidate",
+        "--h5ad",
+        str(source),
+        "--out",
+        str(target),
+        "--tracking-uri",
+        tracking.uri,
+    ]
     assert main([*command, "--probabilities", "--embedding"]) == 0
     printed = capsys.readouterr().out
     assert "model models:/blood/1: 4 labels, 40 genes" in printed
-    assert "60 cells in" in printed and "40 of the model's 40 genes found (40 by id, 0 by name), 100.0%" in printed
+    assert (
+        "60 cells in" in printed
+        and "40 of the model's 40 genes found (40 by id, 0 by name), 100.0%" in printed
+    )
     assert hashlib.sha256(source.read_bytes()).hexdigest() == before
     assert [path.name for path in target.parent.iterdir()] == ["out.h5ad"]
 
@@ -100,13 +117,22 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
         np.testing.assert_array_equal(getattr(made.layers["half"], part), getattr(given.layers["half"], part))
     assert made.uns["source"] == {"lab": "ours"}
     provenance = made.uns["screformer"]
-    assert provenance["model"] == "models:/blood/1" and provenance["genes_found"] == 40 and provenance["counts"] == "X"
+    assert (
+        provenance["model"] == "models:/blood/1"
+        and provenance["genes_found"] == 40
+        and provenance["counts"] == "X"
+    )
     assert provenance["labels"].tolist() == LABELS["names"]
     np.testing.assert_array_equal(made.obsm["X_pca"], given.obsm["X_pca"])
     np.testing.assert_allclose(made.obsm["screformer_probabilities"].max(axis=1), made.obs["conf_score"])
     assert made.obsm["X_screformer"].shape == (60, 16)
     shares = made.obs["predicted_labels"].value_counts(normalize=True)
-    assert all(f"{shares[label]:.1%}" in line for label in LABELS["names"] for line in printed.splitlines() if label in line)
+    assert all(
+        f"{shares[label]:.1%}" in line
+        for label in LABELS["names"]
+        for line in printed.splitlines()
+        if label in line
+    )
     made.write_h5ad(tmp_path / "again.h5ad")
 
 
@@ -158,7 +184,14 @@ def test_counts_in_a_layer_or_in_raw(predictor: Predictor, tmp_path: Path) -> No
     annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", raw=True)
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
     seven = _expected(predictor, anndata.read_h5ad(tmp_path / "in.h5ad").raw.to_adata()[:, adata.var_names])
-    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "layer.h5ad", model="model", layer="counts", min_gene_overlap=0.01)
+    done = annotate(
+        predictor,
+        tmp_path / "in.h5ad",
+        tmp_path / "layer.h5ad",
+        model="model",
+        layer="counts",
+        min_gene_overlap=0.01,
+    )
     assert done.genes.num_found < 8
     _check(anndata.read_h5ad(tmp_path / "layer.h5ad").obs, seven)
 
@@ -174,19 +207,27 @@ def test_columns_of_the_input_are_kept(predictor: Predictor, tmp_path: Path) -> 
     assert done.moved == ("conf_score", "cell_type_ontology_term_id")
     assert "obs['conf_score'] of the input is kept as 'conf_score_original'" in str(done)
     once = anndata.read_h5ad(tmp_path / "once.h5ad").obs
-    again = annotate(predictor, tmp_path / "once.h5ad", tmp_path / "twice.h5ad", model="models:/blood/2", embedding=True)
+    again = annotate(
+        predictor, tmp_path / "once.h5ad", tmp_path / "twice.h5ad", model="models:/blood/2", embedding=True
+    )
     assert again.moved == ()
-    annotate(predictor, tmp_path / "twice.h5ad", tmp_path / "thrice.h5ad", model="models:/blood/3", embedding=True)
+    annotate(
+        predictor, tmp_path / "twice.h5ad", tmp_path / "thrice.h5ad", model="models:/blood/3", embedding=True
+    )
     twice = anndata.read_h5ad(tmp_path / "thrice.h5ad")
     assert twice.uns["screformer"]["model"] == "models:/blood/3"
     for obs in (once, twice.obs):
         assert obs["cell_type_ontology_term_id_original"].tolist() == theirs
         assert (obs["conf_score_original"] == 0.25).all()
-        assert sorted(obs.columns) == sorted(["donor_id", "depth", "conf_score_original", "cell_type_ontology_term_id_original", *COLUMNS])
+        assert sorted(obs.columns) == sorted(
+            ["donor_id", "depth", "conf_score_original", "cell_type_ontology_term_id_original", *COLUMNS]
+        )
         _check(obs, expected)
     adata.obs["conf_score_original"] = 1.0
     adata.write_h5ad(tmp_path / "full.h5ad")
-    with pytest.raises(ValueError, match="obs has 'conf_score' and 'conf_score_original' already; rename or drop one"):
+    with pytest.raises(
+        ValueError, match="obs has 'conf_score' and 'conf_score_original' already; rename or drop one"
+    ):
         annotate(predictor, tmp_path / "full.h5ad", tmp_path / "out.h5ad", model="model")
 
 
@@ -199,7 +240,9 @@ def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: 
     done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
     assert done.num_empty == 3 and "3 cells have no count in any gene that the model knows" in str(done)
     assert done.table["cells"].sum() == 20
-    counted = anndata.read_h5ad(tmp_path / "out.h5ad").obs.groupby("predicted_labels", observed=True)["conf_score"]
+    counted = anndata.read_h5ad(tmp_path / "out.h5ad").obs.groupby("predicted_labels", observed=True)[
+        "conf_score"
+    ]
     table = done.table.set_index("label")
     assert table["cells"].to_dict() == counted.size().to_dict()
     assert table["mean_confidence"].to_dict() == pytest.approx(counted.mean().to_dict(), rel=1e-5)
@@ -225,16 +268,26 @@ def test_bad_requests_stop_with_what_to_do(
         return capsys.readouterr().err
 
     out = str(tmp_path / "out.h5ad")
-    assert "mouse.h5ad (X): too few genes: 0 of the model's 40 genes found" in message("--h5ad", str(tmp_path / "mouse.h5ad"), "--out", out)
-    assert "at least 99.0%" in message("--h5ad", str(_cut_genes(adata, tmp_path)), "--out", out, "--min-gene-overlap", "0.99")
+    assert "mouse.h5ad (X): too few genes: 0 of the model's 40 genes found" in message(
+        "--h5ad", str(tmp_path / "mouse.h5ad"), "--out", out
+    )
+    assert "at least 99.0%" in message(
+        "--h5ad", str(_cut_genes(adata, tmp_path)), "--out", out, "--min-gene-overlap", "0.99"
+    )
     assert "is negative" in message("--h5ad", str(tmp_path / "scaled.h5ad"), "--out", out)
     assert "cut.h5ad is" in message("--h5ad", str(tmp_path / "cut.h5ad"), "--out", out)
     assert "does not exist" in message("--h5ad", str(tmp_path / "none.h5ad"), "--out", out)
     assert "has no layer 'counts'" in message("--h5ad", str(good), "--out", out, "--layer", "counts")
     assert "is the input itself" in message("--h5ad", str(good), "--out", str(good))
-    assert "exists already; name another file or add --overwrite" in message("--h5ad", str(good), "--out", str(tmp_path / "mouse.h5ad"))
-    assert "is one file, but there are 2 inputs; name a folder" in message("--h5ad", str(good), str(tmp_path / "mouse.h5ad"), "--out", out)
-    assert "two inputs are called good.h5ad" in message("--h5ad", str(good), str(good), "--out", str(tmp_path / "folder"))
+    assert "exists already; name another file or add --overwrite" in message(
+        "--h5ad", str(good), "--out", str(tmp_path / "mouse.h5ad")
+    )
+    assert "is one file, but there are 2 inputs; name a folder" in message(
+        "--h5ad", str(good), str(tmp_path / "mouse.h5ad"), "--out", out
+    )
+    assert "two inputs are called good.h5ad" in message(
+        "--h5ad", str(good), str(good), "--out", str(tmp_path / "folder")
+    )
     assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 1
     assert "is no directory with weights.safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.h5ad*"))
@@ -249,14 +302,28 @@ def test_several_files_go_to_a_folder(model_dir: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         _cells(seed=seed).write_h5ad(tmp_path / f"{seed}.h5ad")
     assert (
-        main(["--model", str(model_dir), "--h5ad", str(tmp_path / "1.h5ad"), str(tmp_path / "2.h5ad"), "--out", str(tmp_path / "done")])
+        main(
+            [
+                "--model",
+                str(model_dir),
+                "--h5ad",
+                str(tmp_path / "1.h5ad"),
+                str(tmp_path / "2.h5ad"),
+                "--out",
+                str(tmp_path / "done"),
+            ]
+        )
         == 0
     )
     assert sorted(path.name for path in (tmp_path / "done").iterdir()) == ["1.h5ad", "2.h5ad"]
 
 
 def test_parquet_is_the_same_table_and_is_resumed(
-    model_dir: Path, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_dir: Path,
+    predictor: Predictor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     adata = _cells()
     adata.write_h5ad(tmp_path / "in.h5ad")
@@ -309,8 +376,11 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
     source = H5adCells.open(predictor, tmp_path / "in.h5ad", min_gene_overlap=0.1)
 
     def interrupted(model: str) -> None:
-        """What a killed run leaves: two of three shards, one of them marked, so that it is seen whether it is used."""
-        first, second, _ = sorted(label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet"))
+        """What a killed run leaves: two of three shards, one of them marked, so that it is seen whether it is
+        used."""
+        first, second, _ = sorted(
+            label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet")
+        )
         pd.read_parquet(first).assign(conf_score=np.float32(0.125)).to_parquet(first, index=False)
         second.unlink()
 
@@ -332,7 +402,11 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
 
 
 def test_an_atlas_query_is_labelled_and_written_back(
-    ray_local: None, small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ray_local: None,
+    small_atlas: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
     shutil.copytree(small_atlas, tmp_path / "atlas")
@@ -341,19 +415,35 @@ def test_an_atlas_query_is_labelled_and_written_back(
         var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
         before = experiment.obs.read().concat().to_pandas()
     chosen = before["donor_id"].astype(str) == before["donor_id"].astype(str)[0]
-    write_tiny_model(tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist()))
-    command = ["--model", str(tmp_path / "model"), "--atlas", atlas, "--obs-filter", f"donor_id == '{before['donor_id'][0]}'"]
+    write_tiny_model(
+        tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist())
+    )
+    command = [
+        "--model",
+        str(tmp_path / "model"),
+        "--atlas",
+        atlas,
+        "--obs-filter",
+        f"donor_id == '{before['donor_id'][0]}'",
+    ]
     command += ["--out", str(tmp_path / "out.parquet"), "--write-obs"]
     assert main(command) == 0, capsys.readouterr().err
     made = pd.read_parquet(tmp_path / "out.parquet")
-    assert made["cell"].astype(int).tolist() == before["soma_joinid"][chosen].tolist() and len(made) == chosen.sum()
+    assert (
+        made["cell"].astype(int).tolist() == before["soma_joinid"][chosen].tolist()
+        and len(made) == chosen.sum()
+    )
     with AtlasLocator(atlas).open() as experiment:
         after = experiment.obs.read().concat().to_pandas()
     assert after["screformer_predicted_labels"][chosen].tolist() == made["predicted_labels"].tolist()
     np.testing.assert_allclose(after["screformer_conf_score"][chosen], made["conf_score"])
-    assert (after["screformer_predicted_labels"][~chosen] == "").all() and after["screformer_conf_score"][~chosen].isna().all()
+    assert (after["screformer_predicted_labels"][~chosen] == "").all() and after["screformer_conf_score"][
+        ~chosen
+    ].isna().all()
     for column in before:
-        assert after[column].astype(str).tolist() == before[column].astype(str).tolist(), f"{column} stays as it is"
+        assert after[column].astype(str).tolist() == before[column].astype(str).tolist(), (
+            f"{column} stays as it is"
+        )
 
     first, second, *_ = sorted((tmp_path / "out.parquet").glob("0*.parquet"))
     second.unlink()
@@ -367,15 +457,30 @@ def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp
     adata, model_dir = _cells(), calibrated_tiny_model(tmp_path / "model")
     calibrated = Predictor.load(model_dir, device="cpu")
     adata.write_h5ad(tmp_path / "in.h5ad")
-    annotate(calibrated, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", drop_absent=True, probabilities=True)
+    annotate(
+        calibrated,
+        tmp_path / "in.h5ad",
+        tmp_path / "out.h5ad",
+        model="model",
+        drop_absent=True,
+        probabilities=True,
+    )
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
     expected = present_labels(written.obsm["screformer_probabilities"], calibrated.calibration.prior_k)
     found = written.obs["present_label"].astype(str).tolist()
     assert found == [LABELS["names"][code] for code in expected] and len(set(found)) > 1
     _check(written.obs, _expected(calibrated, adata))  # the other columns are those of each cell for itself
     adata.var.index = adata.var["feature_id"]
-    assert screformer.annotate(adata, model=model_dir, drop_absent=True).obs["present_label"].astype(str).tolist() == found
-    with pytest.raises(ValueError, match="--drop-absent needs a model that knows its labels' shares in training"):
+    assert (
+        screformer.annotate(adata, model=model_dir, drop_absent=True)
+        .obs["present_label"]
+        .astype(str)
+        .tolist()
+        == found
+    )
+    with pytest.raises(
+        ValueError, match="--drop-absent needs a model that knows its labels' shares in training"
+    ):
         annotate(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", drop_absent=True)
 
 
@@ -394,7 +499,9 @@ def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tm
     assert voted.iloc[-1] == best[-1], "a cell without cluster keeps its label"
     annotate(predictor, tmp_path / "out.h5ad", tmp_path / "again.h5ad", model="model", majority_vote="leiden")
     with pytest.raises(ValueError, match="--majority-vote louvain: obs has no such column"):
-        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", majority_vote="louvain")
+        annotate(
+            predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", majority_vote="louvain"
+        )
 
     adata.var.index = adata.var["feature_id"]
     labelled = screformer.annotate(adata, model=model_dir, majority_vote="leiden")
@@ -416,7 +523,10 @@ def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: P
     assert (done.num_cells, done.genes.num_by_id, done.genes.num_by_name) == (1_482, 3_000, 0)
     assert done.table["cells"].sum() == 1_482
     made = anndata.read_h5ad(target)
-    assert made.obs["conf_score"].between(0.25, 1).all() and made.obs["predicted_labels"].isin(LABELS["names"]).all()
+    assert (
+        made.obs["conf_score"].between(0.25, 1).all()
+        and made.obs["predicted_labels"].isin(LABELS["names"]).all()
+    )
 
     def compare(name: str, element: h5py.Group | h5py.Dataset) -> None:
         if isinstance(element, h5py.Dataset):
@@ -437,25 +547,37 @@ def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> Non
         "predictor = Predictor.load(sys.argv[1], device='cpu')\n"
         "done = annotate(predictor, sys.argv[2], sys.argv[3], model='model', probabilities=True)\n"
         # Not getrusage: its peak includes what the parent process held when it started this one.
-        "print(done.num_cells, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024)\n"
+        "print(done.num_cells, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) /"
+        " 1024)\n"
     )
     peaks_mib = []
     for num_cells in (2_000, 20_000):
         _write_wide(tmp_path / f"{num_cells}.h5ad", num_cells)
-        command = [sys.executable, "-c", code, str(model_dir), str(tmp_path / f"{num_cells}.h5ad"), str(tmp_path / f"{num_cells}.out.h5ad")]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            str(model_dir),
+            str(tmp_path / f"{num_cells}.h5ad"),
+            str(tmp_path / f"{num_cells}.out.h5ad"),
+        ]
         done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=300)
         labelled, peak = done.stdout.split()
         assert int(labelled) == num_cells
         peaks_mib.append(float(peak))
-    assert peaks_mib[1] - peaks_mib[0] < 40, f"peaks of {peaks_mib} MiB for 2,000 and 20,000 cells, whose counts take 128 MB"
+    assert peaks_mib[1] - peaks_mib[0] < 40, (
+        f"peaks of {peaks_mib} MiB for 2,000 and 20,000 cells, whose counts take 128 MB"
+    )
 
 
 def _write_wide(path: Path, num_cells: int) -> None:
-    """800 detected genes of 3,200 in each cell: 6.4 KB each as float32 and int32, 128 MB in 20,000 cells. The model knows 40 of them."""
+    """800 detected genes of 3,200 in each cell: 6.4 KB each as float32 and int32, 128 MB in 20,000 cells. The
+    model knows 40 of them."""
     per_cell, num_genes = 800, 3_200
     indices = (np.arange(per_cell) * 4 + np.arange(num_cells)[:, None] % 4).astype(np.int32).ravel()
     matrix = sparse.csr_matrix(
-        (np.ones(len(indices), np.float32), indices, np.arange(num_cells + 1) * per_cell), shape=(num_cells, num_genes)
+        (np.ones(len(indices), np.float32), indices, np.arange(num_cells + 1) * per_cell),
+        shape=(num_cells, num_genes),
     )
     ids = [*tiny_vocabulary().feature_ids, *(f"ENSG{i:011d}" for i in range(1000, 1000 + num_genes - 40))]
     names = [f"cell{i}" for i in range(num_cells)]

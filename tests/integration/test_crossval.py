@@ -1,4 +1,5 @@
-"""Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with models of seconds."""
+"""Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with models of
+seconds."""
 
 import contextlib
 import json
@@ -44,19 +45,33 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def settings(small_atlas: str) -> list[str]:
     return [
-        f"atlas.uri={small_atlas}", "crossval.num_folds=2", "crossval.pretrain_steps=2", "labels.min_cells=2", "train.max_steps=4",
+        f"atlas.uri={small_atlas}",
+        "crossval.num_folds=2",
+        "crossval.pretrain_steps=2",
+        "labels.min_cells=2",
+        "train.max_steps=4",
         "cluster.cpus_per_worker=0.5",
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
-def killed(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
-    """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of the first fold's files."""
+def killed(
+    settings: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
+    """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of
+    the first fold's files."""
     folder = tmp_path_factory.mktemp("crossval")
     words = command(
-        "jobs.crossval", "--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]", "crossval.register=true"
+        "jobs.crossval",
+        "--config",
+        str(SMOKE),
+        *settings,
+        f"crossval.baselines=[{', '.join(QUICK)}]",
+        "crossval.register=true",
     )
-    job = subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert job.stdout is not None
     run_dir, deadline = Path(), time.monotonic() + 500
     for line in job.stdout:
@@ -86,7 +101,10 @@ def test_a_killed_cross_validation_goes_on_without_repeating_folds(killed: Any) 
     assert [result.fold for result in results_of(trial, 2)] == [0, 1]
     folds = pq.read_table(run_dir / "folds.parquet").to_pandas().set_index("joinid")["fold"]
     for fold in range(2):
-        tested = [pq.read_table(folder / f"fold-{fold}.parquet") for folder in (trial, *(run_dir / "baselines").iterdir())]
+        tested = [
+            pq.read_table(folder / f"fold-{fold}.parquet")
+            for folder in (trial, *(run_dir / "baselines").iterdir())
+        ]
         for table in tested:
             assert (folds[table["joinid"].to_numpy()] == fold).all()
             np.testing.assert_array_equal(table["joinid"].to_numpy(), tested[0]["joinid"].to_numpy())
@@ -106,7 +124,13 @@ def test_the_report_says_how_ours_compares(killed: Any) -> None:
     ours, theirs = (tree["methods"][name]["metrics"]["macro_f1"]["values"] for name in (OURS, "logistic_l2"))
     assert difference["mean"] == pytest.approx(np.mean(np.subtract(ours, theirs)))
     markdown, html = (run_dir / "report.md").read_text(), (run_dir / "report.html").read_text()
-    for text in ("logistic regression, L2", "95 % interval", "Confusion of scReformer-BERT", "Reliability", "F1 of each type"):
+    for text in (
+        "logistic regression, L2",
+        "95 % interval",
+        "Confusion of scReformer-BERT",
+        "Reliability",
+        "F1 of each type",
+    ):
         assert text in markdown and text in html, text
     assert tree["methods"][OURS]["parameters"] > 0 and tree["methods"][OURS]["peak_memory_gb"] > 0
 
@@ -118,33 +142,51 @@ def test_runs_nest_and_keep_the_report(killed: Any) -> None:
     uri = os.environ["MLFLOW_TRACKING_URI"]
     client = MlflowClient(uri, registry_uri=uri)
     run = client.get_run(result["run_id"])
-    assert run.info.status == "FINISHED" and run.data.metrics["cv/macro_f1"] == pytest.approx(result["scores"]["macro_f1"])
+    assert run.info.status == "FINISHED" and run.data.metrics["cv/macro_f1"] == pytest.approx(
+        result["scores"]["macro_f1"]
+    )
     kept = {entry.path for entry in client.list_artifacts(result["run_id"])}
     assert {"folds.parquet", "report.md", "report.html", "report.json", "report_files"} <= kept
     children = client.search_runs([run.info.experiment_id], f"tags.mlflow.parentRunId = '{result['run_id']}'")
-    assert {child.data.tags["fold"] for child in children if child.info.status == "FINISHED"} == {"0", "1", "all"}
+    assert {child.data.tags["fold"] for child in children if child.info.status == "FINISHED"} == {
+        "0",
+        "1",
+        "all",
+    }
 
 
 def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
     _, result, _, _ = killed
     model_dir = resolve_model(f"models:/screformer/{result['model_version']}")
     meta = load_model(model_dir).meta
-    assert meta["folds"]["run_id"] == result["run_id"] and meta["folds"]["kind"] == "donor" and len(meta["folds"]["names"]) == 2
+    assert (
+        meta["folds"]["run_id"] == result["run_id"]
+        and meta["folds"]["kind"] == "donor"
+        and len(meta["folds"]["names"]) == 2
+    )
     assert np.mean(meta["folds"]["metrics"]["macro_f1"]) == pytest.approx(result["scores"]["macro_f1"])
     assert meta["split"]["cells"]["test"] == 0
     assert "2 donor folds" in model_card(model_dir, name="screformer", run_id=result["run_id"])
 
 
 @pytest.fixture(scope="module")
-def prepared(settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, Path]:
+def prepared(
+    settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StudyConfig, Path]:
     """A configuration for studies in this process, and where they go."""
-    config = StudyConfig.from_file(SMOKE).merge(settings).merge({"crossval.baselines": [], "crossval.pretrain": "none"})
+    config = (
+        StudyConfig.from_file(SMOKE)
+        .merge(settings)
+        .merge({"crossval.baselines": [], "crossval.pretrain": "none"})
+    )
     return config, tmp_path_factory.mktemp("studies")
 
 
 def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any, killed: Any) -> None:
     config, folder = prepared
-    study = open_study(config.merge({"crossval.num_folds": 5}), run_dir=folder / "same", folds_from=killed[1]["run_id"])
+    study = open_study(
+        config.merge({"crossval.num_folds": 5}), run_dir=folder / "same", folds_from=killed[1]["run_id"]
+    )
     assert len(study.folds) == 2
     settings = {"crossval.pretrain": "fold", "train.seed": 0}
     first = run_fold(study, settings, 1)
@@ -159,17 +201,29 @@ def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any
 
 def test_a_finished_study_registers_nothing_twice(prepared: Any, killed: Any) -> None:
     run_dir, result, _, _ = killed
-    study = open_study(StudyConfig.from_dict(read_study(str(run_dir))["config"]), run_dir=run_dir, resume=True)
-    assert register_final(study, {}, {}) == result["model_version"], "the version that is there, not another one"
+    study = open_study(
+        StudyConfig.from_dict(read_study(str(run_dir))["config"]), run_dir=run_dir, resume=True
+    )
+    assert register_final(study, {}, {}) == result["model_version"], (
+        "the version that is there, not another one"
+    )
 
 
 def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
-    """ASHA stops the configuration that learns nothing after its first fold; the process that trains its second must not stay."""
+    """ASHA stops the configuration that learns nothing after its first fold; the process that trains its
+    second must not stay."""
     import ray
     from ray import tune
 
     config, folder = prepared
-    config = config.merge({"search.scheduler": "asha", "model.linear_skip": False, "train.max_steps": 16, "train.eval_every_steps": 16})
+    config = config.merge(
+        {
+            "search.scheduler": "asha",
+            "model.linear_skip": False,
+            "train.max_steps": 16,
+            "train.eval_every_steps": 16,
+        }
+    )
     study = open_study(config, run_dir=folder / "asha")
     before = ray.available_resources()["CPU"]
     tried = run_trials(study, {"train.lr": tune.grid_search([1e-2, 1e-9])})
@@ -189,7 +243,9 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
     assert num_cpus(config) == pytest.approx(2 * (0.01 + 2) + 0.5 + 1)
     check_study_layout(config, [node(4), node(2)])
     with pytest.raises(
-        ValueError, match=r"concurrent_trials=2 x .* \+ one read task of 0.5 \+ 1 for a baseline = 5.52 CPUs, but Ray has 4"
+        ValueError,
+        match=r"concurrent_trials=2 x .* \+ one read task of 0.5 \+ 1 for a baseline = 5.52 CPUs,"
+        r" but Ray has 4",
     ):
         check_study_layout(config, [node(4)])
     with pytest.raises(ValueError, match="need 4 GPUs, but Ray has 2"):
@@ -206,30 +262,53 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
         (["--resume", "nowhere"], "give nothing beside it"),
     ],
 )
-def test_bad_input_is_said_in_one_line(settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_said_in_one_line(
+    settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_dry_run_says_what_will_happen(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_dry_run_says_what_will_happen(
+    settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--config", str(SMOKE), *settings, "--split", "dataset", "--dry-run"]
     assert crossval.main(words) == 0
     printed = capsys.readouterr().out
-    assert "split: dataset" in printed and "name: sim_blood_panel" in printed and re.search(r"ours: \d", printed)
+    assert (
+        "split: dataset" in printed and "name: sim_blood_panel" in printed and re.search(r"ours: \d", printed)
+    )
     recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
-    assert ablate.main(["--config", str(recipe), *settings, "--axes", "attention", "pooling", "--dry-run"]) == 0
+    assert (
+        ablate.main(["--config", str(recipe), *settings, "--axes", "attention", "pooling", "--dry-run"]) == 0
+    )
     printed = capsys.readouterr().out
-    assert "- model.attention=none" in printed and "- model.pooling=cls" in printed and "- model.dim=64" not in printed
+    assert (
+        "- model.attention=none" in printed
+        and "- model.pooling=cls" in printed
+        and "- model.dim=64" not in printed
+    )
     assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 1
     assert "there is no axis 'atention'; there is attention" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_subset_of_the_ablation_runs(
+    prepared: Any, settings: list[str], monkeypatch: Any, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe, fine = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml", "labels.column=cell_type crossval.pretrain=none"
-    small = {"model.dim": 16, "model.depth": 1, "tokens.max_genes": 64, "train.max_steps": 3, "train.micro_batch_size": 16}
+    recipe, fine = (
+        REPO_ROOT / "jobs" / "recipes" / "ablation.yaml",
+        "labels.column=cell_type crossval.pretrain=none",
+    )
+    small = {
+        "model.dim": 16,
+        "model.depth": 1,
+        "tokens.max_genes": 64,
+        "train.max_steps": 3,
+        "train.micro_batch_size": 16,
+    }
     few = {
         "crossval.num_folds": 2,
         "crossval.max_cells": 300,
@@ -242,7 +321,9 @@ def test_a_subset_of_the_ablation_runs(prepared: Any, settings: list[str], monke
     tree = json.loads((Path(result["run_dir"]) / "report.json").read_text())
     _, without, fine_row = tree["variants"]
     assert not without["identical"] and without["difference"]["folds"] == 2
-    assert fine_row["difference"] is None and fine_row["mean"] != tree["variants"][0]["mean"], "labels of its own: nothing to pair"
+    assert fine_row["difference"] is None and fine_row["mean"] != tree["variants"][0]["mean"], (
+        "labels of its own: nothing to pair"
+    )
     assert all(row["seconds_per_1000_cells"] > 0 and row["parameters"] > 0 for row in tree["variants"])
     assert tree["exact"]["ff_chunks_bit_equal"] and tree["exact"]["reversible_gradient_error"] < 1e-5
 

@@ -1,8 +1,9 @@
-"""The duplication task of the Reformer paper, for attention that sees both sides: read a hidden symbol from the other half.
+"""The duplication task of the Reformer paper, for attention that sees both sides: read a hidden symbol from
+the other half.
 
-A sequence is a random word twice. Some places of the word are hidden in the second half, and the network has to name the symbol there. Only
-attention to the same place of the first half tells; without it, guessing gives one in `SYMBOLS`. Run as a program, it trains the library's
-network by the same recipe too and prints a table.
+A sequence is a random word twice. Some places of the word are hidden in the second half, and the network has
+to name the symbol there. Only attention to the same place of the first half tells; without it, guessing gives
+one in `SYMBOLS`. Run as a program, it trains the library's network by the same recipe too and prints a table.
 """
 
 import argparse
@@ -28,7 +29,11 @@ class Copier(nn.Module):
         super().__init__()
         dim = CONFIG.dim
         self.kind = kind
-        self.symbol, self.place, self.side = nn.Embedding(SYMBOLS + 1, dim), nn.Embedding(HALF, dim), nn.Embedding(2, dim)
+        self.symbol, self.place, self.side = (
+            nn.Embedding(SYMBOLS + 1, dim),
+            nn.Embedding(HALF, dim),
+            nn.Embedding(2, dim),
+        )
         self.encoder: nn.Module = ReversibleEncoder(CONFIG) if kind == "ours" else library_encoder()
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, SYMBOLS))
 
@@ -51,7 +56,15 @@ def library_encoder() -> nn.Module:
     from reformer_pytorch import Reformer
 
     size = CONFIG.bucket_size
-    return Reformer(CONFIG.dim, CONFIG.depth, heads=CONFIG.heads, bucket_size=size, n_hashes=CONFIG.n_hashes, ff_chunks=1, attn_chunks=1)
+    return Reformer(
+        CONFIG.dim,
+        CONFIG.depth,
+        heads=CONFIG.heads,
+        bucket_size=size,
+        n_hashes=CONFIG.n_hashes,
+        ff_chunks=1,
+        attn_chunks=1,
+    )
 
 
 def draw(generator: torch.Generator, cells: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +105,9 @@ def test_the_task_is_learned_and_more_rounds_at_evaluation_do_not_hurt() -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train both networks and print their accuracy by hash rounds at evaluation.")
+    parser = argparse.ArgumentParser(
+        description="Train both networks and print their accuracy by hash rounds at evaluation."
+    )
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()

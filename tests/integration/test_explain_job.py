@@ -17,9 +17,11 @@ from jobs.explaining.shards import load_explanations
 from screformer.checkpoint import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-PICTURES = {f"{kind}_{stem}.png" for kind in ("bar", "beeswarm") for stem in ("B_cell", "T_cell", "monocyte", "mystery_cell")} | {
-    "heat.png"
-}
+PICTURES = {
+    f"{kind}_{stem}.png"
+    for kind in ("bar", "beeswarm")
+    for stem in ("B_cell", "T_cell", "monocyte", "mystery_cell")
+} | {"heat.png"}
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     counts = rng.poisson(2.0, (120, 40)) * (rng.random((120, 40)) < 0.6)
-    obs = pd.DataFrame({"cell_type_major": rng.choice(LABELS["names"], 120)}, index=[f"cell{i}" for i in range(120)])
+    obs = pd.DataFrame(
+        {"cell_type_major": rng.choice(LABELS["names"], 120)}, index=[f"cell{i}" for i in range(120)]
+    )
     adata = anndata.AnnData(
-        sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=pd.DataFrame(index=list(tiny_vocabulary().feature_ids))
+        sparse.csr_matrix(counts.astype(np.float32)),
+        obs=obs,
+        var=pd.DataFrame(index=list(tiny_vocabulary().feature_ids)),
     )
     path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
     adata.write_h5ad(path)
@@ -73,17 +79,29 @@ def test_explanations_are_saved_checked_and_resumed(
     assert result["additivity_error"]["median"] == pytest.approx(np.median(relative), rel=1e-4)
     own = found.cells["class"] == found.cells["predicted"]
     assert own.groupby(found.cells["position"]).sum().eq(1).all(), "the predicted class of each cell, once"
-    assert set(found.cells["class"][~own]) and (found.cells["class"] == found.cells["true"])[~own].all(), "and the true one"
+    assert set(found.cells["class"][~own]) and (found.cells["class"] == found.cells["true"])[~own].all(), (
+        "and the true one"
+    )
     background = pd.read_parquet(out / "background.parquet")
     assert len(background) == 4 and not set(background["position"]) & set(found.cells["position"])
-    assert {path.name for path in (out / "pictures").iterdir()} <= PICTURES and (out / "pictures" / "heat.png").stat().st_size > 1000
+    assert {path.name for path in (out / "pictures").iterdir()} <= PICTURES and (
+        out / "pictures" / "heat.png"
+    ).stat().st_size > 1000
     top = found.mean(found.cells["class"][own].iloc[0])
     assert top.iloc[0] > 0 and top.is_monotonic_decreasing
     logged = {entry.path for entry in MlflowClient(store).list_artifacts(result["run"], "explanations")}
-    assert {"explanations/values", "explanations/pictures", "explanations/summary.json", "explanations/mean_by_class.parquet"} <= logged
+    assert {
+        "explanations/values",
+        "explanations/pictures",
+        "explanations/summary.json",
+        "explanations/mean_by_class.parquet",
+    } <= logged
     assert "additivity error" in (out / "summary.md").read_text() and "explanations/summary.md" in logged
     curves = pd.read_csv(out / "curves.csv", index_col=0)
-    assert curves["deletion"].mean() < curves["deletion, random"].mean() and curves["insertion"].mean() > curves["insertion, random"].mean()
+    assert (
+        curves["deletion"].mean() < curves["deletion, random"].mean()
+        and curves["insertion"].mean() > curves["insertion, random"].mean()
+    )
 
     shards = sorted((out / "values").iterdir())
     assert len(shards) == 2
@@ -95,7 +113,9 @@ def test_explanations_are_saved_checked_and_resumed(
     assert main([*command, "--cells", "40"]) == 0
     assert shards[0].stat().st_mtime_ns == before, "a shard that is there is not made again"
     again = pd.read_parquet(shards[1])
-    np.testing.assert_allclose(np.concatenate(again["values"].tolist()), np.concatenate(content["values"].tolist()), atol=1e-5)
+    np.testing.assert_allclose(
+        np.concatenate(again["values"].tolist()), np.concatenate(content["values"].tolist()), atol=1e-5
+    )
     capsys.readouterr()
     assert main([*command, "--cells", "30"]) == 2
     assert "holds explanations of other cells, another model or other settings" in capsys.readouterr().err
@@ -106,12 +126,27 @@ def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
 ) -> None:
     with AtlasLocator(small_atlas).open() as experiment:
         var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
-    loaded = load_model(write_tiny_model(tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist())))
+    loaded = load_model(
+        write_tiny_model(
+            tmp_path / "model", tiny_vocabulary(var["feature_id"].tolist(), var["feature_name"].tolist())
+        )
+    )
     assert loaded.model.linear_skip is not None
     loaded.model.linear_skip.center.uniform_(generator=torch.Generator().manual_seed(0))
     save_model(tmp_path / "model", loaded.model, loaded.config, loaded.vocabulary, loaded.labels, loaded.meta)
     out = tmp_path / "out"
-    command = ["--model", str(tmp_path / "model"), "--atlas", small_atlas, "--out", str(out), "--cells", "34", "--background", "3"]
+    command = [
+        "--model",
+        str(tmp_path / "model"),
+        "--atlas",
+        small_atlas,
+        "--out",
+        str(out),
+        "--cells",
+        "34",
+        "--background",
+        "3",
+    ]
     command += ["--nodes", "8", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     assert main(command) == 0, capsys.readouterr().err
     found = load_explanations(out)
@@ -128,14 +163,18 @@ def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
     assert relative.median() < 0.1, "what was measured on one side only has its share"
 
     classes = pd.read_csv(out / "classes.csv", keep_default_na=False)
-    assert all(not set(row.top_genes.split(", ")) & set(row.top_lacking.split(", ")) for row in classes.itertuples())
+    assert all(
+        not set(row.top_genes.split(", ")) & set(row.top_lacking.split(", ")) for row in classes.itertuples()
+    )
     last = sorted((out / "values").iterdir())[-1]
     last.unlink()
     assert main(command) == 0, "an interrupted run goes on with the version of the atlas that it began with"
     assert last.exists()
 
 
-def test_what_is_refused(model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused(
+    model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["--model", str(model_dir), "--h5ad", str(h5ad), "--out", str(tmp_path / "out")]
     assert main([*command, "--cells", "0"]) == 2
     assert "--cells 0 must be at least 1" in capsys.readouterr().err

@@ -60,12 +60,17 @@ def test_census_client_reads_what_was_ingested(tmp_path: Path) -> None:
     assert sorted(var.index) == ensembl(range(100, 150))
     assert var["feature_name"]["ENSG00000000149"] == "GENE149"
     assert var["n_measured_obs"]["ENSG00000000105"] == 60 and var["n_measured_obs"]["ENSG00000000115"] == 100
-    assert var["nnz"]["ENSG00000000115"] == (expected > 0)["ENSG00000000115"].sum() + (counts_frame(brain) > 0)["ENSG00000000115"].sum()
+    assert (
+        var["nnz"]["ENSG00000000115"]
+        == (expected > 0)["ENSG00000000115"].sum() + (counts_frame(brain) > 0)["ENSG00000000115"].sum()
+    )
     with cellxgene_census.open_soma(uri=uri) as census:
         presence = cellxgene_census.get_presence_matrix(census, "Homo sapiens").toarray()
         datasets = census["census_info"]["datasets"].read().concat().to_pandas()
         summary = census["census_info"]["summary"].read().concat().to_pandas().set_index("label")["value"]
-    assert list(datasets["dataset_id"]) == ["blood_one", "brain"] and list(datasets["dataset_total_cell_count"]) == [60, 40]
+    assert list(datasets["dataset_id"]) == ["blood_one", "brain"] and list(
+        datasets["dataset_total_cell_count"]
+    ) == [60, 40]
     assert presence.sum(axis=1).tolist() == [30, 40]
     assert summary["total_cell_count"] == "100"
 
@@ -82,11 +87,15 @@ def test_x_is_laid_out_for_runs_of_cells(tmp_path: Path) -> None:
 
 def test_major_types_come_from_terms_and_from_the_table(tmp_path: Path) -> None:
     table = tmp_path / "labels.tsv"
-    table.write_text("dataset\tcell_type\tn\tcl_id\nblood_one\tweird\t1\tCL:0000738\nblood_one\tB\t1\tCL:0000786\nblood_one\tT\t1\t\n")
+    table.write_text(
+        "dataset\tcell_type\tn\tcl_id\nblood_one\tweird\t1\tCL:0000738\nblood_one\tB\t1\tCL:0000786\nblood_one\tT\t1\t\n"
+    )
     uri = str(tmp_path / "atlas")
     report = ingest([write(tmp_path / "a.h5ad", cells())], uri, IngestOptions(labels=table))
     obs = atlas_content(uri)[schema.OBS]
-    majors = obs.groupby("cell_type")[["cell_type_ontology_term_id", "cell_type_major", "cell_type_major_ontology_term_id"]].first()
+    majors = obs.groupby("cell_type")[
+        ["cell_type_ontology_term_id", "cell_type_major", "cell_type_major_ontology_term_id"]
+    ].first()
     assert majors.loc["T"].tolist() == ["CL:0000895", "T cell", "CL:0000084"]
     assert majors.loc["B"].tolist() == ["CL:0000786", "plasma cell", "CL:0000786"]
     assert majors.loc["weird"].tolist() == ["CL:0000738", "unknown", "unknown"]
@@ -110,12 +119,17 @@ def test_overlapping_file_adds_only_its_new_cells(tmp_path: Path) -> None:
     second = second[np.random.default_rng(0).permutation(60)].copy()
     uri = str(tmp_path / "atlas")
     ingest([write(tmp_path / "a.h5ad", first)], uri)
-    report = ingest([write(tmp_path / "b.h5ad", second)], uri, IngestOptions(values_per_fragment=200, cells_per_chunk=8))
+    report = ingest(
+        [write(tmp_path / "b.h5ad", second)], uri, IngestOptions(values_per_fragment=200, cells_per_chunk=8)
+    )
     assert (report.files[0].cells, report.files[0].new_cells, report.cells_total) == (60, 40, 100)
     assert "60 cells, 20 of them already in the atlas" in report.files[0].lines()[0]
     got = counts_frame(from_census(uri))
     expected = pd.concat(
-        [counts_frame(first), counts_frame(second).loc[[name for name in second.obs_names if name not in first.obs_names]]]
+        [
+            counts_frame(first),
+            counts_frame(second).loc[[name for name in second.obs_names if name not in first.obs_names]],
+        ]
     )
     assert list(got.index) == list(expected.index) and np.array_equal(got[expected.columns], expected)
 
@@ -127,8 +141,13 @@ def test_atlas_can_be_read_as_it_was_after_many_appends(tmp_path: Path) -> None:
         pinned = root.context.timestamp_ms or int(root.tiledb_timestamp_ms)
     before = atlas_content(uri)
     for k in range(9):  # one more than are left unmerged
-        ingest([write(tmp_path / f"{k}.h5ad", cells(5, range(100 + k, 131 + k), dataset=f"d{k}", first=k))], uri)
-    fragments = {place: len(os.listdir(Path(uri) / place / "__fragments")) for place in (schema.X, schema.OBS, schema.VAR)}
+        ingest(
+            [write(tmp_path / f"{k}.h5ad", cells(5, range(100 + k, 131 + k), dataset=f"d{k}", first=k))], uri
+        )
+    fragments = {
+        place: len(os.listdir(Path(uri) / place / "__fragments"))
+        for place in (schema.X, schema.OBS, schema.VAR)
+    }
     assert max(fragments.values()) <= 3, f"left unmerged: {fragments}"
     assert len(atlas_content(uri)[schema.OBS]) == 20 + 9 * 5
     with tiledbsoma.Experiment.open(f"{uri}/{schema.EXPERIMENT}", tiledb_timestamp=pinned) as experiment:
@@ -143,13 +162,19 @@ def test_genes_join_by_id_symbol_and_sum(tmp_path: Path) -> None:
     by_id, by_symbol = cells(), cells(20, dataset="symbols", first=500)
     by_symbol.var = by_symbol.var[[]]
     table = tmp_path / "symbols.tsv"
-    ids = dict(zip([f"GENE{k}" for k in range(100, 128)], ensembl(range(100, 128)), strict=True)) | {"GENE128": "ENSG00000000100"}
-    table.write_text("symbol\tfeature_id\n" + "".join(f"{symbol}\t{feature}\n" for symbol, feature in ids.items()))
+    ids = dict(zip([f"GENE{k}" for k in range(100, 128)], ensembl(range(100, 128)), strict=True)) | {
+        "GENE128": "ENSG00000000100"
+    }
+    table.write_text(
+        "symbol\tfeature_id\n" + "".join(f"{symbol}\t{feature}\n" for symbol, feature in ids.items())
+    )
     uri = str(tmp_path / "atlas")
     options = IngestOptions(symbol_table=table, duplicate_genes="sum")
     report = ingest([write(tmp_path / "a.h5ad", by_id), write(tmp_path / "b.h5ad", by_symbol)], uri, options)
     assert (report.genes_total, report.files[1].genes_joined, report.files[1].genes_repeated) == (30, 29, 2)
-    assert "29 of 30 joined by symbol table, 2 of them share an id; 1 not joined" in report.files[1].lines()[1]
+    assert (
+        "29 of 30 joined by symbol table, 2 of them share an id; 1 not joined" in report.files[1].lines()[1]
+    )
     got = counts_frame(from_census(uri, obs_value_filter="dataset_id == 'symbols'"))
     dense = by_symbol.X.toarray()
     assert np.array_equal(got["ENSG00000000100"], dense[:, 0] + dense[:, 28])
@@ -163,7 +188,11 @@ def test_columns_are_mapped_filled_and_never_invented(tmp_path: Path) -> None:
     sample.obs["disease"] = [None if k % 2 else "normal" for k in range(60)]
     sample.obs["duplicate_of"] = ["other:cell" if k < 5 else "" for k in range(60)]
     uri = str(tmp_path / "atlas")
-    ingest([write(tmp_path / "my_study.h5ad", sample)], uri, IngestOptions(obs_map={"donor_id": "patient"}, constants={"assay": "ignored"}))
+    ingest(
+        [write(tmp_path / "my_study.h5ad", sample)],
+        uri,
+        IngestOptions(obs_map={"donor_id": "patient"}, constants={"assay": "ignored"}),
+    )
     obs = atlas_content(uri)[schema.OBS]
     assert set(obs["dataset_id"]) == {"my_study"} and set(obs["donor_id"]) == {"donor_a", "donor_b"}
     assert list(obs["disease"][:2]) == ["normal", "unknown"]
@@ -183,7 +212,9 @@ def test_ray_tasks_write_what_this_process_writes(tmp_path: Path, ray_local, kin
             sample.raw = sample.copy()
             sample.X = sample.X * 0.1
         else:
-            sample.X = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}[kind](sample.X)
+            sample.X = {"csr": sparse.csr_matrix, "csc": sparse.csc_matrix, "dense": lambda x: x.toarray()}[
+                kind
+            ](sample.X)
     files = [write(tmp_path / "a.h5ad", first), write(tmp_path / "b.h5ad", second)]
     assert ray.is_initialized()
     ingest(files, str(tmp_path / "by_ray"), options)
@@ -195,7 +226,11 @@ def test_ray_tasks_write_what_this_process_writes(tmp_path: Path, ray_local, kin
         dense = counts.toarray() if sparse.issparse(counts) else np.asarray(counts)
         row, gene = np.nonzero(dense)
         expected = pd.DataFrame(
-            {"soma_dim_0": row + start, "soma_dim_1": columns[sample.var["feature_id"]].to_numpy()[gene], "soma_data": dense[row, gene]}
+            {
+                "soma_dim_0": row + start,
+                "soma_dim_1": columns[sample.var["feature_id"]].to_numpy()[gene],
+                "soma_data": dense[row, gene],
+            }
         )
         part = x[(x["soma_dim_0"] >= start) & (x["soma_dim_0"] < start + sample.n_obs)]
         a, b = (t.sort_values(["soma_dim_0", "soma_dim_1"]).reset_index(drop=True) for t in (part, expected))
@@ -204,7 +239,20 @@ def test_ray_tasks_write_what_this_process_writes(tmp_path: Path, ray_local, kin
 
 def test_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys, ray_local) -> None:
     path = write(tmp_path / "a.h5ad", cells())
-    assert main(["--h5ad", str(path), "--atlas", str(tmp_path / "atlas"), "--set", "tissue_general=blood", "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                "--h5ad",
+                str(path),
+                "--atlas",
+                str(tmp_path / "atlas"),
+                "--set",
+                "tissue_general=blood",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "would add 60 cells and 30 genes" in said and "nothing was written" in said
     assert not (tmp_path / "atlas").exists()
@@ -212,10 +260,22 @@ def test_dry_run_checks_and_writes_nothing(tmp_path: Path, capsys, ray_local) ->
 
 def test_command_reports_files_genes_and_labels(tmp_path: Path, capsys, ray_local) -> None:
     path = write(tmp_path / "a.h5ad", cells())
-    command = ["--h5ad", str(path), "--atlas", str(tmp_path / "atlas"), "--obs-map", "sex=tissue", "--set", "tissue_general=blood"]
+    command = [
+        "--h5ad",
+        str(path),
+        "--atlas",
+        str(tmp_path / "atlas"),
+        "--obs-map",
+        "sex=tissue",
+        "--set",
+        "tissue_general=blood",
+    ]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "60 cells (dataset blood_one)" in said and "genes: 30 of 30 joined by var column feature_id; 0 not joined" in said
+    assert (
+        "60 cells (dataset blood_one)" in said
+        and "genes: 30 of 30 joined by var column feature_id; 0 not joined" in said
+    )
     assert "20 cells stay unknown, no Cell Ontology term: weird (20)" in said
     assert f"added 60 cells and 30 genes; {tmp_path / 'atlas'} has 60 cells and 30 genes" in said
     assert len(from_census(str(tmp_path / "atlas"), obs_value_filter="sex == 'blood'")) == 60
@@ -223,11 +283,14 @@ def test_command_reports_files_genes_and_labels(tmp_path: Path, capsys, ray_loca
 
 @pytest.fixture
 def s3_of_its_own() -> Iterator[dict[str, str]]:
-    """TileDB settings for an S3 server in another process: TileDB holds the interpreter lock while it makes a group."""
+    """TileDB settings for an S3 server in another process: TileDB holds the interpreter lock while it makes a
+    group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
+    )
     try:
         client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
         deadline = time.monotonic() + 60
@@ -250,7 +313,10 @@ def s3_of_its_own() -> Iterator[dict[str, str]]:
 
 
 def test_atlas_on_s3(tmp_path: Path, s3_of_its_own: dict[str, str]) -> None:
-    files = [write(tmp_path / "a.h5ad", cells()), write(tmp_path / "b.h5ad", cells(20, range(110, 140), dataset="two"))]
+    files = [
+        write(tmp_path / "a.h5ad", cells()),
+        write(tmp_path / "b.h5ad", cells(20, range(110, 140), dataset="two")),
+    ]
     options = IngestOptions(tiledb_config=s3_of_its_own)
     uri = "s3://ingest/some/atlas"
     for file in files:
@@ -269,7 +335,9 @@ def test_local_atlas_can_be_moved(tmp_path: Path) -> None:
 def test_real_files_come_out_as_they_went_in(tmp_path: Path, real_data: Path) -> None:
     files = [real_data / f"{name}.h5ad" for name in ("pbmc3k_10x", "zheng17_facs", "kang18_ctrl_8donors")]
     uri = str(tmp_path / "atlas")
-    options = IngestOptions(labels=real_data / "label_map.tsv", duplicate_genes="sum", constants={"tissue_general": "blood"})
+    options = IngestOptions(
+        labels=real_data / "label_map.tsv", duplicate_genes="sum", constants={"tissue_general": "blood"}
+    )
     report = ingest(files, uri, options)
     assert report.cells_added == 18_773 and all("unknown" not in file.major_types for file in report.files)
     found = from_census(uri, obs_value_filter="tissue_general == 'blood' and is_primary_data == True")

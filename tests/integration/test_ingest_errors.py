@@ -1,4 +1,5 @@
-"""Every bad input is refused before anything is written, with a message that says what, where and what to do."""
+"""Every bad input is refused before anything is written, with a message that says what, where and what to
+do."""
 
 import pickle
 from collections.abc import Callable
@@ -160,15 +161,24 @@ def two_files(second) -> Callable[[Path], Made]:
 
 
 BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
-    "negative": (with_value(-2), r"in\.h5ad: X holds -2 at cell 'cell_5', gene 'GENE110': it is negative.*raw counts"),
-    "fraction": (with_value(1.5), r"X holds 1\.5 at cell 'cell_5', gene 'GENE110'.*whole number.*bring a file with raw counts"),
+    "negative": (
+        with_value(-2),
+        r"in\.h5ad: X holds -2 at cell 'cell_5', gene 'GENE110': it is negative.*raw counts",
+    ),
+    "fraction": (
+        with_value(1.5),
+        r"X holds 1\.5 at cell 'cell_5', gene 'GENE110'.*whole number.*bring a file with raw counts",
+    ),
     "NaN": (with_value(np.nan), r"X holds nan at cell 'cell_5'.*not a finite number"),
     "infinite": (with_value(np.inf), r"X holds inf at cell 'cell_5'.*not a finite number"),
     "too large": (with_value(2.0**25, np.float64), r"larger than 2\^24"),
     "log-normalised, counts elsewhere": (log_normalised, r"whole number.*try --layer counts or --use raw"),
     "normalised layer": (normalised_layer, r"layers/scaled holds 0\.\d+ at cell .*whole number"),
     "normalised raw": (normalised_raw, r"raw/X holds 0\.\d+ at cell"),
-    "no such layer": (lambda tmp: one(tmp, layer="counts"), r"no layer 'counts'; it has X: yes, raw: no, layers: none"),
+    "no such layer": (
+        lambda tmp: one(tmp, layer="counts"),
+        r"no layer 'counts'; it has X: yes, raw: no, layers: none",
+    ),
     "no raw": (lambda tmp: one(tmp, use_raw=True), r"has no raw\.X; it has X: yes"),
     "layer and raw": (lambda tmp: one(tmp, use_raw=True, layer="a"), "choose one"),
     "no X": (edited(delete("X")), r"has no X; .*name the counts with --layer or --use raw"),
@@ -187,13 +197,34 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "unknown storage": (edited(strange_matrix), "stored as 'ell'; it must be a dense, csr or csc matrix"),
     "text for counts": (edited(text_counts), r"X holds \|S4, not numbers"),
     "obs too short": (edited(short_obs), "obs has 50 rows but X has 60"),
-    "duplicate cells": (var_change(duplicate_cells), r"cell 'cell_7' stands twice in obs \(rows 7 and 9\).*obs_names_make_unique"),
-    "duplicate genes": (var_change(set_ids({1: "ENSG00000000100"})), "'GENE100' and 'GENE101' are both ENSG00000000100"),
-    "duplicate genes by version": (var_change(set_ids({0: "ENSG00000000101.7"})), "'GENE100' and 'GENE101' are both ENSG00000000101"),
-    "mouse genes": (var_change(set_ids({2: "ENSMUSG00000000102"})), "gene 'ENSMUSG00000000102' in var column feature_id is not human"),
-    "no gene ids": (var_change(no_ids), r"no gene can be joined: the var index holds no Ensembl gene ids \(first value 'GENE100'\)"),
-    "gene column missing": (lambda tmp: one(tmp, feature_id_column="ensg"), r"var has no column 'ensg' .*it has: feature_id, gene_symbol"),
-    "gene column of symbols": (lambda tmp: one(tmp, feature_id_column="gene_symbol"), "var column gene_symbol holds no Ensembl gene ids"),
+    "duplicate cells": (
+        var_change(duplicate_cells),
+        r"cell 'cell_7' stands twice in obs \(rows 7 and 9\).*obs_names_make_unique",
+    ),
+    "duplicate genes": (
+        var_change(set_ids({1: "ENSG00000000100"})),
+        "'GENE100' and 'GENE101' are both ENSG00000000100",
+    ),
+    "duplicate genes by version": (
+        var_change(set_ids({0: "ENSG00000000101.7"})),
+        "'GENE100' and 'GENE101' are both ENSG00000000101",
+    ),
+    "mouse genes": (
+        var_change(set_ids({2: "ENSMUSG00000000102"})),
+        "gene 'ENSMUSG00000000102' in var column feature_id is not human",
+    ),
+    "no gene ids": (
+        var_change(no_ids),
+        r"no gene can be joined: the var index holds no Ensembl gene ids \(first value 'GENE100'\)",
+    ),
+    "gene column missing": (
+        lambda tmp: one(tmp, feature_id_column="ensg"),
+        r"var has no column 'ensg' .*it has: feature_id, gene_symbol",
+    ),
+    "gene column of symbols": (
+        lambda tmp: one(tmp, feature_id_column="gene_symbol"),
+        "var column gene_symbol holds no Ensembl gene ids",
+    ),
     "obs column missing": (
         lambda tmp: one(tmp, obs_map={"donor_id": "patient"}),
         r"no column 'patient' \(--obs-map donor_id=patient\); it has",
@@ -202,16 +233,34 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
         lambda tmp: one(tmp, obs_map={"donor": "donor_id"}),
         "'donor' is not a column that can be given; choose from dataset_id",
     ),
-    "derived target": (lambda tmp: one(tmp, constants={"nnz": "3"}), "'nnz' is not a column that can be given"),
-    "two sources": (lambda tmp: one(tmp, constants={"sex": "female"}, obs_map={"sex": "tissue"}), "'sex' is in --obs-map and in --set"),
-    "foreign cell type term": (var_change(foreign_term), r"'cell_type_ontology_term_id' holds 'T-ish' \(cell 'cell_4'\)"),
-    "primary not boolean": (var_change(odd_primary), r"'is_primary_data' \(is_primary_data\) holds 'maybe' at cell 'cell_4'"),
+    "derived target": (
+        lambda tmp: one(tmp, constants={"nnz": "3"}),
+        "'nnz' is not a column that can be given",
+    ),
+    "two sources": (
+        lambda tmp: one(tmp, constants={"sex": "female"}, obs_map={"sex": "tissue"}),
+        "'sex' is in --obs-map and in --set",
+    ),
+    "foreign cell type term": (
+        var_change(foreign_term),
+        r"'cell_type_ontology_term_id' holds 'T-ish' \(cell 'cell_4'\)",
+    ),
+    "primary not boolean": (
+        var_change(odd_primary),
+        r"'is_primary_data' \(is_primary_data\) holds 'maybe' at cell 'cell_4'",
+    ),
     "primary constant": (
         lambda tmp: one(tmp, constants={"is_primary_data": "perhaps"}),
         "--set is_primary_data=perhaps: it must be true or false",
     ),
-    "labels missing": (lambda tmp: one(tmp, labels=tmp / "none.tsv"), r"none\.tsv \(--labels\) does not exist"),
-    "labels without column": (table("dataset\tcell_type\n", "labels"), r"\(--labels\) has no column 'cl_id'; it has: dataset, cell_type"),
+    "labels missing": (
+        lambda tmp: one(tmp, labels=tmp / "none.tsv"),
+        r"none\.tsv \(--labels\) does not exist",
+    ),
+    "labels without column": (
+        table("dataset\tcell_type\n", "labels"),
+        r"\(--labels\) has no column 'cl_id'; it has: dataset, cell_type",
+    ),
     "labels with a wrong term": (
         table("dataset\tcell_type\tcl_id\nblood_one\tT\tCL:123\n", "labels"),
         r"\(--labels\) line 2: cl_id='CL:123' is not a term",
@@ -220,9 +269,18 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
         table("dataset\tcell_type\tcl_id\nd\tT\tCL:0000084\nd\tT\tCL:0000236\n", "labels"),
         r"line 3: \(d, T\) has cl_id='CL:0000236' here and 'CL:0000084' above",
     ),
-    "symbols without column": (table("name\tid\n", "symbol_table"), r"\(--symbol-table\) has no column 'symbol'"),
-    "symbols without ids": (table("symbol\tfeature_id\nA\tB\n", "symbol_table"), "holds no human Ensembl gene id"),
-    "major types wrong": (table("name\tcl_id\nmuscle\tCL:1\n", "major_types"), "major type 'muscle': 'CL:1' is not a term"),
+    "symbols without column": (
+        table("name\tid\n", "symbol_table"),
+        r"\(--symbol-table\) has no column 'symbol'",
+    ),
+    "symbols without ids": (
+        table("symbol\tfeature_id\nA\tB\n", "symbol_table"),
+        "holds no human Ensembl gene id",
+    ),
+    "major types wrong": (
+        table("name\tcl_id\nmuscle\tCL:1\n", "major_types"),
+        "major type 'muscle': 'CL:1' is not a term",
+    ),
     "same cell in two files": (
         two_files(cells(20, first=55)),
         r"cell 'cell_55' of dataset 'blood_one' is in .*in\.h5ad and in .*other\.h5ad",
@@ -278,7 +336,8 @@ def test_a_place_that_is_no_atlas_is_refused(tmp_path: Path, make, message: str)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("donor_id", "must be NAME=VALUE"), ("=x", "must be NAME=VALUE"), ("a=", "must be NAME=VALUE")]
+    ("text", "message"),
+    [("donor_id", "must be NAME=VALUE"), ("=x", "must be NAME=VALUE"), ("a=", "must be NAME=VALUE")],
 )
 def test_malformed_pairs_are_refused(text: str, message: str) -> None:
     with pytest.raises(IngestError, match=f"--obs-map '{text}' {message}"):

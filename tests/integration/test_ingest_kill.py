@@ -1,4 +1,5 @@
-"""A killed ingest leaves the atlas as it was, or is completed by the next one. The processes are really killed."""
+"""A killed ingest leaves the atlas as it was, or is completed by the next one. The processes are really
+killed."""
 
 import json
 import os
@@ -34,9 +35,20 @@ def three_files(folder: Path) -> None:
         pytest.param("a.h5ad", "b.h5ad,c.h5ad", "c.h5ad", 3, 9, 4, id="append, then other files first"),
     ],
 )
-def test_killed_at_any_operation(tmp_path: Path, base: str, files: str, other: str, stride: int, start: int, at_least: int) -> None:
+def test_killed_at_any_operation(
+    tmp_path: Path, base: str, files: str, other: str, stride: int, start: int, at_least: int
+) -> None:
     three_files(tmp_path)
-    command = [sys.executable, Path(__file__).parent / "ingest_kills.py", tmp_path, str(stride), str(start), base, files, other]
+    command = [
+        sys.executable,
+        Path(__file__).parent / "ingest_kills.py",
+        tmp_path,
+        str(stride),
+        str(start),
+        base,
+        files,
+        other,
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -51,8 +63,10 @@ def test_command_on_ray_killed_while_it_writes(tmp_path: Path, ray_local) -> Non
     ingest([path], str(tmp_path / "whole"), options)
     program = (
         "import sys, ray; from pathlib import Path; from data_ingest.ingest import IngestOptions, ingest\n"
-        "ray.init(address='local', num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)\n"
-        "ingest([Path(sys.argv[1])], sys.argv[2], IngestOptions(values_per_fragment=50_000, cells_per_chunk=256))\n"
+        "ray.init(address='local', num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False,"
+        " log_to_driver=False)\n"
+        "ingest([Path(sys.argv[1])], sys.argv[2], IngestOptions(values_per_fragment=50_000,"
+        " cells_per_chunk=256))\n"
     )
     atlas = tmp_path / "atlas"
     job = subprocess.Popen([sys.executable, "-c", program, path, atlas], env=ENVIRONMENT, cwd=REPO_ROOT)

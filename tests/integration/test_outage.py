@@ -1,4 +1,5 @@
-"""A tracking server that goes away while a run logs, and comes back: nothing stops, nothing waits, nothing is lost."""
+"""A tracking server that goes away while a run logs, and comes back: nothing stops, nothing waits, nothing is
+lost."""
 
 import dataclasses
 import json
@@ -74,10 +75,15 @@ def test_a_server_that_goes_away_loses_nothing(
         run.log_metrics({"train/loss": 4.0}, step=4)  # takes the others along
         assert not outbox(run.outbox).names()
         assert _steps(client, run) == [(step, float(step)) for step in range(5)]
-        assert all(point.timestamp <= logged_ms for point in client.get_metric_history(run.run_id, "train/loss")[:4])
+        assert all(
+            point.timestamp <= logged_ms for point in client.get_metric_history(run.run_id, "train/loss")[:4]
+        )
         assert client.get_run(run.run_id).data.tags["kept"] == "yes"
         assert Path(client.download_artifacts(run.run_id, "gone.txt")).read_text() == "kept"
-        assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {"test/confusion.csv", "test/confusion.png"}
+        assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {
+            "test/confusion.csv",
+            "test/confusion.png",
+        }
 
         server.stop()
         outbox.cache_clear()  # as in another process of the run
@@ -94,7 +100,9 @@ def test_a_server_that_goes_away_loses_nothing(
     assert sync.main(["--run-dir", str(run_dir)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 4}
     info = client.get_run(run.run_id).info
-    assert info.status == "FINISHED" and info.end_time <= ended_ms, "it ended when it ended, not when that could be said"
+    assert info.status == "FINISHED" and info.end_time <= ended_ms, (
+        "it ended when it ended, not when that could be said"
+    )
     assert _steps(client, run) == [(step, float(step)) for step in range(6)]
     assert client.get_model_version_by_alias("blood", "candidate").run_id == run.run_id
     assert [entry.path for entry in client.list_artifacts(run.run_id, "curves")] == ["curves/loss.png"]

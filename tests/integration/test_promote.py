@@ -29,24 +29,39 @@ def test_the_difference_is_paired_and_has_its_interval() -> None:
     candidate[np.flatnonzero(~champion)[:30]] = True
     found = compare({"candidate": candidate, "champion": champion}, labels, ["d"])
     by_type = [(candidate[labels == label].mean() - champion[labels == label].mean()) for label in ("A", "B")]
-    assert found.difference == pytest.approx(np.mean(by_type)) and found.table["difference"].tolist() == pytest.approx(by_type)
+    assert found.difference == pytest.approx(np.mean(by_type)) and found.table[
+        "difference"
+    ].tolist() == pytest.approx(by_type)
     assert 0 < found.low < found.difference < found.high
     same = compare({"candidate": champion, "champion": champion}, labels, ["d"])
     assert (same.low, same.difference, same.high) == (0, 0, 0)
 
 
-def test_models_of_the_same_folds_are_compared_by_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_of_the_same_folds_are_compared_by_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     folds = {"run_id": "r", "kind": "donor", "hash": "h", "names": ["0", "1", "2"]}
     with start_run(ExperimentConfig(tracking=tracking), "crossval") as run:
         for macro_f1 in ([0.70, 0.60, 0.80], [0.75, 0.66, 0.84], [0.77, 0.60, 0.90]):
-            add_meta(write_tiny_model(tmp_path / "model"), {"folds": {**folds, "metrics": {"macro_f1": macro_f1}}})
+            add_meta(
+                write_tiny_model(tmp_path / "model"), {"folds": {**folds, "metrics": {"macro_f1": macro_f1}}}
+            )
             register_model(run.tracking_uri, run.run_id, tmp_path / "model", "blood")
             main(["--model", "blood", "--tracking-uri", tracking.uri])
-    first, second, third = (json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{"))
+    first, second, third = (
+        json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
+    )
     assert first["reason"] == "there was no champion"
-    assert second["promoted"] and second["comparison"]["difference"] == pytest.approx(0.05) and 0 < second["comparison"]["low"] < 0.05
-    assert "macro-F1 +0.0500" in second["reason"] and "on the 3 donor folds of both cross-validations" in second["reason"]
+    assert (
+        second["promoted"]
+        and second["comparison"]["difference"] == pytest.approx(0.05)
+        and 0 < second["comparison"]["low"] < 0.05
+    )
+    assert (
+        "macro-F1 +0.0500" in second["reason"]
+        and "on the 3 donor folds of both cross-validations" in second["reason"]
+    )
     assert not third["promoted"] and third["comparison"]["low"] < 0 < third["comparison"]["difference"]
     assert compare_folds({**folds, "hash": "other"}, folds) is None and compare_folds(None, folds) is None
 
@@ -57,11 +72,22 @@ def result(small_atlas: str) -> QueryResult:
 
 
 def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str]) -> Path:
-    """A model of the atlas's cells: with random weights, or started from a logistic regression of the donors that are not held out."""
+    """A model of the atlas's cells: with random weights, or started from a logistic regression of the donors
+    that are not held out."""
     names = [str(name) for name in result.obs["label"].cat.categories]
     loaded = load_model(write_tiny_model(folder, result.vocabulary()))
-    model = type(loaded.model)(loaded.config.model, loaded.config.tokens, num_genes=len(result.feature_ids), num_classes=len(names), seed=0)
-    labels = {"column": "cell_type_major", "names": names, "cl_ids": [result.label_cl_ids[name] for name in names]}
+    model = type(loaded.model)(
+        loaded.config.model,
+        loaded.config.tokens,
+        num_genes=len(result.feature_ids),
+        num_classes=len(names),
+        seed=0,
+    )
+    labels = {
+        "column": "cell_type_major",
+        "names": names,
+        "cl_ids": [result.label_cl_ids[name] for name in names],
+    }
     donors = result.obs["donor_id"].astype(str).to_numpy()
     train = sorted(set(donors) - set(test))
     meta = {
@@ -74,7 +100,9 @@ def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str])
         rows = np.flatnonzero(~np.isin(donors, test) & (result.obs["label"].cat.codes >= 0))
         flat = AtlasCells.open(predictor, result, min_gene_overlap=0.1).read(rows)
         values = np.log1p(flat.counts * np.repeat(1e4 / flat.total_counts, np.diff(flat.offsets)))
-        x = sparse.csr_array((values, flat.gene_ids, flat.offsets), shape=(len(rows), len(result.feature_ids)))
+        x = sparse.csr_array(
+            (values, flat.gene_ids, flat.offsets), shape=(len(rows), len(result.feature_ids))
+        )
         codes = result.obs["label"].cat.codes.to_numpy()[rows].astype(np.int64)
         start = logistic_start(x, codes, np.ones(len(names)), flat.panels)
         predictor.model.set_linear_start(*map(torch.from_numpy, start))
@@ -82,7 +110,9 @@ def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str])
     return folder
 
 
-def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_champion_moves_only_to_a_better_model(
+    result: QueryResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     donors = sorted(set(result.obs["donor_id"].astype(str)))
     random = _model(tmp_path / "random", result, learned=False, test=donors[:4])
@@ -92,7 +122,11 @@ def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Pa
     def promote(*words: str) -> tuple[int, dict, str]:
         status = main(["--model", "blood", "--tracking-uri", tracking.uri, *words])
         printed = capsys.readouterr()
-        return status, json.loads(printed.out.splitlines()[-1]) if printed.out else {}, printed.out + printed.err
+        return (
+            status,
+            json.loads(printed.out.splitlines()[-1]) if printed.out else {},
+            printed.out + printed.err,
+        )
 
     assert promote()[0] == 2
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
@@ -109,12 +143,21 @@ def test_champion_moves_only_to_a_better_model(result: QueryResult, tmp_path: Pa
 
         register_model(run.tracking_uri, run.run_id, random, "blood")
         status, found, text = promote()
-        assert (status, found["promoted"]) == (1, False) and "the champion stays version 2: balanced accuracy -" in text
+        assert (status, found["promoted"]) == (
+            1,
+            False,
+        ) and "the champion stays version 2: balanced accuracy -" in text
         assert model_aliases("blood", tracking)["champion"] == 2
         status, found, text = promote("--force")
         assert (status, found["champion"]) == (0, 3) and "(forced)" in text
-        reason = json.loads(MlflowClient(tracking.uri).get_model_version("blood", "3").tags["promotion.champion"])
-        assert reason["forced"] is True and reason["champion_before"] == 2 and "balanced accuracy -" in reason["reason"]
+        reason = json.loads(
+            MlflowClient(tracking.uri).get_model_version("blood", "3").tags["promotion.champion"]
+        )
+        assert (
+            reason["forced"] is True
+            and reason["champion_before"] == 2
+            and "balanced accuracy -" in reason["reason"]
+        )
 
         register_model(run.tracking_uri, run.run_id, other, "blood")
         status, _, text = promote()

@@ -27,7 +27,8 @@ def whole(locator):
 
 @pytest.fixture(scope="module")
 def old_atlas(small_atlas, tmp_path_factory):
-    """The small atlas as a release of Census would be: without the roll-up, and with some cells that are copies."""
+    """The small atlas as a release of Census would be: without the roll-up, and with some cells that are
+    copies."""
     uri = str(tmp_path_factory.mktemp("census") / "atlas")
     shutil.copytree(small_atlas, uri)
     path = f"{uri}/census_data/homo_sapiens/obs"
@@ -60,18 +61,27 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     measured = {}
     for path in sim_h5ads:
         with H5adFile.open(path) as file:
-            measured[str(file.obs["dataset_id"].iloc[0])] = np.isin(whole.feature_ids, file.var["feature_id"].astype(str))
+            measured[str(file.obs["dataset_id"].iloc[0])] = np.isin(
+                whole.feature_ids, file.var["feature_id"].astype(str)
+            )
     names = sorted(measured)
-    np.testing.assert_array_equal(locator.measured_genes([*names, "elsewhere"], whole.var_joinids)[:-1], [measured[name] for name in names])
+    np.testing.assert_array_equal(
+        locator.measured_genes([*names, "elsewhere"], whole.var_joinids)[:-1],
+        [measured[name] for name in names],
+    )
     assert locator.measured_genes(["elsewhere"], whole.var_joinids).all()
 
     config = ExperimentConfig().merge({"atlas.uri": small_atlas, "split.test_fraction": 0})
     everywhere = np.all(list(measured.values()), axis=0)
     assert 0 < everywhere.sum() < len(everywhere)
-    all_genes, shared = (prepare_cells(config.merge({"query.min_measured": share}), "finetune") for share in (0, 1))
+    all_genes, shared = (
+        prepare_cells(config.merge({"query.min_measured": share}), "finetune") for share in (0, 1)
+    )
     assert all_genes.vocabulary.feature_ids == whole.feature_ids
     assert shared.vocabulary.feature_ids == tuple(np.array(whole.feature_ids)[everywhere])
-    assert any(f"{(~everywhere).sum()} of {len(everywhere)} genes are left out" in note for note in shared.notes)
+    assert any(
+        f"{(~everywhere).sum()} of {len(everywhere)} genes are left out" in note for note in shared.notes
+    )
     positions = np.flatnonzero(whole.obs["dataset_id"].isin(names[:2]))
     sizes = whole.obs["dataset_id"].iloc[positions].astype(str).value_counts()
     expected = sum(sizes[name] * measured[name] for name in names[:2]) / sizes.sum()
@@ -83,13 +93,17 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     panels = whole.panels(gene_of_var, 5)
     for name in names:
         own = panels.measured_pg[panels.panels_n[(whole.obs["dataset_id"] == name).to_numpy()]]
-        np.testing.assert_array_equal(own, np.tile([*measured[name][[0]], False, *measured[name][[9, 5, 3]]], (len(own), 1)))
+        np.testing.assert_array_equal(
+            own, np.tile([*measured[name][[0]], False, *measured[name][[9, 5, 3]]], (len(own), 1))
+        )
 
 
 def test_filters_take_part_of_cells_and_genes(locator, whole):
     donor = str(whole.obs["donor_id"].iloc[0])
     genes = list(whole.feature_ids[3:6])
-    part = CellQuery(obs_filter=f"donor_id == '{donor}' and nnz > 10", var_filter=f"feature_id in {genes}").run(locator)
+    part = CellQuery(
+        obs_filter=f"donor_id == '{donor}' and nnz > 10", var_filter=f"feature_id in {genes}"
+    ).run(locator)
     assert set(part.obs["donor_id"]) == {donor} and 0 < len(part.obs_joinids) < 900
     assert part.feature_ids == tuple(genes)
     assert part.hash != whole.hash
@@ -101,14 +115,19 @@ def test_equal_results_have_equal_hashes_whatever_the_words(locator, whole):
 
 def test_another_label_column_and_more_columns(locator):
     result = CellQuery().run(locator, "cell_type", columns=("assay",))
-    assert set(result.obs["label"].cat.categories) == set(result.obs["cell_type"].astype(str)) and "assay" in result.obs
+    assert (
+        set(result.obs["label"].cat.categories) == set(result.obs["cell_type"].astype(str))
+        and "assay" in result.obs
+    )
     assert all(term.startswith("CL:") for term in result.label_cl_ids.values())
 
 
 def test_copies_of_cells_are_left_out_unless_asked_for(old_atlas):
     locator = AtlasLocator(old_atlas)
     assert len(CellQuery().run(locator).obs_joinids) == 600
-    assert len(CellQuery(obs_filter="nnz > 0 or nnz == 0").run(locator).obs_joinids) == 600  # `or` must not escape the second condition
+    assert (
+        len(CellQuery(obs_filter="nnz > 0 or nnz == 0").run(locator).obs_joinids) == 600
+    )  # `or` must not escape the second condition
     assert len(CellQuery(is_primary_data=False).run(locator).obs_joinids) == 900
 
 
@@ -123,18 +142,43 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
     [
         (
             CellQuery(obs_filter="donor == 'a'"),
-            r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? there is assay, cell_type",
+            r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? there is assay,"
+            r" cell_type",
         ),
-        (CellQuery(obs_filter="attr('x y') == 'a'"), "query.obs_filter: the atlas has no column 'x y'; there is assay"),
-        (CellQuery(obs_filter="sex == 'hermaphrodite'"), "query.obs_filter: sex never is 'hermaphrodite'; there is '"),
-        (CellQuery(obs_filter="cell_type_major in ['B cell', 'T cel']"), "cell_type_major never is 'T cel'; there is 'T cell', "),
-        (CellQuery(var_filter="feature_id == 'CD3D'"), "query.var_filter: feature_id never is 'CD3D'; there is 'ENSG.* and .* more"),
-        (CellQuery(var_filter="symbol == 'CD3D'"), "query.var_filter: the atlas has no column 'symbol'; there is feature_id"),
-        (CellQuery(obs_filter="assay = 'a'"), "query.obs_filter=\"assay = 'a'\": SOMA does not take it: .* at character 7"),
+        (
+            CellQuery(obs_filter="attr('x y') == 'a'"),
+            "query.obs_filter: the atlas has no column 'x y'; there is assay",
+        ),
+        (
+            CellQuery(obs_filter="sex == 'hermaphrodite'"),
+            "query.obs_filter: sex never is 'hermaphrodite'; there is '",
+        ),
+        (
+            CellQuery(obs_filter="cell_type_major in ['B cell', 'T cel']"),
+            "cell_type_major never is 'T cel'; there is 'T cell', ",
+        ),
+        (
+            CellQuery(var_filter="feature_id == 'CD3D'"),
+            "query.var_filter: feature_id never is 'CD3D'; there is 'ENSG.* and .* more",
+        ),
+        (
+            CellQuery(var_filter="symbol == 'CD3D'"),
+            "query.var_filter: the atlas has no column 'symbol'; there is feature_id",
+        ),
+        (
+            CellQuery(obs_filter="assay = 'a'"),
+            "query.obs_filter=\"assay = 'a'\": SOMA does not take it: .* at character 7",
+        ),
         (CellQuery(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA does not take it: unmatched"),
-        (CellQuery(obs_filter="nnz > 'many'"), "query.obs_filter=\"nnz > 'many'\": SOMA does not take it: .*Cannot cast `many`"),
+        (
+            CellQuery(obs_filter="nnz > 'many'"),
+            "query.obs_filter=\"nnz > 'many'\": SOMA does not take it: .*Cannot cast `many`",
+        ),
         (CellQuery(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
-        (CellQuery(obs_filter="nnz < 0"), r"no cell of the atlas .* fulfils '\(nnz < 0\) and is_primary_data == True'"),
+        (
+            CellQuery(obs_filter="nnz < 0"),
+            r"no cell of the atlas .* fulfils '\(nnz < 0\) and is_primary_data == True'",
+        ),
         (CellQuery(var_filter="feature_length < 0"), "no gene of the atlas .* fulfils 'feature_length < 0'"),
     ],
     ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, CellQuery) else "",
@@ -145,14 +189,19 @@ def test_what_is_wrong_with_a_filter_is_said(locator, query, message):
 
 
 def test_an_unknown_label_column_is_said_with_those_there_are(locator):
-    with pytest.raises(ValueError, match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* there is assay"):
+    with pytest.raises(
+        ValueError,
+        match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* there is assay",
+    ):
         CellQuery().run(locator, "celltype")
 
 
 def test_a_saved_query_finds_the_same_cells_again(locator, tmp_path):
     saved = CellQuery(obs_filter="nnz > 100").run(locator)
     saved.save(tmp_path / "query.json")
-    config = ExperimentConfig(query=QueryConfig(file=str(tmp_path / "query.json")), split=SplitConfig(group_by="dataset_id"))
+    config = ExperimentConfig(
+        query=QueryConfig(file=str(tmp_path / "query.json")), split=SplitConfig(group_by="dataset_id")
+    )
     again = run_query(config)
     assert again.hash == saved.hash and again.locator == locator
     assert again.identity() == saved.identity()
@@ -165,7 +214,9 @@ def test_a_saved_query_that_finds_other_cells_names_both_hashes(locator, tmp_pat
     tree = json.loads(path.read_text())
     path.write_text(json.dumps(tree | {"hash": "0123"}))
     stale_locator, query = CellQuery.load(path)
-    with pytest.raises(ValueError, match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query anew"):
+    with pytest.raises(
+        ValueError, match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query anew"
+    ):
         query.run(stale_locator)
 
 
@@ -186,7 +237,12 @@ def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "can't be read as JSON"), ("{", "can't be read as JSON"), ("[]", "is no saved query: it lacks atlas")]
+    ("content", "message"),
+    [
+        (None, "can't be read as JSON"),
+        ("{", "can't be read as JSON"),
+        ("[]", "is no saved query: it lacks atlas"),
+    ],
 )
 def test_a_file_that_is_no_query_is_refused(tmp_path, content, message):
     if content is not None:
@@ -199,17 +255,25 @@ def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
     path = tmp_path / "query.json"
     whole.save(path)
     config = ExperimentConfig(atlas=AtlasConfig(uri="s3://other/atlas"), query=QueryConfig(file=str(path)))
-    with pytest.raises(ValueError, match="atlas.uri='s3://other/atlas' is another atlas than that of query.file"):
+    with pytest.raises(
+        ValueError, match="atlas.uri='s3://other/atlas' is another atlas than that of query.file"
+    ):
         query_from_config(config)
 
 
 def test_the_command_prints_counts_and_saves(small_atlas, tmp_path, capsys):
     out = tmp_path / "query.json"
-    assert main(["--atlas", small_atlas, "--obs-filter", "cell_type_major != 'T cell'", "--out", str(out)]) == 0
+    assert (
+        main(["--atlas", small_atlas, "--obs-filter", "cell_type_major != 'T cell'", "--out", str(out)]) == 0
+    )
     printed = capsys.readouterr().out
     assert "datasets  3" in printed and "B cell" in printed and "T cell" not in printed
     tree = json.loads(out.read_text())
-    assert tree["hash"] in printed and tree["atlas"]["timestamp_ms"] > 0 and tree["counts"]["labels"]["B cell"] > 0
+    assert (
+        tree["hash"] in printed
+        and tree["atlas"]["timestamp_ms"] > 0
+        and tree["counts"]["labels"]["B cell"] > 0
+    )
     assert main(["--query", str(out)]) == 0
     assert tree["hash"] in capsys.readouterr().out
 

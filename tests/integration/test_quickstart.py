@@ -24,7 +24,17 @@ SMALL = [
 
 def run_quickstart(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.quickstart", "--out", str(folder), "--pretrain-steps", "10", *arguments, *SMALL],
+        [
+            sys.executable,
+            "-m",
+            "jobs.quickstart",
+            "--out",
+            str(folder),
+            "--pretrain-steps",
+            "10",
+            *arguments,
+            *SMALL,
+        ],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -42,14 +52,30 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
     # Forty steps of a tiny network are no result; a broken chain would be at chance, 0.35.
     assert result["test"]["accuracy"] > 0.6
     assert result["baseline"]["accuracy"] > 0.9
-    for stage in ("simulate", "ingest", "query", "pretrain", "finetune", "register", "evaluate", "annotate", "report"):
+    for stage in (
+        "simulate",
+        "ingest",
+        "query",
+        "pretrain",
+        "finetune",
+        "register",
+        "evaluate",
+        "annotate",
+        "report",
+    ):
         assert f" s] {stage}" in said
     page = (tmp_path / "qs" / "report.html").read_text()
-    assert "logistic regression" in page and "of the model&#39;s embeddings" in page and "Annotated cells" in page
+    assert (
+        "logistic regression" in page
+        and "of the model&#39;s embeddings" in page
+        and "Annotated cells" in page
+    )
     annotated = anndata.read_h5ad(result["annotated"])
     assert annotated.obs["conf_score"].between(0, 1).all()
     assert "models:/screformer/1" == annotated.uns["screformer"]["model"]
-    assert not any(donor in said.partition("held-out donor_id")[2] for donor in annotated.obs["donor_id"].unique())
+    assert not any(
+        donor in said.partition("held-out donor_id")[2] for donor in annotated.obs["donor_id"].unique()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"qs"}
 
 
@@ -58,21 +84,39 @@ def test_own_files_with_named_test_donors(tmp_path: Path, sim_h5ads: list[Path])
     donors = ["sim_blood_donor2", "sim_blood_panel_donor4"]
     files = [str(path) for path in sim_h5ads[:2]]
     result, said = run_quickstart(
-        tmp_path / "qs", "--h5ad", *files, "--test-donors", *donors, "--pretrain-steps", "0", "cluster.num_workers=1"
+        tmp_path / "qs",
+        "--h5ad",
+        *files,
+        "--test-donors",
+        *donors,
+        "--pretrain-steps",
+        "0",
+        "cluster.num_workers=1",
     )
     assert "] finetune" in said and "] pretrain" not in said
     assert f"held-out donor_id: {', '.join(donors)}" in said
     tested = pd.read_parquet(next((tmp_path / "qs").rglob("test/cells.parquet"))).set_index("joinid")
     assert sorted(tested["donor_id"].unique()) == donors
-    assert (tested["prediction"] == tested["label"]).mean() == pytest.approx(result["test"]["accuracy"], abs=1e-6)
+    assert (tested["prediction"] == tested["label"]).mean() == pytest.approx(
+        result["test"]["accuracy"], abs=1e-6
+    )
     annotated = anndata.read_h5ad(result["annotated"])
     assert annotated.obs["dataset_id"].nunique() == 1
-    # Cells of the test, read from a file of their dataset's genes instead of the atlas: the same best labels but for rounding.
-    same = annotated.obs["best_label"].astype(str).to_numpy() == tested["prediction"][annotated.obs["soma_joinid"]].to_numpy()
-    assert len(same) == (tested["dataset_id"] == annotated.obs["dataset_id"].iloc[0]).sum() and same.mean() > 0.99
+    # Cells of the test, read from a file of their dataset's genes instead of the atlas: the same best labels
+    # but for rounding.
+    same = (
+        annotated.obs["best_label"].astype(str).to_numpy()
+        == tested["prediction"][annotated.obs["soma_joinid"]].to_numpy()
+    )
+    assert (
+        len(same) == (tested["dataset_id"] == annotated.obs["dataset_id"].iloc[0]).sum()
+        and same.mean() > 0.99
+    )
 
 
-def test_refuses_what_cannot_be_used(tmp_path: Path, sim_h5ads: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_what_cannot_be_used(
+    tmp_path: Path, sim_h5ads: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     def error(*arguments: str) -> str:
         assert quickstart.main(["--out", str(tmp_path / "qs"), *arguments]) == 2
         return capsys.readouterr().err

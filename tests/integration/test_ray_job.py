@@ -1,4 +1,5 @@
-"""Jobs on a real cluster: two raylets on loopback, `ray job submit`, an atlas on an S3 server, a local Ray beside them."""
+"""Jobs on a real cluster: two raylets on loopback, `ray job submit`, an atlas on an S3 server, a local Ray
+beside them."""
 
 import json
 import os
@@ -32,13 +33,26 @@ class Cluster:
     """Where each node keeps its sessions."""
 
     def workers_on(self, node: int) -> int:
-        """Ray Train workers that a node had, by the logs it keeps. Ray Train itself tells nodes apart by address only."""
+        """Ray Train workers that a node had, by the logs it keeps. Ray Train itself tells nodes apart by
+        address only."""
         logs = Path(self.folders[node]).glob("session_latest/logs/worker-*.out")
         return sum(":actor_name:RayTrainWorker" in path.read_text() for path in logs)
 
-    def submit(self, *entrypoint: str, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 480) -> tuple[int, str]:
+    def submit(
+        self, *entrypoint: str, cwd: Path, environment: dict[str, str] | None = None, timeout_s: float = 480
+    ) -> tuple[int, str]:
         """Exit status and output of `ray job submit`, which waits for the job."""
-        command = [BIN / "ray", "job", "submit", "--address", self.dashboard, "--working-dir", REPO_ROOT, "--", *entrypoint]
+        command = [
+            BIN / "ray",
+            "job",
+            "submit",
+            "--address",
+            self.dashboard,
+            "--working-dir",
+            REPO_ROOT,
+            "--",
+            *entrypoint,
+        ]
         done = subprocess.run(
             command,
             cwd=cwd,
@@ -61,15 +75,35 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    """One `ray start --block` in a process group of its own, on ports that nobody else on this machine uses."""
-    # A raylet gives its agent 15 s to come up and dies otherwise (ray-project/ray#65983), which a busy machine may need longer for.
+    """One `ray start --block` in a process group of its own, on ports that nobody else on this machine
+    uses."""
+    # A raylet gives its agent 15 s to come up and dies otherwise (ray-project/ray#65983), which a busy
+    # machine may need longer for.
     for _ in range(3):
-        names = ("node-manager", "object-manager", "runtime-env-agent", "dashboard-agent-grpc", "dashboard-agent-listen", "metrics-export")
+        names = (
+            "node-manager",
+            "object-manager",
+            "runtime-env-agent",
+            "dashboard-agent-grpc",
+            "dashboard-agent-listen",
+            "metrics-export",
+        )
         ports = [f"--{name}-port={port}" for name, port in zip(names, free_ports(len(names)), strict=True)]
         limits = ["--num-cpus=2", f"--object-store-memory={150 * 2**20}", "--disable-usage-stats"]
-        command = [BIN / "ray", "start", "--block", *ports, "--min-worker-port=0", "--max-worker-port=0", *limits, *arguments]
+        command = [
+            BIN / "ray",
+            "start",
+            "--block",
+            *ports,
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            *limits,
+            *arguments,
+        ]
         with log.open("w") as out:
-            process = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             while process.poll() is None and "Ray runtime started" not in log.read_text():
                 put_dashboard_last(process.pid)
@@ -83,7 +117,8 @@ def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterat
 
 
 def put_dashboard_last(parent: int) -> None:
-    """Let the agent, which has its 15 s, go before the dashboard's eleven processes, which start at the same time."""
+    """Let the agent, which has its 15 s, go before the dashboard's eleven processes, which start at the same
+    time."""
     with suppress(OSError):
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             if "dashboard.py" in Path(f"/proc/{child}/cmdline").read_text():
@@ -110,10 +145,14 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     gcs, dashboard, client = free_ports(3)
-    # Short: Ray's sockets lie below it, and their paths have at most 107 characters. One for each node, as on two machines: in a common one
-    # the first node would run a job in the working directory that the second one still unpacks.
+    # Short: Ray's sockets lie below it, and their paths have at most 107 characters. One for each node, as on
+    # two machines: in a common one the first node would run a job in the working directory that the second
+    # one still unpacks.
     with ExitStack() as stack:
-        folders = [stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)) for _ in range(2)]
+        folders = [
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
+            for _ in range(2)
+        ]
         head = ["--head", f"--port={gcs}", f"--ray-client-server-port={client}", f"--temp-dir={folders[0]}"]
         head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         stack.enter_context(node(head, environment, Path(folders[0]) / "head.log"))
@@ -129,15 +168,27 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str
 
     (port,), log = free_ports(1), tmp_path_factory.mktemp("s3") / "server.log"
     with log.open("w") as out:
-        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out
+        )
     try:
         while "Running on" not in log.read_text():
             assert server.poll() is None, log.read_text()
             time.sleep(0.2)
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(Bucket="atlases")
-        reach = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1", "use_virtual_addressing": "false"}
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(
+            Bucket="atlases"
+        )
+        reach = {
+            "endpoint_override": f"127.0.0.1:{port}",
+            "scheme": "http",
+            "region": "us-east-1",
+            "use_virtual_addressing": "false",
+        }
         # TileDB gives up after 3 s, which a busy machine may need longer for.
-        yield "s3://atlases", [f"vfs.s3.{name}={value}" for name, value in {**reach, "request_timeout_ms": 60000}.items()]
+        yield (
+            "s3://atlases",
+            [f"vfs.s3.{name}={value}" for name, value in {**reach, "request_timeout_ms": 60000}.items()],
+        )
     finally:
         server.kill()
         server.wait()
@@ -149,7 +200,8 @@ def test_a_job_has_the_packages_and_little_else(cluster: Cluster, tmp_path: Path
         from cluster.connect import connect
         connect(); connect()
         files = {str(path): path.stat().st_size for path in pathlib.Path().rglob("*") if path.is_file()}
-        print("bytes", sum(files.values()), "folders", sorted({name.partition("/")[0] for name in files if "/" in name}))
+        print("bytes", sum(files.values()), end=" ")
+        print("folders", sorted({name.partition("/")[0] for name in files if "/" in name}))
         @ray.remote
         def where():
             import screformer.config
@@ -163,15 +215,21 @@ def test_a_job_has_the_packages_and_little_else(cluster: Cluster, tmp_path: Path
     line = next(line for line in output.splitlines() if line.startswith("bytes"))
     assert int(line.split()[1]) < 2 * 2**20, line
     folders = line.partition("folders ")[2]
-    assert "'screformer'" in folders and not any(name in folders for name in ("tests", "docs", ".venv", ".git")), line
+    assert "'screformer'" in folders and not any(
+        name in folders for name in ("tests", "docs", ".venv", ".git")
+    ), line
     here, nodes, task = next(line for line in output.splitlines() if line.startswith("here")).split()[1::2]
     assert "runtime_resources/working_dir_files" in here and nodes == "2"
-    assert "runtime_resources/working_dir_files" in task, "a task imports the submitted packages, not those installed here"
+    assert "runtime_resources/working_dir_files" in task, (
+        "a task imports the submitted packages, not those installed here"
+    )
 
 
 def test_submit_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     stranger = {name: value for name, value in cluster.environment.items() if not name.startswith("RAY_AUTH")}
-    status, output = cluster.submit("python", "-c", "print('ran')", cwd=tmp_path, environment={**stranger, "RAY_AUTH_MODE": "disabled"})
+    status, output = cluster.submit(
+        "python", "-c", "print('ran')", cwd=tmp_path, environment={**stranger, "RAY_AUTH_MODE": "disabled"}
+    )
     assert status != 0 and "Missing authentication token" in output, output
 
 
@@ -180,7 +238,16 @@ def test_ingest_and_train_across_both_nodes_from_s3(
 ) -> None:
     atlas, tiledb = f"{s3[0]}/two-nodes", s3[1]
     status, output = cluster.submit(
-        "python", "-m", "jobs.ingest", "--h5ad", *map(str, sim_h5ads), "--atlas", atlas, "--tiledb", *tiledb, cwd=tmp_path
+        "python",
+        "-m",
+        "jobs.ingest",
+        "--h5ad",
+        *map(str, sim_h5ads),
+        "--atlas",
+        atlas,
+        "--tiledb",
+        *tiledb,
+        cwd=tmp_path,
     )
     assert status == 0 and "added 900 cells" in output, output
 
@@ -193,11 +260,16 @@ def test_ingest_and_train_across_both_nodes_from_s3(
         f"cluster.storage_path={tmp_path}",
     ]
     settings += ["train.max_steps=4", "train.eval_every_steps=2"]
-    status, output = cluster.submit("python", "-m", "jobs.finetune", "--config", "jobs/recipes/smoke.yaml", *settings, cwd=tmp_path)
+    status, output = cluster.submit(
+        "python", "-m", "jobs.finetune", "--config", "jobs/recipes/smoke.yaml", *settings, cwd=tmp_path
+    )
     assert status == 0, output
     assert [cluster.workers_on(node) for node in (0, 1)] == [1, 1], output
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"run_id"')))
-    assert 0 <= result["metrics"]["test/accuracy"] <= 1 and (Path(result["model_dir"]) / "weights.safetensors").exists()
+    assert (
+        0 <= result["metrics"]["test/accuracy"] <= 1
+        and (Path(result["model_dir"]) / "weights.safetensors").exists()
+    )
     assert Path(result["run_dir"]).parent == tmp_path
 
 
@@ -212,15 +284,26 @@ def test_local_ray_from_any_directory(tmp_path: Path) -> None:
         @ray.remote
         def worker():
             import logging, screformer.config
-            quiet = {logging.getLogger(name).level for name in (cluster.connect._CLEANER, cluster.connect._SCALER)}
+            names = (cluster.connect._CLEANER, cluster.connect._SCALER)
+            quiet = {logging.getLogger(name).level for name in names}
             return quiet == {logging.ERROR}, screformer.config.__file__
         quiet, path = ray.get(worker.remote())
-        print("quiet", quiet, "path", path, "more", ray.cluster_resources()["CPU"] - len(os.sched_getaffinity(0)))
-        print("store", ray.cluster_resources()["object_store_memory"] <= 2 * 2**30, "inherited", os.environ.get("PYTHONPATH"))
+        found = ray.cluster_resources()
+        print("quiet", quiet, "path", path, "more", found["CPU"] - len(os.sched_getaffinity(0)))
+        print("store", found["object_store_memory"] <= 2 * 2**30, "inherited", os.environ.get("PYTHONPATH"))
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_") and name != "PYTHONPATH"}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("RAY_") and name != "PYTHONPATH"
+    }
     done = subprocess.run(
-        [sys.executable, "-c", program, REPO_ROOT], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program, REPO_ROOT],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [

@@ -59,19 +59,35 @@ def pyfunc(registered: TrackedRun) -> Iterator[mlflow.pyfunc.PyFuncModel]:
     mlflow.set_tracking_uri(before)
 
 
-def test_a_version_holds_code_weights_and_no_pickle(registered: TrackedRun, store: TrackingConfig, model_dir: Path) -> None:
+def test_a_version_holds_code_weights_and_no_pickle(
+    registered: TrackedRun, store: TrackingConfig, model_dir: Path
+) -> None:
     directory = resolve_model("models:/blood@candidate", store)
     assert directory.parts[-2:] == ("artifacts", "model")
     assert {path.name for path in model_dir.iterdir()} == {path.name for path in directory.iterdir()}
     root = directory.parents[1]
     files = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
-    assert not [name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))]
-    assert {"MLmodel", "pyfunc.py", "code/screformer/predictor.py", "input_example.json", "requirements.txt", "MODEL_CARD.md"} <= files
+    assert not [
+        name for name in files if name.endswith((".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".pyc"))
+    ]
+    assert {
+        "MLmodel",
+        "pyfunc.py",
+        "code/screformer/predictor.py",
+        "input_example.json",
+        "requirements.txt",
+        "MODEL_CARD.md",
+    } <= files
     requirements = (root / "requirements.txt").read_text()
     assert "torch==" in requirements and "+cpu" not in requirements and "ray" not in requirements
     info = mlflow.models.Model.load(str(root))
     assert info.signature.outputs.input_names() == list(ANSWER_COLUMNS)
-    assert {param.name for param in info.signature.params} == {"probabilities", "embedding", "min_gene_overlap", "layer"}
+    assert {param.name for param in info.signature.params} == {
+        "probabilities",
+        "embedding",
+        "min_gene_overlap",
+        "layer",
+    }
     version = MlflowClient(store.uri).get_model_version("blood", "1")
     assert version.run_id == registered.run_id
 
@@ -93,7 +109,9 @@ def test_models_are_found_by_alias_version_run_and_directory(
     assert (resolve_model(f"runs:/{run.run_id}", store) / "weights.safetensors").read_bytes() == weights
 
 
-def test_the_next_version_takes_the_alias(registered: TrackedRun, store: TrackingConfig, model_dir: Path) -> None:
+def test_the_next_version_takes_the_alias(
+    registered: TrackedRun, store: TrackingConfig, model_dir: Path
+) -> None:
     assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver") == 1
     assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver") == 2
     assert register_model(registered.tracking_uri, registered.run_id, model_dir, "liver", alias="") == 3
@@ -102,7 +120,9 @@ def test_the_next_version_takes_the_alias(registered: TrackedRun, store: Trackin
         pinned_model("models:/liver@champion", store)
 
 
-def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, model_dir: Path) -> None:
+def test_the_registered_model_predicts_as_the_predictor(
+    pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, model_dir: Path
+) -> None:
     found = pyfunc.predict(cells)
     assert found.columns.tolist() == list(ANSWER_COLUMNS) and found.index.tolist() == cells.index.tolist()
     predictor = Predictor.load(model_dir, device="cpu")
@@ -113,16 +133,22 @@ def test_the_registered_model_predicts_as_the_predictor(pyfunc: mlflow.pyfunc.Py
     assert found["cell_type_ontology_term_id"].tolist() == direct.cl_ids.tolist()
     np.testing.assert_allclose(found["conf_score"], direct.confidence, atol=1e-6)
     rich = pyfunc.predict(cells.astype("float32"), params={"probabilities": True, "embedding": True})
-    np.testing.assert_allclose(rich[[f"probability: {name}" for name in predictor.label_names]], direct.probabilities_nk, atol=1e-6)
+    np.testing.assert_allclose(
+        rich[[f"probability: {name}" for name in predictor.label_names]], direct.probabilities_nk, atol=1e-6
+    )
     np.testing.assert_allclose(rich[[f"embedding_{i}" for i in range(16)]], direct.embedding_nd, atol=1e-5)
 
 
-def test_registering_is_quiet(registered: TrackedRun, model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_registering_is_quiet(
+    registered: TrackedRun, model_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert register_model(registered.tracking_uri, registered.run_id, model_dir, "quiet") == 1
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_fresh_process_gives_the_same_predictions(registered: TrackedRun, cells: pd.DataFrame, model_dir: Path, tmp_path: Path) -> None:
+def test_a_fresh_process_gives_the_same_predictions(
+    registered: TrackedRun, cells: pd.DataFrame, model_dir: Path, tmp_path: Path
+) -> None:
     cells.to_csv(tmp_path / "cells.csv")
     code = (
         "import sys, mlflow, pandas as pd\n"
@@ -135,7 +161,11 @@ def test_a_fresh_process_gives_the_same_predictions(registered: TrackedRun, cell
         "assert not {'ray', 'deepspeed', 'tiledbsoma', 'jobs'} & set(sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code, registered.tracking_uri], cwd=tmp_path, capture_output=True, text=True, timeout=400
+        [sys.executable, "-I", "-c", code, registered.tracking_uri],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert (done.returncode, done.stderr) == (0, "")
     found = pd.read_json(tmp_path / "found.json")
@@ -159,15 +189,23 @@ def test_bad_tables_are_refused(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.Dat
         pyfunc.predict(cells.assign(donor="a"))
     with pytest.raises(ValueError, match="input is a list; give a pandas DataFrame"):
         pyfunc.predict([1, 2])
-    with pytest.raises(ValueError, match=r"genes of another species: ids such as ENSMUSG00000000000 \(mouse\)"):
+    with pytest.raises(
+        ValueError, match=r"genes of another species: ids such as ENSMUSG00000000000 \(mouse\)"
+    ):
         pyfunc.predict(cells.set_axis([f"ENSMUSG{i:011d}" for i in range(41)], axis=1))
-    with pytest.raises(ValueError, match=r"another species: symbols such as Gene0 instead of GENE0 \(mouse or rat\)"):
+    with pytest.raises(
+        ValueError, match=r"another species: symbols such as Gene0 instead of GENE0 \(mouse or rat\)"
+    ):
         pyfunc.predict(cells.set_axis([f"Gene{i}" for i in range(41)], axis=1))
 
 
-def test_files_and_anndata_give_the_same_as_a_table(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, tmp_path: Path) -> None:
+def test_files_and_anndata_give_the_same_as_a_table(
+    pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, tmp_path: Path
+) -> None:
     expected = pyfunc.predict(cells)
-    adata = anndata.AnnData(cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns))
+    adata = anndata.AnnData(
+        cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
+    )
     adata.layers["counts"], adata.raw = adata.X.copy(), adata
     adata.write_h5ad(tmp_path / "cells.h5ad")
     path = str(tmp_path / "cells.h5ad")
@@ -179,7 +217,9 @@ def test_files_and_anndata_give_the_same_as_a_table(pyfunc: mlflow.pyfunc.PyFunc
     with pytest.raises(ValueError, match="is fractional"):
         pyfunc.predict(adata)
     for layer in ("counts", "raw"):
-        pd.testing.assert_frame_equal(pyfunc.predict(adata, params={"layer": layer}), expected, check_names=False)
+        pd.testing.assert_frame_equal(
+            pyfunc.predict(adata, params={"layer": layer}), expected, check_names=False
+        )
     adata.write_h5ad(tmp_path / "normalised.h5ad")
     with pytest.raises(ValueError, match=r"normalised.h5ad: X holds .* it is not a whole number"):
         pyfunc.predict(str(tmp_path / "normalised.h5ad"))
@@ -192,44 +232,79 @@ def test_files_and_anndata_give_the_same_as_a_table(pyfunc: mlflow.pyfunc.PyFunc
 def test_the_model_card_says_what_the_model_is(registered: TrackedRun, store: TrackingConfig) -> None:
     card = (resolve_model("models:/blood/1", store).parents[1] / "MODEL_CARD.md").read_text()
     assert MlflowClient(store.uri).get_model_version("blood", "1").description == card
-    for words in ("# blood", "- B cell (CL:0000236)", "- mystery cell (no Cell Ontology term)", "ab12", registered.run_id):
+    for words in (
+        "# blood",
+        "- B cell (CL:0000236)",
+        "- mystery cell (no Cell Ontology term)",
+        "ab12",
+        registered.run_id,
+    ):
         assert words in card
     assert "temperature 2.000" in card and "test/macro_f1 | 0.5000" in card
 
 
 def test_served_annotated_and_loaded_answers_are_the_same(
-    registered: TrackedRun, store: TrackingConfig, cells: pd.DataFrame, pyfunc: mlflow.pyfunc.PyFuncModel, tmp_path: Path
+    registered: TrackedRun,
+    store: TrackingConfig,
+    cells: pd.DataFrame,
+    pyfunc: mlflow.pyfunc.PyFuncModel,
+    tmp_path: Path,
 ) -> None:
-    """The server that MLflow starts for a registered model, over HTTP, against the pyfunc in this process and `jobs.annotate`."""
+    """The server that MLflow starts for a registered model, over HTTP, against the pyfunc in this process and
+    `jobs.annotate`."""
     move_alias("blood", "champion", 1, reason={"why": "test"}, tracking=store)
     loaded = pyfunc.predict(cells)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/blood@champion", "--env-manager", "local"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        "models:/blood@champion",
+        "--env-manager",
+        "local",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     with (tmp_path / "serve.log").open("w") as log:
         # The command starts uvicorn by its name, which an activated environment has on the PATH.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"MLFLOW_TRACKING_URI": registered.tracking_uri, "PATH": path}
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
+        )
     try:
         _wait(f"http://127.0.0.1:{port}/ping", process, tmp_path / "serve.log")
         table = json.loads(cells.to_json(orient="split"))
         status, answer = _post(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": table})
         assert status == 200
         served = pd.DataFrame(answer["predictions"], index=cells.index)
-        status, answer = _post(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": table | {"data": (-cells).to_numpy().tolist()}})
+        status, answer = _post(
+            f"http://127.0.0.1:{port}/invocations",
+            {"dataframe_split": table | {"data": (-cells).to_numpy().tolist()}},
+        )
         assert status >= 400 and "is negative" in json.dumps(answer)
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    adata = anndata.AnnData(cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns))
+    adata = anndata.AnnData(
+        cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
+    )
     adata.write_h5ad(tmp_path / "in.h5ad")
     model = resolve_model("models:/blood@champion", store)
-    annotate(Predictor.load(model, device="cpu"), tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="models:/blood@champion")
+    annotate(
+        Predictor.load(model, device="cpu"),
+        tmp_path / "in.h5ad",
+        tmp_path / "out.h5ad",
+        model="models:/blood@champion",
+    )
     annotated = anndata.read_h5ad(tmp_path / "out.h5ad").obs
-    assert loaded["unknown"].any() and loaded["predicted_labels"].nunique() > 1, "a constant answer would test nothing"
+    assert loaded["unknown"].any() and loaded["predicted_labels"].nunique() > 1, (
+        "a constant answer would test nothing"
+    )
     for other in (served, annotated):
         for column in ("predicted_labels", "cell_type_ontology_term_id", "label_level", "best_label"):
             assert other[column].astype(str).tolist() == loaded[column].tolist()
@@ -259,7 +334,12 @@ def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
 
 def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="knows no labels"):
-        register_model(registered.tracking_uri, registered.run_id, write_tiny_model(tmp_path / "pretrained", has_labels=False), "blood")
+        register_model(
+            registered.tracking_uri,
+            registered.run_id,
+            write_tiny_model(tmp_path / "pretrained", has_labels=False),
+            "blood",
+        )
 
 
 @pytest.fixture
@@ -272,7 +352,9 @@ def server(tmp_path: Path) -> Iterator[str]:
         running.stop()
 
 
-def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_tracking_server_over_http(
+    server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path
+) -> None:
     tracking = TrackingConfig(uri=server)
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
         run.log_identity({"atlas": {"uri": "a"}})
@@ -281,12 +363,17 @@ def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.Dat
         version = register_model(run.tracking_uri, run.run_id, model_dir, "blood")
     client = MlflowClient(server)
     assert client.get_run(run.run_id).info.status == "FINISHED"
-    assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {"test/confusion.csv", "test/confusion.png"}
+    assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {
+        "test/confusion.csv",
+        "test/confusion.png",
+    }
     assert pinned_model("models:/blood@candidate", tracking) == f"models:/blood/{version}"
     directory = resolve_model("models:/blood@candidate", tracking)
     assert not directory.is_relative_to(tmp_path), "the model comes through the server, not from its disk"
     predictor = Predictor.load(directory, device="cpu")
-    direct = Predictor.load(model_dir, device="cpu").predict_counts(cells.to_numpy(), predictor.match_genes(cells.columns.tolist()))
+    direct = Predictor.load(model_dir, device="cpu").predict_counts(
+        cells.to_numpy(), predictor.match_genes(cells.columns.tolist())
+    )
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server)
     try:
@@ -294,4 +381,7 @@ def test_a_tracking_server_over_http(server: str, model_dir: Path, cells: pd.Dat
     finally:
         mlflow.set_tracking_uri(before)
     assert found["predicted_labels"].tolist() == direct.labels.tolist()
-    assert json.loads(Path(client.download_artifacts(run.run_id, "identity.json")).read_text())["atlas"]["uri"] == "a"
+    assert (
+        json.loads(Path(client.download_artifacts(run.run_id, "identity.json")).read_text())["atlas"]["uri"]
+        == "a"
+    )

@@ -24,7 +24,8 @@ TYPES = ["B cell", "T cell", "monocyte", "natural killer cell", "platelet & <rar
 
 
 def _log_run(run: TrackedRun, folder: Path) -> None:
-    """What a fine-tuning logs, small: five types, three donors, predictions that are right nine times in ten."""
+    """What a fine-tuning logs, small: five types, three donors, predictions that are right nine times in
+    ten."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 120)
     predictions = np.where(rng.random(120) < 0.9, labels, rng.integers(0, 5, 120))
@@ -41,18 +42,34 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
                 "is_primary_data": True,
                 "hash": "ab" * 32,
             },
-            "split": {"group_by": "donor_id", "cells": {"train": 900, "val": 100, "test": 120}, "groups": groups},
+            "split": {
+                "group_by": "donor_id",
+                "cells": {"train": 900, "val": 100, "test": 120},
+                "groups": groups,
+            },
             "notes": ["labels with fewer than 10 training cells are left out: {'plasma cell': 3}"],
         }
     )
     for step in range(0, 100, 10):
-        run.log_metrics({"train/loss": 1 / (step + 1), "val/loss": 1.2 / (step + 1), "val/macro_f1": step / 100}, step=step)
+        run.log_metrics(
+            {"train/loss": 1 / (step + 1), "val/loss": 1.2 / (step + 1), "val/macro_f1": step / 100},
+            step=step,
+        )
     run.log_metrics({**counts.scores("test"), "best_step": 80.0, "data/cells_cut": 7.0}, step=100)
     run.log_confusion(counts.confusion_kk, TYPES, folder="test")
     run.log_table(pd.DataFrame(counts.table(TYPES)), "test/per_class.csv")
-    run.log_table(pd.DataFrame({"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}), "test/baselines.csv")
-    cells = pd.DataFrame({"joinid": np.arange(120), "dataset_id": "set", "donor_id": rng.choice(["d4", "d5"], 120)})
-    cells = cells.assign(label=np.array(TYPES)[labels], prediction=np.array(TYPES)[predictions], confidence=rng.uniform(0.6, 1, 120))
+    run.log_table(
+        pd.DataFrame({"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}),
+        "test/baselines.csv",
+    )
+    cells = pd.DataFrame(
+        {"joinid": np.arange(120), "dataset_id": "set", "donor_id": rng.choice(["d4", "d5"], 120)}
+    )
+    cells = cells.assign(
+        label=np.array(TYPES)[labels],
+        prediction=np.array(TYPES)[predictions],
+        confidence=rng.uniform(0.6, 1, 120),
+    )
     cells["said"] = cells["prediction"].where(cells["confidence"] > 0.65, "unknown")
     cells["embedding"] = list((np.eye(5, 8)[labels] * 4 + rng.normal(size=(120, 8))).astype(np.float32))
     cells.to_parquet(folder / "cells.parquet")
@@ -85,7 +102,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver_path = shutil.which("chromedriver")
     if binary is None or driver_path is None:
-        assert os.environ.get("CI") != "true", "CI tests the report in a browser; install Debian's chromium and chromium-driver"
+        assert os.environ.get("CI") != "true", (
+            "CI tests the report in a browser; install Debian's chromium and chromium-driver"
+        )
         pytest.skip("no chromium with chromedriver on PATH")
     from selenium import webdriver
 
@@ -93,7 +112,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.binary_location = binary
     profile = tmp_path_factory.mktemp("browser")
     for flag in (
-        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --disable-component-update"
+        "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking"
+        " --disable-component-update"
         f" --disable-sync --no-first-run --disable-extensions --user-data-dir={profile}"
     ).split():
         options.add_argument(flag)
@@ -108,7 +128,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def _open(browser: Any, page: Path, width: int, scheme: str = "light") -> None:
     size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     browser.get(page.as_uri())
 
 
@@ -117,14 +139,33 @@ def test_it_fits_every_width_without_complaint(browser: Any, page: Path, width: 
     _open(browser, page, width)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return window.innerWidth") == width
-    assert browser.execute_script("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-    pictures = browser.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth, i.alt.length])")
-    assert len(pictures) >= 7 and all(complete and natural > 0 and shown > 0 and alt > 20 for complete, natural, shown, alt in pictures)
-    boxes = browser.execute_script("return [...document.querySelectorAll('.scroll')].map(b => b.scrollWidth - b.clientWidth)")
+    assert (
+        browser.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        == 0
+    )
+    pictures = browser.execute_script(
+        "return [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth, i.alt.length])"
+    )
+    assert len(pictures) >= 7 and all(
+        complete and natural > 0 and shown > 0 and alt > 20 for complete, natural, shown, alt in pictures
+    )
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('.scroll')].map(b => b.scrollWidth - b.clientWidth)"
+    )
     assert max(boxes) > 500, "the wide table scrolls inside its own box"
-    headings = browser.execute_script("return [...document.querySelectorAll('h1, h2, h3')].map(h => +h.tagName[1])")
-    assert headings[0] == 1 and headings.count(1) == 1 and all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False))
-    links = browser.execute_script("return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))")
+    headings = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, h3')].map(h => +h.tagName[1])"
+    )
+    assert (
+        headings[0] == 1
+        and headings.count(1) == 1
+        and all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False))
+    )
+    links = browser.execute_script(
+        "return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))"
+    )
     assert len(links) >= 5 and all(links)
 
 
@@ -137,7 +178,8 @@ def test_text_stands_out(browser: Any, page: Path, scheme: str) -> None:
             return colour !== 'rgba(0, 0, 0, 0)' ? colour : ground(e.parentElement);
         };
         const texts = 'p, h1, h2, h3, th, td, figcaption, a, dt, dd, li, code, footer, strong';
-        return [...document.querySelectorAll(texts)].map(e => [e.tagName + '.' + e.className, getComputedStyle(e).color, ground(e)])"""
+        return [...document.querySelectorAll(texts)].map(
+            e => [e.tagName + '.' + e.className, getComputedStyle(e).color, ground(e)])"""
     found = {tuple(item) for item in browser.execute_script(ground_of)}
     assert len(found) > 8
     for what, colour, ground in found:
@@ -174,14 +216,18 @@ def test_it_says_what_the_run_said(page: Path, run: TrackedRun) -> None:
     assert logged.read_text() == text
 
 
-def test_a_run_that_logged_little_has_a_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_logged_little_has_a_report_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     with pytest.raises(RuntimeError), start_run(config, "pretrain") as run:
         raise RuntimeError("out of memory")
     out = tmp_path / "report.md"
     assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "report": str(out)}
-    assert "# Pre-training: screformer" in out.read_text() and "RuntimeError: out of memory" in out.read_text()
+    assert (
+        "# Pre-training: screformer" in out.read_text() and "RuntimeError: out of memory" in out.read_text()
+    )
     assert main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 1
     assert "ValueError: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
     assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
@@ -189,7 +235,9 @@ def test_a_run_that_logged_little_has_a_report_too(tmp_path: Path, capsys: pytes
 
 
 def test_a_run_that_made_its_own_report_keeps_it(tmp_path: Path) -> None:
-    with start_run(ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}), "crossval") as run:
+    with start_run(
+        ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}), "crossval"
+    ) as run:
         for name in ("report.md", "report.html"):
             (tmp_path / name).write_text(f"its own {name}")
             run.log_file(tmp_path / name)
@@ -204,11 +252,17 @@ def test_settings_that_differ_and_few_cells() -> None:
     points, how = layout(np.random.default_rng(0).normal(size=(12, 4)))
     assert (points.shape, how) == ((12, 2), "Principal components")
     groups = np.repeat([0, 1], 150)
-    points, how = layout((np.random.default_rng(0).normal(size=(300, 8)) + 20 * groups[:, None]).astype(np.float32))
+    points, how = layout(
+        (np.random.default_rng(0).normal(size=(300, 8)) + 20 * groups[:, None]).astype(np.float32)
+    )
     assert (points.shape, how) == ((300, 2), "UMAP")
     centres = np.stack([points[groups == group].mean(axis=0) for group in (0, 1)])
-    assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), "groups lie apart"
-    cells = pd.DataFrame({"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]})
+    assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), (
+        "groups lie apart"
+    )
+    cells = pd.DataFrame(
+        {"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]}
+    )
     assert reliability_bins(cells).to_numpy().tolist() == [[0.525, 0.5, 2.0], [0.975, 1.0, 2.0]]
 
 

@@ -1,4 +1,5 @@
-"""Training that is really killed goes on to the same result, also on another number of workers or another ZeRO stage."""
+"""Training that is really killed goes on to the same result, also on another number of workers or another
+ZeRO stage."""
 
 import json
 import os
@@ -18,11 +19,20 @@ from screformer.checkpoint import is_complete, read_position
 from screformer.config import ExperimentConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
-STEPS = {"train.max_steps": 12, "train.eval_every_steps": 3}  # epochs of 5 steps: checkpoints lie inside and at the end of one
+STEPS = {
+    "train.max_steps": 12,
+    "train.eval_every_steps": 3,
+}  # epochs of 5 steps: checkpoints lie inside and at the end of one
 
 
 def _start(
-    folder: Path, config: ExperimentConfig, world_size: int, *, save_in: Path, resume: Path | None = None, delay_s: float = 0.0
+    folder: Path,
+    config: ExperimentConfig,
+    world_size: int,
+    *,
+    save_in: Path,
+    resume: Path | None = None,
+    delay_s: float = 0.0,
 ) -> list[subprocess.Popen[bytes]]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
@@ -31,13 +41,21 @@ def _start(
     return [
         subprocess.Popen(
             [
-                sys.executable, toy_training.__file__, str(rank), str(world_size), str(folder / "store"), str(folder / "config.json"),
-                str(save_in), str(folder / "out.json"), str(resume or "-"), str(delay_s),
+                sys.executable,
+                toy_training.__file__,
+                str(rank),
+                str(world_size),
+                str(folder / "store"),
+                str(folder / "config.json"),
+                str(save_in),
+                str(folder / "out.json"),
+                str(resume or "-"),
+                str(delay_s),
             ],
             env=environment,
         )
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
 
 
 def _finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
@@ -51,12 +69,18 @@ def _losses(run: dict[str, Any]) -> dict[int, float]:
 
 
 def _final(run: dict[str, Any]) -> dict[str, float]:
-    return {key: value for line in run["reported"] for key, value in line.items() if key.startswith(("best_val/", "test/"))}
+    return {
+        key: value
+        for line in run["reported"]
+        for key, value in line.items()
+        if key.startswith(("best_val/", "test/"))
+    }
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """An uninterrupted run on two workers, and the newest checkpoint of a twin that was killed at the same time as it ran."""
+    """An uninterrupted run on two workers, and the newest checkpoint of a twin that was killed at the same
+    time as it ran."""
     root = tmp_path_factory.mktemp("resume")
     config = toy_config(**STEPS, **{"cluster.num_workers": 2})
     twin = _start(root / "twin", config, 2, save_in=root / "twin-saves", delay_s=0.5)
@@ -72,7 +96,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     assert not (root / "twin" / "out.json").exists(), "it was killed before its end"
     assert is_complete(first)
     position = read_position(second)
-    assert (position["global_step"], position["epoch"], position["step_in_epoch"], position["cells_consumed"]) == (6, 1, 1, 8)
+    assert (
+        position["global_step"],
+        position["epoch"],
+        position["step_in_epoch"],
+        position["cells_consumed"],
+    ) == (6, 1, 1, 8)
     return whole, second
 
 
@@ -85,18 +114,25 @@ CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
 
 
 @pytest.fixture(scope="module")
-def resumed(killed: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def resumed(
+    killed: tuple[dict[str, Any], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     root, (_, checkpoint) = tmp_path_factory.mktemp("resumed"), killed
     started = {}
     for name, (world_size, overrides, _) in CASES.items():
         folder = root / str(len(started))
         config = toy_config(**STEPS, **{"cluster.num_workers": world_size}, **overrides)
-        started[name] = (folder, _start(folder, config, world_size, save_in=folder / "saves", resume=checkpoint))
+        started[name] = (
+            folder,
+            _start(folder, config, world_size, save_in=folder / "saves", resume=checkpoint),
+        )
     return {name: _finish(folder, processes) for name, (folder, processes) in started.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resumed_equals_uninterrupted(killed: tuple[dict[str, Any], Path], resumed: dict[str, dict[str, Any]], case: str) -> None:
+def test_resumed_equals_uninterrupted(
+    killed: tuple[dict[str, Any], Path], resumed: dict[str, dict[str, Any]], case: str
+) -> None:
     (whole, _), found, exact = killed, resumed[case], CASES[case][2]
     losses = _losses(found)
     assert list(losses) == [7, 8, 9, 10, 11, 12]

@@ -1,6 +1,7 @@
 """The encoder alone on two gloo workers: reversible and not, ZeRO 0 to 3 with really partitioned parameters.
 
-All learn the same, with their own hashes and dropout; and with equal hashes they learn what reformer_pytorch's network learns.
+All learn the same, with their own hashes and dropout; and with equal hashes they learn what
+reformer_pytorch's network learns.
 """
 
 import json
@@ -25,7 +26,8 @@ CONFIG = ModelConfig(dim=WIDTH, depth=2, heads=2, attention="lsh", bucket_size=4
 
 
 class Regression(nn.Module):
-    """An encoder and a linear layer; its loss is that of all cells, so that two workers can be compared with one."""
+    """An encoder and a linear layer; its loss is that of all cells, so that two workers can be compared with
+    one."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -58,16 +60,25 @@ def train(stage: int, config: ModelConfig, rank: int, world_size: int, lengths: 
         "gradient_clipping": 0.0,  # DeepSpeed would clip at 1
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 10**6},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "reduce_bucket_size": 10**6,
+        },
     }
     module = our_network(config)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=settings, dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=module.parameters(), config=settings, dist_init_required=False
+    )
     losses, gradients = [], {}
     for step in range(STEPS):
         loss = engine(*draw_cells(step, rank, lengths), step)
         engine.backward(loss)
         if step == 0:
-            gradients = {name: safe_get_full_grad(param).flatten().tolist() for name, param in module.encoder.named_parameters()}
+            gradients = {
+                name: safe_get_full_grad(param).flatten().tolist()
+                for name, param in module.encoder.named_parameters()
+            }
         engine.step()
         total = loss.detach() / world_size
         torch.distributed.all_reduce(total)
@@ -85,7 +96,12 @@ def train_library(world_size: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(library.parameters(), lr=1e-2)
     losses, gradients = [], {}
     for step in range(STEPS):
-        x, mask = (torch.cat(parts) for parts in zip(*(draw_cells(step, rank, [LENGTH] * 2) for rank in range(world_size)), strict=True))
+        x, mask = (
+            torch.cat(parts)
+            for parts in zip(
+                *(draw_cells(step, rank, [LENGTH] * 2) for rank in range(world_size)), strict=True
+            )
+        )
         loss = library(x.requires_grad_(), mask, step)  # else the library's reversible blocks do not learn
         loss.backward()
         if step == 0:
@@ -109,10 +125,14 @@ def work(rank: int, world_size: int, folder: str) -> None:
     found = {}
     for stage, reversible in CASES:
         config = replace(CONFIG, reversible=reversible, dropout=0.1)
-        found[f"own hashes, {stage} {reversible}"] = train(stage, config, rank, world_size, [LENGTH, 20 + rank])
+        found[f"own hashes, {stage} {reversible}"] = train(
+            stage, config, rank, world_size, [LENGTH, 20 + rank]
+        )
     give_equal_hashes(setattr, LENGTH, CONFIG)
     for stage, reversible in CASES:
-        found[f"equal hashes, {stage} {reversible}"] = train(stage, replace(CONFIG, reversible=reversible), rank, world_size, [LENGTH] * 2)
+        found[f"equal hashes, {stage} {reversible}"] = train(
+            stage, replace(CONFIG, reversible=reversible), rank, world_size, [LENGTH] * 2
+        )
     found["library"] = train_library(world_size)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
@@ -128,14 +148,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("stage", "reversible"), CASES)
-def test_stages_and_reversibility_give_the_same_losses(found: dict[str, Any], stage: int, reversible: bool) -> None:
+def test_stages_and_reversibility_give_the_same_losses(
+    found: dict[str, Any], stage: int, reversible: bool
+) -> None:
     reference = found["own hashes, 0 False"]["losses"]
     assert reference[-1] < reference[0]
     np.testing.assert_allclose(found[f"own hashes, {stage} {reversible}"]["losses"], reference, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "reversible"), CASES)
-def test_two_workers_learn_what_the_library_learns_from_equal_hashes(found: dict[str, Any], stage: int, reversible: bool) -> None:
+def test_two_workers_learn_what_the_library_learns_from_equal_hashes(
+    found: dict[str, Any], stage: int, reversible: bool
+) -> None:
     ours, library = found[f"equal hashes, {stage} {reversible}"], found["library"]
     assert ours["gradients"].keys() == library["gradients"].keys()
     for name, gradient in library["gradients"].items():

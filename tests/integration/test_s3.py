@@ -61,5 +61,11 @@ def test_a_saved_query_reaches_the_server_again(remote, tmp_path):
 
 def test_nothing_there_is_told_with_what_to_check(s3_server):
     locator = AtlasLocator(f"{s3_server.uri}/nothing", tiledb_config=tuple(s3_server.tiledb_config.items()))
-    with pytest.raises(ValueError, match="holds no SOMA atlas; check the address, atlas.tiledb_config and the credentials"), locator.open():
+    with (
+        pytest.raises(
+            ValueError,
+            match="holds no SOMA atlas; check the address, atlas.tiledb_config and the credentials",
+        ),
+        locator.open(),
+    ):
         pass

@@ -57,7 +57,15 @@ def vocabulary(genes=None):
 
 
 def make_stream(
-    locator, joinids=None, genes=None, tokens=None, seed=5, shuffle=True, global_batch_size=24, cells_per_task=120, panels=None
+    locator,
+    joinids=None,
+    genes=None,
+    tokens=None,
+    seed=5,
+    shuffle=True,
+    global_batch_size=24,
+    cells_per_task=120,
+    panels=None,
 ):
     joinids = np.arange(NUM_CELLS) if joinids is None else joinids
     return CellStream(
@@ -77,11 +85,22 @@ def make_stream(
 def epoch(stream, epoch=0, world_size=1, micro_batch_size=4, start_step=0):
     """Batches of all ranks, and the joinids as (steps, global batch)."""
     ranks = [
-        list(stream.batches(epoch, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, start_step=start_step))
+        list(
+            stream.batches(
+                epoch,
+                rank=rank,
+                world_size=world_size,
+                micro_batch_size=micro_batch_size,
+                start_step=start_step,
+            )
+        )
         for rank in range(world_size)
     ]
     lanes = stream.global_batch_size // world_size
-    rows = [np.concatenate([batch["joinids"] for batch in batches] or [[]]).reshape(-1, lanes) for batches in ranks]
+    rows = [
+        np.concatenate([batch["joinids"] for batch in batches] or [[]]).reshape(-1, lanes)
+        for batches in ranks
+    ]
     return [batch for batches in ranks for batch in batches], np.concatenate(rows, axis=1)
 
 
@@ -96,7 +115,9 @@ def test_batches_hold_the_atlas_in_the_order_of_the_plan(locator):
     np.testing.assert_array_equal(rows, planned(stream))
     assert stream.num_padding == 20 and len(batches) == stream.steps_per_epoch * 6
     for batch in batches:
-        assert {batch[name].dtype.__str__() for name in ("token_ids", "bin_ids", "labels", "joinids")} == {"torch.int64"}
+        assert {batch[name].dtype.__str__() for name in ("token_ids", "bin_ids", "labels", "joinids")} == {
+            "torch.int64"
+        }
         for joinid, label, tokens, values in zip(
             *(batch[name].numpy() for name in ("joinids", "labels", "token_ids", "values")), strict=True
         ):
@@ -115,7 +136,9 @@ def test_ranks_and_resumed_ranks_get_the_same_global_batches(locator):
     stream = make_stream(locator, joinids=np.arange(0, NUM_CELLS, 3))
     expected = planned(stream, 2)
     np.testing.assert_array_equal(epoch(stream, 2, world_size=2, micro_batch_size=6)[1], expected)
-    np.testing.assert_array_equal(epoch(stream, 2, world_size=3, micro_batch_size=8, start_step=7)[1], expected[7:])
+    np.testing.assert_array_equal(
+        epoch(stream, 2, world_size=3, micro_batch_size=8, start_step=7)[1], expected[7:]
+    )
     assert epoch(stream, 2, start_step=stream.steps_per_epoch)[0] == []
 
 
@@ -145,7 +168,9 @@ def test_a_vocabulary_of_some_genes_in_another_order_keeps_the_whole_library_siz
     genes = [40, 3, 17, 25, 0]
     stream = make_stream(locator, genes=genes, joinids=np.arange(96))
     for batch in epoch(stream)[0]:
-        for joinid, tokens, values in zip(batch["joinids"].numpy(), batch["token_ids"].numpy(), batch["values"].numpy(), strict=True):
+        for joinid, tokens, values in zip(
+            batch["joinids"].numpy(), batch["token_ids"].numpy(), batch["values"].numpy(), strict=True
+        ):
             counts = counts_of([joinid])[0]
             found = tokens >= NUM_SPECIAL
             np.testing.assert_array_equal(tokens[found] - NUM_SPECIAL, np.flatnonzero(counts[genes]))
@@ -182,14 +207,19 @@ def test_ranks_that_hold_every_cpu_still_get_their_cells_also_from_two_streams_a
         def run(self, train, val, rank):
             batches = train.batches(0, rank=rank, world_size=2, micro_batch_size=12)
             seen = [next(batches)["joinids"].numpy()]
-            validated = [batch["joinids"].numpy() for batch in val.batches(0, rank=rank, world_size=2, micro_batch_size=12)]
+            validated = [
+                batch["joinids"].numpy()
+                for batch in val.batches(0, rank=rank, world_size=2, micro_batch_size=12)
+            ]
             seen += [batch["joinids"].numpy() for batch in batches]
             return np.stack(seen), np.stack(validated)
 
     ranks = [Rank.remote() for _ in range(2)]
     results = ray.get([actor.run.remote(train, val, rank) for rank, actor in enumerate(ranks)], timeout=240)
     np.testing.assert_array_equal(np.concatenate([seen for seen, _ in results], axis=1), planned(train))
-    np.testing.assert_array_equal(np.concatenate([validated for _, validated in results], axis=1), planned(val))
+    np.testing.assert_array_equal(
+        np.concatenate([validated for _, validated in results], axis=1), planned(val)
+    )
 
 
 def test_an_early_stop_leaves_no_thread_behind(locator):
@@ -211,7 +241,11 @@ def test_an_error_while_reading_reaches_the_caller(locator, tmp_path):
 def test_sample_counts(locator):
     stream = make_stream(locator, joinids=np.arange(0, NUM_CELLS, 2), genes=[7, 1, 30])
     sample = stream.sample_counts(100, seed=1)
-    assert sample.counts_ng.shape == (100, 3) and (np.diff(sample.joinids_n) > 0).all() and (sample.joinids_n % 2 == 0).all()
+    assert (
+        sample.counts_ng.shape == (100, 3)
+        and (np.diff(sample.joinids_n) > 0).all()
+        and (sample.joinids_n % 2 == 0).all()
+    )
     expected = counts_of(sample.joinids_n)
     np.testing.assert_array_equal(sample.counts_ng.toarray(), expected[:, [7, 1, 30]])
     np.testing.assert_array_equal(sample.total_n, expected.sum(1))
@@ -222,7 +256,9 @@ def test_sample_counts(locator):
 
 
 def test_batches_and_samples_say_which_genes_were_measured(locator):
-    panels = Panels(np.arange(NUM_GENES) < np.array([[NUM_GENES], [20], [5]]), np.arange(NUM_CELLS) % 2)  # the last is nobody's
+    panels = Panels(
+        np.arange(NUM_GENES) < np.array([[NUM_GENES], [20], [5]]), np.arange(NUM_CELLS) % 2
+    )  # the last is nobody's
     stream = make_stream(locator, joinids=np.arange(NUM_CELLS), panels=panels)
     seen = 0
     for batch in stream.batches(0, rank=0, world_size=1, micro_batch_size=stream.global_batch_size):
@@ -234,13 +270,16 @@ def test_batches_and_samples_say_which_genes_were_measured(locator):
     assert seen == NUM_CELLS
     sample = stream.sample_counts(50, seed=0)
     np.testing.assert_array_equal(
-        sample.panels.measured_pg.sum(1)[sample.panels.panels_n], np.where(sample.joinids_n % 2 == 0, NUM_GENES, 20)
+        sample.panels.measured_pg.sum(1)[sample.panels.panels_n],
+        np.where(sample.joinids_n % 2 == 0, NUM_GENES, 20),
     )
     assert make_stream(locator).sample_counts(5, seed=0).panels.measured_pg.all()
 
 
 def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):
-    joinids = np.sort(np.concatenate([np.arange(label, 4 * size, 4) for label, size in enumerate((60, 20, 5))]))
+    joinids = np.sort(
+        np.concatenate([np.arange(label, 4 * size, 4) for label, size in enumerate((60, 20, 5))])
+    )
     stream = make_stream(locator, joinids=joinids)
     assert np.bincount(stream.sample_counts(25, seed=1, even_labels=True).labels_n).tolist() == [10, 10, 5]
     first, second = (stream.sample_counts(25, seed=seed, even_labels=True).joinids_n for seed in (1, 2))
@@ -249,10 +288,15 @@ def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):
 
 def test_read_tasks_are_small_cheap_and_always_the_same(locator):
     joinids = np.arange(NUM_CELLS)
-    plan = EpochPlan(num_cells=NUM_CELLS, seed=0, epoch=0, run_length=8, cells_per_task=120, global_batch_size=24)
+    plan = EpochPlan(
+        num_cells=NUM_CELLS, seed=0, epoch=0, run_length=8, cells_per_task=120, global_batch_size=24
+    )
     arrays = ray.put(CellArrays(joinids, joinids, np.arange(NUM_GENES, dtype=np.int32)))
     source = SomaDatasource(locator, arrays, plan, rank=1, world_size=2)
-    first, second = source.get_read_tasks(1), source.get_read_tasks(200, data_context=ray.data.DataContext.get_current())
+    first, second = (
+        source.get_read_tasks(1),
+        source.get_read_tasks(200, data_context=ray.data.DataContext.get_current()),
+    )
     tables = [[pa.concat_tables(task()) for task in tasks] for tasks in (first, second)]
     assert all(a.equals(b) for a, b in zip(*tables, strict=True))
     assert [task.metadata.num_rows for task in first] == [table.num_rows for table in tables[0]]
@@ -266,15 +310,26 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
     create_atlas(uri, soma_context())
     path = f"{uri}/census_data/homo_sapiens/ms/RNA/X"
     tiles = {"soma_dim_0": {"tile": 64}, "soma_dim_1": {"tile": 7}}
-    create = {"dims": tiles, "allows_duplicates": True, "capacity": 100, "tile_order": "row-major", "cell_order": "row-major"}
+    create = {
+        "dims": tiles,
+        "allows_duplicates": True,
+        "capacity": 100,
+        "tile_order": "row-major",
+        "cell_order": "row-major",
+    }
     rows, genes = np.nonzero(counts_of(np.arange(NUM_CELLS)))
     values = counts_of(np.arange(NUM_CELLS))[rows, genes]
     with tiledbsoma.open(path, "w") as layers:
         layer = layers.add_new_sparse_ndarray(
-            "tiled", type=pa.float32(), shape=(NUM_CELLS, NUM_GENES), platform_config={"tiledb": {"create": create}}
+            "tiled",
+            type=pa.float32(),
+            shape=(NUM_CELLS, NUM_GENES),
+            platform_config={"tiledb": {"create": create}},
         )
         for half in (rows < 350, rows >= 350):
-            layer.write(pa.table({"soma_dim_0": rows[half], "soma_dim_1": genes[half], "soma_data": values[half]}))
+            layer.write(
+                pa.table({"soma_dim_0": rows[half], "soma_dim_1": genes[half], "soma_data": values[half]})
+            )
     joinids = np.sort(np.random.default_rng(0).permutation(NUM_CELLS)[:300])
     tiled = AtlasLocator(uri, x_layer="tiled")
     for ours, theirs in zip(
@@ -287,17 +342,33 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
 
 def test_wrong_sizes_and_cells_are_refused(locator):
     stream = make_stream(locator)
-    with pytest.raises(ValueError, match=r"train.global_batch_size=24 is not a multiple of micro_batch_size x world size \(5 x 1\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"train.global_batch_size=24 is not a multiple of micro_batch_size x world size \(5 x 1\)",
+    ):
         next(stream.batches(0, rank=0, world_size=1, micro_batch_size=5))
     with pytest.raises(ValueError, match="joinid 3 stands twice among the cells of a stream"):
         make_stream(locator, joinids=np.array([3, 1, 3]))
-    with pytest.raises(ValueError, match="stream.cells_per_task=12 must hold at least one train.global_batch_size=24"):
+    with pytest.raises(
+        ValueError, match="stream.cells_per_task=12 must hold at least one train.global_batch_size=24"
+    ):
         make_stream(locator, cells_per_task=12)
     strange = GeneVocabulary(("X1",), ("X1",), np.zeros(1, np.float32))
     with pytest.raises(
-        ValueError, match=r"has none of the vocabulary's 1 genes \(such as 'X1'; the atlas has ENSG00000, .*joined by feature_id"
+        ValueError,
+        match=r"has none of the vocabulary's 1 genes \(such as 'X1'; the"
+        r" atlas has ENSG00000, .*joined by feature_id",
     ):
-        CellStream(locator, np.arange(3), np.zeros(3), strange, TokensConfig(), StreamConfig(), global_batch_size=1, seed=0)
+        CellStream(
+            locator,
+            np.arange(3),
+            np.zeros(3),
+            strange,
+            TokensConfig(),
+            StreamConfig(),
+            global_batch_size=1,
+            seed=0,
+        )
 
 
 def test_the_benchmark_measures_all_contestants_on_one_atlas(capsys):
@@ -306,7 +377,9 @@ def test_the_benchmark_measures_all_contestants_on_one_atlas(capsys):
     result = json.loads(printed.splitlines()[-1])
     assert result["cells"] == 1500 and result["cores"] >= 1 and result["entropy_over_random"] > 0.97
     assert all(rate > 0 for rate in result["cells_per_s"].values())
-    assert {"raw SOMA scan", "our read tasks, called directly", "our stream, tokens in the loop"} <= set(result["cells_per_s"])
+    assert {"raw SOMA scan", "our read tasks, called directly", "our stream, tokens in the loop"} <= set(
+        result["cells_per_s"]
+    )
     assert len(result["versions"]) >= 4 and "our stream, tokens in the loop" in printed
 
 

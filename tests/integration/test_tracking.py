@@ -34,11 +34,21 @@ def _artifact(run: TrackedRun, path: str) -> Path:
     return Path(MlflowClient(run.tracking_uri).download_artifacts(run.run_id, path))
 
 
-def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(config: ExperimentConfig, store: str) -> None:
+def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(
+    config: ExperimentConfig, store: str
+) -> None:
     with start_run(config, "finetune") as run:
-        run.log_identity({"atlas": {"uri": "s3://atlases/blood", "timestamp_ms": 12}, "query": {"hash": "ab12", "num_cells": 7}})
+        run.log_identity(
+            {
+                "atlas": {"uri": "s3://atlases/blood", "timestamp_ms": 12},
+                "query": {"hash": "ab12", "num_cells": 7},
+            }
+        )
         for step in range(3):
-            run.log_metrics({"train/loss": 1.0 / (step + 1), "val/loss": 2.0 / (step + 1), "val/f1 of CD4+ T": 0.5}, step=step)
+            run.log_metrics(
+                {"train/loss": 1.0 / (step + 1), "val/loss": 2.0 / (step + 1), "val/f1 of CD4+ T": 0.5},
+                step=step,
+            )
         run.log_confusion(np.array([[3, 1], [0, 0]]), ["B cell", "T cell"], folder="test")
         run.log_table(pd.DataFrame({"label": ["B cell"], "f1": [0.5]}), "test/per_class.csv")
         run.log_curves()
@@ -68,7 +78,9 @@ def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(config: 
         assert _artifact(run, picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_process_logs_into_the_run_and_is_quiet(config: ExperimentConfig, store: str, tmp_path: Path) -> None:
+def test_another_process_logs_into_the_run_and_is_quiet(
+    config: ExperimentConfig, store: str, tmp_path: Path
+) -> None:
     with start_run(config, "finetune") as run:
         (tmp_path / "run.pkl").write_bytes(pickle.dumps(run))
         code = (
@@ -79,7 +91,8 @@ def test_another_process_logs_into_the_run_and_is_quiet(config: ExperimentConfig
             "run.log_metrics({'train/loss': 0.25}, step=9)\n"
             "from jobs.tracking import start_run\n"
             "from screformer.config import ExperimentConfig\n"
-            "with start_run(ExperimentConfig().merge({'tracking.uri': 'sqlite:///fresh.db'}), 'pretrain') as other:\n"
+            "with start_run(ExperimentConfig().merge({'tracking.uri': 'sqlite:///fresh.db'}), 'pretrain') as"
+            " other:\n"
             "    other.log_metrics({'train/loss': 1.0}, step=0)\n"
             "    other.log_identity({})\n"
         )
@@ -97,8 +110,12 @@ def test_another_process_logs_into_the_run_and_is_quiet(config: ExperimentConfig
     assert (tmp_path / "mlartifacts").is_dir() and (tmp_path / "fresh.db").is_file()
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("no such column"), "FAILED"), (KeyboardInterrupt(), "KILLED")])
-def test_a_failed_job_marks_its_run(config: ExperimentConfig, store: str, error: BaseException, status: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "status"), [(ValueError("no such column"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_failed_job_marks_its_run(
+    config: ExperimentConfig, store: str, error: BaseException, status: str
+) -> None:
     with pytest.raises(type(error)), start_run(config, "finetune") as run:
         raise error
     logged = MlflowClient(store).get_run(run.run_id)
@@ -113,7 +130,9 @@ def test_a_failed_job_marks_its_run(config: ExperimentConfig, store: str, error:
 
 def test_a_server_that_is_not_there_is_said_at_once(config: ExperimentConfig) -> None:
     began = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"tracking.uri=http://127.0.0.1:9 does not answer .*start `mlflow server`"):
+    with pytest.raises(
+        ConnectionError, match=r"tracking.uri=http://127.0.0.1:9 does not answer .*start `mlflow server`"
+    ):
         start_run(config.merge({"tracking.uri": "http://127.0.0.1:9"}), "finetune")
     assert time.monotonic() - began < 15
 
@@ -129,12 +148,17 @@ def test_stores_are_named_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"tracking.uri='./mlruns' is no tracking store"):
         tracking_uri(TrackingConfig(uri="./mlruns"))
     with pytest.raises(ValueError, match="lies in a folder that does not exist; create it"):
-        start_run(ExperimentConfig().merge({"tracking.uri": "sqlite:////no/such/folder/mlflow.db"}), "finetune")
+        start_run(
+            ExperimentConfig().merge({"tracking.uri": "sqlite:////no/such/folder/mlflow.db"}), "finetune"
+        )
 
 
 def test_a_run_in_a_file_of_another_node_says_what_to_do(tmp_path: Path) -> None:
     run = TrackedRun(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", run_id="0" * 32)
-    with pytest.raises(ValueError, match=r"a file that this machine .* does not have; for a job on several nodes set tracking.uri"):
+    with pytest.raises(
+        ValueError,
+        match=r"a file that this machine .* does not have; for a job on several nodes set tracking.uri",
+    ):
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
 
@@ -144,7 +168,9 @@ def test_git_revision_or_its_absence(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
         subprocess.run([*git, *words], check=True)
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert git_revision(tmp_path) == head
     (tmp_path / "file").write_text("a")
     subprocess.run([*git, "add", "file"], check=True)
@@ -156,7 +182,9 @@ def test_models_that_are_not_there(config: ExperimentConfig, tmp_path: Path) -> 
     store = config.tracking
     with start_run(config, "pretrain") as run:
         pass
-    with pytest.raises(ValueError, match=r"no registered model 'blood' in sqlite.*; nothing is registered there yet"):
+    with pytest.raises(
+        ValueError, match=r"no registered model 'blood' in sqlite.*; nothing is registered there yet"
+    ):
         pinned_model("models:/blood@candidate", store)
     client = MlflowClient(store.uri)
     client.create_registered_model("blood")

@@ -1,4 +1,5 @@
-"""Two real gloo workers: what is learned does not depend on the ZeRO stage, on reversibility, or on the number of workers."""
+"""Two real gloo workers: what is learned does not depend on the ZeRO stage, on reversibility, or on the
+number of workers."""
 
 import json
 from pathlib import Path
@@ -23,7 +24,8 @@ ONE_WORKER: dict[str, tuple[str, dict[str, Any]]] = {
     "one_micro_batch": ("finetune", {"train.micro_batch_size": 8}),
 }
 UNDETERMINED = ("pooling.score.bias", "pooling.score_norm.bias")
-"""They shift all scores of a softmax alike, so their gradient is zero but for rounding, of which Adam makes whole steps."""
+"""They shift all scores of a softmax alike, so their gradient is zero but for rounding, of which Adam makes
+whole steps."""
 NOISE = 2e-4
 """A hundredth of how far training moves a weight."""
 
@@ -32,10 +34,17 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
     join_group(rank, world_size, store)
     results = {}
     for name, (task, overrides) in (TWO_WORKERS if world_size == 2 else ONE_WORKER).items():
-        outcome, lines = train(toy_config(**{"cluster.num_workers": world_size, **overrides}), task, rank, world_size)
+        outcome, lines = train(
+            toy_config(**{"cluster.num_workers": world_size, **overrides}), task, rank, world_size
+        )
         results[name] = {
             "losses": [line["train/loss"] for line in lines if "train/loss" in line],
-            "final": {key: value for line in lines for key, value in line.items() if key.startswith(("val/", "best_val/", "test/"))},
+            "final": {
+                key: value
+                for line in lines
+                for key, value in line.items()
+                if key.startswith(("val/", "best_val/", "test/"))
+            },
             "weights": {key: tensor.flatten().tolist() for key, tensor in outcome.weights.items()},
         }
     if rank == 0:
@@ -46,16 +55,26 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each case reported, and its weights. Processes of their own: DeepSpeed knows one process group per process."""
+    """What each case reported, and its weights. Processes of their own: DeepSpeed knows one process group per
+    process."""
     folder = tmp_path_factory.mktemp("zero")
     started = [
-        torch.multiprocessing.spawn(_work, args=(size, str(folder / f"store{size}"), str(folder / f"{size}.json")), nprocs=size, join=False)
+        torch.multiprocessing.spawn(
+            _work,
+            args=(size, str(folder / f"store{size}"), str(folder / f"{size}.json")),
+            nprocs=size,
+            join=False,
+        )
         for size in (1, 2)
     ]
     for context in started:
         while not context.join():
             pass
-    return {name: result for size in (1, 2) for name, result in json.loads((folder / f"{size}.json").read_text()).items()}
+    return {
+        name: result
+        for size in (1, 2)
+        for name, result in json.loads((folder / f"{size}.json").read_text()).items()
+    }
 
 
 def _assert_same(found: dict[str, Any], reference: dict[str, Any]) -> None:

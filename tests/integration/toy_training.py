@@ -1,4 +1,5 @@
-"""A tiny training problem in memory, for the tests of training: real network, real engine, real gloo workers, no atlas.
+"""A tiny training problem in memory, for the tests of training: real network, real engine, real gloo workers,
+no atlas.
 
 Cells of three types with a few genes each; each rank owns lanes of the global batch, as the stream does.
 """
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from screformer.checkpoint import NO_LABELS, load_training, read_position, read_weights, save_model, save_training, seal
+from screformer.checkpoint import (
+    NO_LABELS,
+    load_training,
+    read_position,
+    read_weights,
+    save_model,
+    save_training,
+    seal,
+)
 from screformer.config import ExperimentConfig
 from screformer.engine import build_engine
 from screformer.model import ScReformer
@@ -25,13 +34,26 @@ LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""
 
 
 def toy_config(**overrides: Any) -> ExperimentConfig:
-    """Small enough for a second per run; 37 cells in global batches of 8 leave padding rows in the last one."""
+    """Small enough for a second per run; 37 cells in global batches of 8 leave padding rows in the last
+    one."""
     values = {
-        "model.dim": 16, "model.depth": 2, "model.heads": 2, "model.attention": "lsh", "model.bucket_size": 4, "model.n_hashes": 2,
-        "model.gene_embedding": "random", "tokens.max_genes": 30, "train.global_batch_size": 8, "train.micro_batch_size": 2,
-        "train.lr": 3e-3, "train.warmup_steps": 2, "train.max_steps": 6, "train.eval_every_steps": 3, "train.log_every_steps": 1,
+        "model.dim": 16,
+        "model.depth": 2,
+        "model.heads": 2,
+        "model.attention": "lsh",
+        "model.bucket_size": 4,
+        "model.n_hashes": 2,
+        "model.gene_embedding": "random",
+        "tokens.max_genes": 30,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.lr": 3e-3,
+        "train.warmup_steps": 2,
+        "train.max_steps": 6,
+        "train.eval_every_steps": 3,
+        "train.log_every_steps": 1,
         "zero.stage3_param_persistence_threshold": 0,
-    }  # fmt: skip
+    }
     return ExperimentConfig().merge({**values, **overrides})
 
 
@@ -70,36 +92,57 @@ def toy_batch(joinids: list[int]) -> Batch:
 
 
 def toy_parts(config: ExperimentConfig, rank: int, world_size: int) -> Parts:
-    """This rank's lanes: cells 0 to 36 train in a new order each epoch, 100 to 110 validate, 200 to 208 test."""
+    """This rank's lanes: cells 0 to 36 train in a new order each epoch, 100 to 110 validate, 200 to 208
+    test."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
 
     def batches(cells: np.ndarray, start: int = 0) -> Any:
         steps = -(-len(cells) // size)
         lanes = np.concatenate([cells, np.full(steps * size - len(cells), -1)]).reshape(steps, size)
         own = lanes[start:, rank * size // world_size : (rank + 1) * size // world_size]
-        return (toy_batch(step[at : at + micro].tolist()) for step in own for at in range(0, len(step), micro))
+        return (
+            toy_batch(step[at : at + micro].tolist()) for step in own for at in range(0, len(step), micro)
+        )
 
     return Parts(
         steps_per_epoch=-(-NUM_CELLS // size),
-        train=lambda epoch, start: batches(np.random.default_rng([config.train.seed, epoch]).permutation(NUM_CELLS), start),
+        train=lambda epoch, start: batches(
+            np.random.default_rng([config.train.seed, epoch]).permutation(NUM_CELLS), start
+        ),
         val=lambda: batches(np.arange(100, 111)),
         test=lambda: batches(np.arange(200, 209)),
     )
 
 
 def train(
-    config: ExperimentConfig, task: str, rank: int, world_size: int, *, save_in: Path | None = None, resume: Path | None = None,
+    config: ExperimentConfig,
+    task: str,
+    rank: int,
+    world_size: int,
+    *,
+    save_in: Path | None = None,
+    resume: Path | None = None,
     delay_s: float = 0.0,
-) -> tuple[Outcome, list[dict[str, float]]]:  # fmt: skip
-    """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. Returns also what was reported."""
+) -> tuple[Outcome, list[dict[str, float]]]:
+    """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. Returns also what was
+    reported."""
     labels = LABELS if task == "finetune" else NO_LABELS
-    model = ScReformer(config.model, config.tokens, num_genes=NUM_GENES, num_classes=len(labels["names"]), seed=config.train.seed)
+    model = ScReformer(
+        config.model,
+        config.tokens,
+        num_genes=NUM_GENES,
+        num_classes=len(labels["names"]),
+        seed=config.train.seed,
+    )
     freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=False)
     engine = build_engine(config, model, world_size)
     start = None
     if resume is not None:
         load_training(resume, engine)
-        start = (Progress.from_dict(read_position(resume)), read_weights(resume / "model") if rank == 0 else {})
+        start = (
+            Progress.from_dict(read_position(resume)),
+            read_weights(resume / "model") if rank == 0 else {},
+        )
     lines: list[dict[str, float]] = []
 
     def report(metrics: dict[str, float], step: int) -> None:
@@ -116,9 +159,15 @@ def train(
         seal(folder)
 
     outcome = fit(
-        config, engine, toy_parts(config, rank, world_size), task=task, class_counts_k=np.array([20, 12, 5]), report=report,
-        save_checkpoint=save, resume=start,
-    )  # fmt: skip
+        config,
+        engine,
+        toy_parts(config, rank, world_size),
+        task=task,
+        class_counts_k=np.array([20, 12, 5]),
+        report=report,
+        save_checkpoint=save,
+        resume=start,
+    )
     return outcome, lines
 
 
@@ -126,7 +175,9 @@ def join_group(rank: int, world_size: int, store: str) -> None:
     """Join the gloo workers of a test."""
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), GLOO_SOCKET_IFNAME="lo")
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, world_size), rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(store, world_size), rank=rank, world_size=world_size
+    )
 
 
 if __name__ == "__main__":
@@ -135,9 +186,14 @@ if __name__ == "__main__":
     join_group(int(my_rank), int(size), store_path)
     settings = ExperimentConfig.from_dict(json.loads(Path(config_path).read_text()))
     done, reported = train(
-        settings, "finetune", int(my_rank), int(size), save_in=Path(save_path),
-        resume=None if resume_path == "-" else Path(resume_path), delay_s=float(delay),
-    )  # fmt: skip
+        settings,
+        "finetune",
+        int(my_rank),
+        int(size),
+        save_in=Path(save_path),
+        resume=None if resume_path == "-" else Path(resume_path),
+        delay_s=float(delay),
+    )
     if my_rank == "0":
         digest = {name: tensor.double().flatten().tolist() for name, tensor in done.weights.items()}
         Path(out_path).write_text(json.dumps({"reported": reported, "weights": digest}))

@@ -20,7 +20,11 @@ def cells(draw):
     donor_n = rng.permutation(np.repeat(np.arange(num_donors), sizes))
     label_n = rng.integers(-1, num_labels, len(donor_n))
     dataset_of_donor = rng.integers(0, draw(st.integers(1, 4)), num_donors)
-    return np.char.add("donor", donor_n.astype(str)), np.char.add("set", dataset_of_donor[donor_n].astype(str)), label_n
+    return (
+        np.char.add("donor", donor_n.astype(str)),
+        np.char.add("set", dataset_of_donor[donor_n].astype(str)),
+        label_n,
+    )
 
 
 @given(cells(), st.integers(2, 6), st.integers(0, 3), st.sampled_from(["donor", "dataset", "random"]))
@@ -61,7 +65,9 @@ def test_labels_are_shared_out_within_the_stated_bounds(found, num_folds, seed):
     folds = make_folds("donor", donors, datasets, labels, num_folds, seed)
     sizes = np.bincount(folds.fold_n, minlength=len(folds))
     assert np.ptp(sizes) <= np.unique(donors, return_counts=True)[1].max()
-    assert any("not crossval.num_folds" in note for note in folds.notes) == (len(np.unique(donors)) < num_folds)
+    assert any("not crossval.num_folds" in note for note in folds.notes) == (
+        len(np.unique(donors)) < num_folds
+    )
 
 
 def test_equal_donors_give_even_labels():
@@ -71,9 +77,13 @@ def test_equal_donors_give_even_labels():
     donor_n = np.repeat(np.arange(20), 100)
     label_n = np.concatenate([rng.choice(4, 100, p=share) for share in lean])
     folds = make_folds("donor", donor_n.astype(str), np.full(2000, "set"), label_n, 5, 0)
-    share_fk = np.stack([np.bincount(label_n[folds.fold_n == fold], minlength=4) for fold in range(5)]) / np.bincount(label_n)
+    share_fk = np.stack(
+        [np.bincount(label_n[folds.fold_n == fold], minlength=4) for fold in range(5)]
+    ) / np.bincount(label_n)
     assert np.abs(share_fk - 0.2).max() < 0.08
-    random = np.stack([np.bincount(label_n[(donor_n // 4) == fold], minlength=4) for fold in range(5)]) / np.bincount(label_n)
+    random = np.stack(
+        [np.bincount(label_n[(donor_n // 4) == fold], minlength=4) for fold in range(5)]
+    ) / np.bincount(label_n)
     assert share_fk.std() < random.std()
 
 
@@ -85,7 +95,9 @@ def test_what_a_reader_must_know_is_said():
     assert any("one label only (c)" in note for note in folds.notes)
     assert folds.labels_of_one_fold(labels) == {2: folds.names[folds.fold_n[-1]]}
     shared = make_folds("dataset", donors, np.tile(["x", "y"], 30), labels, 5, 0)
-    assert shared.names == ("x", "y") and any("donor a is in the data sets x, y" in note for note in shared.notes)
+    assert shared.names == ("x", "y") and any(
+        "donor a is in the data sets x, y" in note for note in shared.notes
+    )
     assert any("flatters" in note for note in make_folds("random", donors, donors, labels, 5, 0).notes)
     with pytest.raises(ValueError, match="needs at least 2 data sets, the query has 1"):
         make_folds("dataset", donors, np.full(60, "x"), labels, 5, 0)
@@ -103,7 +115,12 @@ def test_saved_folds_are_found_again_by_joinid():
         order = np.random.default_rng(0).permutation(40)[:25]
         again = load_folds(path, joinids[order])
         np.testing.assert_array_equal(again.fold_n, folds.fold_n[order])
-        assert (again.kind, again.names, again.seed, again.notes) == (folds.kind, folds.names, folds.seed, folds.notes)
+        assert (again.kind, again.names, again.seed, again.notes) == (
+            folds.kind,
+            folds.names,
+            folds.seed,
+            folds.notes,
+        )
         with pytest.raises(ValueError, match=r"lack 1 of the query's 2 cells \(such as joinid 4\)"):
             load_folds(path, np.array([3, 4]))
         (Path(scratch) / "other.parquet").write_bytes(b"nothing")

@@ -1,4 +1,5 @@
-"""Every promise of the epoch's plan, for any sizes: exactly once, equal steps, resumable on another number of ranks."""
+"""Every promise of the epoch's plan, for any sizes: exactly once, equal steps, resumable on another number of
+ranks."""
 
 import numpy as np
 import pytest
@@ -28,11 +29,15 @@ def rank_rows(plan, rank, world_size, start_step=0):
     """What a rank reads, as (steps, lanes of the rank)."""
     units = list(plan.units(rank, world_size, start_step))
     lanes = plan.global_batch_size // world_size
-    return np.concatenate([plan.unit_cells(unit) for unit in units] or [np.zeros(0, np.int64)]).reshape(-1, lanes)
+    return np.concatenate([plan.unit_cells(unit) for unit in units] or [np.zeros(0, np.int64)]).reshape(
+        -1, lanes
+    )
 
 
 def epoch_rows(plan):
-    return np.array([plan.cells(step) for step in range(plan.num_steps)], np.int64).reshape(plan.num_steps, plan.global_batch_size)
+    return np.array([plan.cells(step) for step in range(plan.num_steps)], np.int64).reshape(
+        plan.num_steps, plan.global_batch_size
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -41,7 +46,9 @@ def test_each_cell_comes_exactly_once_and_only_the_last_batch_is_padded(plan):
     rows = epoch_rows(plan)
     assert sorted(rows[rows >= 0]) == list(range(plan.num_cells))
     assert (rows[:-1] >= 0).all()
-    assert (rows < 0).sum() == plan.num_steps * plan.global_batch_size - plan.num_cells < plan.global_batch_size
+    assert (
+        (rows < 0).sum() == plan.num_steps * plan.global_batch_size - plan.num_cells < plan.global_batch_size
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -72,7 +79,10 @@ def test_order_is_fixed_by_seed_and_epoch(plan):
 @pytest.mark.parametrize("change", [{"epoch": 1}, {"seed": 1}])
 def test_epochs_and_seeds_differ(change):
     sizes = {"num_cells": 5000, "run_length": 16, "cells_per_task": 1024, "global_batch_size": 32}
-    first, other = EpochPlan(seed=0, epoch=0, **sizes), EpochPlan(**({"seed": 0, "epoch": 0} | change), **sizes)
+    first, other = (
+        EpochPlan(seed=0, epoch=0, **sizes),
+        EpochPlan(**({"seed": 0, "epoch": 0} | change), **sizes),
+    )
     a, b = epoch_rows(first), epoch_rows(other)
     assert (a == b).mean() < 0.01
     # Not the same batches in another order either: two batches of different epochs share few cells.
@@ -81,19 +91,25 @@ def test_epochs_and_seeds_differ(change):
 
 
 def test_unshuffled_plan_reads_in_order():
-    plan = EpochPlan(num_cells=100, seed=0, epoch=0, run_length=8, cells_per_task=40, global_batch_size=8, shuffle=False)
+    plan = EpochPlan(
+        num_cells=100, seed=0, epoch=0, run_length=8, cells_per_task=40, global_batch_size=8, shuffle=False
+    )
     np.testing.assert_array_equal(plan.task_cells(0), np.arange(40).reshape(8, 5).T)
 
 
 def test_many_ranks_join_tasks_so_that_reads_do_not_crumble():
-    plan = EpochPlan(num_cells=400_000, seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=64)
+    plan = EpochPlan(
+        num_cells=400_000, seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=64
+    )
     sizes = [len(plan.unit_cells(unit)) for unit in plan.units(3, 16)]
     assert min(sizes[1:-1]) >= 16_384 / 2 and max(sizes) <= 16_384
     assert len(plan.unit_cells(next(plan.units(0, 1)))) == 16_384
 
 
 def test_a_task_that_cannot_hold_a_global_batch_is_refused():
-    with pytest.raises(ValueError, match=r"stream.cells_per_task=32 must hold at least one train.global_batch_size=64"):
+    with pytest.raises(
+        ValueError, match=r"stream.cells_per_task=32 must hold at least one train.global_batch_size=64"
+    ):
         EpochPlan(num_cells=1, seed=0, epoch=0, run_length=8, cells_per_task=32, global_batch_size=64)
 
 
@@ -115,19 +131,30 @@ def entropy_bits(codes_nb):
 @pytest.mark.parametrize("batch", [16, 64, 256, 1024])
 @pytest.mark.parametrize("run_length", [64, 16])
 def test_batches_of_label_sorted_cells_are_as_mixed_as_random_ones(batch, run_length):
-    """Over 130,000 cells sorted by 14 labels of uneven size, with the default task size: at least 99 % of a random order's entropy."""
+    """Over 130,000 cells sorted by 14 labels of uneven size, with the default task size: at least 99 % of a
+    random order's entropy."""
     rng = np.random.default_rng(0)
     labels = np.sort(rng.choice(14, 130_003, p=rng.dirichlet(np.full(14, 3.0))))
-    plan = EpochPlan(num_cells=len(labels), seed=0, epoch=3, run_length=run_length, cells_per_task=16_384, global_batch_size=batch)
+    plan = EpochPlan(
+        num_cells=len(labels),
+        seed=0,
+        epoch=3,
+        run_length=run_length,
+        cells_per_task=16_384,
+        global_batch_size=batch,
+    )
     ours = np.concatenate([plan.task_cells(task) for task in range(plan.num_tasks)])[:-1]
     random = rng.permutation(len(labels))[: ours.size].reshape(ours.shape)
     assert entropy_bits(labels[ours]) >= 0.99 * entropy_bits(labels[random])
 
 
 def test_neighbouring_batches_are_mixed_too():
-    """Label shares of 1,024 consecutive cells at batch 16 (64 steps) are as even as those of random cells, up to 2 %."""
+    """Label shares of 1,024 consecutive cells at batch 16 (64 steps) are as even as those of random cells, up
+    to 2 %."""
     labels = np.sort(np.random.default_rng(0).choice(14, 130_003))
-    plan = EpochPlan(num_cells=len(labels), seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=16)
+    plan = EpochPlan(
+        num_cells=len(labels), seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=16
+    )
     order = np.concatenate([plan.task_cells(task).ravel() for task in range(plan.num_tasks - 1)])
     windows = labels[order[: len(order) // 1024 * 1024]].reshape(-1, 1024)
     random = np.random.default_rng(1).permutation(labels)[: windows.size].reshape(windows.shape)

@@ -14,7 +14,11 @@ VOCABULARY = GeneVocabulary(
     tuple(f"G{index}" for index in range(NUM_GENES)),
     np.random.default_rng(0).uniform(0, 8, NUM_GENES).astype(np.float32),
 )
-CELLS = st.lists(st.dictionaries(st.integers(0, NUM_GENES - 1), st.integers(0, 300), max_size=NUM_GENES), min_size=1, max_size=6)
+CELLS = st.lists(
+    st.dictionaries(st.integers(0, NUM_GENES - 1), st.integers(0, 300), max_size=NUM_GENES),
+    min_size=1,
+    max_size=6,
+)
 CONFIGS = st.builds(
     TokensConfig,
     input_mode=st.sampled_from(["detected", "all"]),
@@ -52,8 +56,14 @@ def test_tokens_are_the_detected_genes(cells, config) -> None:
             assert set(genes) <= set(detected)
             assert len(genes) == config.max_genes
             total = sum(detected.values())
-            stands_out = {g: np.log1p(c * np.float32(1e4 / total)) - VOCABULARY.mean_expression_g[g] for g, c in detected.items()}
-            assert min(stands_out[g] for g in genes) >= max(stands_out[g] for g in set(detected) - set(genes)) - 1e-5
+            stands_out = {
+                g: np.log1p(c * np.float32(1e4 / total)) - VOCABULARY.mean_expression_g[g]
+                for g, c in detected.items()
+            }
+            assert (
+                min(stands_out[g] for g in genes)
+                >= max(stands_out[g] for g in set(detected) - set(genes)) - 1e-5
+            )
         order = np.argsort(values[row], kind="stable")
         assert (np.diff(bins[row, order]) >= 0).all()  # a higher bin never for less expression
     assert tokens["num_cut"] == num_cut
@@ -75,6 +85,9 @@ def test_a_cell_does_not_depend_on_its_neighbours(cells, config) -> None:
 @pytest.mark.parametrize("expression", ["log2_bins", "quantile_bins"])
 def test_bins_do_not_depend_on_what_is_cut(expression) -> None:
     cell = {gene: gene % 7 + 1 for gene in range(NUM_GENES)}
-    whole, cut = (CellTokenizer(TokensConfig(expression=expression, max_genes=most), VOCABULARY)(*flat([cell])) for most in (NUM_GENES, 10))
+    whole, cut = (
+        CellTokenizer(TokensConfig(expression=expression, max_genes=most), VOCABULARY)(*flat([cell]))
+        for most in (NUM_GENES, 10)
+    )
     bin_of = dict(zip(whole["token_ids"][0], whole["bin_ids"][0], strict=True))
     assert [bin_of[token] for token in cut["token_ids"][0]] == cut["bin_ids"][0].tolist()

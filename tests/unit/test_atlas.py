@@ -24,14 +24,21 @@ def test_a_relative_path_becomes_absolute(monkeypatch, tmp_path):
 
 
 def test_round_trips_as_plain_values_and_by_pickle():
-    config = AtlasConfig(uri="s3://bucket/atlas", tiledb_config={"vfs.s3.scheme": "http", "vfs.s3.region": "eu-west-1"})
+    config = AtlasConfig(
+        uri="s3://bucket/atlas", tiledb_config={"vfs.s3.scheme": "http", "vfs.s3.region": "eu-west-1"}
+    )
     locator = AtlasLocator.from_config(config)
-    assert AtlasLocator.from_dict(json.loads(json.dumps(locator.to_dict()))) == locator == pickle.loads(pickle.dumps(locator))
+    assert (
+        AtlasLocator.from_dict(json.loads(json.dumps(locator.to_dict())))
+        == locator
+        == pickle.loads(pickle.dumps(locator))
+    )
     assert len({locator, AtlasLocator.from_config(config)}) == 1
 
 
 @pytest.mark.parametrize(
-    ("uri", "release"), [("census", ""), ("census:2025-11-08", "2025-11-08"), ("s3://b/census", None), ("./census", None)]
+    ("uri", "release"),
+    [("census", ""), ("census:2025-11-08", "2025-11-08"), ("s3://b/census", None), ("./census", None)],
 )
 def test_forms(uri, release):
     assert AtlasLocator(uri).census_release == release
@@ -39,7 +46,9 @@ def test_forms(uri, release):
 
 @pytest.mark.parametrize("uri", ["census:latest", "census:2025", "census:08-11-2025"])
 def test_an_ill_formed_release_is_refused(uri):
-    with pytest.raises(ValueError, match=f"atlas.uri='{uri}' names no release of Census; write census or census:YYYY-MM-DD"):
+    with pytest.raises(
+        ValueError, match=f"atlas.uri='{uri}' names no release of Census; write census or census:YYYY-MM-DD"
+    ):
         AtlasLocator(uri)
 
 
@@ -59,7 +68,10 @@ def test_a_missing_atlas_names_the_command_that_makes_one(tmp_path):
 def test_a_file_is_no_atlas(tmp_path):
     path = tmp_path / "cells.h5ad"
     path.write_bytes(b"not really")
-    with pytest.raises(ValueError, match="is a file; an atlas is a folder: ingest the file with"), AtlasLocator(str(path)).open():
+    with (
+        pytest.raises(ValueError, match="is a file; an atlas is a folder: ingest the file with"),
+        AtlasLocator(str(path)).open(),
+    ):
         pass
 
 
@@ -71,7 +83,9 @@ def test_a_folder_without_soma_is_no_atlas(tmp_path):
 def test_a_bare_experiment_is_told_apart(empty_atlas):
     bare = f"{empty_atlas}/census_data/homo_sapiens"
     with (
-        pytest.raises(ValueError, match=r"holds a SOMAExperiment of ms, obs, but an atlas has the layout of Census"),
+        pytest.raises(
+            ValueError, match=r"holds a SOMAExperiment of ms, obs, but an atlas has the layout of Census"
+        ),
         AtlasLocator(bare).open(),
     ):
         pass
@@ -81,7 +95,10 @@ def test_another_organism_is_listed(tmp_path):
     uri = str(tmp_path / "mouse")
     with tiledbsoma.Collection.create(uri) as root, root.add_new_collection("census_data") as data:
         data.add_new_collection("mus_musculus", kind=tiledbsoma.Experiment).close()
-    with pytest.raises(ValueError, match="holds mus_musculus, but an atlas has the layout of Census, URI/census_data/homo_sapiens"):
+    with pytest.raises(
+        ValueError,
+        match="holds mus_musculus, but an atlas has the layout of Census, URI/census_data/homo_sapiens",
+    ):
         AtlasLocator(uri).open().__enter__()
 
 
@@ -98,7 +115,9 @@ def test_what_an_atlas_lacks_is_listed(empty_atlas, field, message):
 
 
 def test_the_context_is_bounded(empty_atlas):
-    with AtlasLocator(empty_atlas, tiledb_config=(("sm.mem.total_budget", "123456789"),)).open(threads=3, buffer_bytes=2**20) as experiment:
+    with AtlasLocator(empty_atlas, tiledb_config=(("sm.mem.total_budget", "123456789"),)).open(
+        threads=3, buffer_bytes=2**20
+    ) as experiment:
         config = experiment.context.tiledb_config
     assert str(config["soma.init_buffer_bytes"]) == str(2**20)
     assert str(config["sm.compute_concurrency_level"]) == str(config["sm.io_concurrency_level"]) == "3"
@@ -125,5 +144,7 @@ def test_census_without_a_network_says_so():
         pass
     else:
         pytest.skip("the network is there")
-    with pytest.raises(ValueError, match="release directory of CELLxGENE Census could not be reached; is the network there?"):
+    with pytest.raises(
+        ValueError, match="release directory of CELLxGENE Census could not be reached; is the network there?"
+    ):
         AtlasLocator("census:2025-11-08").pinned()

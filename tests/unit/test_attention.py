@@ -18,7 +18,8 @@ from screformer.attention import (
 from screformer.config import ModelConfig
 
 CASES = [
-    # bucket size, lengths of the cells: full cells, odd lengths, a last bucket without tokens, a cell with few tokens, one without any
+    # bucket size, lengths of the cells: full cells, odd lengths, a last bucket without tokens, a cell with
+    # few tokens, one without any
     (8, [128, 128]),
     (8, [131, 77, 3]),
     (16, [33, 0, 65]),
@@ -63,7 +64,9 @@ def test_outputs_and_gradients_equal_the_library_for_equal_hashes(n_hashes, buck
         (out * weight[cell, :own]).sum().backward()
         torch.testing.assert_close(ours[cell, :own], out, rtol=1e-5, atol=1e-5)
         for mine, theirs in ((qk, theirs_qk), (v, theirs_v)):
-            torch.testing.assert_close(mine.grad[cell, :own], theirs.grad[:, :own].transpose(0, 1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                mine.grad[cell, :own], theirs.grad[:, :own].transpose(0, 1), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_self_attention_equals_the_library_with_its_weights_and_its_own_hashes():
@@ -93,15 +96,19 @@ def test_gradients_hold_against_finite_differences():
     qk, v = (torch.randn(2, 21, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     lengths = [21, 1]
     tokens = sort_tokens(hash_buckets(qk.detach(), lengths, bucket_size=4, n_hashes=2, seed=0), lengths)
-    assert torch.autograd.gradcheck(lambda a, b: lsh_attention(a, b, tokens, bucket_size=4), (qk, v), atol=1e-5)
+    assert torch.autograd.gradcheck(
+        lambda a, b: lsh_attention(a, b, tokens, bucket_size=4), (qk, v), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("lengths", [[96, 96], [71, 0]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_the_fused_kernel(lengths, dtype, tolerance, monkeypatch):
-    """Outputs and gradients of the path for GPUs, run eagerly, and of the CPU's, both beside the CPU's in float32."""
-    # PyTorch refuses gradients of FlexAttention on CPUs, since its compiled kernel has none there; its reference in eager mode has.
+    """Outputs and gradients of the path for GPUs, run eagerly, and of the CPU's, both beside the CPU's in
+    float32."""
+    # PyTorch refuses gradients of FlexAttention on CPUs, since its compiled kernel has none there; its
+    # reference in eager mode has.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch.manual_seed(0)
     qk, v, weight = (torch.randn(2, 96, 2, 16).to(dtype) for _ in range(3))
@@ -162,18 +169,25 @@ def test_more_rounds_come_nearer_to_attention_over_all_tokens():
     errors = []
     for n_hashes in (1, 4, 16):
         tokens = sort_tokens(hash_buckets(qk, [512], bucket_size=32, n_hashes=n_hashes, seed=0), [512])
-        errors.append(float((lsh_attention(qk, v, tokens, bucket_size=32)[0, :, 0] - exact).norm() / exact.norm()))
+        errors.append(
+            float((lsh_attention(qk, v, tokens, bucket_size=32)[0, :, 0] - exact).norm() / exact.norm())
+        )
     assert errors[0] > errors[1] > errors[2]
 
 
 def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
     torch.manual_seed(0)
-    lsh, random = (make_attention(ModelConfig(dim=32, heads=2, bucket_size=16, n_hashes=2, attention=kind)) for kind in ("lsh", "random"))
+    lsh, random = (
+        make_attention(ModelConfig(dim=32, heads=2, bucket_size=16, n_hashes=2, attention=kind))
+        for kind in ("lsh", "random")
+    )
     random.load_state_dict(lsh.state_dict())
     x, mask = torch.randn(1, 16, 32).repeat(1, 16, 1), torch.ones(1, 256, dtype=torch.bool)
     # In one round, two buckets hold all of 32 tokens: there is nothing to choose.
     lsh.n_hashes = random.n_hashes = 1
-    torch.testing.assert_close(lsh(x[:, :32], mask[:, :32], hash_seed=0), random(x[:, :32], mask[:, :32], hash_seed=0))
+    torch.testing.assert_close(
+        lsh(x[:, :32], mask[:, :32], hash_seed=0), random(x[:, :32], mask[:, :32], hash_seed=0)
+    )
     # Sixteen copies of each token: hashes bring them together, a shuffle does not.
     qk = lsh.toqk(x).unflatten(-1, (2, -1))
     hashed = hash_buckets(qk, [256], bucket_size=16, n_hashes=2, seed=0)
@@ -188,11 +202,31 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
 @pytest.mark.parametrize(
     ("overrides", "most_slots", "kind", "line"),
     [
-        ({}, CROSSOVER_TOKENS - 1, "full", f"attention: full (auto: cells have up to {CROSSOVER_TOKENS - 1:,} tokens, and lsh is"),
-        ({}, CROSSOVER_TOKENS, "lsh", f"attention: lsh (auto: cells have up to {CROSSOVER_TOKENS:,} tokens, and lsh is the faster one"),
+        (
+            {},
+            CROSSOVER_TOKENS - 1,
+            "full",
+            f"attention: full (auto: cells have up to {CROSSOVER_TOKENS - 1:,} tokens, and lsh is",
+        ),
+        (
+            {},
+            CROSSOVER_TOKENS,
+            "lsh",
+            f"attention: lsh (auto: cells have up to {CROSSOVER_TOKENS:,} tokens, and lsh is the faster one",
+        ),
         ({"attention": "lsh", "n_hashes": 8}, 10, "lsh", "attention: lsh"),
-        ({"attention": "full", "n_hashes": 8, "bucket_size": 32}, 10**4, "full", "n_hashes=8 and model.bucket_size=32 without effect"),
-        ({"attention": "local", "n_hashes": 8, "bucket_size": 32}, 10**4, "local", "attention: local; model.n_hashes=8 without effect"),
+        (
+            {"attention": "full", "n_hashes": 8, "bucket_size": 32},
+            10**4,
+            "full",
+            "n_hashes=8 and model.bucket_size=32 without effect",
+        ),
+        (
+            {"attention": "local", "n_hashes": 8, "bucket_size": 32},
+            10**4,
+            "local",
+            "attention: local; model.n_hashes=8 without effect",
+        ),
         ({"n_hashes": 2}, 10, "full", f"from {CROSSOVER_TOKENS:,} on); model.n_hashes=2 without effect"),
     ],
 )

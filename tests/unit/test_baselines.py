@@ -26,11 +26,15 @@ def make_part(num_cells, seed, classes=(0, 1, 2)):
 def cells():
     test = make_part(80, 3)
     genes = tuple(f"ENSG{index:011d}" for index in range(GENES))
-    found = BaselineCells(train=make_part(240, 1), val=make_part(60, 2), test_x_ng=test.x_ng, num_classes=K, genes=genes)
+    found = BaselineCells(
+        train=make_part(240, 1), val=make_part(60, 2), test_x_ng=test.x_ng, num_classes=K, genes=genes
+    )
     return found, test.labels_n
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "scbert" else name for name in BASELINES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "scbert" else name for name in BASELINES]
+)
 def test_baseline(name, cells):
     for module in BASELINES[name].needs:
         pytest.importorskip(module)
@@ -49,17 +53,22 @@ def test_baseline(name, cells):
 
 
 def test_settings_are_chosen_on_the_validation_cells_alone(cells):
-    """With validation labels shuffled another setting may win, but what is learned from the training cells stays."""
+    """With validation labels shuffled another setting may win, but what is learned from the training cells
+    stays."""
     found, truth = cells
     empty = Part(x_ng=found.val.x_ng[:0], labels_n=found.val.labels_n[:0])
-    without = BaselineCells(train=found.train, val=empty, test_x_ng=found.test_x_ng, num_classes=K, genes=found.genes)
+    without = BaselineCells(
+        train=found.train, val=empty, test_x_ng=found.test_x_ng, num_classes=K, genes=found.genes
+    )
     assert without.chooser is without.train and found.chooser is found.val
     assert run_baseline("logistic_l2", found, 0)[0].chosen["C"] in (0.01, 0.1, 1.0, 10.0)
 
 
 def test_names():
     assert (
-        check_names(["all"]) == list(BASELINES) and check_names(["mlp", "majority", "mlp"]) == ["mlp", "majority"] and check_names([]) == []
+        check_names(["all"]) == list(BASELINES)
+        and check_names(["mlp", "majority", "mlp"]) == ["mlp", "majority"]
+        and check_names([]) == []
     )
     with pytest.raises(ValueError, match="crossval.baselines has no 'svm'; there is all, majority"):
         check_names(["svm"])

@@ -47,7 +47,8 @@ def test_the_temperature_undoes_over_and_underconfidence(stretch: float) -> None
 
 
 def _query(shares: list[float], num_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels drawn with these shares, and the probabilities of who expects equal shares and sees each label's number with noise."""
+    """Labels drawn with these shares, and the probabilities of who expects equal shares and sees each label's
+    number with noise."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(len(shares), num_cells, p=shares)
     seen = np.eye(len(shares))[labels] + rng.normal(0, 0.5, (num_cells, len(shares)))
@@ -61,12 +62,17 @@ def test_the_composition_of_a_query_is_found_and_absent_types_are_dropped() -> N
     best = probabilities.argmax(axis=1)
     assert (best == 3).sum() > 100, "some cells look like the type that is not there"
     found = composition(probabilities, [0.25] * 4)
-    assert found.sum() == pytest.approx(5_000) and found[:3] == pytest.approx(np.bincount(labels, minlength=3), rel=0.15)
+    assert found.sum() == pytest.approx(5_000) and found[:3] == pytest.approx(
+        np.bincount(labels, minlength=3), rel=0.15
+    )
     assert found[3] < 0.5
     present = present_labels(probabilities, [0.25] * 4)
-    assert set(present) == {0, 1, 2} and (present[best < 3] == best[best < 3]).all(), "other cells keep their label"
+    assert set(present) == {0, 1, 2} and (present[best < 3] == best[best < 3]).all(), (
+        "other cells keep their label"
+    )
     assert (present == labels).mean() > (best == labels).mean()
-    # Where the training shares are other ones, probabilities are other ones too, and the composition is the same.
+    # Where the training shares are other ones, probabilities are other ones too, and the composition is the
+    # same.
     prior = np.array([0.1, 0.1, 0.4, 0.4])
     shifted = probabilities * prior / (probabilities * prior).sum(axis=1, keepdims=True)
     assert composition(shifted, prior) == pytest.approx(found, rel=1e-3, abs=0.5)
@@ -94,7 +100,9 @@ def test_the_stated_share_of_validation_cells_is_unknown() -> None:
 def test_terms_above_blood_types() -> None:
     found = lineage(BLOOD)
     chains = [[found.terms[index].name for index in chain] for chain in found.above_k]
-    assert chains == [["lymphocyte"]] * 3 + [[], []], "terms of one label, of all labels, and of a cell's form are left out"
+    assert chains == [["lymphocyte"]] * 3 + [[], []], (
+        "terms of one label, of all labels, and of a cell's form are left out"
+    )
     lymphocyte = found.terms[found.above_k[0][0]]
     assert (lymphocyte.cl_id, lymphocyte.labels) == ("CL:0000542", (0, 1, 2))
     assert Lineage.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -134,7 +142,11 @@ def test_a_term_that_is_a_label_keeps_the_labels_name() -> None:
 
 def test_the_sample_does_not_depend_on_batches() -> None:
     rng = np.random.default_rng(0)
-    joinids, labels, logits = torch.arange(500), torch.from_numpy(rng.integers(-1, 3, 500)), torch.from_numpy(rng.normal(size=(500, 3)))
+    joinids, labels, logits = (
+        torch.arange(500),
+        torch.from_numpy(rng.integers(-1, 3, 500)),
+        torch.from_numpy(rng.normal(size=(500, 3))),
+    )
     kept = []
     for size in (7, 500):
         sample = OutputSample(3, most_cells=60)
@@ -159,7 +171,9 @@ def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:
         lineage=lineage(LABELS["cl_ids"]),
         measured={"cells": 9.0},
     )
-    save_model(tmp_path / "model", plain.model, plain.config, plain.vocabulary, plain.labels, plain.meta, calibration)
+    save_model(
+        tmp_path / "model", plain.model, plain.config, plain.vocabulary, plain.labels, plain.meta, calibration
+    )
     assert load_model(tmp_path / "model").calibration == calibration
 
     sharp, soft = (Predictor.load(tmp_path / name, device="cpu") for name in ("plain", "model"))
@@ -173,8 +187,12 @@ def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:
     assert set(other.labels[other.unknown]) == {"unknown"} and set(other.cl_ids[other.unknown]) == {"unknown"}
     np.testing.assert_array_equal(other.unknown_score > 0, other.table()["unknown"])
 
-    (tmp_path / "model" / "calibration.json").write_text(json.dumps(calibration.to_json() | {"temperature": 1.0}))
-    with pytest.raises(ValueError, match=r"calibration.json is not the file that was saved with these weights"):
+    (tmp_path / "model" / "calibration.json").write_text(
+        json.dumps(calibration.to_json() | {"temperature": 1.0})
+    )
+    with pytest.raises(
+        ValueError, match=r"calibration.json is not the file that was saved with these weights"
+    ):
         load_model(tmp_path / "model")
     (tmp_path / "model" / "calibration.json").unlink()
     with pytest.raises(ValueError, match=r"calibration.json is not the file"):

@@ -14,7 +14,9 @@ from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
 
 LABELS = {"column": "cell_type", "names": ["B cell", "T cell"], "cl_ids": ["CL:0000236", ""]}
-CONFIG = ExperimentConfig().merge({"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.bucket_size": 4})
+CONFIG = ExperimentConfig().merge(
+    {"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.bucket_size": 4}
+)
 
 
 def _vocabulary() -> GeneVocabulary:
@@ -33,7 +35,9 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
     loaded = load_model(saved)
     expected = ScReformer(CONFIG.model, CONFIG.tokens, num_genes=6, num_classes=2, seed=3).state_dict()
     found = loaded.model.state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
     assert not loaded.model.training
     assert loaded.config == CONFIG and loaded.labels == LABELS and loaded.meta == {"task": "finetune"}
     assert loaded.vocabulary.feature_ids == _vocabulary().feature_ids
@@ -42,7 +46,10 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
 
 def test_a_model_from_before_panels_takes_genes_that_were_not_measured_as_zeros(saved: Path) -> None:
     with safe_open(saved / "weights.safetensors", framework="pt") as file:
-        weights, metadata = {name: file.get_tensor(name) for name in file.keys() if not name.endswith(".center")}, file.metadata()
+        weights, metadata = (
+            {name: file.get_tensor(name) for name in file.keys() if not name.endswith(".center")},
+            file.metadata(),
+        )
     save_file(weights, saved / "weights.safetensors", metadata=metadata)
     loaded = load_model(saved).model
     assert loaded.linear_skip is not None and not loaded.linear_skip.center.any()
@@ -68,18 +75,35 @@ def _resave(folder: Path, metadata: dict[str, str] | None = None, drop: str = ""
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda d: (d / "vocabulary.json").unlink(), r"has no vocabulary.json; give a directory written by training"),
+        (
+            lambda d: (d / "vocabulary.json").unlink(),
+            r"has no vocabulary.json; give a directory written by training",
+        ),
         (lambda d: (d / "weights.safetensors").unlink(), r"has no weights.safetensors"),
-        (lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-40]), r"is not a whole safetensors"),
+        (
+            lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-40]),
+            r"is not a whole safetensors",
+        ),
         (lambda d: _resave(d, {"format": "99"}), r"has format 99, this screformer reads 1"),
         (lambda d: _resave(d, {"kind": "dog"}), r"something else than a screformer model"),
-        (lambda d: _resave(d, drop="pooling.norm.bias"), r"weight pooling.norm.bias has shape none, but .* has \(8,\)"),
-        (lambda d: _resave(d, cut="classification_head.bias"), r"classification_head.bias has shape \(1,\), but .* has \(2,\)"),
         (
-            lambda d: (d / "vocabulary.json").write_text((d / "vocabulary.json").read_text().replace("ENSG00000000001", "ENSG00000000009")),
+            lambda d: _resave(d, drop="pooling.norm.bias"),
+            r"weight pooling.norm.bias has shape none, but .* has \(8,\)",
+        ),
+        (
+            lambda d: _resave(d, cut="classification_head.bias"),
+            r"classification_head.bias has shape \(1,\), but .* has \(2,\)",
+        ),
+        (
+            lambda d: (d / "vocabulary.json").write_text(
+                (d / "vocabulary.json").read_text().replace("ENSG00000000001", "ENSG00000000009")
+            ),
             r"vocabulary.json is not the file that was saved with these weights",
         ),
-        (lambda d: (d / "labels.json").write_text(json.dumps({**LABELS, "names": ["T cell", "B cell"]})), r"labels.json is not the file"),
+        (
+            lambda d: (d / "labels.json").write_text(json.dumps({**LABELS, "names": ["T cell", "B cell"]})),
+            r"labels.json is not the file",
+        ),
         (lambda d: (d / "meta.json").write_text("{"), r"meta.json is not valid JSON"),
     ],
 )

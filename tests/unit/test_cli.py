@@ -14,12 +14,18 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "some_jobs"
     (folder / "inner").mkdir(parents=True)
     (folder / "__init__.py").touch()
-    (folder / "greet.py").write_text('"""Say hello.\n\nMore."""\n\ndef main(argv):\n    print("hello", *argv)\n    return 3\n')
+    (folder / "greet.py").write_text(
+        '"""Say hello.\n\nMore."""\n\ndef main(argv):\n    print("hello", *argv)\n    return 3\n'
+    )
     (folder / "quiet.py").write_text('"""Return nothing."""\n\ndef main(argv):\n    pass\n')
     (folder / "parts.py").write_text('"""No command."""\n\ndef main(task, argv):\n    pass\n')
-    (folder / "heavy.py").write_text('"""Needs something rare."""\n\nimport not_installed_anywhere\n\ndef main(argv): ...\n')
+    (folder / "heavy.py").write_text(
+        '"""Needs something rare."""\n\nimport not_installed_anywhere\n\ndef main(argv): ...\n'
+    )
     (folder / "inner" / "__init__.py").touch()
-    (folder / "inner" / "__main__.py").write_text('"""A folder of commands."""\n\ndef main(argv):\n    print("inner", *argv)\n')
+    (folder / "inner" / "__main__.py").write_text(
+        '"""A folder of commands."""\n\ndef main(argv):\n    print("inner", *argv)\n'
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["program"])
     return folder
@@ -41,7 +47,9 @@ def test_passes_arguments_and_status(package: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "hello a --b\ninner x\n"
 
 
-def test_unknown_name_gets_the_nearest_and_the_list(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_name_gets_the_nearest_and_the_list(
+    package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert dispatch("prog", package, "some_jobs", ["gret"]) == 2
     message = capsys.readouterr().err
     assert "no command 'gret'; did you mean 'greet'?" in message
@@ -55,7 +63,9 @@ def test_every_job_says_what_it_does() -> None:
 
 
 def test_help_is_quick_and_clean() -> None:
-    code = "import sys; from jobs.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys; from jobs.cli import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert not any(f"'{heavy}'" in done.stderr for heavy in ("torch", "ray", "mlflow", "tiledbsoma"))
@@ -63,7 +73,16 @@ def test_help_is_quick_and_clean() -> None:
 
 
 def test_settings_are_found_behind_an_option_of_several_values() -> None:
-    words = ["--test-donors", "d.1", "d2", "train.seed=3", "--labels", "x.tsv", "atlas.tiledb_config.vfs.s3.region=eu", "--out=a.b=c"]
+    words = [
+        "--test-donors",
+        "d.1",
+        "d2",
+        "train.seed=3",
+        "--labels",
+        "x.tsv",
+        "atlas.tiledb_config.vfs.s3.region=eu",
+        "--out=a.b=c",
+    ]
     assert split_overrides(words) == (
         ["--test-donors", "d.1", "d2", "--labels", "x.tsv", "--out=a.b=c"],
         ["train.seed=3", "atlas.tiledb_config.vfs.s3.region=eu"],

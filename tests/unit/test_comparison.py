@@ -13,16 +13,29 @@ from jobs.studies.study import OURS, FoldResult, Study
 def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):
     labels = np.asarray(labels)
     return FoldResult(
-        method=OURS, fold=0, joinids_n=np.arange(len(labels)), labels_n=labels, predicted_n=np.asarray(predicted),
-        probabilities_nk=probabilities, known=list(known), account={},
-    )  # fmt: skip
+        method=OURS,
+        fold=0,
+        joinids_n=np.arange(len(labels)),
+        labels_n=labels,
+        predicted_n=np.asarray(predicted),
+        probabilities_nk=probabilities,
+        known=list(known),
+        account={},
+    )
 
 
 def make_study(cl_ids):
     names = tuple(f"type{code}" for code in range(len(cl_ids)))
     return Study(
-        config=StudyConfig(), query=None, folds=None, label_names=names, label_cl_ids=cl_ids, labels_n=np.zeros(0), run_dir=None, run=None
-    )  # type: ignore[arg-type]  # fmt: skip
+        config=StudyConfig(),
+        query=None,
+        folds=None,
+        label_names=names,
+        label_cl_ids=cl_ids,
+        labels_n=np.zeros(0),
+        run_dir=None,
+        run=None,
+    )  # type: ignore[arg-type]
 
 
 def test_scores_are_those_of_scikit_learn():
@@ -37,8 +50,12 @@ def test_scores_are_those_of_scikit_learn():
 
 
 def test_types_that_could_not_be_learned_count_as_errors_but_in_one_score():
-    found = scores(make_result([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1], known=(0, 1)), make_study(("", "", "")))
-    assert found["accuracy"] == pytest.approx(4 / 6) and found["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+    found = scores(
+        make_result([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1], known=(0, 1)), make_study(("", "", ""))
+    )
+    assert found["accuracy"] == pytest.approx(4 / 6) and found["macro_f1"] == pytest.approx(
+        (1 + 2 / 3 + 0) / 3
+    )
     assert found["macro_f1_known"] == 1
 
 
@@ -56,17 +73,23 @@ def test_the_interval_is_that_of_the_paired_t_test():
     ours, theirs = np.array([0.81, 0.85, 0.79, 0.88, 0.83]), np.array([0.80, 0.82, 0.80, 0.84, 0.81])
     test = stats.ttest_rel(ours, theirs)
     expected = test.confidence_interval(0.95)
-    assert mean_interval(ours - theirs) == pytest.approx((np.mean(ours - theirs), expected.low, expected.high))
+    assert mean_interval(ours - theirs) == pytest.approx(
+        (np.mean(ours - theirs), expected.low, expected.high)
+    )
     assert np.isinf(mean_interval([0.1])[2])
     assert difference_text({"mean": 0.1, "low": -np.inf, "high": np.inf}) == "+0.100 (one fold)"
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"), [(0.01, 0.03, "is better"), (-0.03, -0.01, "is worse than X"), (-0.03, 0.01, "below the")]
+    ("low", "high", "said"),
+    [(0.01, 0.03, "is better"), (-0.03, -0.01, "is worse than X"), (-0.03, 0.01, "below the")],
 )
 def test_the_verdict_is_plain(low, high, said):
     mean = (low + high) / 2
-    entry = {"title": "X", "metrics": {"macro_f1": {"mean": 0.8, "difference": {"mean": mean, "low": low, "high": high}}}}
+    entry = {
+        "title": "X",
+        "metrics": {"macro_f1": {"mean": 0.8, "difference": {"mean": mean, "low": low, "high": high}}},
+    }
     assert said in verdict({OURS: {"title": OURS, "metrics": {"macro_f1": {"mean": 0.8 + mean}}}, "x": entry})
 
 

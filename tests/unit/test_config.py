@@ -24,7 +24,10 @@ BASE = ExperimentConfig()
         ("model.dim=true", "model.dim=True must be of type int"),
         ("model.dim=130", "model.dim=130 is not a multiple of model.heads=4; try model.dim=132"),
         ("model.depth=0", "model.depth=0 must be at least 1"),
-        ("model.attention=flash", "model.attention='flash' must be one of auto, lsh, full, local, random, none"),
+        (
+            "model.attention=flash",
+            "model.attention='flash' must be one of auto, lsh, full, local, random, none",
+        ),
         ("model.dropout=1", r"model.dropout=1.0 must lie in \[0, 1\)"),
         ("model.reversible=1", "model.reversible=1 must be of type bool"),
         ("model.dim.x=1", "model.dim is no mapping, so 'model.dim.x' names nothing"),
@@ -36,7 +39,10 @@ BASE = ExperimentConfig()
         ("train.mask_rate=1", r"train.mask_rate=1.0 must lie in \[0, 1\)"),
         ("train.weight_decay=-1", "train.weight_decay=-1.0 must not be negative"),
         ("train.max_steps=0", "train.max_steps=0 must be at least 1"),
-        ("train.global_batch_size=40", r"global_batch_size=40 is not a multiple of .* \(16 x 1 = 16\); try 32 or 48"),
+        (
+            "train.global_batch_size=40",
+            r"global_batch_size=40 is not a multiple of .* \(16 x 1 = 16\); try 32 or 48",
+        ),
         ("train.global_batch_size=8", r"global_batch_size=8 is not a multiple of .*; try 16$"),
         ("split.test_fraction=1.0", r"split.test_fraction=1.0 must lie in \[0, 1\)"),
         ("split.test_groups=A", r"split.test_groups='A' must be a list, such as \[A, B\]"),
@@ -46,7 +52,10 @@ BASE = ExperimentConfig()
         ("zero.stage=4", "zero.stage=4 must be one of 0, 1, 2, 3"),
         ("zero.offload_optimizer=cpu", "zero.offload_optimizer='cpu' needs zero.stage >= 1, not 0"),
         ("cluster.num_workers=0", "cluster.num_workers=0 must be at least 1"),
-        ("cluster.num_workers=3", r"global_batch_size=64 is not a multiple of .* \(16 x 3 = 48\); try 48 or 96"),
+        (
+            "cluster.num_workers=3",
+            r"global_batch_size=64 is not a multiple of .* \(16 x 3 = 48\); try 48 or 96",
+        ),
         ("cluster.cpus_per_worker=0", "cluster.cpus_per_worker=0.0 must be positive"),
         ("cluster.max_failures=-2", "cluster.max_failures=-2 must be -1 or more"),
         ("atlas.tiledb_config=x", "atlas.tiledb_config='x' must be a mapping"),
@@ -60,29 +69,60 @@ def test_bad_setting_is_named_with_its_rule(overrides: str, message: str) -> Non
 def test_fields_that_exclude_each_other() -> None:
     with pytest.raises(ValueError, match=r"query.file='q.json' already holds filters; drop query.obs_filter"):
         BASE.merge(["query.file=q.json", "query.obs_filter=sex == 'male'"])
-    with pytest.raises(ValueError, match=r"stream.cells_per_task=64 must hold at least one train.global_batch_size=128"):
+    with pytest.raises(
+        ValueError, match=r"stream.cells_per_task=64 must hold at least one train.global_batch_size=128"
+    ):
         BASE.merge(["stream.cells_per_task=64", "train.global_batch_size=128"])
 
 
 def test_overrides_are_yaml_and_leave_the_rest() -> None:
-    merged = BASE.merge(["model.dim=64", "train.lr=3e-4", "split.test_groups=[A, 7]", "zero.stage=2", "query.obs_filter=tissue == 'blood'"])
+    merged = BASE.merge(
+        [
+            "model.dim=64",
+            "train.lr=3e-4",
+            "split.test_groups=[A, 7]",
+            "zero.stage=2",
+            "query.obs_filter=tissue == 'blood'",
+        ]
+    )
     assert merged.model.dim == 64
     assert merged.train.lr == 3e-4
     assert merged.split.test_groups == ("A", "7")
     assert merged.query.obs_filter == "tissue == 'blood'"
-    assert merged.merge({"model.dim": 128, "train.lr": 1e-3, "split.test_groups": [], "zero.stage": 0, "query.obs_filter": ""}) == BASE
+    assert (
+        merged.merge(
+            {
+                "model.dim": 128,
+                "train.lr": 1e-3,
+                "split.test_groups": [],
+                "zero.stage": 0,
+                "query.obs_filter": "",
+            }
+        )
+        == BASE
+    )
 
 
 def test_what_follows_a_mapping_is_its_key() -> None:
-    merged = BASE.merge(["atlas.tiledb_config.vfs.s3.region=eu-west-1", "atlas.tiledb_config.vfs.s3.use_virtual_addressing=false"])
-    assert dict(merged.atlas.tiledb_config) == {"vfs.s3.region": "eu-west-1", "vfs.s3.use_virtual_addressing": "false"}
+    merged = BASE.merge(
+        [
+            "atlas.tiledb_config.vfs.s3.region=eu-west-1",
+            "atlas.tiledb_config.vfs.s3.use_virtual_addressing=false",
+        ]
+    )
+    assert dict(merged.atlas.tiledb_config) == {
+        "vfs.s3.region": "eu-west-1",
+        "vfs.s3.use_virtual_addressing": "false",
+    }
     more = merged.merge({"atlas.tiledb_config.vfs.s3.scheme": "http"})
     assert len(more.atlas.tiledb_config) == 3
     assert len(BASE.atlas.tiledb_config) == 0
 
 
 def test_round_trip_through_json_and_yaml(tmp_path) -> None:
-    config = BASE.merge(["model.attention=full", "split.test_groups=[A, B]", "atlas.tiledb_config.vfs.s3.scheme=http"])
+    config = BASE.merge(
+        ["model.attention=full", "split.test_groups=[A, B]", "atlas.tiledb_config.vfs.s3.scheme=http"]
+    )
     assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
@@ -98,7 +138,9 @@ def test_file_that_is_no_recipe(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"model=8 must be a section of \['dim'"):
         ExperimentConfig.from_file(path)
     path.write_text("model: {bucketsize: 8}\n")
-    with pytest.raises(ValueError, match=r"unknown setting model.bucketsize; did you mean model.bucket_size\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown setting model.bucketsize; did you mean model.bucket_size\?"
+    ):
         ExperimentConfig.from_file(path)
 
 

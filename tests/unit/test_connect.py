@@ -1,4 +1,5 @@
-"""Addresses that no driver can connect to, and the limits of a local Ray. Starting and joining: tests/integration/test_ray_job.py."""
+"""Addresses that no driver can connect to, and the limits of a local Ray. Starting and joining:
+tests/integration/test_ray_job.py."""
 
 import os
 import socket
@@ -29,7 +30,9 @@ def test_an_address_without_host_or_port(address: str) -> None:
 
 def test_nobody_answers() -> None:
     address = f"127.0.0.1:{free_port()}"
-    with pytest.raises(ValueError, match=rf"no Ray cluster answers at {address}.*`ray start --head`.*unset RAY_ADDRESS"):
+    with pytest.raises(
+        ValueError, match=rf"no Ray cluster answers at {address}.*`ray start --head`.*unset RAY_ADDRESS"
+    ):
         door.connect(address)
 
 
@@ -48,7 +51,9 @@ def test_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["KEPT"] == "old" and "ADDED" not in os.environ
 
 
-def test_machine_is_what_scheduler_and_container_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_is_what_scheduler_and_container_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(door, "_CGROUP", tmp_path)
     cores, memory = door._machine()
     assert 1 <= cores <= len(os.sched_getaffinity(0))

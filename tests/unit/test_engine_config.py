@@ -19,22 +19,32 @@ def _config(**overrides: object) -> ExperimentConfig:
 def test_the_global_batch_stays_whatever_the_world_size() -> None:
     for world_size in (1, 2, 4, 8):
         settings = deepspeed_config(_config(), world_size, device_type="cpu")
-        product = settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * world_size
+        product = (
+            settings["train_micro_batch_size_per_gpu"] * settings["gradient_accumulation_steps"] * world_size
+        )
         assert product == settings["train_batch_size"] == 64
-    with pytest.raises(ValueError, match=r"train.global_batch_size=64 is not a multiple .* \(4 x 3 = 12\); try 60 or 72"):
+    with pytest.raises(
+        ValueError, match=r"train.global_batch_size=64 is not a multiple .* \(4 x 3 = 12\); try 60 or 72"
+    ):
         deepspeed_config(_config(), 3, device_type="cpu")
 
 
 def test_nothing_needs_a_compiler() -> None:
-    settings = deepspeed_config(_config(**{"zero.stage": 2, "zero.offload_optimizer": "cpu"}), 1, device_type="cpu")
+    settings = deepspeed_config(
+        _config(**{"zero.stage": 2, "zero.offload_optimizer": "cpu"}), 1, device_type="cpu"
+    )
     assert settings["optimizer"]["params"]["torch_adam"] is True
     assert settings["zero_force_ds_cpu_optimizer"] is False
     assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": False}
 
 
-@pytest.mark.parametrize(("stage", "precision", "expected"), [(0, "fp32", 0), (3, "fp32", 3), (0, "bf16", 1), (2, "bf16", 2)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "expected"), [(0, "fp32", 0), (3, "fp32", 3), (0, "bf16", 1), (2, "bf16", 2)]
+)
 def test_bf16_keeps_fp32_masters(stage: int, precision: str, expected: int) -> None:
-    settings = deepspeed_config(_config(**{"zero.stage": stage, "train.precision": precision}), 2, device_type="cpu")
+    settings = deepspeed_config(
+        _config(**{"zero.stage": stage, "train.precision": precision}), 2, device_type="cpu"
+    )
     assert settings["zero_optimization"]["stage"] == expected
     assert settings.get("bf16", {}).get("enabled", False) is (precision == "bf16")
 
@@ -78,7 +88,12 @@ def _batch(num_cells: int, num_slots: int, first_joinid: int = 0) -> dict[str, t
     token_ids = torch.cat([torch.ones(num_cells, 1, dtype=torch.int64), token_ids], dim=1)
     values = torch.where(token_ids >= 2, 1.0, 0.0)
     bins = (token_ids >= 2).long()
-    return {"token_ids": token_ids, "values": values, "bin_ids": bins, "joinids": torch.arange(num_cells) + first_joinid}
+    return {
+        "token_ids": token_ids,
+        "values": values,
+        "bin_ids": bins,
+        "joinids": torch.arange(num_cells) + first_joinid,
+    }
 
 
 def test_hidden_slots_follow_from_cell_gene_and_step_alone() -> None:
@@ -90,7 +105,9 @@ def test_hidden_slots_follow_from_cell_gene_and_step_alone() -> None:
     shuffled = {name: tensor[order] for name, tensor in batch.items()}
     assert torch.equal(hidden_slots(shuffled, 0.3, seed=1, step=5), hidden[order])
     for seed, step in ((1, 6), (2, 5), (1, -1)):
-        assert (hidden_slots(batch, 0.3, seed=seed, step=step) & hidden).float().mean() == pytest.approx(0.09, abs=0.02)
+        assert (hidden_slots(batch, 0.3, seed=seed, step=step) & hidden).float().mean() == pytest.approx(
+            0.09, abs=0.02
+        )
     batch["values"][:, 50:] = 0  # genes of the input mode `all` that were not detected
     assert not hidden_slots(batch, 0.3, seed=1, step=5)[:, 50:].any()
 
@@ -111,7 +128,13 @@ def test_dropped_genes_leave_whole_tokens_in_order() -> None:
 
 
 def test_frozen_parameters() -> None:
-    model = ScReformer(ModelConfig(dim=8, depth=1, heads=2, bucket_size=4), TokensConfig(), num_genes=9, num_classes=2, seed=0)
+    model = ScReformer(
+        ModelConfig(dim=8, depth=1, heads=2, bucket_size=4),
+        TokensConfig(),
+        num_genes=9,
+        num_classes=2,
+        seed=0,
+    )
     freeze_parameters(model, "finetune", freeze_encoder=False, freeze_linear=False)
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
     assert {name.split(".")[0] for name in frozen} == {"expression_head", "expression_embedding"}
@@ -119,11 +142,14 @@ def test_frozen_parameters() -> None:
     trained = {name.split(".")[0] for name, param in model.named_parameters() if param.requires_grad}
     assert trained == {"pooling", "classification_head", "linear_skip"}
     freeze_parameters(model, "finetune", freeze_encoder=False, freeze_linear=True)
-    assert not any(param.requires_grad for name, param in model.named_parameters() if name.startswith("linear_skip"))
+    assert not any(
+        param.requires_grad for name, param in model.named_parameters() if name.startswith("linear_skip")
+    )
     assert model.gene_embedding.weight.requires_grad
 
 
 def test_deepspeed_is_not_imported_before_an_engine_is_built() -> None:
-    code = "import sys, screformer.training, screformer.checkpoint; print('deepspeed' in sys.modules, 'ray' in sys.modules)"
+    code = "import sys, screformer.training, screformer.checkpoint;"
+    code += " print('deepspeed' in sys.modules, 'ray' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

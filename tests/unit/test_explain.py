@@ -17,7 +17,10 @@ def _cells(predictor: Predictor, num_cells: int, *, seed: int) -> list[CellToken
     counts = rng.poisson(2.0, (num_cells, 40)) * (rng.random((num_cells, 40)) < 0.6)
     cells, genes = np.nonzero(counts)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=num_cells))])
-    return cell_tokens(predictor.tokenizer(genes.astype(np.int32), counts[cells, genes], offsets), Panels.one(np.ones(40), num_cells))
+    return cell_tokens(
+        predictor.tokenizer(genes.astype(np.int32), counts[cells, genes], offsets),
+        Panels.one(np.ones(40), num_cells),
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,7 +44,10 @@ def test_values_sum_to_the_whole_logit(tmp_path: Path, settings: dict[str, objec
             assert found.base == pytest.approx(base_k[found.label], abs=1e-5)
             assert found.additivity_error < 0.01 * max(1.0, abs(found.output - found.base))
             assert len(found.genes) == len(found.values) and np.abs(found.values).max() > 0.01
-            assert set(found.genes) == {*(cell.token_ids[1:] - 2), *(gene for other in background for gene in other.token_ids[1:] - 2)}
+            assert set(found.genes) == {
+                *(cell.token_ids[1:] - 2),
+                *(gene for other in background for gene in other.token_ids[1:] - 2),
+            }
 
 
 def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> None:
@@ -57,7 +63,11 @@ def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> Non
     assert unknown.additivity_error < 0.01 * max(1.0, abs(unknown.output - unknown.base))
     differs = unknown.values - as_zero.values
     weights = predictor.model.linear_skip.weight.weight[2:, 1].detach().numpy()
-    np.testing.assert_allclose(differs[np.isin(unknown.genes, [3, 4])], (torch.linspace(0.1, 2.0, 40).numpy() * weights)[3:5], atol=1e-4)
+    np.testing.assert_allclose(
+        differs[np.isin(unknown.genes, [3, 4])],
+        (torch.linspace(0.1, 2.0, 40).numpy() * weights)[3:5],
+        atol=1e-4,
+    )
     np.testing.assert_allclose(differs[~np.isin(unknown.genes, [3, 4])], 0, atol=1e-6)
 
 
@@ -72,7 +82,8 @@ def test_an_lsh_model_is_nearly_additive_and_says_how_nearly(tmp_path: Path) -> 
 
 
 class _OfEmbeddings(torch.nn.Module):
-    """The network as a function of the embeddings and values of its tokens, which all cells have: what shap can explain."""
+    """The network as a function of the embeddings and values of its tokens, which all cells have: what shap
+    can explain."""
 
     def __init__(self, predictor: Predictor, token_ids: torch.Tensor):
         super().__init__()
@@ -83,7 +94,10 @@ class _OfEmbeddings(torch.nn.Module):
         embedding = self.model.pooling(self.model.encoder(x_nld, ids_nl > 0, hash_seed=0), ids_nl > 0)
         assert self.model.classification_head is not None and self.model.linear_skip is not None
         scaled = torch.nn.functional.normalize(values_nl, dim=1) * LINEAR_SCALE
-        logits_nk = self.model.classification_head(embedding) + scaled @ self.model.linear_skip.weight.weight[self.token_ids[0]]
+        logits_nk = (
+            self.model.classification_head(embedding)
+            + scaled @ self.model.linear_skip.weight.weight[self.token_ids[0]]
+        )
         return logits_nk[:, [0, 3]]
 
 
@@ -91,18 +105,25 @@ class _OfEmbeddings(torch.nn.Module):
 def test_agreement_with_shap_where_every_gene_is_a_token(tmp_path: Path) -> None:
     import shap
 
-    predictor = Predictor.load(write_tiny_model(tmp_path, **{"tokens.input_mode": "all", "model.attention": "full"}), device="cpu")
+    predictor = Predictor.load(
+        write_tiny_model(tmp_path, **{"tokens.input_mode": "all", "model.attention": "full"}), device="cpu"
+    )
     background, (cell,) = _cells(predictor, 4, seed=1), _cells(predictor, 1, seed=2)
     ours = Explainer(predictor, background, num_nodes=16).attribute(cell, [0, 3])
 
     def inputs(cells: list[CellTokens]) -> list[torch.Tensor]:
         batch = Explainer(predictor, cells)._batch(cells)
         with torch.no_grad():
-            return [predictor.model.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"]), batch["values"]]
+            return [
+                predictor.model.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"]),
+                batch["values"],
+            ]
 
     wrapped = _OfEmbeddings(predictor, torch.from_numpy(cell.token_ids).long()[None])
     np.testing.assert_allclose(wrapped(*inputs([cell])).detach()[0, 0], ours[0].output, atol=1e-4)
-    reference = shap.GradientExplainer(wrapped, inputs(background)).shap_values(inputs([cell]), nsamples=2_000, rseed=0)
+    reference = shap.GradientExplainer(wrapped, inputs(background)).shap_values(
+        inputs([cell]), nsamples=2_000, rseed=0
+    )
     for place, found in enumerate(ours):
         theirs = reference[0][0, 1:, :, place].sum(axis=1) + reference[1][0, 1:, place]
         assert np.corrcoef(theirs, found.values)[0, 1] > 0.99
@@ -128,8 +149,14 @@ def test_genes_can_be_taken_away(tmp_path: Path) -> None:
 
 def test_the_marker_table_is_sound() -> None:
     table = markers()
-    assert table.columns.tolist() == ["cell_type", "cl_id", "symbol", "feature_id"] and not table.isna().any().any()
-    assert table["feature_id"].str.fullmatch(r"ENSG\d{11}").all() and table["cl_id"].str.fullmatch(r"CL:\d{7}").all()
+    assert (
+        table.columns.tolist() == ["cell_type", "cl_id", "symbol", "feature_id"]
+        and not table.isna().any().any()
+    )
+    assert (
+        table["feature_id"].str.fullmatch(r"ENSG\d{11}").all()
+        and table["cl_id"].str.fullmatch(r"CL:\d{7}").all()
+    )
     assert not table.duplicated(["cell_type", "symbol"]).any()
     assert (table.groupby("symbol")["feature_id"].nunique() == 1).all()
     assert table.groupby("cell_type").size().min() >= 5

@@ -75,8 +75,17 @@ def test_reading_takes_memory_for_a_chunk_only(tmp_path) -> None:
             del file[name]
         file.create_dataset("X", data=rng.poisson(0.5, (n, g)).astype(np.float32), chunks=(256, g))
         obs = file.create_group("obs")
-        obs.attrs.update({"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index", "column-order": []})
-        names = obs.create_dataset("_index", data=np.array([f"c{i}" for i in range(n)], dtype=object), dtype=h5py.string_dtype())
+        obs.attrs.update(
+            {
+                "encoding-type": "dataframe",
+                "encoding-version": "0.2.0",
+                "_index": "_index",
+                "column-order": [],
+            }
+        )
+        names = obs.create_dataset(
+            "_index", data=np.array([f"c{i}" for i in range(n)], dtype=object), dtype=h5py.string_dtype()
+        )
         names.attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
     tracemalloc.start()
     with H5adFile.open(tmp_path / "a.h5ad") as file:
@@ -100,12 +109,18 @@ def test_symbols_fill_in_what_has_no_id(tmp_path) -> None:
     sample = cells()
     sample.var.loc[["GENE101", "GENE102"], "feature_id"] = ""
     table = tmp_path / "symbols.tsv"
-    table.write_text("symbol\tfeature_id\nGENE101\tENSG00000000101.4\nGENE102\tENSG00000000102\nGENE102\tENSG00000000999\n")
+    table.write_text(
+        "symbol\tfeature_id\nGENE101\tENSG00000000101.4\nGENE102\tENSG00000000102\nGENE102\tENSG00000000999\n"
+    )
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
         assert file.genes().joined_g.sum() == 28
         genes = file.genes(symbols=read_symbol_table(table))
     # GENE102 has two ids in the table: which is meant cannot be known.
-    assert genes.joined_g.sum() == 29 and genes.feature_ids[1] == "ENSG00000000101" and genes.feature_ids[2] == ""
+    assert (
+        genes.joined_g.sum() == 29
+        and genes.feature_ids[1] == "ENSG00000000101"
+        and genes.feature_ids[2] == ""
+    )
 
 
 def test_real_symbol_table_is_understood(real_data) -> None:
@@ -117,7 +132,9 @@ def test_duplicate_genes_are_refused_summed_or_dropped(tmp_path) -> None:
     sample = cells()
     sample.var.loc["GENE101", "feature_id"] = "ENSG00000000100"
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
-        with pytest.raises(H5adError, match="'GENE100' and 'GENE101' are both ENSG00000000100.*--duplicate-genes sum"):
+        with pytest.raises(
+            H5adError, match="'GENE100' and 'GENE101' are both ENSG00000000100.*--duplicate-genes sum"
+        ):
             file.genes()
         assert file.genes(duplicates="sum").joined_g.sum() == 30
         assert file.genes(duplicates="drop").joined_g.sum() == 28
@@ -138,7 +155,10 @@ def test_what_is_no_count_is_named(tmp_path, value: float, message: str) -> None
     dense = sample.X.toarray()
     dense[5, 10] = value
     sample.X = sparse.csr_matrix(dense)
-    with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file, pytest.raises(H5adError, match=message) as caught:
+    with (
+        H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
+        pytest.raises(H5adError, match=message) as caught,
+    ):
         for start, block in file.chunks(4):
             check_counts(block, file=file, start=start)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
@@ -149,6 +169,9 @@ def test_double_precision_fractions_do_not_round_to_counts(tmp_path) -> None:
     dense = sample.X.toarray().astype(np.float64)
     dense[5, 10] = 3.000000001
     sample.X = sparse.csr_matrix(dense)
-    with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file, pytest.raises(H5adError, match="not a whole number"):
+    with (
+        H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
+        pytest.raises(H5adError, match="not a whole number"),
+    ):
         for start, block in file.chunks():
             check_counts(block, file=file, start=start)

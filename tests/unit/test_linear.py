@@ -19,19 +19,24 @@ def test_gives_the_probabilities_of_scikit_learn_whatever_classes_are_missing(nu
     values[np.arange(80), labels] += 0.7
     class_weights = np.array([0, *range(1, num_labels + 1), 0], dtype=np.float32)
     every = Panels.one(np.ones(12), 80)
-    weights, bias, center = logistic_start(sparse.csr_array(values.astype(np.float32)), labels + 1, class_weights, every)
+    weights, bias, center = logistic_start(
+        sparse.csr_array(values.astype(np.float32)), labels + 1, class_weights, every
+    )
     assert (weights.dtype, weights.shape, bias.shape) == (np.float32, (12, num_labels + 2), (num_labels + 2,))
     scaled = normalize(values.astype(np.float32)) * LINEAR_SCALE
     np.testing.assert_allclose(center, scaled.mean(axis=0), rtol=1e-5)
     logits = (scaled - center) @ weights + bias
     found = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    fitted = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000).fit(scaled, labels, sample_weight=labels + 1)
+    fitted = LogisticRegression(C=INVERSE_PENALTY, max_iter=1000).fit(
+        scaled, labels, sample_weight=labels + 1
+    )
     np.testing.assert_allclose(found[:, 1:-1], fitted.predict_proba(scaled), atol=0.03)
     assert found[:, [0, -1]].max() < 0.01  # classes that no cell of the sample has
 
 
 def test_a_gene_that_was_not_measured_says_nothing() -> None:
-    """Two data sets, one without the marker of label 1: its cells must not pull the marker's weight, nor be called by its absence."""
+    """Two data sets, one without the marker of label 1: its cells must not pull the marker's weight, nor be
+    called by its absence."""
     rng = np.random.default_rng(1)
     labels, panel = rng.integers(2, size=400), rng.integers(2, size=400)
     values = rng.gamma(2.0, size=(400, 80))
@@ -41,7 +46,9 @@ def test_a_gene_that_was_not_measured_says_nothing() -> None:
     measured[1, 0] = False
     values[panel == 1, 0] = 0
     ones = np.ones(2, dtype=np.float32)
-    weights, bias, center = logistic_start(sparse.csr_array(values.astype(np.float32)), labels, ones, Panels(measured, panel))
+    weights, bias, center = logistic_start(
+        sparse.csr_array(values.astype(np.float32)), labels, ones, Panels(measured, panel)
+    )
     scaled = normalize(values.astype(np.float32)) * LINEAR_SCALE
     assert center[0] == pytest.approx(scaled[panel == 0, 0].mean(), rel=1e-5)
     logits = (scaled - measured[panel] * center) @ weights + bias

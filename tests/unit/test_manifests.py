@@ -1,4 +1,5 @@
-"""The files in cluster/ agree with each other and with the code: images, names, ports, versions, and commands that exist."""
+"""The files in cluster/ agree with each other and with the code: images, names, ports, versions, and commands
+that exist."""
 
 import importlib.util
 import re
@@ -22,7 +23,10 @@ def load(name: str) -> list[dict[str, Any]]:
 
 
 def pods(cluster_spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    groups = {"head": cluster_spec["headGroupSpec"], **{group["groupName"]: group for group in cluster_spec["workerGroupSpecs"]}}
+    groups = {
+        "head": cluster_spec["headGroupSpec"],
+        **{group["groupName"]: group for group in cluster_spec["workerGroupSpecs"]},
+    }
     return {name: group["template"]["spec"]["containers"][0] for name, group in groups.items()}
 
 
@@ -48,8 +52,13 @@ def test_the_job_brings_the_same_cluster() -> None:
 
 
 def test_one_image_everywhere() -> None:
-    containers = [*pods(RAY_CLUSTER["spec"]).values(), MLFLOW["Deployment"]["spec"]["template"]["spec"]["containers"][0]]
-    images = {container["image"] for container in containers} | {service["image"] for service in COMPOSE["services"].values()}
+    containers = [
+        *pods(RAY_CLUSTER["spec"]).values(),
+        MLFLOW["Deployment"]["spec"]["template"]["spec"]["containers"][0],
+    ]
+    images = {container["image"] for container in containers} | {
+        service["image"] for service in COMPOSE["services"].values()
+    }
     version = re.search(r'^version = "(.+)"$', (REPO_ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version and images == {f"screformer:{version[1]}"}
     assert f"-t screformer:{version[1]}" in README and f"-t screformer:{version[1]}" in DOCKERFILE
@@ -60,15 +69,22 @@ def test_ray_is_the_tested_version() -> None:
 
 
 def test_pods_are_limited_and_have_no_rights() -> None:
-    templates = [RAY_CLUSTER["spec"]["headGroupSpec"], *RAY_CLUSTER["spec"]["workerGroupSpecs"], MLFLOW["Deployment"]["spec"]]
+    templates = [
+        RAY_CLUSTER["spec"]["headGroupSpec"],
+        *RAY_CLUSTER["spec"]["workerGroupSpecs"],
+        MLFLOW["Deployment"]["spec"],
+    ]
     for spec in (template["template"]["spec"] for template in templates):
         assert spec["securityContext"]["runAsNonRoot"]
         for container in spec["containers"]:
             assert set(container["resources"]) == {"requests", "limits"}
-            assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"], (
-                "else the kernel kills it first"
-            )
-            assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+            assert (
+                container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
+            ), "else the kernel kills it first"
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["ray"]
 
 
@@ -81,7 +97,9 @@ def test_jobs_log_to_the_mlflow_server() -> None:
     port = f"--port={container['ports'][0]['containerPort']}"
     assert port in container["args"] and port in COMPOSE["services"]["mlflow"]["command"]
     allowed = next(argument for argument in container["args"] if argument.startswith("--allowed-hosts="))
-    assert url.removeprefix("http://") in allowed.partition("=")[2].split(","), "MLflow answers 403 to a Host header that it does not know"
+    assert url.removeprefix("http://") in allowed.partition("=")[2].split(","), (
+        "MLflow answers 403 to a Host header that it does not know"
+    )
 
 
 def test_the_job_is_a_command_that_fits_its_cluster() -> None:
@@ -91,7 +109,9 @@ def test_the_job_is_a_command_that_fits_its_cluster() -> None:
     workdir = re.findall(r"^WORKDIR (.+)$", DOCKERFILE, re.MULTILINE)[0]
     assert option == "--config" and recipe.startswith(workdir + "/")
     config = ExperimentConfig.from_file(REPO_ROOT / recipe.removeprefix(workdir + "/")).merge(overrides)
-    assert config.atlas.uri.startswith("s3://") and config.cluster.storage_path.startswith("s3://"), "pods share no disk"
+    assert config.atlas.uri.startswith("s3://") and config.cluster.storage_path.startswith("s3://"), (
+        "pods share no disk"
+    )
     group = RAY_CLUSTER["spec"]["workerGroupSpecs"][0]
     cpus = float(pods(RAY_CLUSTER["spec"])["cpu"]["resources"]["limits"]["cpu"])
     check_layout(config, [{"Alive": True, "Resources": {"CPU": cpus}}] * group["minReplicas"])
@@ -108,6 +128,12 @@ def test_files_of_the_readme_exist(path: str) -> None:
 
 
 def test_the_image_gets_what_it_copies() -> None:
-    kept = {line[1:] for line in (REPO_ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = {source for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE) for source in line.split()[:-1]}
+    kept = {
+        line[1:] for line in (REPO_ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    copied = {
+        source
+        for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    }
     assert copied == kept and all((REPO_ROOT / path).exists() for path in copied)

@@ -27,15 +27,27 @@ def _reference(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_those_of_sklearn(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    labels, predictions = rng.integers(0, 7, 60), rng.integers(1, 9, 60)  # some classes only true, some only predicted, one (9) neither
+    labels, predictions = (
+        rng.integers(0, 7, 60),
+        rng.integers(1, 9, 60),
+    )  # some classes only true, some only predicted, one (9) neither
     counts = _counts(labels, predictions, 10)
     for name, value in _reference(labels, predictions).items():
         assert getattr(counts, name) == pytest.approx(value), name
     kept = np.arange(10)
-    precision, recall, f1, support = reference.precision_recall_fscore_support(labels, predictions, labels=kept, zero_division=0)
-    for found, expected in ((counts.precision_k, precision), (counts.recall_k, recall), (counts.f1_k, f1), (counts.support_k, support)):
+    precision, recall, f1, support = reference.precision_recall_fscore_support(
+        labels, predictions, labels=kept, zero_division=0
+    )
+    for found, expected in (
+        (counts.precision_k, precision),
+        (counts.recall_k, recall),
+        (counts.f1_k, f1),
+        (counts.support_k, support),
+    ):
         np.testing.assert_allclose(found, expected)
-    np.testing.assert_array_equal(counts.confusion_kk, reference.confusion_matrix(labels, predictions, labels=kept))
+    np.testing.assert_array_equal(
+        counts.confusion_kk, reference.confusion_matrix(labels, predictions, labels=kept)
+    )
 
 
 def test_parts_merge_to_the_whole() -> None:
@@ -69,4 +81,10 @@ def test_metric_names() -> None:
     assert set(LabelCounts(2).scores("val")) == {"val/loss", *(f"val/{name}" for name in SCORES)}
     assert set(LabelCounts(0).scores("val")) == {"val/loss"}
     rows = _counts(np.array([0, 1, 1]), np.array([0, 1, 0]), 2).table(["B cell", "T cell"])
-    assert rows[1] == {"label": "T cell", "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "cells": 2}
+    assert rows[1] == {
+        "label": "T cell",
+        "precision": 1.0,
+        "recall": 0.5,
+        "f1": pytest.approx(2 / 3),
+        "cells": 2,
+    }

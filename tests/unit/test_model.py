@@ -38,11 +38,23 @@ def tokenize(counts_ng: np.ndarray, tokens: TokensConfig) -> dict[str, np.ndarra
 def batch_of(counts_ng: np.ndarray, tokens: TokensConfig | None = None) -> dict[str, torch.Tensor]:
     arrays = tokenize(counts_ng, tokens or TokensConfig())
     batch = {name: torch.from_numpy(arrays[name]).long() for name in ("token_ids", "bin_ids")}
-    return {**batch, "values": torch.from_numpy(arrays["values"]), "labels": torch.arange(len(counts_ng)) % NUM_CLASSES}
+    return {
+        **batch,
+        "values": torch.from_numpy(arrays["values"]),
+        "labels": torch.arange(len(counts_ng)) % NUM_CLASSES,
+    }
 
 
-def fresh_network(tokens: TokensConfig | None = None, *, classes: int = NUM_CLASSES, seed: int = 0, **model) -> ScReformer:
-    return ScReformer(ModelConfig(**{**TINY, **model}), tokens or TokensConfig(), num_genes=NUM_GENES, num_classes=classes, seed=seed)
+def fresh_network(
+    tokens: TokensConfig | None = None, *, classes: int = NUM_CLASSES, seed: int = 0, **model
+) -> ScReformer:
+    return ScReformer(
+        ModelConfig(**{**TINY, **model}),
+        tokens or TokensConfig(),
+        num_genes=NUM_GENES,
+        num_classes=classes,
+        seed=seed,
+    )
 
 
 def network(*args, **kwargs) -> ScReformer:
@@ -53,7 +65,10 @@ def network(*args, **kwargs) -> ScReformer:
 
 
 def padded(batch: dict[str, torch.Tensor], extra: int) -> dict[str, torch.Tensor]:
-    return {name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.ndim == 2 else tensor for name, tensor in batch.items()}
+    return {
+        name: torch.nn.functional.pad(tensor, (0, extra)) if tensor.ndim == 2 else tensor
+        for name, tensor in batch.items()
+    }
 
 
 @pytest.mark.parametrize("attention", ["lsh", "full", "local", "random", "none"])
@@ -103,27 +118,43 @@ def test_weights_follow_the_seed_alone() -> None:
     second, third = network(seed=7), network(seed=8)
     torch.manual_seed(1)
     assert torch.equal(state, torch.random.get_rng_state())
-    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), third.parameters(), strict=True):
+    for (name, a), b, c in zip(
+        first.named_parameters(), second.parameters(), third.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
-        assert a.ndim < 2 or name.startswith(("linear_skip", "expression_embedding.to_bins")) or not torch.equal(a, c), name
+        assert (
+            a.ndim < 2
+            or name.startswith(("linear_skip", "expression_embedding.to_bins"))
+            or not torch.equal(a, c)
+        ), name
 
 
 @pytest.mark.parametrize("expression", ["continuous", "log2_bins", "quantile_bins"])
 def test_hidden_expression_cannot_be_seen(expression: str) -> None:
     tokens = TokensConfig(expression=expression, num_bins=8)
     batch = batch_of(counts_of_cells(5), tokens)
-    hidden = (batch["values"] > 0) & (torch.rand(batch["values"].shape, generator=torch.Generator().manual_seed(0)) < 0.3)
-    other = {**batch, "values": batch["values"] + hidden * 1.5, "bin_ids": torch.where(hidden, 7 - batch["bin_ids"], batch["bin_ids"])}
+    hidden = (batch["values"] > 0) & (
+        torch.rand(batch["values"].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    )
+    other = {
+        **batch,
+        "values": batch["values"] + hidden * 1.5,
+        "bin_ids": torch.where(hidden, 7 - batch["bin_ids"], batch["bin_ids"]),
+    }
     model = network(tokens, classes=0)
     output, changed = (model(each, task="pretrain", hidden=hidden, hash_seed=0) for each in (batch, other))
     assert torch.equal(output.expression, changed.expression)
-    assert output.expression.shape == ((int(hidden.sum()),) if expression == "continuous" else (int(hidden.sum()), 8))
+    assert output.expression.shape == (
+        (int(hidden.sum()),) if expression == "continuous" else (int(hidden.sum()), 8)
+    )
     assert output.logits_nk is None
     loss, count = expression_loss(output, batch, hidden)
     if expression == "continuous":
         expected = ((output.expression - batch["values"][hidden]) ** 2).sum()
     else:
-        expected = -output.expression.log_softmax(1)[torch.arange(len(output.expression)), batch["bin_ids"][hidden]].sum()
+        expected = -output.expression.log_softmax(1)[
+            torch.arange(len(output.expression)), batch["bin_ids"][hidden]
+        ].sum()
     torch.testing.assert_close(loss, expected)
     assert count == hidden.sum()
 
@@ -168,7 +199,9 @@ def test_classification_loss_is_a_sum_that_parts_add_up_to() -> None:
     torch.testing.assert_close(loss, parts[0][0] + parts[1][0])
     torch.testing.assert_close(weight, parts[0][1] + parts[1][1])
     kept = labels >= 0
-    torch.testing.assert_close(loss / weight, torch.nn.functional.cross_entropy(logits[kept], labels[kept], weight=weights))
+    torch.testing.assert_close(
+        loss / weight, torch.nn.functional.cross_entropy(logits[kept], labels[kept], weight=weights)
+    )
     assert classification_loss(logits, labels, None)[1] == 7
     assert classification_loss(logits[:0], labels[:0], weights)[0] == 0
 
@@ -191,11 +224,16 @@ def test_linear_skip_is_linear_in_scaled_values_and_starts_at_zero() -> None:
 def test_network_starts_as_a_given_linear_classifier() -> None:
     batch = batch_of(counts_of_cells(4))
     generator = torch.Generator().manual_seed(2)
-    weights, bias = torch.randn(NUM_GENES, NUM_CLASSES, generator=generator), torch.randn(NUM_CLASSES, generator=generator)
+    weights, bias = (
+        torch.randn(NUM_GENES, NUM_CLASSES, generator=generator),
+        torch.randn(NUM_CLASSES, generator=generator),
+    )
     center = torch.rand(NUM_GENES, generator=generator)
     model = fresh_network()
     model.set_linear_start(weights, bias, center)
-    dense = torch.zeros(4, NUM_GENES + NUM_SPECIAL).scatter_(1, batch["token_ids"], batch["values"])[:, NUM_SPECIAL:]
+    dense = torch.zeros(4, NUM_GENES + NUM_SPECIAL).scatter_(1, batch["token_ids"], batch["values"])[
+        :, NUM_SPECIAL:
+    ]
     logits = model(batch, task="finetune").logits_nk
     scaled = LINEAR_SCALE * torch.nn.functional.normalize(dense, dim=1)
     torch.testing.assert_close(logits, (scaled - center) @ weights + bias)
@@ -204,7 +242,10 @@ def test_network_starts_as_a_given_linear_classifier() -> None:
     torch.testing.assert_close(in_part, (scaled - measured[panels] * center) @ weights + bias)
     classification_loss(logits, batch["labels"], None)[0].backward()
     assert model.classification_head.weight.grad.abs().max() > 0  # the encoder is not cut off for good
-    with pytest.raises(ValueError, match=r"linear start has shapes \[\(60, 4\), \(5,\), \(60,\)\], the network needs \[\(60, 5\), "):
+    with pytest.raises(
+        ValueError,
+        match=r"linear start has shapes \[\(60, 4\), \(5,\), \(60,\)\], the network needs \[\(60, 5\), ",
+    ):
         model.set_linear_start(weights[:, 1:], bias, center)
     with pytest.raises(ValueError, match="a linear start needs model.linear_skip=true and labels"):
         network(linear_skip=False).set_linear_start(weights, bias, center)
@@ -213,7 +254,12 @@ def test_network_starts_as_a_given_linear_classifier() -> None:
 def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
     batch = batch_of(counts_of_cells(4))
     genes = batch["token_ids"] >= NUM_SPECIAL
-    renamed = {**batch, "token_ids": torch.where(genes, NUM_GENES + 2 * NUM_SPECIAL - 1 - batch["token_ids"], batch["token_ids"])}
+    renamed = {
+        **batch,
+        "token_ids": torch.where(
+            genes, NUM_GENES + 2 * NUM_SPECIAL - 1 - batch["token_ids"], batch["token_ids"]
+        ),
+    }
     for embedding, same in (("none", True), ("random", False)):
         model = network(gene_embedding=embedding, attention="full").eval()
         with torch.no_grad():
@@ -257,7 +303,9 @@ def test_svd_start() -> None:
     embeddings = svd_gene_embeddings(counts, 8, seed=3)
     assert embeddings.dtype == np.float32
     np.testing.assert_array_equal(embeddings, svd_gene_embeddings(counts, 8, seed=3))
-    np.testing.assert_allclose(embeddings, svd_gene_embeddings(counts, 8, seed=4), atol=0.05)  # another sketch, the same vectors
+    np.testing.assert_allclose(
+        embeddings, svd_gene_embeddings(counts, 8, seed=4), atol=0.05
+    )  # another sketch, the same vectors
     vectors = np.linalg.svd(counts.toarray(), full_matrices=False)[2][:3]
     cosines = np.abs((embeddings[:, :3].T * vectors).sum(1)) / np.linalg.norm(embeddings[:, :3], axis=0)
     np.testing.assert_allclose(cosines, 1, atol=1e-2)
@@ -266,7 +314,9 @@ def test_svd_start() -> None:
     assert np.sqrt(np.mean(embeddings**2)) == pytest.approx(random_rms, rel=0.1)
     model.set_gene_embeddings(torch.from_numpy(embeddings))
     np.testing.assert_array_equal(model.gene_embedding.weight[2:].detach().numpy(), embeddings)
-    with pytest.raises(ValueError, match=r"gene embeddings have shape \(60, 4\), the network needs \(60, 8\)"):
+    with pytest.raises(
+        ValueError, match=r"gene embeddings have shape \(60, 4\), the network needs \(60, 8\)"
+    ):
         model.set_gene_embeddings(torch.zeros(NUM_GENES, 4))
     wide = svd_gene_embeddings(counts[:5], 16, seed=0)
     assert np.isfinite(wide).all()
@@ -282,7 +332,9 @@ def golden_outputs() -> dict:
     for attention in ("lsh", "full"):
         model = network(TokensConfig(max_genes=20), attention=attention, seed=11).eval()
         with torch.no_grad():
-            logits[attention] = model(batch_of(counts, TokensConfig(max_genes=20)), task="finetune", hash_seed=5).logits_nk.tolist()
+            logits[attention] = model(
+                batch_of(counts, TokensConfig(max_genes=20)), task="finetune", hash_seed=5
+            ).logits_nk.tolist()
     return {
         "token_ids": arrays["token_ids"].tolist(),
         "bin_ids": arrays["bin_ids"].tolist(),

@@ -32,14 +32,19 @@ def test_term_rolls_up_to_the_nearest_major_type(cl_id: str, major: str) -> None
     assert found.cl_id == next(kind.cl_id for kind in MAJOR_TYPES if kind.name == major)
 
 
-@pytest.mark.parametrize("cl_id", ["CL:0000738", "CL:0011026", "CL:0000000", "CL:0000763"])  # leukocyte, progenitor, cell, myeloid
+@pytest.mark.parametrize(
+    "cl_id", ["CL:0000738", "CL:0011026", "CL:0000000", "CL:0000763"]
+)  # leukocyte, progenitor, cell, myeloid
 def test_term_broader_than_all_is_unknown(cl_id: str) -> None:
     found = MajorTypes().roll_up(cl_id)
     assert (found.name, found.cl_id, found.outcome) == ("unknown", "unknown", "none")
 
 
 def test_term_under_several_is_ambiguous_until_one_comes_first() -> None:
-    epithelial, neuron = MajorType(name="epithelial", cl_id="CL:0000066"), MajorType(name="neuron", cl_id="CL:0000540")
+    epithelial, neuron = (
+        MajorType(name="epithelial", cl_id="CL:0000066"),
+        MajorType(name="neuron", cl_id="CL:0000540"),
+    )
     found = MajorTypes([epithelial, neuron]).roll_up("CL:0000173")
     assert (found.name, found.outcome, found.candidates) == ("unknown", "ambiguous", ("epithelial", "neuron"))
     first = MajorType(name="epithelial", cl_id="CL:0000066", before=("neuron",))
@@ -64,7 +69,10 @@ def test_ancestors_stay_after_pickling() -> None:
     [
         ([MajorType(name="x", cl_id="CL:9999999")], "'CL:9999999' is not a term of the Cell Ontology"),
         ([MajorType(name="x", cl_id="CL:0000084")] * 2, "'x' stands twice"),
-        ([MajorType(name="x", cl_id="CL:0000084"), MajorType(name="y", cl_id="CL:0000084")], "in two major types, 'x' and 'y'"),
+        (
+            [MajorType(name="x", cl_id="CL:0000084"), MajorType(name="y", cl_id="CL:0000084")],
+            "in two major types, 'x' and 'y'",
+        ),
     ],
 )
 def test_wrong_sets_are_refused(types: list[MajorType], message: str) -> None:
@@ -86,4 +94,6 @@ def test_roll_up_agrees_with_the_proposals_for_real_labels(real_data) -> None:
     majors = MajorTypes()
     renamed = {"NK cell": "natural killer cell", "hematopoietic progenitor": "hematopoietic precursor cell"}
     for row in blood.itertuples():
-        assert majors.roll_up(row.cl_id).name == renamed.get(row.major_proposal, row.major_proposal), row.cell_type
+        assert majors.roll_up(row.cl_id).name == renamed.get(row.major_proposal, row.major_proposal), (
+            row.cell_type
+        )

@@ -55,7 +55,9 @@ def test_a_cell_gets_the_same_result_in_any_company(
 
 
 @pytest.mark.parametrize("budget", [1, 37, 100_000])
-def test_batches_hold_each_cell_once_within_the_budget(predictor: Predictor, monkeypatch: pytest.MonkeyPatch, budget: int) -> None:
+def test_batches_hold_each_cell_once_within_the_budget(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
     monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", budget)
     lengths = np.random.default_rng(1).integers(0, 90, size=600)
     batches = list(predictor._batches(lengths))
@@ -67,7 +69,9 @@ def test_batches_hold_each_cell_once_within_the_budget(predictor: Predictor, mon
 
 def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -> None:
     found = predictor.predict_counts(counts, predictor.match_genes(predictor.vocabulary.feature_ids))
-    assert len(found) == 70 and found.probabilities_nk.shape == (70, 4) and found.embedding_nd.shape == (70, 16)
+    assert (
+        len(found) == 70 and found.probabilities_nk.shape == (70, 4) and found.embedding_nd.shape == (70, 16)
+    )
     np.testing.assert_allclose(found.probabilities_nk.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_array_equal(found.confidence, found.probabilities_nk.max(axis=1))
     names, cl_ids = LABELS["names"], [*LABELS["cl_ids"][:3], "unknown"]
@@ -77,7 +81,9 @@ def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -
     assert len(none) == 0 and none.probabilities_nk.shape == (0, 4)
 
 
-def test_the_library_size_counts_genes_that_the_model_does_not_know(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+def test_the_library_size_counts_genes_that_the_model_does_not_know(
+    predictor: Predictor, counts: sparse.csr_matrix
+) -> None:
     ids = list(predictor.vocabulary.feature_ids)
     alone = predictor.predict_counts(counts, predictor.match_genes(ids))
     more = sparse.hstack([np.full((70, 1), 500.0), counts]).tocsr()
@@ -148,13 +154,25 @@ def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
     assert index(["ENSG00000000000", "CD3D"]) == [0, -1], "a gene is taken once, by its id"
 
     match = predictor.match_genes(["ENSG00000000001", "LYZ", "TWIN", "CD3D", "CD3D", "other"])
-    assert (match.num_by_id, match.num_by_name, match.num_ambiguous, match.num_found, match.num_model_genes) == (1, 1, 3, 2, 10)
+    assert (
+        match.num_by_id,
+        match.num_by_name,
+        match.num_ambiguous,
+        match.num_found,
+        match.num_model_genes,
+    ) == (1, 1, 3, 2, 10)
     assert match.expression_share == pytest.approx((weight[1] + weight[2]) / weight.sum())
-    assert str(match).startswith("2 of the model's 10 genes found (1 by id, 1 by name, 3 ambiguous ones left out), ")
+    assert str(match).startswith(
+        "2 of the model's 10 genes found (1 by id, 1 by name, 3 ambiguous ones left out), "
+    )
     match.require(0.2, source="input")
-    with pytest.raises(ValueError, match=r"input: too few genes: 2 of the model's 10 genes found .*at least 50.0% .*Ensembl"):
+    with pytest.raises(
+        ValueError, match=r"input: too few genes: 2 of the model's 10 genes found .*at least 50.0% .*Ensembl"
+    ):
         match.require(0.5, source="input")
-    with pytest.raises(ValueError, match="mouse.h5ad: too few genes: 0 of the model's 10 genes found .*another species"):
+    with pytest.raises(
+        ValueError, match="mouse.h5ad: too few genes: 0 of the model's 10 genes found .*another species"
+    ):
         predictor.match_genes(["ENSMUSG00000000001"], ["Cd3d"]).require(0.0, source="mouse.h5ad")
     with pytest.raises(ValueError, match="2 ids but 1 names"):
         predictor.match_genes(["a", "b"], ["a"])
@@ -169,7 +187,9 @@ def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
         (np.inf, "value inf is missing"),
     ],
 )
-def test_only_raw_counts_are_taken(predictor: Predictor, counts: sparse.csr_matrix, value: float, message: str) -> None:
+def test_only_raw_counts_are_taken(
+    predictor: Predictor, counts: sparse.csr_matrix, value: float, message: str
+) -> None:
     bad = counts.toarray()
     bad[3, 5] = value
     with pytest.raises(ValueError, match=f"file: {message}"):
@@ -185,12 +205,18 @@ def test_counts_must_be_numbers_and_fit_the_genes(predictor: Predictor, counts: 
 
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "pretrained", has_labels=False)
-    with pytest.raises(ValueError, match=r"knows no labels, because it was only pre-trained; .*jobs.finetune --from"):
+    with pytest.raises(
+        ValueError, match=r"knows no labels, because it was only pre-trained; .*jobs.finetune --from"
+    ):
         Predictor.load(directory)
 
 
-@pytest.mark.parametrize("overrides", [{"tokens.input_mode": "all"}, {"model.attention": "none", "tokens.expression": "log2_bins"}])
-def test_other_kinds_of_models_predict(tmp_path: Path, counts: sparse.csr_matrix, overrides: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "overrides", [{"tokens.input_mode": "all"}, {"model.attention": "none", "tokens.expression": "log2_bins"}]
+)
+def test_other_kinds_of_models_predict(
+    tmp_path: Path, counts: sparse.csr_matrix, overrides: dict[str, object]
+) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **overrides), device="cpu")
     match = predictor.match_genes(predictor.vocabulary.feature_ids)
     whole = predictor.predict_counts(counts, match)
@@ -204,6 +230,11 @@ def test_prediction_needs_neither_ray_nor_mlflow_nor_soma(model_dir: Path) -> No
         "print(sorted({'ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata'} & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(model_dir)], cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, str(model_dir)],
+        cwd=REPO_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,14 @@ def _report() -> Report:
     report.text("Read **this** and `that`, not <b>this</b>.\n\n- one\n- two")
     report.section("Results")
     report.warning("Only **two** donors.")
-    table = pd.DataFrame({"model": ["a|b", "c"], "macro-F1": [0.91234, np.nan], "cells": [12345.0, np.nan], "known": [True, False]})
+    table = pd.DataFrame(
+        {
+            "model": ["a|b", "c"],
+            "macro-F1": [0.91234, np.nan],
+            "cells": [12345.0, np.nan],
+            "known": [True, False],
+        }
+    )
     report.table("Scores", table, "higher is better")
     for num_points in (10, 5_000):
         figure = Figure()
@@ -25,7 +32,9 @@ def _report() -> Report:
 def test_html_holds_everything_escaped_and_is_the_same_each_time(tmp_path):
     page = _report().write_html(tmp_path / "report.html").read_text()
     assert "<title>Cells &amp; &lt;types&gt;</title>" in page and "<b>" not in page
-    assert "<strong>this</strong> and <code>that</code>" in page and "<ul><li>one</li><li>two</li></ul>" in page
+    assert (
+        "<strong>this</strong> and <code>that</code>" in page and "<ul><li>one</li><li>two</li></ul>" in page
+    )
     assert re.findall(r"<td[^>]*>(.*?)</td>", page) == ["0.912", "12,345", "yes", "–", "–", "no"]
     # A few points stay a drawing, many become pixels.
     assert re.findall(r'src="data:image/([^;]*);', page) == ["svg+xml", "png"]
@@ -38,7 +47,10 @@ def test_markdown_has_its_pictures_beside_it(tmp_path):
     assert "| a\\|b | 0.912 | 12,345 | yes |" in text and "> Only **two** donors." in text
     for name in re.findall(r"!\[points\]\((.*)\)", text):
         assert (tmp_path / name).stat().st_size > 1000
-    assert sorted(path.name for path in (tmp_path / "report_files").iterdir()) == ["figure-1.svg", "figure-2.png"]
+    assert sorted(path.name for path in (tmp_path / "report_files").iterdir()) == [
+        "figure-1.svg",
+        "figure-2.png",
+    ]
 
 
 def test_a_picture_without_words_is_refused():

@@ -19,7 +19,10 @@ def run(config, *, batch=None, calls=1, train=True):
     encoder = ReversibleEncoder(config).train(train)
     x = torch.randn(3, 37, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     mask = torch.arange(37) < torch.tensor([37, 20, 0])[:, None]
-    loss = sum(((encoder(x * (call + 1), mask, hash_seed=call) * mask[..., None]) ** 2).sum() for call in range(calls))
+    loss = sum(
+        ((encoder(x * (call + 1), mask, hash_seed=call) * mask[..., None]) ** 2).sum()
+        for call in range(calls)
+    )
     loss.backward()
     return loss.item(), [x.grad, *(parameter.grad for parameter in encoder.parameters())]
 
@@ -126,7 +129,6 @@ def test_memory_of_training_hardly_grows_with_depth_and_in_line_with_length():
 
 
 def test_import_needs_nothing_but_torch():
-    code = (
-        "import sys, screformer.reversible; assert not {'ray', 'mlflow', 'tiledbsoma', 'reformer_pytorch', 'deepspeed'} & set(sys.modules)"
-    )
+    code = "import sys, screformer.reversible;"
+    code += " assert not {'ray', 'mlflow', 'tiledbsoma', 'reformer_pytorch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

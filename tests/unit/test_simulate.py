@@ -9,7 +9,8 @@ from data_ingest.simulate import CELL_TYPES, DATASETS, HELD_OUT, MARKERS, simula
 
 def test_same_seed_same_cells_and_another_seed_others(tmp_path: Path) -> None:
     first, again, other = (
-        anndata.read_h5ad(simulate_h5ads(tmp_path / name, num_cells=240, seed=seed)[0]) for name, seed in [("a", 3), ("b", 3), ("c", 4)]
+        anndata.read_h5ad(simulate_h5ads(tmp_path / name, num_cells=240, seed=seed)[0])
+        for name, seed in [("a", 3), ("b", 3), ("c", 4)]
     )
     assert (first.X != again.X).nnz == 0 and first.obs.equals(again.obs) and first.var.equals(again.var)
     assert first.shape != other.shape or (first.X != other.X).nnz > 0
@@ -19,10 +20,18 @@ def test_files_are_raw_counts_with_real_ids(sim_h5ads: list[Path]) -> None:
     gene_sets, cells, donors = [], [], []
     for path, dataset in zip(sim_h5ads, DATASETS, strict=True):
         adata = anndata.read_h5ad(path)
-        assert adata.X.dtype == np.float32 and adata.X.data.min() >= 1 and np.array_equal(adata.X.data, np.round(adata.X.data))
-        assert adata.var["feature_id"].is_unique and adata.var["feature_id"].str.fullmatch(r"ENSG\d{11}").all()
+        assert (
+            adata.X.dtype == np.float32
+            and adata.X.data.min() >= 1
+            and np.array_equal(adata.X.data, np.round(adata.X.data))
+        )
+        assert (
+            adata.var["feature_id"].is_unique and adata.var["feature_id"].str.fullmatch(r"ENSG\d{11}").all()
+        )
         assert adata.obs["donor_id"].nunique() == dataset.donors
-        assert set(adata.obs["cell_type_ontology_term_id"]) <= {cell_type.cl_id for cell_type in CELL_TYPES.values()}
+        assert set(adata.obs["cell_type_ontology_term_id"]) <= {
+            cell_type.cl_id for cell_type in CELL_TYPES.values()
+        }
         gene_sets.append(set(adata.var["feature_id"]))
         cells += list(adata.obs_names)
         donors += list(adata.obs["donor_id"].unique())

@@ -12,7 +12,9 @@ def make_cells(num_donors=12, num_labels=5, seed=0):
 
 
 def check_parts(split, num_cells):
-    np.testing.assert_array_equal(np.sort(np.concatenate([split["train"], split["val"], split["test"]])), np.arange(num_cells))
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([split["train"], split["val"], split["test"]])), np.arange(num_cells)
+    )
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in split.values())
 
 
@@ -21,7 +23,11 @@ def test_groups_stay_whole_and_labels_are_shared_out():
     split = split_cells(donors, labels, SplitConfig(test_fraction=0.25, val_fraction=0.15), seed=0)
     check_parts(split, len(donors))
     of_part = {name: set(donors[part]) for name, part in split.items()}
-    assert not of_part["train"] & of_part["test"] and not of_part["train"] & of_part["val"] and not of_part["val"] & of_part["test"]
+    assert (
+        not of_part["train"] & of_part["test"]
+        and not of_part["train"] & of_part["val"]
+        and not of_part["val"] & of_part["test"]
+    )
     assert split.notes == ()
     assert len(split["test"]) / len(donors) == pytest.approx(0.25, abs=0.03)
     assert len(split["val"]) / (len(donors) - len(split["test"])) == pytest.approx(0.15, abs=0.05)
@@ -46,7 +52,9 @@ def test_named_groups_are_held_out():
 
 def test_unknown_group_is_named_with_those_there_are():
     donors, labels = make_cells(num_donors=3)
-    with pytest.raises(ValueError, match=r"split.test_groups: no cell has donor_id 'donr1'; there is donor0, donor1, donor2"):
+    with pytest.raises(
+        ValueError, match=r"split.test_groups: no cell has donor_id 'donr1'; there is donor0, donor1, donor2"
+    ):
         split_cells(donors, labels, SplitConfig(test_groups=("donr1",)), seed=0)
 
 

@@ -11,7 +11,11 @@ from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, CellTokenizer, GeneVocab
 
 def vocabulary(mean_expression: list[float]) -> GeneVocabulary:
     names = tuple(f"G{index}" for index in range(len(mean_expression)))
-    return GeneVocabulary(tuple(f"ENSG{index}" for index in range(len(names))), names, np.array(mean_expression, dtype=np.float32))
+    return GeneVocabulary(
+        tuple(f"ENSG{index}" for index in range(len(names))),
+        names,
+        np.array(mean_expression, dtype=np.float32),
+    )
 
 
 VOCABULARY = vocabulary([0.0] * 6)
@@ -27,9 +31,15 @@ def tokenize(*arrays, genes=VOCABULARY, total=None, **settings):
 def test_detected_genes() -> None:
     tokens = tokenize(GENE_IDS, COUNTS, OFFSETS)
     assert tokens["token_ids"].tolist() == [[CLS, 2, 4, 7], [CLS, 3, PAD, PAD]]
-    np.testing.assert_allclose(tokens["values"], np.log1p([[0, 1000, 2000, 7000], [0, 10_000, 0, 0]]), rtol=1e-6)
+    np.testing.assert_allclose(
+        tokens["values"], np.log1p([[0, 1000, 2000, 7000], [0, 10_000, 0, 0]]), rtol=1e-6
+    )
     assert tokens["bin_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
-    assert [tokens[name].dtype for name in ("token_ids", "values", "bin_ids")] == [np.int32, np.float32, np.int32]
+    assert [tokens[name].dtype for name in ("token_ids", "values", "bin_ids")] == [
+        np.int32,
+        np.float32,
+        np.int32,
+    ]
     assert tokens["num_cut"] == 0
 
 
@@ -69,7 +79,9 @@ def test_binary_tells_detected_genes_only_and_cuts_like_the_others() -> None:
     assert tokens["bin_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
     every = tokenize(GENE_IDS, COUNTS, OFFSETS, expression="binary", input_mode="all")
     assert every["values"].tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0, 0]]
-    cut, expected = (tokenize(GENE_IDS, COUNTS, OFFSETS, expression=name, max_genes=2) for name in ("binary", "continuous"))
+    cut, expected = (
+        tokenize(GENE_IDS, COUNTS, OFFSETS, expression=name, max_genes=2) for name in ("binary", "continuous")
+    )
     assert cut["token_ids"].tolist() == expected["token_ids"].tolist()
 
 
@@ -120,7 +132,9 @@ def test_refusals(gene_ids, counts, offsets, message) -> None:
 
 def test_pickled_tokenizer_gives_the_same(tmp_path) -> None:
     tokenizer = CellTokenizer(TokensConfig(max_genes=2), VOCABULARY)
-    first, second = (each(GENE_IDS, COUNTS, OFFSETS) for each in (tokenizer, pickle.loads(pickle.dumps(tokenizer))))
+    first, second = (
+        each(GENE_IDS, COUNTS, OFFSETS) for each in (tokenizer, pickle.loads(pickle.dumps(tokenizer)))
+    )
     np.testing.assert_array_equal(first["token_ids"], second["token_ids"])
 
 
