@@ -41,7 +41,7 @@ _MAX_COLUMNS = 64
 on its neighbours."""
 CROSSOVER_TOKENS = 1536
 """Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a
-CPU (docs/performance.md)."""
+CPU (docs/log/2026-11-24-speed.md)."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
 """Memory given back and taken anew costs more than the arithmetic in it; blocks of this size stay in

@@ -188,7 +188,7 @@ class Calibration:
 
         Chosen by leaving each blood type out in turn, against the largest probability, energy (Liu et al.,
         NeurIPS 2020), Mahalanobis distances to class centroids of embeddings and of logits, and sums of them:
-        docs/confidence.md.
+        docs/log/2026-11-25-confidence.md.
         """
         if not self.logit_mean_k or not len(logits_nk):
             return np.zeros(len(logits_nk), dtype=np.float32)

@@ -13,7 +13,7 @@ from screformer.tokenizer import Panels
 
 INVERSE_PENALTY = 1.0
 """C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ
-little (docs/experiments.md)."""
+little (docs/log/2026-11-24-accuracy-trials.md)."""
 
 
 _MAX_ITERATIONS = 100
