@@ -88,9 +88,8 @@ def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
     """URI of an atlas with the cells of `sim_h5ads`, ingested once; read it only."""
-    from local_ray import some_ray
-
     from data_ingest.ingest import ingest
+    from helpers.local_ray import some_ray
 
     uri = str(tmp_path_factory.mktemp("atlas") / "atlas")
     with some_ray():

@@ -10,7 +10,7 @@ import pytest
 @pytest.fixture(scope="module")
 def ray_local() -> None:
     """A private Ray of four CPUs, which later modules go on with."""
-    from local_ray import start_ray
+    from helpers.local_ray import start_ray
 
     start_ray()
 

@@ -13,11 +13,11 @@ import traceback
 from pathlib import Path
 
 import tiledbsoma
-from h5ad_samples import atlas_content, differences
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
+from helpers.cells import atlas_content, differences
 
 OPTIONS = IngestOptions(values_per_fragment=400, cells_per_chunk=16)
 

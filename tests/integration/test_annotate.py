@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
-from tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 
 import screformer
 from data_ingest.atlas import AtlasLocator
 from data_ingest.cells import H5adCells
+from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
 from jobs.labelling import shards as labelling
 from jobs.labelling.h5ad_copy import COLUMNS, annotate

@@ -9,9 +9,9 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from scipy import sparse
-from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
 from data_ingest.atlas import AtlasLocator
+from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from jobs.explain import main
 from jobs.explaining.shards import load_explanations
 from screformer.checkpoint import load_model, save_model

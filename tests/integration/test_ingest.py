@@ -18,12 +18,12 @@ import pandas as pd
 import pytest
 import tiledbsoma
 from botocore.exceptions import EndpointConnectionError
-from h5ad_samples import atlas_content, cells, differences, ensembl, write
 from scipy import sparse
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
+from helpers.cells import atlas_content, cells, differences, ensembl, write
 from jobs.ingest import main
 
 

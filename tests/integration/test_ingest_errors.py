@@ -9,11 +9,11 @@ import h5py
 import numpy as np
 import pytest
 import tiledbsoma
-from h5ad_samples import cells, write
 from scipy import sparse
 
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestError, IngestOptions
+from helpers.cells import cells, write
 from jobs.arguments import parse_pairs
 from jobs.ingest import main
 

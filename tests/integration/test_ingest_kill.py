@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from h5ad_samples import atlas_content, cells, differences, write
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
+from helpers.cells import atlas_content, cells, differences, write
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer
-from tiny_model import write_tiny_model
 
+from helpers.servers import MlflowServer
+from helpers.tiny_model import write_tiny_model
 from jobs import sync
 from jobs.tracking import outbox as outbox_module
 from jobs.tracking.outbox import outbox

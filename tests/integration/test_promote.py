@@ -6,11 +6,11 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from scipy import sparse
-from tiny_model import write_tiny_model
 
 from data_ingest.atlas import AtlasLocator
 from data_ingest.cells import AtlasCells
 from data_ingest.query import CellQuery, QueryResult
+from helpers.tiny_model import write_tiny_model
 from jobs.promote import main
 from jobs.tracking.models import model_aliases, register_model
 from jobs.tracking.promotion import compare, compare_folds

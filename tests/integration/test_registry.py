@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer
-from tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 
+from helpers.servers import MlflowServer
+from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.labelling.h5ad_copy import annotate
 from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
 from jobs.tracking.runs import TrackedRun, start_run

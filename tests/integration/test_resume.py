@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import toy_training
-from toy_training import toy_config
 
+from helpers import toy_training
+from helpers.toy_training import toy_config
 from screformer.checkpoint import is_complete, read_position
 from screformer.config import ExperimentConfig
 

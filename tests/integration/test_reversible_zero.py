@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from library_twin import LibraryEncoder, give_equal_hashes
 from torch import nn
 
+from helpers.library_twin import LibraryEncoder, give_equal_hashes
 from screformer.config import ModelConfig
 from screformer.engine import _import_deepspeed
 from screformer.reversible import ReversibleEncoder

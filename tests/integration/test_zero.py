@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy_training import join_group, toy_config, train
+
+from helpers.toy_training import join_group, toy_config, train
 
 TWO_WORKERS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"zero{stage}": ("finetune", {"zero.stage": stage}) for stage in range(4)},

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
 from data_ingest.ontology import lineage
+from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from screformer.calibration import (
     LEVELS,
     Calibration,

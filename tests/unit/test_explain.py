@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import write_tiny_model
 
+from helpers.tiny_model import write_tiny_model
 from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
 from screformer.model import LINEAR_SCALE
 from screformer.predictor import Predictor

@@ -3,10 +3,10 @@ import pickle
 import h5py
 import numpy as np
 import pytest
-from h5ad_samples import cells, ensembl, write
 from scipy import sparse
 
 from data_ingest.h5ad import H5adError, H5adFile, check_counts, read_symbol_table
+from helpers.cells import cells, ensembl, write
 
 
 def read_all(path, **options) -> np.ndarray:

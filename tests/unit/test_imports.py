@@ -49,7 +49,8 @@ def test_the_model_library_needs_no_cluster_tracking_or_atlas() -> None:
         [
             *(f"import {name}" for name in MODULES if name.startswith("screformer.")),
             "import sys",
-            "heavy = ('ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata', 'data_ingest', 'jobs', 'cluster')",
+            "heavy = ('ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata',"
+            " 'data_ingest', 'jobs', 'cluster')",
             "print([name for name in heavy if name in sys.modules])",
         ]
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
-from tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 
+from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from screformer.genes import check_counts
 from screformer.predictor import _TOKENS_PER_BATCH, Predictor
 

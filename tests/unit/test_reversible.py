@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from library_twin import LibraryEncoder, give_equal_hashes
 
+from helpers.library_twin import LibraryEncoder, give_equal_hashes
 from screformer.config import ModelConfig
 from screformer.reversible import ReversibleEncoder
 
