@@ -36,6 +36,8 @@ from screformer.config import ModelConfig
 SELF_SCORE = -5e4
 """Score of a token with itself, taken only where there is nothing else to attend to. reformer-pytorch's
 value, safe in half precision."""
+_LEAST_WEIGHT = 1e-6
+"""Keys of weight 0 count this little, so that nothing is divided by 0."""
 _MAX_COLUMNS = 64
 """Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend
 on its neighbours."""
@@ -502,9 +504,19 @@ class SelfAttention(Protocol):
     """What the encoder asks of an attention layer."""
 
     def __call__(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        hash_seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
-        """Attend; `hash_seed` seeds the hashes, `memo` keeps them for a recomputation."""
+        """Attend.
+
+        `hash_seed` seeds the hashes, `memo` keeps them for a recomputation, and `key_weight_nl` in [0, 1] is
+        how much each token counts as a key (explanations move it between absent and present).
+        """
 
 
 class LSHSelfAttention(nn.Module):
@@ -543,7 +555,13 @@ class LSHSelfAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        hash_seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
         """Attend to the tokens that share a bucket.
 
@@ -552,6 +570,7 @@ class LSHSelfAttention(nn.Module):
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the rotations; equal seeds give equal results.
             memo: Takes the hashes of this call, or gives those of an earlier one.
+            key_weight_nl: How much each token counts as a key, in [0, 1], shape (n, l); None is 1.
 
         Returns:
             Attended tokens, shape (n, l, d).
@@ -562,7 +581,13 @@ class LSHSelfAttention(nn.Module):
             tokens = self.sort(qk, key_mask_nl, hash_seed=hash_seed)
             if memo is not None:
                 memo.sorted_tokens = tokens
-        return self.to_out(lsh_attention(qk, v, tokens, bucket_size=self.bucket_size).flatten(2))
+        attend = partial(lsh_attention, qk, tokens=tokens, bucket_size=self.bucket_size)
+        if key_weight_nl is None:
+            return self.to_out(attend(v).flatten(2))
+        # With weights w of the softmax over all keys, those over keys of weight p are w p / sum(w p): two
+        # calls of the same attention, one on p times the values and one on p.
+        weight = key_weight_nl[..., None, None].expand_as(v).contiguous()
+        return self.to_out((attend(v * weight) / attend(weight).clamp(min=_LEAST_WEIGHT)).flatten(2))
 
     @torch.no_grad()
     def sort(self, qk_nlhe: Tensor, key_mask_nl: Tensor, *, hash_seed: int) -> SortedTokens:
@@ -601,18 +626,24 @@ class FullSelfAttention(nn.Module):
         )
 
     def forward(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        hash_seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
         """Attend; shapes as in `LSHSelfAttention.forward`.
 
         Cells without tokens give finite, meaningless rows.
         """
         q, k, v = self._split(x_nld)
-        mask = (
-            None
-            if bool(key_mask_nl.all())
-            else (key_mask_nl | ~key_mask_nl.any(1, keepdim=True))[:, None, None]
-        )
+        mask = None
+        if key_weight_nl is not None:
+            mask = (key_weight_nl * key_mask_nl).clamp(min=_LEAST_WEIGHT**2).log()[:, None, None]
+        elif not bool(key_mask_nl.all()):
+            mask = (key_mask_nl | ~key_mask_nl.any(1, keepdim=True))[:, None, None]
         return self.to_out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
@@ -624,9 +655,16 @@ class LocalSelfAttention(FullSelfAttention):
         self.bucket_size = bucket_size
 
     def forward(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        hash_seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
-        """Attend; shapes as in `LSHSelfAttention.forward`."""
+        """Attend; shapes as in `LSHSelfAttention.forward`. Keys have no weights here."""
+        assert key_weight_nl is None, "local attention does not weigh its keys"
         m, length = self.bucket_size, x_nld.shape[1]
         fill = -length % m
         q, k, v = (F.pad(part, (0, 0, 0, fill)) for part in self._split(x_nld))
@@ -645,7 +683,13 @@ class NoAttention(nn.Module):
     """A control without attention: tokens do not see each other."""
 
     def forward(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        hash_seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
         """Return zeros, through x.
 

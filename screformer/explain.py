@@ -42,20 +42,16 @@ from importlib import resources
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from screformer.attention import FullSelfAttention, LSHSelfAttention, NoAttention, lsh_attention
-from screformer.model import HASH_SEED, LINEAR_SCALE, ScReformer
-from screformer.predictor import Predictor
-from screformer.reversible import AttentionSublayer, Block, _mix_seed
+from screformer.attention import LocalSelfAttention
+from screformer.model import HASH_SEED, ScReformer
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, Panels
 
 NUM_NODES = 3
 """Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood
 cells, LSH attention)."""
 _TOKENS_AT_ONCE = 16_384
-_TINY = 1e-6
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -94,7 +90,7 @@ class Explainer:
     """Attributes logits of a model to genes, against a fixed background.
 
     Args:
-        predictor: The model. Its attention may be any but local.
+        model: A network with classes, in eval mode. Its attention may be any but local.
         background: Cells to compare with.
         num_nodes: Points of each path.
         hash_seed: Seeds the LSH hashes; other values than the default only show how much the hashes matter.
@@ -105,7 +101,7 @@ class Explainer:
 
     def __init__(
         self,
-        predictor: Predictor,
+        model: ScReformer,
         background: Sequence[CellTokens],
         *,
         num_nodes: int = NUM_NODES,
@@ -113,11 +109,13 @@ class Explainer:
     ):
         if not background:
             raise ValueError("the background has no cells; give at least one")
-        if predictor.config.model.attention == "local":
+        if any(isinstance(layer, LocalSelfAttention) for layer in model.modules()):
             raise ValueError(
                 "a model with model.attention='local' cannot be explained; any other attention can"
             )
-        self._model, self._device, self._hash_seed = predictor.model, predictor.device, hash_seed
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._hash_seed = hash_seed
         self._background = list(background)
         nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
         self._nodes, self._weights = (nodes + 1) / 2, weights / 2
@@ -196,7 +194,6 @@ class Explainer:
         """
         model, device, count = self._model, self._device, len(self._nodes)
         ids = torch.from_numpy(_pad([pair.token_ids for pair in pairs])).long().to(device)
-        real = ids != PAD
         ends = {}
         with torch.no_grad():
             for side in ("cell", "other"):
@@ -225,9 +222,13 @@ class Explainer:
             tiled = [part.repeat(count, *(1,) * (part.ndim - 1)) for part in (start, change)]
             points.append((tiled[0] + node_r.view(shape) * tiled[1]).requires_grad_())
         with torch.enable_grad():
-            logits = _forward(
-                model, ids.repeat(count, 1), real.repeat(count, 1), *points, hash_seed=self._hash_seed
+            x_rld, presence_rl, values_rl = points
+            batch = {"token_ids": ids.repeat(count, 1), "values": values_rl}
+            output = model.forward_embedded(
+                x_rld, batch, task="finetune", hash_seed=self._hash_seed, presence_nl=presence_rl
             )
+        logits = output.logits_nk
+        assert logits is not None
         found: list[list[np.ndarray]] = []
         for index, label in enumerate(labels):
             last = index == len(labels) - 1
@@ -272,67 +273,6 @@ class _Pair:
                 whole[place] = source
                 sides.append(whole)
         return cls(token_ids, *sides)
-
-
-def _forward(
-    model: ScReformer,
-    ids_rl: Tensor,
-    real_rl: Tensor,
-    x_rld: Tensor,
-    present_rl: Tensor,
-    values_rl: Tensor,
-    *,
-    hash_seed: int,
-) -> Tensor:
-    """Logits of `ScReformer.forward` for given token embeddings, with tokens that are present in part.
-
-    Where presence is 0 or 1 it is the network without the tokens that are absent, up to the room that these
-    take in LSH's buckets.
-    """
-    gate_rl = present_rl * real_rl
-    y1 = y2 = x_rld
-    for index, block in enumerate(model.encoder.blocks):
-        assert isinstance(block, Block)
-        y1 = y1 + _attend(block.f, y2, real_rl, gate_rl, _mix_seed(hash_seed, 2 * index))
-        y2 = y2 + block.g(y1, real_rl, seed=_mix_seed(hash_seed, 2 * index + 1))
-    embedding_rd = model.pooling((y1 + y2) / 2, real_rl, gate_rl)
-    assert model.classification_head is not None
-    logits_rk = model.classification_head(embedding_rd)
-    if model.linear_skip is not None:
-        # As the network's, but embedding_bag gives no gradient for weights per sample beside a frozen table
-        # on every device.
-        scaled_rl = F.normalize(values_rl, dim=1) * LINEAR_SCALE
-        logits_rk = logits_rk + torch.einsum(
-            "rl,rlk->rk", scaled_rl, F.embedding(ids_rl, model.linear_skip.weight.weight)
-        )
-    return logits_rk
-
-
-def _attend(
-    sublayer: AttentionSublayer, x_rld: Tensor, real_rl: Tensor, gate_rl: Tensor, seed: int
-) -> Tensor:
-    """Attention in which a token weighs as a key by its presence.
-
-    With weights w of the softmax over all keys, those over keys of presence p are w p / sum(w p): two calls
-    of the same attention, one on p times the values and one on p. Full attention takes log p as a bias.
-    """
-    layer, x = sublayer.attention, sublayer.norm(x_rld)
-    if isinstance(layer, LSHSelfAttention):
-        qk, v = (part(x).unflatten(-1, (layer.heads, -1)) for part in (layer.toqk, layer.tov))
-        tokens = layer.sort(qk, real_rl, hash_seed=seed)
-        gate = gate_rl[..., None, None].expand_as(v).contiguous()
-        above, below = (
-            lsh_attention(qk, part, tokens, bucket_size=layer.bucket_size) for part in (v * gate, gate)
-        )
-        return layer.to_out((above / below.clamp(min=_TINY)).flatten(2))
-    if isinstance(layer, FullSelfAttention):
-        q, k, v = layer._split(x)
-        bias = gate_rl.clamp(min=_TINY**2).log()[:, None, None]
-        return layer.to_out(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-        )
-    assert isinstance(layer, NoAttention)
-    return x_rld * 0
 
 
 def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellTokens]:

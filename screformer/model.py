@@ -92,11 +92,35 @@ class ScReformer(nn.Module):
                 be False everywhere.
             hash_seed: Seeds the LSH hashes, and the dropout in training.
         """
+        x_nld = self.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"], hidden)
+        return self.forward_embedded(x_nld, batch, task=task, hidden=hidden, hash_seed=hash_seed)
+
+    def forward_embedded(
+        self,
+        x_nld: Tensor,
+        batch: dict[str, Tensor],
+        *,
+        task: ModelTask,
+        hidden: Tensor | None = None,
+        hash_seed: int = 0,
+        presence_nl: Tensor | None = None,
+    ) -> ModelOutput:
+        """Run the network behind the token embeddings.
+
+        Args:
+            x_nld: What `embed_tokens` gives.
+            batch: As `forward` takes it; `bin_ids` is not read.
+            task: As `forward`.
+            hidden: As `forward`.
+            hash_seed: As `forward`.
+            presence_nl: How far each token is there, in [0, 1], shape (n, l): its weight as a key of
+                attention and in the pooling, for explanations. At 0 and 1 the result is that of the network
+                without the absent tokens, up to the room that these take in LSH's buckets. None is 1.
+        """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         real_nl = batch["token_ids"] != PAD
-        x_nld = self.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"], hidden)
-        x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed)
-        embedding_nd = self.pooling(x_nld, real_nl)
+        x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed, key_weight_nl=presence_nl)
+        embedding_nd = self.pooling(x_nld, real_nl, presence_nl)
 
         if task == "pretrain" and hidden is not None:
             return ModelOutput(embedding_nd, None, self.expression_head(x_nld, embedding_nd, hidden))
@@ -211,7 +235,7 @@ class _Pooling(nn.Module):
         self.norm = nn.LayerNorm(model.dim)
 
     def forward(self, x_nld: Tensor, real_nl: Tensor, presence_nl: Tensor | None = None) -> Tensor:
-        """Pool; `presence_nl` in [0, 1] lets a token take part by that much, for explanations."""
+        """Pool; `presence_nl` in [0, 1] weighs the tokens, for explanations."""
         if self.kind == "cls":
             return self.norm(x_nld[:, 0])
         if self.kind == "mean":

@@ -48,14 +48,28 @@ class _Sublayer(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x_nld: Tensor, key_mask_nl: Tensor, *, seed: int, memo: HashMemo | None = None
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        *,
+        seed: int,
+        memo: HashMemo | None = None,
+        key_weight_nl: Tensor | None = None,
     ) -> Tensor:
-        out = self._body(self.norm(x_nld.to(self.norm.weight.dtype)), key_mask_nl, seed, memo)
+        normed = self.norm(x_nld.to(self.norm.weight.dtype))
+        out = self._body(normed, key_mask_nl, seed, memo, key_weight_nl)
         if self.training and self.dropout > 0:
             out = _dropout(out, self.dropout, _mix_seed(seed, 1))
         return out.to(x_nld.dtype)
 
-    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
+    def _body(
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        seed: int,
+        memo: HashMemo | None,
+        key_weight_nl: Tensor | None,
+    ) -> Tensor:
         raise NotImplementedError
 
 
@@ -66,8 +80,15 @@ class AttentionSublayer(_Sublayer):
         super().__init__(config.dim, config.dropout)
         self.attention = make_attention(config)
 
-    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
-        return self.attention(x_nld, key_mask_nl, hash_seed=seed, memo=memo)
+    def _body(
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        seed: int,
+        memo: HashMemo | None,
+        key_weight_nl: Tensor | None,
+    ) -> Tensor:
+        return self.attention(x_nld, key_mask_nl, hash_seed=seed, memo=memo, key_weight_nl=key_weight_nl)
 
 
 class FeedForwardSublayer(_Sublayer):
@@ -79,7 +100,14 @@ class FeedForwardSublayer(_Sublayer):
         self.w1 = nn.Linear(config.dim, config.dim * config.ff_mult)
         self.w2 = nn.Linear(config.dim * config.ff_mult, config.dim)
 
-    def _body(self, x_nld: Tensor, key_mask_nl: Tensor, seed: int, memo: HashMemo | None) -> Tensor:
+    def _body(
+        self,
+        x_nld: Tensor,
+        key_mask_nl: Tensor,
+        seed: int,
+        memo: HashMemo | None,
+        key_weight_nl: Tensor | None,
+    ) -> Tensor:
         if self.chunks == 1:
             return self.w2(F.gelu(self.w1(x_nld)))
         return torch.cat([self.w2(F.gelu(self.w1(part))) for part in x_nld.chunk(self.chunks, 1)], 1)
@@ -154,13 +182,17 @@ class ReversibleEncoder(nn.Module):
     def _branches(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(block.f, block.g) for block in self.blocks if isinstance(block, Block)]
 
-    def forward(self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int) -> Tensor:
+    def forward(
+        self, x_nld: Tensor, key_mask_nl: Tensor, *, hash_seed: int, key_weight_nl: Tensor | None = None
+    ) -> Tensor:
         """Encode cells.
 
         Args:
             x_nld: Tokens, shape (n, l, d).
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the hashes and the dropout of all layers.
+            key_weight_nl: How much each token counts as a key of attention, in [0, 1], shape (n, l); not in
+                training. None is 1.
 
         Returns:
             Encoded tokens, shape (n, l, d), in the type of x; padded slots hold finite values without
@@ -172,11 +204,13 @@ class ReversibleEncoder(nn.Module):
                 # Without it autograd would see no reason to enter the function, and the blocks would not
                 # learn.
                 streams = streams.detach().requires_grad_()
+            assert key_weight_nl is None, "keys are weighed in eval mode only"
             return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(
                 x_nld.dtype
             )
         y1 = y2 = streams
         for index, (f, g) in enumerate(self._branches()):
-            y1 = y1 + f(y2, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index))
+            seed = _mix_seed(hash_seed, 2 * index)
+            y1 = y1 + f(y2, key_mask_nl, seed=seed, key_weight_nl=key_weight_nl)
             y2 = y2 + g(y1, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index + 1))
         return ((y1 + y2) / 2).to(x_nld.dtype)

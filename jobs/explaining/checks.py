@@ -194,7 +194,7 @@ def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, An
     nothing = CellTokens(
         token_ids=np.array([CLS]), values=np.zeros(1, np.float32), bin_ids=np.zeros(1, int), measured_g=every
     )
-    explainer = Explainer(predictor, [nothing])
+    explainer = Explainer(predictor.model, [nothing])
     cells = _some_rows(out)
     curves: dict[str, list[np.ndarray]] = {
         "deletion": [],
@@ -253,8 +253,6 @@ def _sanity(
     table = next(shards_of(out))
     positions = np.unique(table["position"])[:_REPEATED_CELLS]
     tokens = tokens_of(predictor, source, positions)
-    explainer = Explainer(predictor, background, num_nodes=num_nodes)
-    other = Explainer(predictor, background, num_nodes=num_nodes, hash_seed=HASH_SEED + 1)
     config = predictor.config
     untrained = ScReformer(
         config.model,
@@ -263,21 +261,15 @@ def _sanity(
         num_classes=len(predictor.label_names),
         seed=config.train.seed + 1,
     )
-    trained = predictor.model
+    explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
+    other_hashes = Explainer(predictor.model, background, num_nodes=num_nodes, hash_seed=HASH_SEED + 1)
+    random_weights = Explainer(untrained.to(predictor.device).eval(), background, num_nodes=num_nodes)
     hashes, weights = [], []
     for cell in tokens:
         code = int(explainer.logits([cell])[0].argmax())
         own = explainer.attribute(cell, [code])[0]
-        hashes.append(_correlation(own, other.attribute(cell, [code])[0]))
-        predictor.model = untrained.to(predictor.device).eval()
-        try:
-            weights.append(
-                _correlation(
-                    own, Explainer(predictor, background, num_nodes=num_nodes).attribute(cell, [code])[0]
-                )
-            )
-        finally:
-            predictor.model = trained
+        hashes.append(_correlation(own, other_hashes.attribute(cell, [code])[0]))
+        weights.append(_correlation(own, random_weights.attribute(cell, [code])[0]))
     return {
         "correlation_other_hash_seed": float(np.mean(hashes)),
         "correlation_random_weights": float(np.mean(weights)),

@@ -198,7 +198,7 @@ def _explain_shard(
 ) -> float:
     model_dir, source, background, num_nodes = shared
     predictor = _predictor(model_dir)
-    explainer = Explainer(predictor, background, num_nodes=num_nodes)
+    explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
     names, known = predictor.label_names.tolist(), source.labels(cells)
     rows: list[dict[str, Any]] = []
     told = zip(cells, panels, source.names(cells), known, tokens_of(predictor, source, cells), strict=True)

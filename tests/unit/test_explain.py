@@ -35,7 +35,7 @@ def _cells(predictor: Predictor, num_cells: int, *, seed: int) -> list[CellToken
 def test_values_sum_to_the_whole_logit(tmp_path: Path, settings: dict[str, object]) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **settings), device="cpu")
     background = _cells(predictor, 3, seed=1)
-    explainer = Explainer(predictor, background, num_nodes=24)
+    explainer = Explainer(predictor.model, background, num_nodes=24)
     base_k = explainer.logits(background).mean(axis=0)
     for cell in _cells(predictor, 3, seed=2):
         assert set(cell.token_ids) != set(background[0].token_ids), "the cells have different genes"
@@ -58,7 +58,7 @@ def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> Non
     (cell,) = _cells(predictor, 1, seed=2)
     lacking = without_genes(cell, np.array([3, 4]))
     narrow = replace(lacking, measured_g=~np.isin(np.arange(40), [3, 4]))
-    explainer = Explainer(predictor, background, num_nodes=24)
+    explainer = Explainer(predictor.model, background, num_nodes=24)
     as_zero, unknown = (explainer.attribute(one, [1])[0] for one in (lacking, narrow))
     assert unknown.additivity_error < 0.01 * max(1.0, abs(unknown.output - unknown.base))
     differs = unknown.values - as_zero.values
@@ -73,7 +73,7 @@ def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> Non
 
 def test_an_lsh_model_is_nearly_additive_and_says_how_nearly(tmp_path: Path) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **{"model.bucket_size": 64}), device="cpu")
-    explainer = Explainer(predictor, _cells(predictor, 3, seed=1), num_nodes=16)
+    explainer = Explainer(predictor.model, _cells(predictor, 3, seed=1), num_nodes=16)
     for cell in _cells(predictor, 3, seed=2):
         found = explainer.attribute(cell, [1])[0]
         distance = found.output - found.base
@@ -109,10 +109,10 @@ def test_agreement_with_shap_where_every_gene_is_a_token(tmp_path: Path) -> None
         write_tiny_model(tmp_path, **{"tokens.input_mode": "all", "model.attention": "full"}), device="cpu"
     )
     background, (cell,) = _cells(predictor, 4, seed=1), _cells(predictor, 1, seed=2)
-    ours = Explainer(predictor, background, num_nodes=16).attribute(cell, [0, 3])
+    ours = Explainer(predictor.model, background, num_nodes=16).attribute(cell, [0, 3])
 
     def inputs(cells: list[CellTokens]) -> list[torch.Tensor]:
-        batch = Explainer(predictor, cells)._batch(cells)
+        batch = Explainer(predictor.model, cells)._batch(cells)
         with torch.no_grad():
             return [
                 predictor.model.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"]),
@@ -133,9 +133,9 @@ def test_agreement_with_shap_where_every_gene_is_a_token(tmp_path: Path) -> None
 def test_what_is_refused(tmp_path: Path) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **{"model.attention": "local"}), device="cpu")
     with pytest.raises(ValueError, match="model.attention='local' cannot be explained"):
-        Explainer(predictor, _cells(predictor, 1, seed=0))
+        Explainer(predictor.model, _cells(predictor, 1, seed=0))
     with pytest.raises(ValueError, match="background has no cells"):
-        Explainer(predictor, [])
+        Explainer(predictor.model, [])
 
 
 def test_genes_can_be_taken_away(tmp_path: Path) -> None:
