@@ -1,21 +1,22 @@
 """scReformer-BERT: tokens, model, training, metrics and prediction, free of Ray, MLflow and SOMA.
 
-`screformer.annotate(adata, model=...)` labels cells in memory; see `jobs.annotate.annotate_adata`.
+`screformer.annotate(adata, model=...)` labels the cells of an AnnData; see `screformer.labelling.annotate`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from screformer.labelling import annotate
 
 __all__ = ["annotate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Give `annotate` on first use.
-
-    It needs the registry, which a process that only predicts does without.
-    """
+    """Import `annotate` on first use, because it needs torch."""
     if name == "annotate":
-        return import_module("jobs.annotate").annotate_adata
+        from screformer.labelling import annotate
+
+        return annotate
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

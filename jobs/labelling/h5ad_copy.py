@@ -21,23 +21,15 @@ from jobs.labelling.shards import label_cells
 from jobs.tracking.identity import code_identity
 from screformer.calibration import LEVELS, present_labels
 from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
+from screformer.labelling import MAJORITY_COLUMN, PRESENT_COLUMN, cluster_codes, majority, require_prior
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 COLUMNS = ANSWER_COLUMNS
 """obs columns that are written."""
 
 
-MAJORITY_COLUMN = "majority_label"
-
-
-PRESENT_COLUMN = "present_label"
-
-
 PROVENANCE = "screformer"
 """Key in uns that says which model labelled the file."""
-
-
-_CELLS_PER_CHUNK = 2048
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -342,38 +334,6 @@ class _Writer:
         )
         write_elem(group, "categories", categories.astype(str))
         return self._array(group, "codes", (num_cells,), np.int8 if len(categories) < 128 else np.int16)
-
-
-def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np.ndarray:
-    """The most frequent label code of each cell's cluster (ties: the first label).
-
-    A cell without cluster (-1) keeps its own.
-    """
-    inside = clusters_n >= 0
-    votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
-    np.add.at(votes, (clusters_n[inside], codes_n[inside]), 1)
-    voted = codes_n.copy()
-    voted[inside] = votes.argmax(axis=1)[clusters_n[inside]]
-    return voted
-
-
-def require_prior(predictor: Predictor, drop_absent: bool) -> None:
-    """Refuse `--drop-absent` for a model without label shares."""
-    if drop_absent and not predictor.calibration.prior_k:
-        raise ValueError(
-            "--drop-absent needs a model that knows its labels' shares in training; this one is older, or had"
-            " no validation cells"
-        )
-
-
-def cluster_codes(obs: pd.DataFrame, column: str) -> np.ndarray:
-    """Codes of an obs column of clusters, int64 (n,), -1 for none."""
-    if column not in obs:
-        raise ValueError(
-            f"--majority-vote {column}: obs has no such column; it has"
-            f" {', '.join(map(str, obs.columns)) or 'none'}"
-        )
-    return obs[column].astype("category").cat.codes.to_numpy().astype(np.int64)
 
 
 def empty_cells_text(count: int) -> str:
