@@ -9,9 +9,9 @@ import anndata
 import pandas as pd
 import pytest
 from scipy import sparse
-from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 
 import screformer
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from screformer.predictor import ANSWER_COLUMNS
 
 
