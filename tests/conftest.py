@@ -6,12 +6,14 @@ small.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.servers import S3
 
 # Set before any test imports Ray, torch or MLflow: the processes that those start inherit it.
 os.environ.update(
@@ -45,36 +47,12 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def s3_server() -> Iterator[SimpleNamespace]:
-    """An S3 protocol server on a free loopback port with one empty bucket.
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
+    """An S3 server with one bucket, which several tests share: each writes below a name of its own."""
+    from helpers.servers import s3_server
 
-    Gives `endpoint` (a URL), `bucket`, `uri` ("s3://bucket") and `tiledb_config` (what TileDB needs to reach
-    it). Credentials are in the environment.
-    """
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    try:
-        endpoint, bucket = f"http://127.0.0.1:{port}", "atlases"
-        boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1").create_bucket(Bucket=bucket)
-        yield SimpleNamespace(
-            endpoint=endpoint,
-            bucket=bucket,
-            uri=f"s3://{bucket}",
-            tiledb_config={
-                "vfs.s3.endpoint_override": f"127.0.0.1:{port}",
-                "vfs.s3.scheme": "http",
-                "vfs.s3.region": "us-east-1",
-                "vfs.s3.use_virtual_addressing": "false",
-            },
-        )
-    finally:
-        server.stop()
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

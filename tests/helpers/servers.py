@@ -1,67 +1,146 @@
-"""A real MLflow tracking server on loopback that can be stopped and started again: SQLite behind it,
-artifacts through it."""
+"""Real servers on loopback, each in a process of its own: S3, MLflow's tracking server, a served model."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from helpers.processes import end_group
 
 
-class MlflowServer:
-    """Keeps its port and its folder between starts."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody uses now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def free_port() -> int:
+    """One such port."""
+    return free_ports(1)[0]
+
+
+class Server:
+    """A Python module that listens on a port; it keeps the port and its folder between starts."""
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], *, ready: str, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """Prepare it.
+
+        Args:
+            folder: Working directory; the log goes there.
+            words: The module with its arguments, `{port}` for the port.
+            ready: Path that answers once the server is up.
+            environment: Variables that differ from this process's.
+        """
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self._folder = folder
+        self._command = [sys.executable, "-m", *(word.format(port=self.port) for word in words)]
+        self._ready = ready
+        self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
-        self.uri = f"http://127.0.0.1:{self._port}"
 
     def start(self) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self._port),
-            "--workers",
-            "1",
-        ]
-        command += [
-            "--backend-store-uri",
-            f"sqlite:///{self._folder}/server.db",
-            "--artifacts-destination",
-            str(self._folder / "served"),
-        ]
-        environment = os.environ | {
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
-        }  # a queue for evaluations, with workers of its own
-        with (self._folder / "server.log").open("a") as log:
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=self._folder, env=environment, start_new_session=True
+        """Start it and wait until it answers."""
+        path = self._folder / "server.log"
+        with path.open("a") as log:
+            self._process = process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+                env=self._environment,
+                start_new_session=True,
             )
-        self._process = process
-        deadline = time.monotonic() + 240  # ten seconds of work, on a machine that may be busy
+        deadline = time.monotonic() + 400  # seconds of work, on a machine that may be busy
         while True:
             try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=5).close()
+                urllib.request.urlopen(f"{self.url}{self._ready}", timeout=5).close()
                 return
             except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, (
-                    self._folder / "server.log"
-                ).read_text()
-                time.sleep(0.25)
+                assert process.poll() is None and time.monotonic() < deadline, path.read_text()
+                time.sleep(0.1)
 
     def stop(self) -> None:
+        """Kill it with all its workers, if it runs."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            end_group(self._process)
             self._process = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def mlflow_server(folder: Path) -> Server:
+    """A tracking server: SQLite behind it, artifacts through it."""
+    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
+    words += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    words += ["--artifacts-destination", str(folder / "served")]
+    # Else it starts a queue for evaluations, with workers of its own.
+    return Server(folder, words, ready="/health", environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
+
+
+def model_server(folder: Path, model: str, tracking_uri: str) -> Server:
+    """The server that MLflow starts for a registered model."""
+    words = ["mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
+    words += ["--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
+    # It starts uvicorn by its name, which an activated environment has on the PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {"MLFLOW_TRACKING_URI": tracking_uri, "PATH": path}
+    return Server(folder, words, ready="/ping", environment=environment)
+
+
+@dataclass(frozen=True)
+class S3:
+    """A bucket on a server that speaks S3. Credentials are in the environment."""
+
+    endpoint: str
+    """URL of the server."""
+    bucket: str
+    uri: str
+    """Of the bucket, such as s3://bucket."""
+    tiledb_config: dict[str, str]
+    """What TileDB needs to reach it."""
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[S3]:
+    """A server with one empty bucket.
+
+    In a process of its own, since TileDB holds the interpreter lock while it makes a group.
+    """
+    import boto3
+
+    words = ["moto.server", "-H", "127.0.0.1", "-p", "{port}"]
+    with Server(folder, words, ready="/moto-api/") as server:
+        client = boto3.client("s3", endpoint_url=server.url, region_name="us-east-1")
+        client.create_bucket(Bucket="atlases")
+        reach = {
+            "endpoint_override": f"127.0.0.1:{server.port}",
+            "scheme": "http",
+            "region": "us-east-1",
+            "use_virtual_addressing": "false",
+            # TileDB gives up after 3 s; a busy machine may need longer.
+            "request_timeout_ms": "60000",
+        }
+        tiledb_config = {f"vfs.s3.{name}": value for name, value in reach.items()}
+        yield S3(server.url, "atlases", "s3://atlases", tiledb_config)

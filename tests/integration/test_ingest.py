@@ -3,27 +3,21 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import anndata
-import boto3
 import cellxgene_census
 import numpy as np
 import pandas as pd
 import pytest
 import tiledbsoma
-from botocore.exceptions import EndpointConnectionError
 from scipy import sparse
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
 from helpers.cells import atlas_content, cells, differences, ensembl, write
+from helpers.servers import S3
 from jobs.ingest import main
 
 
@@ -281,49 +275,18 @@ def test_command_reports_files_genes_and_labels(tmp_path: Path, capsys, ray_loca
     assert len(from_census(str(tmp_path / "atlas"), obs_value_filter="sex == 'blood'")) == 60
 
 
-@pytest.fixture
-def s3_of_its_own() -> Iterator[dict[str, str]]:
-    """TileDB settings for an S3 server in another process: TileDB holds the interpreter lock while it makes a
-    group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stderr=subprocess.DEVNULL
-    )
-    try:
-        client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1")
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                client.create_bucket(Bucket="ingest")
-                break
-            except EndpointConnectionError:
-                assert time.monotonic() < deadline, "the S3 server did not start"
-                time.sleep(0.2)
-        yield {
-            "vfs.s3.endpoint_override": f"127.0.0.1:{port}",
-            "vfs.s3.scheme": "http",
-            "vfs.s3.region": "us-east-1",
-            "vfs.s3.use_virtual_addressing": "false",
-        }
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def test_atlas_on_s3(tmp_path: Path, s3_of_its_own: dict[str, str]) -> None:
+def test_atlas_on_s3(tmp_path: Path, s3: S3) -> None:
     files = [
         write(tmp_path / "a.h5ad", cells()),
         write(tmp_path / "b.h5ad", cells(20, range(110, 140), dataset="two")),
     ]
-    options = IngestOptions(tiledb_config=s3_of_its_own)
-    uri = "s3://ingest/some/atlas"
+    options = IngestOptions(tiledb_config=s3.tiledb_config)
+    uri = f"{s3.uri}/ingested/atlas"
     for file in files:
         ingest([file], uri, options)
         ingest([file], str(tmp_path / "local"))
     assert ingest(files, uri, options).cells_added == 0
-    assert not differences(atlas_content(uri, s3_of_its_own), atlas_content(str(tmp_path / "local")))
+    assert not differences(atlas_content(uri, s3.tiledb_config), atlas_content(str(tmp_path / "local")))
 
 
 def test_local_atlas_can_be_moved(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from helpers.servers import MlflowServer
+from helpers.servers import Server, mlflow_server
 from helpers.tiny_model import write_tiny_model
 from jobs import sync
 from jobs.tracking import outbox as outbox_module
@@ -22,15 +22,10 @@ from screformer.config import ExperimentConfig
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[MlflowServer]:
-    folder = tmp_path / "server"
-    folder.mkdir()
-    running = MlflowServer(folder)
-    try:
-        running.start()
+def server(tmp_path: Path) -> Iterator[Server]:
+    (tmp_path / "server").mkdir()
+    with mlflow_server(tmp_path / "server") as running:
         yield running
-    finally:
-        running.stop()
 
 
 def _steps(client: MlflowClient, run: TrackedRun) -> list[tuple[int, float]]:
@@ -39,7 +34,7 @@ def _steps(client: MlflowClient, run: TrackedRun) -> list[tuple[int, float]]:
 
 @pytest.mark.timeout(900)
 def test_a_server_that_goes_away_loses_nothing(
-    server: MlflowServer,
+    server: Server,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
@@ -47,9 +42,9 @@ def test_a_server_that_goes_away_loses_nothing(
 ) -> None:
     monkeypatch.setattr(outbox_module, "_RETRY_S", 0.0)
     caplog.set_level(logging.WARNING)
-    client, run_dir = MlflowClient(server.uri), tmp_path / "run"
+    client, run_dir = MlflowClient(server.url), tmp_path / "run"
     run_dir.mkdir()
-    config = ExperimentConfig().merge({"tracking.uri": server.uri, "tracking.model_name": "blood"})
+    config = ExperimentConfig().merge({"tracking.uri": server.url, "tracking.model_name": "blood"})
     run = start_run(config, "finetune").kept_in(str(run_dir))
     (run_dir / "run.json").write_text(json.dumps({"run": dataclasses.asdict(run)}))
     with run:
@@ -65,7 +60,7 @@ def test_a_server_that_goes_away_loses_nothing(
         (tmp_path / "gone.txt").unlink()
         assert time.monotonic() - began < 10, "seven log calls waited for a server that is away"
         assert (
-            f"the tracking server {server.uri} is away" in caplog.text
+            f"the tracking server {server.url} is away" in caplog.text
             and "the job goes on" in caplog.text
             and len(outbox(run.outbox).names()) == 7
         )

@@ -4,8 +4,6 @@ beside them."""
 import json
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
+from helpers.processes import REPO_ROOT, end_group, run_python
+from helpers.servers import S3, free_ports
+
 BIN = Path(sys.executable).parent
 
 
@@ -65,14 +65,6 @@ class Cluster:
         return done.returncode, done.stdout
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 @contextmanager
 def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
     """One `ray start --block` in a process group of its own, on ports that nobody else on this machine
@@ -112,7 +104,7 @@ def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterat
                 yield
                 return
         finally:
-            stop(process)
+            end_group(process, grace_s=5)  # as a pod is ended; `ray stop` would end every Ray on this machine
     pytest.fail(log.read_text())
 
 
@@ -123,16 +115,6 @@ def put_dashboard_last(parent: int) -> None:
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             if "dashboard.py" in Path(f"/proc/{child}/cmdline").read_text():
                 os.setpriority(os.PRIO_PROCESS, int(child), 10)
-
-
-def stop(process: subprocess.Popen) -> None:
-    """End one node as a pod is ended; `ray stop` would end every Ray on this machine."""
-    process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=5)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -159,39 +141,6 @@ def cluster() -> Iterator[Cluster]:
         other = [f"--address=127.0.0.1:{gcs}", f"--temp-dir={folders[1]}"]
         stack.enter_context(node(other, environment, Path(folders[1]) / "node.log"))
         yield Cluster(f"http://127.0.0.1:{dashboard}", environment, folders)
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
-    """An S3 server in a process of its own: the URI of its bucket, and the TileDB settings that reach it."""
-    import boto3
-
-    (port,), log = free_ports(1), tmp_path_factory.mktemp("s3") / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out
-        )
-    try:
-        while "Running on" not in log.read_text():
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.2)
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}", region_name="us-east-1").create_bucket(
-            Bucket="atlases"
-        )
-        reach = {
-            "endpoint_override": f"127.0.0.1:{port}",
-            "scheme": "http",
-            "region": "us-east-1",
-            "use_virtual_addressing": "false",
-        }
-        # TileDB gives up after 3 s, which a busy machine may need longer for.
-        yield (
-            "s3://atlases",
-            [f"vfs.s3.{name}={value}" for name, value in {**reach, "request_timeout_ms": 60000}.items()],
-        )
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_a_job_has_the_packages_and_little_else(cluster: Cluster, tmp_path: Path) -> None:
@@ -234,9 +183,10 @@ def test_submit_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -
 
 
 def test_ingest_and_train_across_both_nodes_from_s3(
-    cluster: Cluster, s3: tuple[str, list[str]], sim_h5ads: list[Path], tmp_path: Path
+    cluster: Cluster, s3: S3, sim_h5ads: list[Path], tmp_path: Path
 ) -> None:
-    atlas, tiledb = f"{s3[0]}/two-nodes", s3[1]
+    atlas = f"{s3.uri}/two-nodes"
+    tiledb = [f"{name}={value}" for name, value in s3.tiledb_config.items()]
     status, output = cluster.submit(
         "python",
         "-m",
@@ -297,15 +247,7 @@ def test_local_ray_from_any_directory(tmp_path: Path) -> None:
         for name, value in os.environ.items()
         if not name.startswith("RAY_") and name != "PYTHONPATH"
     }
-    done = subprocess.run(
-        [sys.executable, "-c", program, REPO_ROOT],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", program, REPO_ROOT, cwd=tmp_path, env=environment)
     assert done.stdout.splitlines() == [
         f"quiet True path {REPO_ROOT / 'screformer' / 'config.py'} more 1.0",
         "store True inherited None",

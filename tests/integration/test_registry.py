@@ -1,10 +1,4 @@
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +11,8 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from helpers.servers import MlflowServer
+from helpers.processes import run_python
+from helpers.servers import mlflow_server, model_server
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.labelling.h5ad_copy import annotate
 from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
@@ -160,14 +155,8 @@ def test_a_fresh_process_gives_the_same_predictions(
         "assert '/code/screformer/' in screformer.__file__, screformer.__file__\n"
         "assert not {'ray', 'deepspeed', 'tiledbsoma', 'jobs'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", code, registered.tracking_uri],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python("-I", "-c", code, registered.tracking_uri, cwd=tmp_path)
+    assert done.stderr == ""
     found = pd.read_json(tmp_path / "found.json")
     predictor = Predictor.load(model_dir, device="cpu")
     direct = predictor.predict_counts(cells.to_numpy(), predictor.match_genes(cells.columns.tolist()))
@@ -254,42 +243,16 @@ def test_served_annotated_and_loaded_answers_are_the_same(
     `jobs.annotate`."""
     move_alias("blood", "champion", 1, reason={"why": "test"}, tracking=store)
     loaded = pyfunc.predict(cells)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        "models:/blood@champion",
-        "--env-manager",
-        "local",
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (tmp_path / "serve.log").open("w") as log:
-        # The command starts uvicorn by its name, which an activated environment has on the PATH.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"MLFLOW_TRACKING_URI": registered.tracking_uri, "PATH": path}
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
-        )
-    try:
-        _wait(f"http://127.0.0.1:{port}/ping", process, tmp_path / "serve.log")
+    with model_server(tmp_path, "models:/blood@champion", registered.tracking_uri) as server:
         table = json.loads(cells.to_json(orient="split"))
-        status, answer = _post(f"http://127.0.0.1:{port}/invocations", {"dataframe_split": table})
+        status, answer = _post(f"{server.url}/invocations", {"dataframe_split": table})
         assert status == 200
         served = pd.DataFrame(answer["predictions"], index=cells.index)
         status, answer = _post(
-            f"http://127.0.0.1:{port}/invocations",
+            f"{server.url}/invocations",
             {"dataframe_split": table | {"data": (-cells).to_numpy().tolist()}},
         )
         assert status >= 400 and "is negative" in json.dumps(answer)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
     adata = anndata.AnnData(
         cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
     )
@@ -321,17 +284,6 @@ def _post(url: str, body: dict) -> tuple[int, dict]:
         return error.code, json.loads(error.read())
 
 
-def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 400  # seconds of work, on a machine that may be busy
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.25)
-
-
 def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="knows no labels"):
         register_model(
@@ -344,12 +296,8 @@ def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_pa
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    running = MlflowServer(tmp_path)
-    try:
-        running.start()
-        yield running.uri
-    finally:
-        running.stop()
+    with mlflow_server(tmp_path) as running:
+        yield running.url
 
 
 def test_a_tracking_server_over_http(

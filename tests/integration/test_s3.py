@@ -15,14 +15,14 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 @pytest.fixture(scope="module")
-def remote(s3_server, small_atlas):
+def remote(s3, small_atlas):
     """The small atlas copied to the server, file by file: an atlas refers to its parts by relative names."""
-    client = boto3.client("s3", endpoint_url=s3_server.endpoint, region_name="us-east-1")
+    client = boto3.client("s3", endpoint_url=s3.endpoint, region_name="us-east-1")
     root = Path(small_atlas)
     for path in sorted(root.rglob("*")):
         if path.is_file():
-            client.upload_file(str(path), s3_server.bucket, f"copied/{path.relative_to(root)}")
-    return AtlasConfig(uri=f"{s3_server.uri}/copied", tiledb_config=s3_server.tiledb_config)
+            client.upload_file(str(path), s3.bucket, f"copied/{path.relative_to(root)}")
+    return AtlasConfig(uri=f"{s3.uri}/copied", tiledb_config=s3.tiledb_config)
 
 
 def test_a_remote_atlas_gives_the_cells_of_the_local_one(remote, small_atlas):
@@ -59,8 +59,8 @@ def test_a_saved_query_reaches_the_server_again(remote, tmp_path):
     assert query.run(locator).hash == result.hash
 
 
-def test_nothing_there_is_told_with_what_to_check(s3_server):
-    locator = AtlasLocator(f"{s3_server.uri}/nothing", tiledb_config=tuple(s3_server.tiledb_config.items()))
+def test_nothing_there_is_told_with_what_to_check(s3):
+    locator = AtlasLocator(f"{s3.uri}/nothing", tiledb_config=tuple(s3.tiledb_config.items()))
     with (
         pytest.raises(
             ValueError,

@@ -2,18 +2,12 @@
 tests/integration/test_ray_job.py."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
 from cluster import connect as door
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from helpers.servers import free_port
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])

@@ -1,0 +1,81 @@
+"""Processes that tests start: our commands as users start them, and an end that leaves nothing running."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TESTS = Path(__file__).resolve().parents[1]
+REPO_ROOT = TESTS.parent
+
+
+def environment(**values: str) -> dict[str, str]:
+    """This process's environment, in which Python also finds our packages and these helpers."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(TESTS)]), **values}
+
+
+def start_python(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """Start Python with these words and return at once; options as for `Popen`."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], text=True, **{"env": environment(), **options}
+    )
+
+
+def run_python(
+    *words: str | Path, timeout_s: float = 550, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these words, which must end well; options as for `subprocess.run`."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        **{"env": environment(), **options},
+    )
+    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    return done
+
+
+def start_command(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    """Start `python -m` with these words in a folder; both outputs are in `stdout`."""
+    return start_python("-m", *words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def read_until(process: subprocess.Popen[str], pattern: str, *, timeout_s: float = 300) -> re.Match[str]:
+    """The first match in the process's output."""
+    assert process.stdout is not None
+    seen, deadline = [], time.monotonic() + timeout_s
+    for line in process.stdout:
+        if found := re.search(pattern, line):
+            return found
+        seen.append(line)
+        assert time.monotonic() < deadline, "".join(seen)
+    raise AssertionError(f"it ended without {pattern!r}:\n{''.join(seen)}")
+
+
+def kill_tree(process: subprocess.Popen[Any]) -> None:
+    """End a process and all that it started, by SIGKILL."""
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def end_group(process: subprocess.Popen[Any], *, grace_s: float = 0) -> None:
+    """End a process that leads a group, and the group: by SIGTERM if it has some seconds for that, then by
+    SIGKILL."""
+    if grace_s:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=grace_s)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
