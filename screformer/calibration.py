@@ -22,6 +22,8 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
+from screformer.splitmix import GOLDEN
+
 FORMAT = "1"
 UNKNOWN = "unknown"
 LABEL, BROADER = "label", "broader term"
@@ -73,9 +75,8 @@ class OutputSample:
         """Keep a batch; cells with label -1 are left out."""
         labels = labels_n.cpu().numpy()
         known = labels >= 0
-        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(
-            0x9E3779B97F4A7C15
-        )  # scattered, and unique as the joinids are
+        # Scattered, and unique as the joinids are.
+        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(GOLDEN)
         self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
 
     def gather(self) -> CellOutputs:

@@ -1,19 +1,13 @@
-"""Directories of a model and of a training run, without pickles.
+"""A model directory: weights and what belongs to them, without pickles.
 
-That say what is wrong with them when they are read.
-
-A model directory holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and
-`meta.json`, and after fine-tuning with validation cells `calibration.json`. A training checkpoint holds the
-best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same state whole and
-by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage can go on),
-`position.json`, and `manifest.json`, written last.
+It holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after
+fine-tuning with validation cells `calibration.json`. Reading one says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from screformer import engine as engines
 from screformer.calibration import Calibration
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
@@ -39,7 +32,6 @@ WEIGHTS, CONFIG, VOCABULARY, LABELS, META = (
     "meta.json",
 )
 CALIBRATION = "calibration.json"
-TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
 """Labels of a model that was only pre-trained."""
 
@@ -101,7 +93,7 @@ def save_model(
     metadata = {
         "kind": "screformer model",
         "format": FORMAT,
-        **{name: _sha256(directory / name) for name in hashed},
+        **{name: sha256(directory / name) for name in hashed},
     }
     save_file(weights, directory / WEIGHTS, metadata=metadata)
 
@@ -114,7 +106,7 @@ def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
         more: Plain values of JSON.
     """
     path = Path(directory) / META
-    path.write_text(json.dumps(_read_json(path) | dict(more), indent=2, default=str))
+    path.write_text(json.dumps(read_json(path) | dict(more), indent=2, default=str))
 
 
 def load_model(directory: str | Path) -> LoadedModel:
@@ -131,7 +123,7 @@ def load_model(directory: str | Path) -> LoadedModel:
                 f"model directory {directory} has no {name}; give a directory written by training, or"
                 f" models:/NAME@ALIAS"
             )
-    weights, metadata = _read_tensors(directory / WEIGHTS)
+    weights, metadata = read_tensors(directory / WEIGHTS)
     if metadata.get("kind") != "screformer model":
         raise ValueError(f"{directory / WEIGHTS} holds weights of something else than a screformer model")
     if metadata.get("format") != FORMAT:
@@ -144,14 +136,14 @@ def load_model(directory: str | Path) -> LoadedModel:
         CALIBRATION in metadata or (directory / CALIBRATION).exists()
     )
     for name in hashed:
-        if not (directory / name).is_file() or metadata.get(name) != _sha256(directory / name):
+        if not (directory / name).is_file() or metadata.get(name) != sha256(directory / name):
             raise ValueError(
                 f"{directory / name} is not the file that was saved with these weights; restore it, or train"
                 f" again"
             )
-    config = ExperimentConfig.from_dict(_read_json(directory / CONFIG))
+    config = ExperimentConfig.from_dict(read_json(directory / CONFIG))
     vocabulary = GeneVocabulary.load(directory / VOCABULARY)
-    labels = _read_json(directory / LABELS)
+    labels = read_json(directory / LABELS)
     model = ScReformer(
         config.model,
         config.tokens,
@@ -166,7 +158,7 @@ def load_model(directory: str | Path) -> LoadedModel:
     calibration = Calibration()
     if CALIBRATION in hashed:
         try:
-            calibration = Calibration.from_json(_read_json(directory / CALIBRATION))
+            calibration = Calibration.from_json(read_json(directory / CALIBRATION))
         except ValueError as error:
             raise ValueError(f"model directory {directory}: {error}") from error
     return LoadedModel(
@@ -174,14 +166,14 @@ def load_model(directory: str | Path) -> LoadedModel:
         config=config,
         vocabulary=vocabulary,
         labels=labels,
-        meta=_read_json(directory / META),
+        meta=read_json(directory / META),
         calibration=calibration,
     )
 
 
 def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     """The weights of a model directory by name, on the CPU."""
-    return _read_tensors(Path(directory) / WEIGHTS)[0]
+    return read_tensors(Path(directory) / WEIGHTS)[0]
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
@@ -201,98 +193,8 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sour
             )
 
 
-def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any]) -> None:
-    """Write the state of a training run, after at least one step.
-
-    Every rank calls it, with a directory that may be its own.
-
-    The checkpoint counts as complete only after `seal`.
-
-    Args:
-        directory: Where it goes; rank 0's gets the consolidated files.
-        engine: The DeepSpeed engine.
-        position: Plain values that say where training stands.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    engines.save_shards(engine, directory / "deepspeed")
-    weights = engines.gather_weights(engine)
-    moments, num_steps = engines.gather_moments(engine)
-    if torch.distributed.get_rank() == 0:
-        tensors = {**{f"weights/{name}": tensor for name, tensor in weights.items()}, **moments}
-        save_file(
-            tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)}
-        )
-        layout = engines.shard_layout(engine)
-        (directory / POSITION).write_text(json.dumps({**position, "shards": layout}, indent=2))
-
-
-def load_training(directory: str | Path, engine: Any) -> None:
-    """Put a training checkpoint into a fresh engine. Every rank calls it.
-
-    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout
-    reads the consolidated file.
-    """
-    directory = Path(directory)
-    if _read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
-        engines.load_shards(engine, directory / "deepspeed")
-        return
-    tensors, metadata = (
-        _read_tensors(directory / TRAINING_STATE) if torch.distributed.get_rank() == 0 else ({}, {})
-    )
-    weights = {
-        name.removeprefix("weights/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("weights/")
-    }
-    num_steps = [metadata.get("num_steps")]
-    torch.distributed.broadcast_object_list(num_steps)
-    engines.load_weights(engine, weights)
-    engines.load_moments(engine, tensors, int(num_steps[0] or 0))
-
-
-def read_position(directory: str | Path) -> dict[str, Any]:
-    """Where the training run of a checkpoint stood."""
-    return _read_json(Path(directory) / POSITION)
-
-
-def seal(directory: str | Path) -> None:
-    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes.
-
-    Every rank calls it, once its files are written.
-    """
-    directory = Path(directory)
-    own = {
-        str(path.relative_to(directory)): path.stat().st_size
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
-    parts: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, own)
-    if torch.distributed.get_rank() == 0:
-        files = {name: size for part in parts for name, size in part.items()}
-        scratch = directory / f"{MANIFEST}.part"
-        scratch.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
-        os.replace(scratch, directory / MANIFEST)
-
-
-def is_complete(directory: str | Path) -> bool:
-    """Whether every file of a checkpoint is there in its full size.
-
-    A run killed while it wrote, or copied, leaves one that is not.
-    """
-    directory = Path(directory)
-    try:
-        files = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == size
-        for name, size in files.items()
-    )
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name, and metadata, of a safetensors file; a ValueError names a file that is not whole."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -300,7 +202,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; a ValueError names a file that holds none."""
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:
@@ -312,9 +215,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _writer(directory: Path) -> str:
     """Version of screformer that wrote a model directory, as its meta.json says."""
-    code = _read_json(directory / META).get("code", {})
+    code = read_json(directory / META).get("code", {})
     return f"{code.get('screformer', '(version not recorded)')} (git {code.get('git', 'not recorded')})"
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -53,11 +53,9 @@ class LabelCounts:
         if not torch.distributed.is_initialized():
             return
         confusion_kk = torch.from_numpy(self.confusion_kk).to(device)
-        losses = torch.tensor([self.loss_sum, self.loss_weight], dtype=torch.float64, device=device)
         torch.distributed.all_reduce(confusion_kk)
-        torch.distributed.all_reduce(losses)
         self.confusion_kk = confusion_kk.cpu().numpy()
-        self.loss_sum, self.loss_weight = losses.tolist()
+        self.loss_sum, self.loss_weight = sum_over_ranks(device, self.loss_sum, self.loss_weight)
 
     @property
     def num_cells(self) -> int:
@@ -128,6 +126,13 @@ class LabelCounts:
             {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "cells": int(c)}
             for name, p, r, f, c in zip(names, *columns, strict=True)
         ]
+
+
+def sum_over_ranks(device: torch.device | str, *values: float) -> list[float]:
+    """The sum of each value over all ranks, in float64; every rank calls it."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums)
+    return sums.tolist()
 
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:

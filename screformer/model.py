@@ -1,7 +1,6 @@
 """The network: tokens of a cell in; cell vector, label logits and hidden expression out.
 
-Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads, b expression
-bins.
+Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, b expression bins.
 
     gene and expression embedding -> reversible encoder -> pooling -> cell vector -> label logits  (+ linear
     part on the values)
@@ -19,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from screformer.attention import settle_attention
 from screformer.config import ModelConfig, TokensConfig
+from screformer.layers import ExpressionEmbedding, ExpressionHead, LinearSkip, Pooling
 from screformer.reversible import ReversibleEncoder
 from screformer.tokenizer import NUM_SPECIAL, PAD
 
 HASH_SEED = 0
 """Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
-
-
+EMBEDDING_STD = 0.1
+"""Of random gene embeddings, and the root mean square of SVD ones."""
 ModelTask = Literal["pretrain", "finetune", "embed"]
 
 
@@ -50,7 +49,7 @@ class ScReformer(nn.Module):
     cells of a batch change a cell's result by rounding only.
 
     Args:
-        model: Architecture.
+        model: Architecture, its attention named: `auto` is settled before, by `settle_attention`.
         tokens: Encoding of expression, as the tokenizer's.
         num_genes: Size of the vocabulary.
         num_classes: Labels; 0 builds no classification head.
@@ -62,18 +61,17 @@ class ScReformer(nn.Module):
     ):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
-        model, _ = settle_attention(model, tokens.most_slots(num_genes))
         with torch.random.fork_rng(devices=[]):
             self.gene_embedding = nn.Embedding(
                 (1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim
             )
-            self.expression_embedding = _ExpressionEmbedding(model.dim, tokens)
+            self.expression_embedding = ExpressionEmbedding(model.dim, tokens)
             self.encoder = ReversibleEncoder(model)
-            self.pooling = _Pooling(model)
-            self.expression_head = _ExpressionHead(model.dim, tokens)
+            self.pooling = Pooling(model)
+            self.expression_head = ExpressionHead(model.dim, tokens)
             self.classification_head = nn.Linear(model.dim, num_classes) if num_classes else None
             self.linear_skip = (
-                _LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
+                LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
             )
         _draw_weights(self, seed)
 
@@ -185,133 +183,6 @@ class ScReformer(nn.Module):
         self.classification_head.weight.zero_()
 
 
-class _ExpressionEmbedding(nn.Module):
-    """How strongly a gene is expressed, as a shift and a gain of its embedding.
-
-    The gain lets a sum over tokens be a weighted sum of gene embeddings, which with an SVD start is the
-    cell's place in the SVD.
-    """
-
-    def __init__(self, dim: int, tokens: TokensConfig):
-        super().__init__()
-        self.continuous = tokens.expression == "continuous"
-        if self.continuous:
-            self.to_bins = nn.Sequential(
-                nn.Linear(1, tokens.num_bins), nn.LeakyReLU(), nn.Linear(tokens.num_bins, tokens.num_bins)
-            )
-            self.bins: nn.Module = nn.Linear(tokens.num_bins, 2 * dim, bias=False)
-            self.magnitude = nn.Linear(
-                1, 2 * dim, bias=False
-            )  # soft bins alone go flat beyond the values seen in training
-        else:
-            self.bins = nn.Embedding(tokens.num_bins, 2 * dim)
-        self.hidden = nn.Embedding(1, 2 * dim)
-
-    def forward(
-        self, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if self.continuous:
-            values = values_nl.unsqueeze(-1)
-            both = self.bins(self.to_bins(values).softmax(-1)) + self.magnitude(values)
-        else:
-            both = self.bins(bin_ids_nl)
-        if hidden_nl is not None:
-            both = torch.where(
-                hidden_nl.unsqueeze(-1), self.hidden(torch.zeros_like(bin_ids_nl[:1, :1])), both
-            )
-        shift, gain = both.chunk(2, dim=-1)
-        return shift, gain
-
-
-class _Pooling(nn.Module):
-    """One vector per cell from its real tokens."""
-
-    def __init__(self, model: ModelConfig):
-        super().__init__()
-        self.kind, self.heads = model.pooling, model.heads
-        if self.kind == "attention":
-            self.score_norm = nn.LayerNorm(model.dim)
-            self.score = nn.Linear(model.dim, model.heads)
-        self.norm = nn.LayerNorm(model.dim)
-
-    def forward(self, x_nld: Tensor, real_nl: Tensor, presence_nl: Tensor | None = None) -> Tensor:
-        """Pool; `presence_nl` in [0, 1] weighs the tokens, for explanations."""
-        if self.kind == "cls":
-            return self.norm(x_nld[:, 0])
-        if self.kind == "mean":
-            weights_nlh = real_nl.unsqueeze(-1) / real_nl.sum(1).clamp(min=1)[:, None, None]
-        else:
-            scores_nlh = self.score(self.score_norm(x_nld))
-            # The lowest finite number, not -inf: the softmax over a cell of PAD only must not be NaN.
-            weights_nlh = scores_nlh.masked_fill(
-                ~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min
-            ).softmax(1)
-        if presence_nl is not None:
-            weights_nlh = weights_nlh * presence_nl.unsqueeze(-1)
-            weights_nlh = weights_nlh / weights_nlh.sum(1, keepdim=True)
-        parts_nlhe = x_nld.unflatten(-1, (weights_nlh.shape[-1], -1))
-        return self.norm(torch.einsum("nlh,nlhe->nhe", weights_nlh.to(x_nld.dtype), parts_nlhe).flatten(1))
-
-
-class _ExpressionHead(nn.Module):
-    """Expression of hidden genes, from the token and from the cell.
-
-    With the cell it can be learned without attention too.
-    """
-
-    def __init__(self, dim: int, tokens: TokensConfig):
-        super().__init__()
-        self.continuous = tokens.expression == "continuous"
-        self.cell = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.inner = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, 1 if self.continuous else tokens.num_bins)
-
-    def forward(self, x_nld: Tensor, embedding_nd: Tensor, hidden_nl: Tensor) -> Tensor:
-        cells, slots = hidden_nl.nonzero(as_tuple=True)
-        mixed = self.norm(x_nld[cells, slots]) * (1 + self.cell(embedding_nd)[cells])
-        out = self.out(F.gelu(self.inner(mixed)))
-        return out.squeeze(-1) if self.continuous else out
-
-
-class _LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to one length.
-
-    Which evens out depth and size of gene panels.
-
-    Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that
-    was measured and not found speaks against the labels that have it, and one that was not measured says
-    nothing.
-
-    Sums over hundreds of genes are taken in float64: in float32 their last digits would hang on the padding
-    and on the cells beside.
-    """
-
-    def __init__(self, num_genes: int, num_classes: int):
-        super().__init__()
-        self.weight = _SumFloat64(num_genes + NUM_SPECIAL, num_classes, mode="sum")
-        self.center: Tensor
-        self.register_buffer("center", torch.zeros(num_genes))
-
-    def forward(
-        self,
-        token_ids_nl: Tensor,
-        values_nl: Tensor,
-        measured_pg: Tensor | None = None,
-        panels_n: Tensor | None = None,
-    ) -> Tensor:
-        found_nk = self.weight(token_ids_nl, F.normalize(values_nl.double(), dim=1) * LINEAR_SCALE)
-        usual_pg = self.center.expand(1, -1) if measured_pg is None else measured_pg * self.center
-        genes = torch.arange(NUM_SPECIAL, NUM_SPECIAL + usual_pg.shape[1], device=usual_pg.device)
-        usual_pk = self.weight(genes.expand(usual_pg.shape), usual_pg.double())
-        return (found_nk - (usual_pk if panels_n is None else usual_pk[panels_n])).to(values_nl.dtype)
-
-
-class _SumFloat64(nn.EmbeddingBag):
-    def forward(self, ids: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
-        return F.embedding_bag(ids, self.weight.double(), mode="sum", per_sample_weights=weights)
-
-
 def _draw_weights(network: ScReformer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
@@ -326,19 +197,11 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
     for module in network.modules():
         # Soft bins whose borders spread over the range of log1p(counts per 10,000), about 0 to 6, instead of
         # all lying at 0.
-        if isinstance(module, _ExpressionEmbedding) and module.continuous:
+        if isinstance(module, ExpressionEmbedding) and module.continuous:
             first = module.to_bins[0]
             assert isinstance(first, nn.Linear)
             with torch.no_grad():
                 first.bias.copy_(-first.weight[:, 0] * torch.linspace(0, 6, len(first.bias)))
-
-
-LINEAR_SCALE = 16.0
-"""Length of the values that the linear part sees, about that of a cell's log1p values."""
-
-
-EMBEDDING_STD = 0.1
-"""Of random gene embeddings, and the root mean square of SVD ones."""
 
 
 def classification_loss(

@@ -19,14 +19,7 @@ from torch import Tensor, nn
 
 from screformer.attention import HashMemo, make_attention
 from screformer.config import ModelConfig
-
-
-def _mix_seed(seed: int, stream: int) -> int:
-    """Derive an independent seed for each use of randomness (the finaliser of SplitMix64)."""
-    z = (seed * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return (z ^ (z >> 31)) >> 1
+from screformer.splitmix import derive_seed
 
 
 def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
@@ -59,7 +52,7 @@ class _Sublayer(nn.Module):
         normed = self.norm(x_nld.to(self.norm.weight.dtype))
         out = self._body(normed, key_mask_nl, seed, memo, key_weight_nl)
         if self.training and self.dropout > 0:
-            out = _dropout(out, self.dropout, _mix_seed(seed, 1))
+            out = _dropout(out, self.dropout, derive_seed(seed, 1))
         return out.to(x_nld.dtype)
 
     def _body(
@@ -130,8 +123,8 @@ class _ReversibleFunction(torch.autograd.Function):
         y1, y2 = x_nld, x_nld
         memos = [HashMemo() for _ in blocks]
         for index, ((f, g), memo) in enumerate(zip(blocks, memos, strict=True)):
-            y1 = y1 + f(y2, key_mask_nl, seed=_mix_seed(seed, 2 * index), memo=memo)
-            y2 = y2 + g(y1, key_mask_nl, seed=_mix_seed(seed, 2 * index + 1))
+            y1 = y1 + f(y2, key_mask_nl, seed=derive_seed(seed, 2 * index), memo=memo)
+            y2 = y2 + g(y1, key_mask_nl, seed=derive_seed(seed, 2 * index + 1))
         ctx.save_for_backward(y1, y2, key_mask_nl)
         ctx.blocks, ctx.memos, ctx.seed = blocks, memos, seed
         return (y1 + y2) / 2
@@ -142,8 +135,8 @@ class _ReversibleFunction(torch.autograd.Function):
         d1 = d2 = grad_nld / 2
         for index in reversed(range(len(ctx.blocks))):
             f, g = ctx.blocks[index]
-            y2, d1 = _undo(g, y2, y1, d2, d1, key_mask_nl, _mix_seed(ctx.seed, 2 * index + 1), None)
-            y1, d2 = _undo(f, y1, y2, d1, d2, key_mask_nl, _mix_seed(ctx.seed, 2 * index), ctx.memos[index])
+            y2, d1 = _undo(g, y2, y1, d2, d1, key_mask_nl, derive_seed(ctx.seed, 2 * index + 1), None)
+            y1, d2 = _undo(f, y1, y2, d1, d2, key_mask_nl, derive_seed(ctx.seed, 2 * index), ctx.memos[index])
         return d1 + d2, None, None, None
 
 
@@ -210,7 +203,7 @@ class ReversibleEncoder(nn.Module):
             )
         y1 = y2 = streams
         for index, (f, g) in enumerate(self._branches()):
-            seed = _mix_seed(hash_seed, 2 * index)
+            seed = derive_seed(hash_seed, 2 * index)
             y1 = y1 + f(y2, key_mask_nl, seed=seed, key_weight_nl=key_weight_nl)
-            y2 = y2 + g(y1, key_mask_nl, seed=_mix_seed(hash_seed, 2 * index + 1))
+            y2 = y2 + g(y1, key_mask_nl, seed=derive_seed(hash_seed, 2 * index + 1))
         return ((y1 + y2) / 2).to(x_nld.dtype)

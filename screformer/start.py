@@ -1,36 +1,72 @@
-"""What a network starts from: SVD gene embeddings and a logistic regression."""
+"""What a network starts from: given weights, SVD gene embeddings, a logistic regression.
+
+Axes: n cells, g genes, p gene panels, d model width, k classes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.optimize import minimize
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
-from screformer.model import EMBEDDING_STD, LINEAR_SCALE
+from screformer.layers import LINEAR_SCALE
+from screformer.model import EMBEDDING_STD, ScReformer
 from screformer.tokenizer import Panels
 
 INVERSE_PENALTY = 1.0
 """C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ
 little (docs/log/2026-11-24-accuracy-trials.md)."""
-
-
 _MAX_ITERATIONS = 100
-
-
 _TOLERANCE = 1e-4
 """Of the largest gradient; a start need not be converged."""
-
-
 _NEVER = -8.0
 """Bias of a class that the sample does not hold."""
 
 
+class LinearStart(NamedTuple):
+    """A linear classifier, as `ScReformer.set_linear_start` takes it; float32."""
+
+    weights_gk: np.ndarray
+    bias_k: np.ndarray
+    center_g: np.ndarray
+    """Mean of each gene's scaled value over the cells that measured it, 0 where none did."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Start:
+    """What is put into a new network; without any of it the random start is left."""
+
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """By name, of another network; may leave out some."""
+    gene_embeddings_gd: np.ndarray | None = None
+    linear: LinearStart | None = None
+
+    def put_into(self, model: ScReformer) -> None:
+        """Replace the weights of a network that no engine holds yet.
+
+        Raises:
+            ValueError: Something has another shape than the network needs.
+        """
+        if self.gene_embeddings_gd is not None:
+            model.set_gene_embeddings(_tensor(self.gene_embeddings_gd))
+        if self.weights:
+            given = {name: _tensor(array) for name, array in self.weights.items()}
+            model.load_state_dict({**model.state_dict(), **given})
+        if self.linear is not None:
+            model.set_linear_start(*(_tensor(array) for array in self.linear))
+
+
 def logistic_start(
     values_ng: sparse.csr_array, labels_n: np.ndarray, class_weights_k: np.ndarray, panels: Panels
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit what `ScReformer.set_linear_start` takes.
+) -> LinearStart:
+    """Fit a regression for the network's linear part.
 
     Args:
         values_ng: Expression values as the tokenizer makes them.
@@ -39,8 +75,7 @@ def logistic_start(
         panels: Which genes were measured in these cells.
 
     Returns:
-        Weights float32 (g, k) and bias float32 (k,) of the L2-penalised multinomial regression, and the mean
-        of each gene's scaled value over the cells that measured it, float32 (g,), 0 where none did.
+        The L2-penalised multinomial regression.
     """
     x_ng = sparse.csr_matrix(normalize(sparse.csr_matrix(values_ng, dtype=np.float64)) * LINEAR_SCALE)
     cells_p = np.bincount(panels.panels_n, minlength=len(panels.measured_pg))
@@ -72,12 +107,11 @@ def logistic_start(
     flat = minimize(
         objective, np.zeros(shape[0] * shape[1] + shape[1]), jac=True, method="L-BFGS-B", options=limits
     ).x
-    weights_gk, bias_k = (
-        np.zeros((shape[0], len(class_weights_k)), np.float32),
-        np.full(len(class_weights_k), _NEVER, np.float32),
-    )
-    weights_gk[:, present], bias_k[present] = flat[: -shape[1]].reshape(shape), flat[-shape[1] :]
-    return weights_gk, bias_k, center_g.astype(np.float32)
+    weights_gk = np.zeros((shape[0], len(class_weights_k)), np.float32)
+    bias_k = np.full(len(class_weights_k), _NEVER, np.float32)
+    weights_gk[:, present] = flat[: -shape[1]].reshape(shape)
+    bias_k[present] = flat[-shape[1] :]
+    return LinearStart(weights_gk, bias_k, center_g.astype(np.float32))
 
 
 def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np.ndarray:
@@ -101,3 +135,7 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
     embeddings *= EMBEDDING_STD / max(np.sqrt(np.mean(embeddings**2)), np.finfo(float).tiny)
     embeddings[:, rank:] = np.random.default_rng(seed).normal(0, EMBEDDING_STD, (num_genes, dim - rank))
     return embeddings.astype(np.float32)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array))  # a copy: what comes from Ray's object store is read-only

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from jobs.benchmark.timing import alternate, peak_activation_mb, peak_flops, utilisation
 from screformer.attention import hash_buckets, lsh_attention, sort_tokens
+from screformer.cost import attention_flops
 
 LINEAR_LENGTHS = (5_000, 10_000, 20_000)
 """Lengths at which memory per token is compared."""
@@ -114,16 +115,6 @@ def _equal_hash_steps(length: int, args: argparse.Namespace) -> dict[str, Callab
         torch.autograd.grad(library(*library_leaves)[0], library_leaves, library_grad)
 
     return {"lsh": ours, "reformer_pytorch": reformer_pytorch}
-
-
-def attention_flops(length: int, *, heads: int, head_width: int, n_hashes: int, bucket_size: int) -> float:
-    """Arithmetic of one forward and backward pass of LSH attention over a cell.
-
-    Two products forward and four backward, each of 2 x head width operations for every query and its 2 x
-    bucket keys in every round; scores that are computed anew in the backward pass do not count, as is usual
-    for model FLOPs.
-    """
-    return 6 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
 
 
 def main(argv: Sequence[str] | None = None) -> int:

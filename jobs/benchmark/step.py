@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from jobs.benchmark.timing import alternate, peak_flops, peak_memory_mb, utilisation
 from jobs.studies.scbert import NUM_BINS, ScBert
 from screformer.config import ModelConfig, TokensConfig
+from screformer.cost import step_flops
 from screformer.model import ScReformer, expression_loss
 from screformer.tokenizer import CLS, NUM_SPECIAL
 
@@ -57,26 +58,6 @@ def _detected_only(
     keep[:, 0] = True
     return {name: part[keep].view(-1, num_detected + 1) for name, part in batch.items()}, hidden[keep].view(
         -1, num_detected + 1
-    )
-
-
-def step_flops(model: ModelConfig, length: int) -> float:
-    """Arithmetic of one training step for a cell of `length` tokens, in products of matrices.
-
-    What is recomputed does not count.
-
-    Forward, for each block and token: 2 x (p + 2 x ff_mult) x dim^2 of the linear layers, with p = 3
-    projections (shared queries and keys, values, output) or 4 in full attention; and 4 x dim for each key of
-    the attention, of which there are 2 x bucket_size in every round, or `length` in full attention. The
-    backward pass takes twice as much.
-    """
-    projections = 4 if model.attention == "full" else 3
-    keys = length if model.attention == "full" else 2 * model.bucket_size * model.n_hashes
-    return (
-        3
-        * model.depth
-        * length
-        * (2 * (projections + 2 * model.ff_mult) * model.dim**2 + 4 * model.dim * keys)
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from data_ingest.cells import CellSource, vocabulary_names
 from jobs.explaining.checks import summarise, summary_lines
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
+from screformer.cost import peak_memory_gb
 from screformer.explain import CellTokens, Explainer
 from screformer.predictor import Predictor
 from screformer.tokenizer import Panels
@@ -83,7 +83,7 @@ def explain(
     )
     peaks = _run_tasks(model_dir, source, chosen, panels.panels_n, background_tokens, num_nodes, out)
     summary = summarise(predictor, source, out, background_tokens, plan, num_nodes)
-    summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": peak_gb()}
+    summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": peak_memory_gb()}
     (out / "summary.md").write_text("\n\n".join(line.strip() for line in summary_lines(summary)) + "\n")
     scratch = out / "summary.json.part"
     scratch.write_text(json.dumps(summary, indent=2))
@@ -223,7 +223,7 @@ def _explain_shard(
             )
     pd.DataFrame(rows).to_parquet(f"{path}.part")
     os.replace(f"{path}.part", path)
-    return peak_gb()
+    return peak_memory_gb()
 
 
 _LOADED: dict[str, Predictor] = {}
@@ -233,8 +233,3 @@ def _predictor(model_dir: str) -> Predictor:
     if model_dir not in _LOADED:
         _LOADED[model_dir] = Predictor.load(model_dir)
     return _LOADED[model_dir]
-
-
-def peak_gb() -> float:
-    """Peak resident memory of this process in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

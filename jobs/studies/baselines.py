@@ -12,8 +12,6 @@ Axes: n cells, g genes, k classes.
 from __future__ import annotations
 
 import importlib.util
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     pass
 from jobs.studies.baseline_cells import Answer, BaselineCells, macro_f1, spread, variable_genes
 from jobs.studies.scbert import scbert_baseline
+from screformer.cost import peak_memory_gb
 
 _CHUNK = 2048
 
@@ -71,9 +70,10 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
         # empty classes.
         warnings.simplefilter("ignore")
         answer = BASELINES[name].fit(cells, seed)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     return answer, Cost(
-        seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu_start, peak_memory_gb=peak
+        seconds=time.perf_counter() - start,
+        cpu_seconds=time.process_time() - cpu_start,
+        peak_memory_gb=peak_memory_gb(),
     )
 
 

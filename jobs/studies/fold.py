@@ -5,7 +5,6 @@ Axes: n cells, g genes, k classes of the whole query.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -30,8 +29,9 @@ from jobs.training.worker import train_alone
 from screformer.calibration import fit_calibration
 from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import ExperimentConfig, Task
+from screformer.cost import reset_peak_memory
+from screformer.objective import label_prior
 from screformer.predictor import Predictor
-from screformer.training import label_prior
 
 _CELLS_AT_ONCE = 8192
 """Test cells that are held in memory together."""
@@ -61,7 +61,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     found = FoldResult.load(folder, fold)
     if found is not None:
         return found
-    _reset_peak_memory()
+    reset_peak_memory()
     start_s, cpu_start_s = time.perf_counter(), time.process_time()
     crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
     config = config.merge({"tracking.run_name": f"fold {study.folds.names[fold]}"})
@@ -185,7 +185,7 @@ def run_baseline_fold(
     known: list[int],
 ) -> None:
     """Fit a baseline on one fold and leave its result; the body of a Ray task."""
-    _reset_peak_memory()
+    reset_peak_memory()
     answer, cost = run_baseline(name, cells, study.config.train.seed)
     FoldResult(
         method=name,
@@ -287,12 +287,3 @@ def train_fold(
         "peak_memory_gb": max(history.get("mem/peak_gb", [0.0])),
         "best_step": int(history.get("best_step", [0])[-1]),
     }
-
-
-def _reset_peak_memory() -> None:
-    """Start the process's peak of resident memory anew.
-
-    Since a warm process would report that of an earlier fold; Linux only.
-    """
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")

@@ -17,6 +17,7 @@ from data_ingest.split import Split, split_cells
 from data_ingest.stream import CellStream, gene_of_var
 from screformer.checkpoint import NO_LABELS, LoadedModel
 from screformer.config import ExperimentConfig, Task
+from screformer.cost import activation_bytes, state_bytes
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary, Panels, normalised
 
@@ -236,25 +237,6 @@ def describe(config: ExperimentConfig, cells: TrainingCells) -> dict[str, Any]:
     )
     num_parameters = sum(param.numel() for param in network.parameters())
     slots = tokens.most_slots(len(cells.vocabulary))
-    world_size = config.cluster.num_workers
-    # Bytes per parameter in fp32: weights 4, gradients 4, moments 8; ZeRO spreads them from the end.
-    spread = {0: 0, 1: 8, 2: 12, 3: 16}[config.zero.stage]
-    state = num_parameters * (16 - spread + spread / world_size)
-    # One block holds about 14 + 2 ff_mult vectors per token, LSH some more per hash round; reversible blocks
-    # hold one at a time.
-    hashes = model.attention in ("lsh", "random")
-    per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if hashes else 0)
-    activations = (
-        train.micro_batch_size
-        * slots
-        * model.dim
-        * 4
-        * (6 + per_block * (1 if model.reversible else model.depth))
-    )
-    if hashes:
-        activations += (
-            train.micro_batch_size * slots * model.heads * model.n_hashes * 2 * model.bucket_size * 4
-        )
     num_train = len(cells.parts["train"])
     return {
         "cells": {part: len(positions) for part, positions in cells.parts.items()},
@@ -268,8 +250,8 @@ def describe(config: ExperimentConfig, cells: TrainingCells) -> dict[str, Any]:
         "most_tokens_per_cell": slots,
         "parameters": num_parameters,
         "memory_gb_per_worker": {
-            "weights_and_optimizer": round(state / 1e9, 3),
-            "activations": round(activations / 1e9, 3),
+            "weights_and_optimizer": round(state_bytes(config, num_parameters) / 1e9, 3),
+            "activations": round(activation_bytes(config, slots) / 1e9, 3),
         },
         "notes": list(cells.notes),
     }

@@ -11,8 +11,8 @@ import pyarrow.fs
 import ray
 import ray.train.torch
 
-from screformer.checkpoint import is_complete, read_position
 from screformer.config import ExperimentConfig, Task
+from screformer.training_checkpoint import is_complete, read_position
 
 RUN_FILE = "run.json"
 

@@ -24,9 +24,9 @@ from screformer.checkpoint import (
 )
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
+from screformer.objective import class_weights
 from screformer.start import logistic_start, svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary, normalised
-from screformer.training import class_weights
 
 SAME_AS_START = (
     "model.dim",

@@ -30,19 +30,14 @@ from screformer.calibration import (
     fit_calibration,
     reliability,
 )
-from screformer.checkpoint import (
-    POSITION,
-    load_training,
-    read_position,
-    read_weights,
-    save_model,
-    save_training,
-    seal,
-)
+from screformer.checkpoint import read_weights, save_model
 from screformer.config import ExperimentConfig, Task
 from screformer.engine import build_engine
+from screformer.metrics import sum_over_ranks
 from screformer.model import ScReformer
-from screformer.training import Batch, Outcome, Parts, Progress, Weights, fit, freeze_parameters, label_prior
+from screformer.objective import Batch, freeze_parameters, label_prior
+from screformer.training import Outcome, Parts, Progress, Weights, fit
+from screformer.training_checkpoint import POSITION, load_training, read_position, save_training, seal
 
 REPLAY_BYTES = 512 * 2**20
 """Validation batches of a rank up to this size are kept in memory, so that each validation after the first
@@ -110,11 +105,10 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
             ray.train.report(scores, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def report(metrics: dict[str, float], step: int) -> None:
+        (num_cut,) = sum_over_ranks(engine.device, sum(stream.num_cut for stream in streams.values()))
         metrics = {
             **metrics,
-            "data/cells_cut": _sum_over_ranks(
-                sum(stream.num_cut for stream in streams.values()), engine.device
-            ),
+            "data/cells_cut": num_cut,
         }
         if rank == 0:
             loop_config["run"].log_metrics(metrics, step=step)
@@ -305,12 +299,6 @@ class _Replay:
             yield batch
         if num_bytes <= REPLAY_BYTES:
             self._kept = kept
-
-
-def _sum_over_ranks(value: int, device: Any) -> float:
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return total.item()
 
 
 def _say(rank: int, text: str) -> None:

@@ -14,20 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from screformer.checkpoint import (
-    NO_LABELS,
-    load_training,
-    read_position,
-    read_weights,
-    save_model,
-    save_training,
-    seal,
-)
+from screformer.checkpoint import NO_LABELS, read_weights, save_model
 from screformer.config import ExperimentConfig
 from screformer.engine import build_engine
 from screformer.model import ScReformer
+from screformer.objective import Batch, freeze_parameters
 from screformer.tokenizer import CLS, NUM_SPECIAL, GeneVocabulary
-from screformer.training import Batch, Outcome, Parts, Progress, fit, freeze_parameters
+from screformer.training import Outcome, Parts, Progress, fit
+from screformer.training_checkpoint import load_training, read_position, save_training, seal
 
 NUM_GENES, NUM_CLASSES, NUM_CELLS = 40, 3, 37
 LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""]}

@@ -15,8 +15,8 @@ import pytest
 
 from helpers import toy_training
 from helpers.toy_training import toy_config
-from screformer.checkpoint import is_complete, read_position
 from screformer.config import ExperimentConfig
+from screformer.training_checkpoint import is_complete, read_position
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 STEPS = {

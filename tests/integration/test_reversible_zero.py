@@ -17,7 +17,7 @@ from torch import nn
 
 from helpers.library_twin import LibraryEncoder, give_equal_hashes
 from screformer.config import ModelConfig
-from screformer.engine import _import_deepspeed
+from screformer.engine import import_deepspeed
 from screformer.reversible import ReversibleEncoder
 
 CASES = [(stage, reversible) for stage in range(4) for reversible in (True, False)]
@@ -51,7 +51,7 @@ def draw_cells(step: int, rank: int, lengths: list[int]) -> tuple[torch.Tensor, 
 
 def train(stage: int, config: ModelConfig, rank: int, world_size: int, lengths: list[int]) -> dict[str, Any]:
     """The loss of all ranks in each step, and the gradients of the encoder in the first step, by name."""
-    deepspeed = _import_deepspeed("cpu")
+    deepspeed = import_deepspeed("cpu")
     from deepspeed.utils import safe_get_full_grad
 
     settings = {

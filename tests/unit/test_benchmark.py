@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from jobs.benchmark import attention, step
-from jobs.benchmark.step import step_flops
 from jobs.benchmark.timing import peak_flops, utilisation
 from screformer.config import ModelConfig
+from screformer.cost import step_flops
 
 SMALL = ["--rounds", "1", "--threads", "1", "--peak-tflops", "1"]
 

@@ -8,14 +8,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from screformer.checkpoint import NO_LABELS, is_complete, load_model, save_model
+from screformer.checkpoint import NO_LABELS, load_model, save_model
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
+from screformer.training_checkpoint import is_complete
 
 LABELS = {"column": "cell_type", "names": ["B cell", "T cell"], "cl_ids": ["CL:0000236", ""]}
 CONFIG = ExperimentConfig().merge(
-    {"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.bucket_size": 4}
+    {"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.attention": "lsh", "model.bucket_size": 4}
 )
 
 

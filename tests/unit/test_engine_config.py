@@ -9,7 +9,7 @@ from torch import nn
 from screformer.config import ExperimentConfig, ModelConfig, TokensConfig, TrainConfig
 from screformer.engine import deepspeed_config, learning_rate, parameter_groups
 from screformer.model import ScReformer
-from screformer.training import class_weights, drop_genes, freeze_parameters, hidden_slots
+from screformer.objective import class_weights, freeze_parameters, hidden_slots
 
 
 def _config(**overrides: object) -> ExperimentConfig:
@@ -112,24 +112,9 @@ def test_hidden_slots_follow_from_cell_gene_and_step_alone() -> None:
     assert not hidden_slots(batch, 0.3, seed=1, step=5)[:, 50:].any()
 
 
-def test_dropped_genes_leave_whole_tokens_in_order() -> None:
-    batch = _batch(50, 101)
-    batch["token_ids"][0, 60:] = 0
-    batch["values"][0, 60:] = 0
-    dropped = drop_genes(batch, 0.5, seed=0, step=0)
-    assert dropped["token_ids"].shape[1] < 80
-    assert (dropped["token_ids"][:, 0] == 1).all()
-    for row, kept in zip(batch["token_ids"], dropped["token_ids"], strict=True):
-        real = kept[kept > 0]
-        assert (kept[len(real) :] == 0).all()
-        assert (real.diff() > 0).all() and set(real.tolist()) <= set(row.tolist())
-    assert torch.equal(dropped["values"] > 0, dropped["token_ids"] >= 2)
-    assert torch.equal(dropped["joinids"], batch["joinids"])
-
-
 def test_frozen_parameters() -> None:
     model = ScReformer(
-        ModelConfig(dim=8, depth=1, heads=2, bucket_size=4),
+        ModelConfig(dim=8, depth=1, heads=2, attention="lsh", bucket_size=4),
         TokensConfig(),
         num_genes=9,
         num_classes=2,

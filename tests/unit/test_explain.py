@@ -7,7 +7,7 @@ import torch
 
 from helpers.tiny_model import write_tiny_model
 from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
-from screformer.model import LINEAR_SCALE
+from screformer.layers import LINEAR_SCALE
 from screformer.predictor import Predictor
 from screformer.tokenizer import Panels
 

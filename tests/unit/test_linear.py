@@ -6,7 +6,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
-from screformer.model import LINEAR_SCALE
+from screformer.layers import LINEAR_SCALE
 from screformer.start import INVERSE_PENALTY, logistic_start
 from screformer.tokenizer import Panels
 

@@ -9,7 +9,8 @@ import torch
 from scipy import sparse
 
 from screformer.config import ModelConfig, TokensConfig
-from screformer.model import LINEAR_SCALE, ScReformer, classification_loss, expression_loss
+from screformer.layers import LINEAR_SCALE
+from screformer.model import ScReformer, classification_loss, expression_loss
 from screformer.start import svd_gene_embeddings
 from screformer.tokenizer import NUM_SPECIAL, CellTokenizer, GeneVocabulary
 

@@ -1,0 +1,116 @@
+"""What is learned: hidden expression or labels, and which parameters learn it.
+
+Axes: n cells, l token slots, k classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from screformer.config import ExperimentConfig, Task
+from screformer.model import classification_loss, expression_loss
+from screformer.splitmix import mix, uniform24
+from screformer.tokenizer import NUM_SPECIAL
+
+Batch = dict[str, torch.Tensor]
+"""token_ids int64 (n, l), values float32 (n, l), bin_ids int64 (n, l), labels int64 (n,), joinids int64 (n,);
+see `data_ingest.stream`."""
+
+EVALUATION_STEP = -1
+"""Stands for the step where masks are drawn for an evaluation, so that every evaluation hides the same."""
+
+
+def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, freeze_linear: bool) -> None:
+    """Leave out of training what fine-tuning does not use, and what is to stay as it is.
+
+    Args:
+        model: The network.
+        task: `pretrain` trains all.
+        freeze_encoder: Train pooling, classifier and linear skip only.
+        freeze_linear: Leave the linear skip's weights alone.
+    """
+    heads = ("pooling.", "classification_head.", "linear_skip.")
+    left = ("expression_head.", "expression_embedding.hidden.", *(("linear_skip.",) if freeze_linear else ()))
+    for name, param in model.named_parameters():
+        if task == "finetune":
+            param.requires_grad_(not name.startswith(left) and (not freeze_encoder or name.startswith(heads)))
+
+
+def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
+    """Weight of a cell in the loss by its label's frequency, float32 (k,): mean 1 over the training cells.
+
+    0 for labels without cells.
+    """
+    frequency_k = counts_k / max(counts_k.sum(), 1)
+    power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
+    weights_k = np.power(frequency_k, power, out=np.zeros(len(counts_k)), where=counts_k > 0)
+    return (weights_k / max((weights_k * frequency_k).sum(), 1e-12)).astype(np.float32)
+
+
+def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
+    """Share of each label in the loss, (k,): what a network takes for granted before it sees a cell."""
+    shares_k = counts_k * class_weights(counts_k, weighting)
+    return shares_k / max(shares_k.sum(), 1e-12)
+
+
+def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tensor:
+    """Detected genes whose expression pre-training hides, bool (n, l).
+
+    A pure function of seed, step, cell and gene.
+    """
+    detected_nl = (batch["token_ids"] >= NUM_SPECIAL) & (batch["values"] > 0)
+    return detected_nl & (uniform24(batch["joinids"], batch["token_ids"], seed, step) < round(rate * 2**24))
+
+
+class Objective:
+    """What is learned: prepares a batch and gives its summed loss."""
+
+    def __init__(
+        self, config: ExperimentConfig, engine: Any, task: Task, class_counts_k: np.ndarray | None
+    ) -> None:
+        self.config, self.engine, self.task = config, engine, task
+        self.num_classes = 0
+        if task == "finetune":
+            assert class_counts_k is not None
+            self.num_classes = len(class_counts_k)
+            self.class_weights_k = torch.from_numpy(
+                class_weights(class_counts_k, config.train.class_weighting)
+            ).to(engine.device)
+
+    def prepare(self, batch: Batch, step: int) -> tuple[Batch, torch.Tensor | None, float]:
+        """The batch on the device, its hidden slots, and the weight of its loss.
+
+        Made on the CPU, where batches come from.
+        """
+        train, hidden_nl = self.config.train, None
+        if self.task == "pretrain":
+            hidden_nl = hidden_slots(batch, train.mask_rate, train.seed, step)
+            weight = float(hidden_nl.sum())
+            hidden_nl = hidden_nl.to(self.engine.device)
+        else:
+            weight = float(self.class_weights_k.cpu()[batch["labels"][batch["labels"] >= 0]].double().sum())
+        return (
+            {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()},
+            hidden_nl,
+            weight,
+        )
+
+    def loss(self, batch: Batch, hidden_nl: torch.Tensor | None, hash_seed: int) -> torch.Tensor:
+        """Loss of a prepared batch, summed over its cells or hidden slots."""
+        output = self.engine(batch, task=self.task, hidden=hidden_nl, hash_seed=hash_seed)
+        if hidden_nl is not None:
+            return expression_loss(output, batch, hidden_nl)[0]
+        return classification_loss(output.logits_nk, batch["labels"], self.class_weights_k)[0]
+
+    def hash_seed(self, step: int, micro_step: int, accumulation: int) -> int:
+        """New hashes in each step, alike on all ranks.
+
+        With dropout, whose masks have the same seed, each micro-batch has its own.
+        """
+        if self.config.model.dropout == 0:
+            return mix(self.config.train.seed, step)
+        return mix(self.config.train.seed, step, torch.distributed.get_rank() * accumulation + micro_step)

@@ -1,0 +1,113 @@
+"""A checkpoint of a training run, without pickles; complete once its manifest is written.
+
+It holds the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same
+state whole and by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage
+can resume), `position.json`, and `manifest.json`, written last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from screformer import engine_state as engines
+from screformer.checkpoint import FORMAT, read_json, read_tensors
+
+TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
+
+
+def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any]) -> None:
+    """Write the state of a training run, after at least one step.
+
+    Every rank calls it, with a directory that may be its own.
+
+    The checkpoint counts as complete only after `seal`.
+
+    Args:
+        directory: Where it goes; rank 0's gets the consolidated files.
+        engine: The DeepSpeed engine.
+        position: Plain values that say where training stands.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    engines.save_shards(engine, directory / "deepspeed")
+    weights = engines.gather_weights(engine)
+    moments, num_steps = engines.gather_moments(engine)
+    if torch.distributed.get_rank() == 0:
+        tensors = {**{f"weights/{name}": tensor for name, tensor in weights.items()}, **moments}
+        save_file(
+            tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)}
+        )
+        layout = engines.shard_layout(engine)
+        (directory / POSITION).write_text(json.dumps({**position, "shards": layout}, indent=2))
+
+
+def load_training(directory: str | Path, engine: Any) -> None:
+    """Put a training checkpoint into a fresh engine. Every rank calls it.
+
+    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout
+    reads the consolidated file.
+    """
+    directory = Path(directory)
+    if read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
+        engines.load_shards(engine, directory / "deepspeed")
+        return
+    tensors, metadata = (
+        read_tensors(directory / TRAINING_STATE) if torch.distributed.get_rank() == 0 else ({}, {})
+    )
+    weights = {
+        name.removeprefix("weights/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("weights/")
+    }
+    num_steps = [metadata.get("num_steps")]
+    torch.distributed.broadcast_object_list(num_steps)
+    engines.load_weights(engine, weights)
+    engines.load_moments(engine, tensors, int(num_steps[0] or 0))
+
+
+def read_position(directory: str | Path) -> dict[str, Any]:
+    """Where the training run of a checkpoint stood."""
+    return read_json(Path(directory) / POSITION)
+
+
+def seal(directory: str | Path) -> None:
+    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes.
+
+    Every rank calls it, once its files are written.
+    """
+    directory = Path(directory)
+    own = {
+        str(path.relative_to(directory)): path.stat().st_size
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+    parts: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    if torch.distributed.get_rank() == 0:
+        files = {name: size for part in parts for name, size in part.items()}
+        scratch = directory / f"{MANIFEST}.part"
+        scratch.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+        os.replace(scratch, directory / MANIFEST)
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether every file of a checkpoint is there in its full size.
+
+    A run killed while it wrote, or copied, leaves one that is not.
+    """
+    directory = Path(directory)
+    try:
+        files = json.loads((directory / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(
+        (directory / name).is_file() and (directory / name).stat().st_size == size
+        for name, size in files.items()
+    )
