@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -131,10 +128,3 @@ def test_frozen_parameters() -> None:
         param.requires_grad for name, param in model.named_parameters() if name.startswith("linear_skip")
     )
     assert model.gene_embedding.weight.requires_grad
-
-
-def test_deepspeed_is_not_imported_before_an_engine_is_built() -> None:
-    code = "import sys, screformer.training, screformer.checkpoint;"
-    code += " print('deepspeed' in sys.modules, 'ray' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["False", "False"]

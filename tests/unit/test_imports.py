@@ -1,14 +1,15 @@
 """What may be imported from where."""
 
 import ast
-import subprocess
-import sys
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import screformer
+from helpers.processes import run_python
+from helpers.tiny_model import write_tiny_model
 
 ROOT = Path(screformer.__file__).parents[1]
 DYNAMIC = ("import_module", "__import__")
@@ -44,21 +45,43 @@ def modules_of(path: Path) -> set[str]:
     return found
 
 
-def test_the_model_library_needs_no_cluster_tracking_or_atlas() -> None:
-    script = "; ".join(
-        [
-            *(f"import {name}" for name in MODULES if name.startswith("screformer.")),
-            "import sys",
-            "heavy = ('ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata',"
-            " 'data_ingest', 'jobs', 'cluster')",
-            "print([name for name in heavy if name in sys.modules])",
-        ]
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+HEAVY = {"ray", "mlflow", "tiledbsoma"}
+OTHERS = HEAVY | {"deepspeed", "anndata", "reformer_pytorch"}
+STEPS = {
+    # what is done, in this order in one process; what that must not load
+    "list the commands": ("from jobs.cli import main; main(['--help'])", HEAVY | {"torch"}),
+    "import the model library": (
+        "; ".join(f"import {name}" for name in MODULES if name.split(".")[0] == "screformer"),
+        OTHERS | {"data_ingest", "jobs", "cluster"},
+    ),
+    "load a model": (
+        "from screformer.predictor import Predictor; Predictor.load(sys.argv[1], device='cpu')",
+        OTHERS | {"data_ingest", "jobs", "cluster"},
+    ),
+    "measure attention and step": ("import jobs.benchmark.attention, jobs.benchmark.step", HEAVY),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Packages that each step added to a fresh process."""
+    model_dir = write_tiny_model(tmp_path_factory.mktemp("model") / "model")
+    program = """if True:
+        import json, sys
+        for name, code in json.loads(sys.argv[2]).items():
+            before = set(sys.modules)
+            exec(code)
+            added = sorted({module.split(".")[0] for module in set(sys.modules) - before})
+            print(json.dumps([name, added]), file=sys.stderr)
+    """
+    steps = json.dumps({name: code for name, (code, _) in STEPS.items()})
+    done = run_python("-c", program, model_dir, steps)
+    return {name: set(added) for name, added in map(json.loads, done.stderr.splitlines())}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_what_a_step_does_not_load(loaded: dict[str, set[str]], step: str) -> None:
+    assert not loaded[step] & STEPS[step][1]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +100,8 @@ def test_imports_go_one_way(package: str, forbidden: set[str]) -> None:
 
 def test_commands_are_imported_by_nobody_but_the_dispatcher() -> None:
     commands = {name for name in MODULES if name.count(".") == 1 and name.startswith("jobs.")} - {
-        "jobs.arguments"
+        "jobs.arguments",
+        "jobs.cli",
     }
     for name, path in MODULES.items():
         if name != "jobs.cli":

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +8,6 @@ from scipy import sparse
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from screformer.genes import check_counts
 from screformer.predictor import _TOKENS_PER_BATCH, Predictor
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -222,19 +218,3 @@ def test_other_kinds_of_models_predict(
     whole = predictor.predict_counts(counts, match)
     part = predictor.predict_counts(counts[60:], match)
     np.testing.assert_allclose(part.probabilities_nk, whole.probabilities_nk[60:], atol=1e-5)
-
-
-def test_prediction_needs_neither_ray_nor_mlflow_nor_soma(model_dir: Path) -> None:
-    code = (
-        "import sys; from screformer.predictor import Predictor; Predictor.load(sys.argv[1], device='cpu');"
-        "print(sorted({'ray', 'mlflow', 'tiledbsoma', 'deepspeed', 'anndata'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(model_dir)],
-        cwd=REPO_ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == "[]"

@@ -1,7 +1,5 @@
 """The encoder against reformer_pytorch.Reformer and against itself without reversibility."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -126,9 +124,3 @@ def test_memory_of_training_hardly_grows_with_depth_and_in_line_with_length():
     shallow = peak_activation_mb(depth=2, length=4096)
     assert peak_activation_mb(depth=12, length=4096) < 1.25 * shallow
     assert peak_activation_mb(depth=2, length=8192) < 2.1 * shallow, "memory is linear in the tokens"
-
-
-def test_import_needs_nothing_but_torch():
-    code = "import sys, screformer.reversible;"
-    code += " assert not {'ray', 'mlflow', 'tiledbsoma', 'reformer_pytorch', 'deepspeed'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
