@@ -41,9 +41,9 @@ from data_ingest.ingest_plan import (
     read_base,
     refuse_unrelated_genes,
 )
-from data_ingest.ingest_tasks import map_tasks
 from data_ingest.ingest_write import commit, grow, take_back, tidy, write_x
 from data_ingest.ontology import MajorTypes, Outcome
+from data_ingest.tasks import map_tasks
 
 
 @dataclass(frozen=True, kw_only=True)

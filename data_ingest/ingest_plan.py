@@ -22,7 +22,7 @@ from data_ingest import schema
 from data_ingest.h5ad import H5adFile, check_counts
 from data_ingest.ingest_files import CheckedFile, IngestError, IngestOptions, file_sha256, ids_of
 from data_ingest.ingest_journal import Journal, close_ingest, obs_ids, read_journal
-from data_ingest.ingest_tasks import map_tasks
+from data_ingest.tasks import map_tasks
 
 _PARTS_AT_LEAST = 8
 

@@ -32,7 +32,7 @@ from data_ingest.ingest_journal import (
     write_table,
 )
 from data_ingest.ingest_plan import FEWEST_VALUES, Base, Counts, Part, gene_targets, join_genes
-from data_ingest.ingest_tasks import map_tasks
+from data_ingest.tasks import map_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def write_x(
         )
         for i in left
     ]
-    map_tasks(write, calls, "writing counts", note)
+    map_tasks(write, calls, "writing counts", note=note)
     write_journal(uri, context, journal, finished)
 
 

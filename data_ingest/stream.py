@@ -21,6 +21,7 @@ from scipy.sparse import csr_array, vstack
 from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
+from data_ingest.tasks import map_tasks
 from screformer.config import StreamConfig, TokensConfig
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary, Panels
 
@@ -255,17 +256,11 @@ class CellStream:
                 shuffled = shuffled[np.argsort(place_in_label, kind="stable")]
             chosen = np.sort(shuffled[:max_cells])
         tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
-        remote = ray.remote(num_cpus=num_cpus)(_sample_task)
-        waiting = [
-            chosen[first : first + _CELLS_PER_SAMPLE_TASK]
+        calls = [
+            (self.locator, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
         ]
-        running: list[ray.ObjectRef] = []
-        parts: list[tuple[np.ndarray, ...]] = []
-        while waiting or running:
-            while waiting and len(running) < tasks:
-                running.append(remote.remote(self.locator, reference, waiting.pop(0)))
-            parts.append(ray.get(running.pop(0)))
+        parts: list[tuple[np.ndarray, ...]] = map_tasks(_sample_task, calls, num_cpus=num_cpus, at_once=tasks)
         shape = (-1, len(self.vocabulary))
         rows = [
             csr_array((counts, genes, offsets), shape=(len(offsets) - 1, shape[1]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-from tqdm import tqdm
 
 from data_ingest.cells import CellSource, vocabulary_names
+from data_ingest.tasks import map_tasks
 from jobs.explaining.checks import summarise, summary_lines
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
 from screformer.cost import peak_memory_gb
@@ -165,38 +165,35 @@ def _run_tasks(
     num_nodes: int,
     out: Path,
 ) -> list[float]:
-    """Explain the cells of each shard that is missing; at most as many at a time as Ray has CPUs.
-
-    Returns peaks of memory in GB.
-    """
+    """Explain the cells of each missing shard; returns the peak memory of each in GB."""
     shards = {
         start: out / SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)
     }
-    missing = [start for start, path in shards.items() if not path.exists()]
-    shared, remote = (
-        ray.put((str(model_dir), source, background, num_nodes)),
-        ray.remote(num_cpus=1)(_explain_shard),
+    calls = []
+    for start, path in shards.items():
+        if not path.exists():
+            rows = slice(start, start + CELLS_PER_SHARD)
+            calls.append((chosen[rows], panels_n[rows], str(path)))
+    sizes = [len(cells) for cells, _, _ in calls]
+    return map_tasks(
+        partial(_explain_shard, str(model_dir), source, background, num_nodes),
+        calls,
+        "explain",
+        unit="cell",
+        sizes=sizes,
+        done_before=len(chosen) - sum(sizes),
     )
-    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    peaks: list[float] = []
-    running: dict[ray.ObjectRef, int] = {}
-    done = len(chosen) - sum(len(chosen[start : start + CELLS_PER_SHARD]) for start in missing)
-    with tqdm(total=len(chosen), initial=done, unit="cell", desc="explain", disable=None) as progress:
-        while missing or running:
-            while missing and len(running) < at_once:
-                start = missing.pop(0)
-                cells, panels = (array[start : start + CELLS_PER_SHARD] for array in (chosen, panels_n))
-                running[remote.remote(shared, cells, panels, str(shards[start]))] = len(cells)
-            (finished,), _ = ray.wait(list(running), num_returns=1)
-            peaks.append(ray.get(finished))
-            progress.update(running.pop(finished))
-    return peaks
 
 
 def _explain_shard(
-    shared: tuple[str, CellSource, list[CellTokens], int], cells: np.ndarray, panels: np.ndarray, path: str
+    model_dir: str,
+    source: CellSource,
+    background: list[CellTokens],
+    num_nodes: int,
+    cells: np.ndarray,
+    panels: np.ndarray,
+    path: str,
 ) -> float:
-    model_dir, source, background, num_nodes = shared
     predictor = _predictor(model_dir)
     explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
     names, known = predictor.label_names.tolist(), source.labels(cells)

@@ -9,20 +9,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import ray
 import tiledbsoma
 import tiledbsoma.io
-from tqdm import tqdm
 
 from cluster.connect import connect
 from data_ingest.atlas import AtlasLocator
 from data_ingest.cells import AtlasCells, CellSource
+from data_ingest.tasks import map_tasks
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 CELLS_PER_SHARD = 4_096
@@ -121,19 +121,27 @@ def label_cells(
     size = CELLS_PER_SHARD * (4 if source.column_major else 1)
     ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
-    missing = sum(stop - start for start, stop in shards)
-    with tqdm(
-        total=source.num_cells, initial=source.num_cells - missing, unit="cell", desc="annotate", disable=None
-    ) as progress:
-        try:
-            for num_cells in _label_all(
-                predictor, source, folder, shards, probabilities=probabilities, embedding=embedding
-            ):
-                progress.update(num_cells)
-        except ValueError:
-            if scratch:
-                shutil.rmtree(folder)
-            raise
+    label = partial(_label_shard, source, folder, probabilities, embedding)
+    in_process = source.num_cells < CELLS_FOR_RAY
+    if in_process:
+        label = partial(label, predictor)
+    else:
+        connect()
+        label = partial(_label_task, label, str(predictor.directory))
+    try:
+        map_tasks(
+            label,
+            [(shard,) for shard in shards],
+            "annotate",
+            unit="cell",
+            sizes=[stop - start for start, stop in shards],
+            done_before=source.num_cells - sum(stop - start for start, stop in shards),
+            in_process=in_process,
+        )
+    except ValueError:
+        if scratch:
+            shutil.rmtree(folder)
+        raise
     return _summary(predictor, folder)
 
 
@@ -185,60 +193,23 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
         tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))
 
 
-def _label_all(
-    predictor: Predictor,
-    source: CellSource,
-    folder: Path,
-    shards: list[tuple[int, int]],
-    *,
-    probabilities: bool,
-    embedding: bool,
-) -> Iterator[int]:
-    if source.num_cells < CELLS_FOR_RAY:
-        for shard in shards:
-            yield _label_shard(
-                predictor, source, folder, shard, probabilities=probabilities, embedding=embedding
-            )
-        return
-    connect()
-    shared = ray.put((str(predictor.directory), source, str(folder), probabilities, embedding))
-    remote, at_once = ray.remote(num_cpus=1)(_label_task), max(1, int(ray.cluster_resources().get("CPU", 1)))
-    waiting = list(shards)
-    running: list[ray.ObjectRef] = []
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            running.append(remote.remote(shared, waiting.pop(0)))
-        (finished,), running = ray.wait(running, num_returns=1)
-        try:
-            num_cells = ray.get(finished)
-        except ValueError:
-            if running:  # none may write any more once the caller has given up
-                ray.wait(running, num_returns=len(running))
-            raise
-        yield num_cells
-
-
 _LOADED: dict[str, Predictor] = {}
 
 
-def _label_task(shared: tuple[str, CellSource, str, bool, bool], shard: tuple[int, int]) -> int:
-    model_dir, source, folder, probabilities, embedding = shared
+def _label_task(label: Callable[..., None], model_dir: str, shard: tuple[int, int]) -> None:
     if model_dir not in _LOADED:
         _LOADED[model_dir] = Predictor.load(model_dir)
-    return _label_shard(
-        _LOADED[model_dir], source, Path(folder), shard, probabilities=probabilities, embedding=embedding
-    )
+    label(_LOADED[model_dir], shard)
 
 
 def _label_shard(
-    predictor: Predictor,
     source: CellSource,
     folder: Path,
-    shard: tuple[int, int],
-    *,
     probabilities: bool,
     embedding: bool,
-) -> int:
+    predictor: Predictor,
+    shard: tuple[int, int],
+) -> None:
     cells = np.arange(*shard)
     flat = source.read(cells)
     found = predictor.predict(*flat)
@@ -263,7 +234,6 @@ def _label_shard(
     scratch = path.with_name(f"_{path.name}.part")
     pd.concat(parts, axis=1).to_parquet(scratch, index=False)
     os.replace(scratch, path)
-    return len(cells)
 
 
 def _path(folder: Path, start: int) -> Path:
