@@ -12,10 +12,10 @@ from pathlib import Path
 
 import ray
 
+from cluster.quiet import quiet
+
 _GIB = 2**30
 _CGROUP = Path("/sys/fs/cgroup")
-_CLEANER = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-_SCALER = "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
 
 
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
@@ -36,30 +36,14 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
         ValueError: The address is not one that a driver can connect to, nobody answers there, or the cluster
             refuses this process.
     """
+    quiet()
     if ray.is_initialized():
         return
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    # What Ray says on each start: that it authenticates. It matters to who submits a job, and
-    # cluster/README.md tells them.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     if address == "local":
         _start_local(num_cpus)
     else:
         _join(address)
-
-
-def quiet_worker() -> None:
-    """Run at the start of each worker process of a local Ray.
-
-    Ray Train watches its controller through the dashboard, and without one warns of that every second. It
-    also asks for nodes, which a local Ray cannot add, and warns with a traceback where a busy machine takes
-    more than five seconds to take note of that.
-    """
-    logging.getLogger(_CLEANER).setLevel(logging.ERROR)
-    logging.getLogger(_SCALER).setLevel(logging.ERROR)
-    logging.getLogger("ray.train").setLevel(
-        logging.WARNING
-    )  # its controller tells of each worker group it starts
 
 
 def _start_local(num_cpus: float) -> None:
@@ -71,7 +55,7 @@ def _start_local(num_cpus: float) -> None:
         "PYTHONPATH": os.pathsep.join(
             filter(None, [packages, os.environ.get("PYTHONPATH")])
         ),  # our packages, from any directory
-        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{quiet_worker.__module__}.{quiet_worker.__name__}",
+        "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{quiet.__module__}.{quiet.__name__}",
         # One process less in each training; nobody takes this machine away
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }

@@ -5,7 +5,6 @@ Axes: `n` cells, `l` token slots, `g` genes of the vocabulary, `p` gene panels.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -33,16 +32,6 @@ _MOST_READ_TASKS = 8
 
 
 _CELLS_PER_SAMPLE_TASK = 4096
-
-
-_QUIET = {
-    "ray.data._internal.progress": logging.ERROR,
-    "ray.data._internal.execution.streaming_executor": logging.WARNING,
-    "ray.data._internal.execution.resource_manager": logging.ERROR,
-}
-"""Loggers of Ray Data that would write a line for each epoch of each rank. The last one warns that reading
-might wait for ever wherever all CPUs are taken at the moment; the jobs have checked that workers leave one
-for it."""
 
 
 class CountSample(NamedTuple):
@@ -211,21 +200,13 @@ class CellStream:
             start_step=start_step,
             threads=max(1, round(self.read_cpus)),
         )
-        for name, level in _QUIET.items():
-            logging.getLogger(name).setLevel(level)
         num_units = max(1, len(source.units))
         dataset = ray.data.read_datasource(
             source, num_cpus=num_cpus, concurrency=min(tasks, num_units), override_num_blocks=num_units
         )
         context = dataset.context
         context.target_max_block_size = BLOCK_BYTES
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
         context.execution_options.preserve_order = True
-        context.execution_options.verbose_progress = False
-        # A read task bounds its memory itself, and half a CPU each bounds their number: no warning every 30 s
-        # that it asks for none.
-        context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
         context.execution_options.resource_limits = ExecutionResources.for_limits(
             object_store_memory=store_bytes
         )

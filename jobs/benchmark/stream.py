@@ -26,6 +26,7 @@ import tiledbsoma
 from tqdm import tqdm
 
 from cluster.connect import connect
+from cluster.quiet import quiet_data
 from data_ingest.atlas import AtlasLocator
 from data_ingest.datasource import CellArrays, SomaDatasource
 from data_ingest.epoch_plan import EpochPlan
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             connect(arguments.address)
+            quiet_data()
             uri = arguments.atlas or f"{stack.enter_context(tempfile.TemporaryDirectory())}/atlas"
             if not arguments.atlas:
                 print(

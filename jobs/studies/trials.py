@@ -8,16 +8,16 @@ configurations on the same folds.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import ray
+from ray.util.actor_pool import ActorPool
 from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.quiet import quiet_data
 from jobs.studies.fold import run_fold
 from jobs.studies.layout import DRIVER_CPUS, fold_bundle
 from jobs.studies.scores import scores
@@ -41,11 +41,6 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     from ray.tune.schedulers import ASHAScheduler
 
     search = study.config.search
-    os.environ.setdefault(
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"
-    )  # results are in the study's folder and in MLflow
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the result files that were turned off
     scheduler = None
     if search.scheduler == "asha":
         scheduler = ASHAScheduler(
@@ -104,36 +99,21 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     worker = _FoldWorker.options(  # type: ignore[attr-defined]
         num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
     )
-    folds, shared = range(len(study.folds)), ray.put(study)
-    idle = [
-        worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, len(study.folds)))
-    ]
-    waiting, busy = list(folds), {}
-    done: dict[int, float] = {}
-    while len(done) < len(folds):
-        while waiting and idle:
-            actor, fold = idle.pop(), waiting.pop(0)
-            busy[actor.run.remote(settings, fold)] = (actor, fold)
-        (reference,), _ = ray.wait(list(busy), num_returns=1)
-        actor, fold = busy.pop(reference)
-        reported = _in_order(done)
-        done[fold] = ray.get(reference)
-        idle.append(actor)
-        # Folds are reported in their order, so that each report stands for the same folds in every trial.
-        for count in range(reported + 1, _in_order(done) + 1):
-            values = [done[index] for index in range(count)]
-            tune.report(
-                {
-                    "folds": count,
-                    "macro_f1": float(np.mean(values)),
-                    "macro_f1_sd": float(np.std(values, ddof=1)) if count > 1 else 0.0,
-                }
-            )
-
-
-def _in_order(done: Mapping[int, float]) -> int:
-    """How many folds are finished from the first one on."""
-    return next(count for count in range(len(done) + 1) if count not in done)
+    shared, num_folds = ray.put(study), len(study.folds)
+    workers = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, num_folds))]
+    # Folds are reported in their order, so that each report stands for the same folds in every trial.
+    values: list[float] = []
+    for macro_f1 in ActorPool(workers).map(
+        lambda actor, fold: actor.run.remote(settings, fold), range(num_folds)
+    ):
+        values.append(macro_f1)
+        tune.report(
+            {
+                "folds": len(values),
+                "macro_f1": float(np.mean(values)),
+                "macro_f1_sd": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+            }
+        )
 
 
 @ray.remote(max_restarts=0)
@@ -141,8 +121,7 @@ class _FoldWorker:
     """Trains folds one after another in one process."""
 
     def __init__(self, study: Study) -> None:
-        for name in ("ray.train", "ray.data"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        quiet_data()
         self._study = study
 
     def run(self, settings: dict[str, Any], fold: int) -> float:

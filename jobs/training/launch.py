@@ -76,10 +76,6 @@ def train_on_cluster(
     """
     from ray.train.torch import TorchConfig
 
-    # Ray Train's account of itself for each report, rank and dataset would bury ours. Set them to 1 to see
-    # it.
-    for name in ("CONTROLLER_STRUCTURED_LOGGING", "WORKER_STRUCTURED_LOGGING", "PRINT_PATCH"):
-        os.environ.setdefault(f"RAY_TRAIN_ENABLE_{name}", "0")
     # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the
     # next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")

@@ -6,7 +6,6 @@ The network, its engine, this rank's cells, and the training loop.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import ray
 import ray.train
 import torch
 
+from cluster.quiet import quiet_data
 from data_ingest.stream import CellStream
 from jobs.reports.figures import reliability_figure
 from jobs.training.start import start_from
@@ -58,8 +58,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
     vocabulary = streams["train"].vocabulary
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    for name in ("ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet_data()
     if not config.cluster.use_gpu:
         torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
 
