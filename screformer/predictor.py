@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -344,3 +344,9 @@ class Predictor:
             size = max(1, int(np.searchsorted(window * np.arange(1, len(window) + 1), budget, side="right")))
             yield order[start : start + size]
             start += size
+
+
+@lru_cache(maxsize=2)
+def loaded_predictor(directory: str) -> Predictor:
+    """The model of a directory, loaded once in this process: for tasks that label one shard each."""
+    return Predictor.load(directory)

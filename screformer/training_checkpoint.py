@@ -8,7 +8,6 @@ can resume), `position.json`, and `manifest.json`, written last.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 
 from screformer import engine_state as engines
 from screformer.checkpoint import FORMAT, read_json, read_tensors
+from screformer.files import write_whole
 
 TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
 
@@ -92,9 +92,7 @@ def seal(directory: str | Path) -> None:
     torch.distributed.all_gather_object(parts, own)
     if torch.distributed.get_rank() == 0:
         files = {name: size for part in parts for name, size in part.items()}
-        scratch = directory / f"{MANIFEST}.part"
-        scratch.write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
-        os.replace(scratch, directory / MANIFEST)
+        write_whole(directory / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
 
 
 def is_complete(directory: str | Path) -> bool:

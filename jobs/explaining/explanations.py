@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from jobs.explaining.checks import summarise, summary_lines
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
 from screformer.cost import peak_memory_gb
 from screformer.explain import CellTokens, Explainer
-from screformer.predictor import Predictor
+from screformer.files import write_whole
+from screformer.predictor import Predictor, loaded_predictor
 from screformer.tokenizer import Panels
 
 CELLS_PER_SHARD = 32
@@ -85,9 +85,7 @@ def explain(
     summary = summarise(predictor, source, out, background_tokens, plan, num_nodes)
     summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": peak_memory_gb()}
     (out / "summary.md").write_text("\n\n".join(line.strip() for line in summary_lines(summary)) + "\n")
-    scratch = out / "summary.json.part"
-    scratch.write_text(json.dumps(summary, indent=2))
-    os.replace(scratch, out / "summary.json")
+    write_whole(out / "summary.json", json.dumps(summary, indent=2))
     return summary
 
 
@@ -194,7 +192,7 @@ def _explain_shard(
     panels: np.ndarray,
     path: str,
 ) -> float:
-    predictor = _predictor(model_dir)
+    predictor = loaded_predictor(model_dir)
     explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
     names, known = predictor.label_names.tolist(), source.labels(cells)
     rows: list[dict[str, Any]] = []
@@ -218,15 +216,5 @@ def _explain_shard(
                     "values": found.values,
                 }
             )
-    pd.DataFrame(rows).to_parquet(f"{path}.part")
-    os.replace(f"{path}.part", path)
+    write_whole(path, pd.DataFrame(rows).to_parquet())
     return peak_memory_gb()
-
-
-_LOADED: dict[str, Predictor] = {}
-
-
-def _predictor(model_dir: str) -> Predictor:
-    if model_dir not in _LOADED:
-        _LOADED[model_dir] = Predictor.load(model_dir)
-    return _LOADED[model_dir]

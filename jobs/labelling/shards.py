@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from cluster.connect import connect
 from data_ingest.atlas import AtlasLocator
 from data_ingest.cells import AtlasCells, CellSource
 from data_ingest.tasks import map_tasks
-from screformer.predictor import ANSWER_COLUMNS, Predictor
+from screformer.files import write_whole
+from screformer.predictor import ANSWER_COLUMNS, Predictor, loaded_predictor
 
 CELLS_PER_SHARD = 4_096
 
@@ -193,13 +193,8 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
         tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))
 
 
-_LOADED: dict[str, Predictor] = {}
-
-
 def _label_task(label: Callable[..., None], model_dir: str, shard: tuple[int, int]) -> None:
-    if model_dir not in _LOADED:
-        _LOADED[model_dir] = Predictor.load(model_dir)
-    label(_LOADED[model_dir], shard)
+    label(loaded_predictor(model_dir), shard)
 
 
 def _label_shard(
@@ -230,10 +225,7 @@ def _label_shard(
                 found.embedding_nd, columns=[f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]
             )
         )
-    path = _path(folder, shard[0])
-    scratch = path.with_name(f"_{path.name}.part")
-    pd.concat(parts, axis=1).to_parquet(scratch, index=False)
-    os.replace(scratch, path)
+    write_whole(_path(folder, shard[0]), pd.concat(parts, axis=1).to_parquet(index=False))
 
 
 def _path(folder: Path, start: int) -> Path:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -38,6 +37,7 @@ from jobs.tracking.runs import TrackedRun, run_file, start_run
 from jobs.training.cells import TrainingCells, prepare_cells
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig, Task
+from screformer.files import write_whole
 
 OURS = "scReformer-BERT"
 
@@ -290,13 +290,6 @@ def _sample(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -> np.
 def settings_key(tree: Any) -> str:
     """A short name for settings, alike for equal ones."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file at once or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text)
-    scratch.rename(path)
 
 
 def baseline_title(name: str) -> str:
