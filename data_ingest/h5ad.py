@@ -31,10 +31,6 @@ _NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "ge
 _ID_COLUMNS = ("feature_id", "gene_id", "gene_ids", "ensembl_id")
 
 
-class H5adError(ValueError):
-    """A file that cannot be used as it is; the message names file, place, value and remedy."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Genes:
     """The genes of one file, in the order of its columns.
@@ -86,16 +82,16 @@ class H5adFile:
             raw: Take counts from `raw.X` instead of X.
 
         Raises:
-            H5adError: The file is missing, truncated, not HDF5, not AnnData, empty, or has no such layer or
+            ValueError: The file is missing, truncated, not HDF5, not AnnData, empty, or has no such layer or
                 raw.
         """
         path = Path(path)
         if layer and raw:
-            raise H5adError(f"layer={layer!r} and raw=True name two matrices; choose one")
+            raise ValueError(f"layer={layer!r} and raw=True name two matrices; choose one")
         if path.is_dir():
-            raise H5adError(f"{path} is a directory; name the .h5ad files in it")
+            raise ValueError(f"{path} is a directory; name the .h5ad files in it")
         if not path.exists():
-            raise H5adError(f"{path} does not exist; check the path (on a cluster, every node must see it)")
+            raise ValueError(f"{path} does not exist; check the path (on a cluster, every node must see it)")
         try:
             handle = h5py.File(path, "r")
         except OSError as e:
@@ -104,13 +100,13 @@ class H5adFile:
                 if "truncated" in str(e)
                 else f"not a readable HDF5 file ({e})"
             )
-            raise H5adError(f"{path} is {what}; fetch it again, or check that it is an .h5ad file") from e
+            raise ValueError(f"{path} is {what}; fetch it again, or check that it is an .h5ad file") from e
         try:
             source = cls._find_counts(path, handle, layer, raw)
             opened = cls(path, handle, source)
             for axis, number in (("cells", opened.n_cells), ("genes", opened.n_genes)):
                 if number == 0:
-                    raise H5adError(
+                    raise ValueError(
                         f"{path}: {source} has 0 {axis}; there is nothing to read, leave the file out"
                     )
             return opened
@@ -122,7 +118,7 @@ class H5adFile:
     def _find_counts(path: Path, handle: h5py.File, layer: str | None, raw: bool) -> str:
         missing = [part for part in ("obs", "var") if part not in handle]
         if missing:
-            raise H5adError(
+            raise ValueError(
                 f"{path} is HDF5 but not AnnData: it has no {' and no '.join(missing)}; write it with"
                 f" anndata.write_h5ad"
             )
@@ -131,14 +127,14 @@ class H5adFile:
         has = f"it has X: {x}, raw: {raw_x}, layers: {', '.join(layers) or 'none'}"
         if layer:
             if layer not in layers:
-                raise H5adError(f"{path} has no layer {layer!r}; {has}")
+                raise ValueError(f"{path} has no layer {layer!r}; {has}")
             return f"layers/{layer}"
         if raw:
             if "raw" not in handle or "X" not in handle["raw"]:
-                raise H5adError(f"{path} has no raw.X; {has}")
+                raise ValueError(f"{path} has no raw.X; {has}")
             return "raw/X"
         if "X" not in handle:
-            raise H5adError(f"{path} has no X; {has}; name the counts with --layer or --use raw")
+            raise ValueError(f"{path} has no X; {has}; name the counts with --layer or --use raw")
         return "X"
 
     def __enter__(self) -> H5adFile:
@@ -184,13 +180,13 @@ class H5adFile:
         try:
             table = read_elem(self._handle[key])
         except (OSError, KeyError, ValueError, TypeError) as e:
-            raise H5adError(
+            raise ValueError(
                 f"{self.path}: {key} cannot be read ({e}); write the file again with a current anndata"
             ) from e
         if not isinstance(table, pd.DataFrame):
-            raise H5adError(f"{self.path}: {key} is not a table; write the file with anndata.write_h5ad")
+            raise ValueError(f"{self.path}: {key} is not a table; write the file with anndata.write_h5ad")
         if len(table) != length:
-            raise H5adError(
+            raise ValueError(
                 f"{self.path}: {key} has {len(table)} rows but {self.source} has {length}; the file is"
                 f" damaged, write it again"
             )
@@ -218,12 +214,12 @@ class H5adFile:
                 treats them as not joined.
 
         Raises:
-            H5adError: No gene can be joined, the column is missing, genes are of another species, or two
+            ValueError: No gene can be joined, the column is missing, genes are of another species, or two
                 genes have one id.
         """
         var, path = self.var, self.path
         if feature_id_column is not None and feature_id_column not in var.columns:
-            raise H5adError(
+            raise ValueError(
                 f"{path}: var has no column {feature_id_column!r} (--feature-id-column); it has:"
                 f" {_listing(var.columns)}"
             )
@@ -237,7 +233,7 @@ class H5adFile:
         )
         other = next((value for value in given if _OTHER_SPECIES.match(value)), None)
         if other:
-            raise H5adError(
+            raise ValueError(
                 f"{path}: gene {other!r} in {f'var column {column}' if column else 'the var index'} is not"
                 f" human; "
                 "atlases hold one species (Homo sapiens): map the genes to human orthologs, or leave the file"
@@ -259,7 +255,7 @@ class H5adFile:
                 source = f"{source} and symbol table" if (feature_ids != "").any() else "symbol table"
             feature_ids = lookup.astype(object)
         if not (feature_ids != "").any():
-            raise H5adError(
+            raise ValueError(
                 f"{path}: no gene can be joined: {f'var column {column}' if column else 'the var index'}"
                 f" holds no Ensembl gene ids "
                 f"(first value {given[0]!r}); name their column with --feature-id-column (var has:"
@@ -270,7 +266,7 @@ class H5adFile:
         if repeated.any() and duplicates == "error":
             first = np.flatnonzero(repeated)[0]
             pair = np.flatnonzero(feature_ids == feature_ids[first])[:2]
-            raise H5adError(
+            raise ValueError(
                 f"{path}: genes {var.index[pair[0]]!r} and {var.index[pair[1]]!r} are both"
                 f" {feature_ids[first]} "
                 f"({repeated.sum()} such genes); add up their counts with --duplicate-genes sum, leave them"
@@ -301,7 +297,7 @@ class H5adFile:
             columns). Values are as stored: see `check_counts`.
 
         Raises:
-            H5adError: The matrix is damaged.
+            ValueError: The matrix is damaged.
         """
         stop = self.n_cells if stop is None else stop
         read = {"csr": self._rows_of_csr, "csc": self._rows_of_csc, "dense": self._rows_of_dense}[self.format]
@@ -310,7 +306,7 @@ class H5adFile:
             try:
                 block = read(first, last)
             except OSError as e:
-                raise H5adError(
+                raise ValueError(
                     f"{self.path}: {self.source} cannot be read at cells {first} to {last} ({e}); fetch the"
                     f" file again"
                 ) from e
@@ -328,7 +324,7 @@ class H5adFile:
                 or (np.diff(indptr) < 0).any()
                 or len(self._matrix["indices"]) != stored
             ):
-                raise H5adError(
+                raise ValueError(
                     f"{self.path}: {self.source} is damaged: indptr does not fit its {stored} stored values;"
                     f" write the file again"
                 )
@@ -338,7 +334,7 @@ class H5adFile:
     def _checked_indices(self, low: int, high: int, bound: int) -> np.ndarray:
         indices = self._matrix["indices"][low:high]
         if len(indices) and (indices.min() < 0 or indices.max() >= bound):
-            raise H5adError(
+            raise ValueError(
                 f"{self.path}: {self.source} is damaged: an index lies outside 0 to {bound - 1}; write the"
                 f" file again"
             )
@@ -393,7 +389,7 @@ def check_counts(counts_ng: sparse.csr_matrix, *, file: H5adFile, start: int) ->
         start: Index of the block's first cell.
 
     Raises:
-        H5adError: A value is NaN, infinite, negative, fractional, or too large for float32 to hold exactly.
+        ValueError: A value is NaN, infinite, negative, fractional, or too large for float32 to hold exactly.
     """
     values = counts_ng.data
     if len(values) == 0:
@@ -417,7 +413,7 @@ def check_counts(counts_ng: sparse.csr_matrix, *, file: H5adFile, start: int) ->
         row = int(np.searchsorted(counts_ng.indptr, position, side="right")) - 1
         gene = file.var.index[counts_ng.indices[position]]
         places = file.alternatives()
-        raise H5adError(
+        raise ValueError(
             f"{file.path}: {file.source} holds {values[position]:g} at cell {file.obs.index[start + row]!r},"
             f" gene {gene!r}: it {what}, "
             f"but raw counts are needed; {remedy}"
@@ -439,19 +435,19 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
         Symbol to feature id. Symbols with several ids are left out: which gene is meant cannot be known.
 
     Raises:
-        H5adError: The file or a column is missing, or it holds no Ensembl gene id.
+        ValueError: The file or a column is missing, or it holds no Ensembl gene id.
     """
     table = read_table(path, "--symbol-table", ("symbol",))
     column = next((name for name in ("feature_id", "ensembl_id") if name in table.columns), None)
     if column is None:
-        raise H5adError(
+        raise ValueError(
             f"{path} (--symbol-table) has no column 'feature_id'; it has: {_listing(table.columns)}"
         )
     table = table[(table["symbol"] != "") & (table[column] != "")]
     feature_ids = table[column].str.replace(r"\.\d+$", "", regex=True)
     human = feature_ids.str.fullmatch(_ENSEMBL.pattern)
     if not human.any():
-        raise H5adError(
+        raise ValueError(
             f"{path} (--symbol-table): column {column!r} holds no human Ensembl gene id such as"
             f" ENSG00000156738; "
             f"it begins with {table[column].head(1).tolist()}"
@@ -466,17 +462,17 @@ def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.Data
     """Read a tab-separated table of strings, and check that it has these columns.
 
     Raises:
-        H5adError: The file is missing, unreadable, or lacks a column; the message names `option`.
+        ValueError: The file is missing, unreadable, or lacks a column; the message names `option`.
     """
     if not Path(path).is_file():
-        raise H5adError(f"{path} ({option}) does not exist or is not a file")
+        raise ValueError(f"{path} ({option}) does not exist or is not a file")
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     except (ValueError, OSError) as e:
-        raise H5adError(f"{path} ({option}) is not a tab-separated table: {e}") from e
+        raise ValueError(f"{path} ({option}) is not a tab-separated table: {e}") from e
     missing = [name for name in columns if name not in table.columns]
     if missing:
-        raise H5adError(
+        raise ValueError(
             f"{path} ({option}) has no column {missing[0]!r}; it has: {_listing(table.columns)}; it must be"
             f" tab-separated with a header"
         )
@@ -486,7 +482,7 @@ def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.Data
 def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int, int]]:
     if isinstance(matrix, h5py.Dataset):
         if matrix.ndim != 2:
-            raise H5adError(
+            raise ValueError(
                 f"{path}: {source} has {matrix.ndim} dimensions, not 2; write the file with"
                 f" anndata.write_h5ad"
             )
@@ -497,7 +493,7 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
         "_matrix"
     )
     if kind not in ("csr", "csc") or not {"data", "indices", "indptr"} <= set(matrix):
-        raise H5adError(
+        raise ValueError(
             f"{path}: {source} is stored as {kind!r}; it must be a dense, csr or csc matrix: write the file"
             f" with anndata.write_h5ad"
         )
@@ -508,7 +504,7 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
 
 def _require_numbers(path: Path, source: str, data: h5py.Dataset) -> None:
     if data.dtype.kind not in "iufb":
-        raise H5adError(f"{path}: {source} holds {data.dtype}, not numbers; bring raw counts")
+        raise ValueError(f"{path}: {source} holds {data.dtype}, not numbers; bring raw counts")
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:

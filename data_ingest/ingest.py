@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from data_ingest import schema
-from data_ingest.h5ad import H5adError, read_symbol_table
+from data_ingest.h5ad import read_symbol_table
 from data_ingest.ingest_files import (
     CheckedFile,
-    IngestError,
     IngestOptions,
     check_file,
     distinct_paths,
@@ -129,7 +128,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
         options: How files are read and joined.
 
     Raises:
-        IngestError: A file, a table, an option or the atlas is not usable; nothing was written.
+        ValueError: A file, a table, an option or the atlas is not usable; nothing was written.
     """
     options = options or IngestOptions()
     started = time.monotonic()
@@ -140,23 +139,20 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
         else os.path.abspath(atlas_uri.removeprefix("file://"))
     )
     paths = distinct_paths(files)
-    try:
-        labels = read_labels(options.labels) if options.labels else {}
-        majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
-        symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
-        base = read_base(uri, context, options)
-        checked = map_tasks(
-            partial(check_file, options=options, symbols=symbols),
-            [(path,) for path in paths],
-            "checking files",
-        )
-        refuse_shared_cells(checked)
-        refuse_unrelated_genes(checked, base)
-        reasons = [label(file, labels, majors) for file in checked]
-        new_rows = new_rows_of(uri, context, checked, base)
-        counts = count_values(checked, new_rows, options)
-    except H5adError as e:
-        raise IngestError(str(e)) from e
+    labels = read_labels(options.labels) if options.labels else {}
+    majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
+    symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
+    base = read_base(uri, context, options)
+    checked = map_tasks(
+        partial(check_file, options=options, symbols=symbols),
+        [(path,) for path in paths],
+        "checking files",
+    )
+    refuse_shared_cells(checked)
+    refuse_unrelated_genes(checked, base)
+    reasons = [label(file, labels, majors) for file in checked]
+    new_rows = new_rows_of(uri, context, checked, base)
+    counts = count_values(checked, new_rows, options)
     n_new = sum(len(rows) for rows in new_rows)
     reports = [_report(*item) for item in zip(checked, new_rows, reasons, strict=True)]
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from data_ingest import schema
-from data_ingest.h5ad import Duplicates, H5adError, H5adFile, read_table
+from data_ingest.h5ad import Duplicates, H5adFile, read_table
 from data_ingest.ontology import UNKNOWN, MajorTypes, Outcome, is_cell_term
 
 _SOURCES: dict[str, tuple[str, ...]] = {"dataset_id": ("dataset_id", "dataset")}
@@ -28,13 +28,6 @@ DERIVED = ("obs_id", "cell_type_major", "cell_type_major_ontology_term_id", "raw
 
 
 _NO_VALUE = ("", "nan", "NaN", "None", "none", "NA", "<NA>")
-
-
-class IngestError(ValueError):
-    """An ingest that cannot be done as asked; nothing was written.
-
-    The message names what, where and the remedy.
-    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +68,13 @@ class IngestOptions:
             for name in mapping:
                 if name in DERIVED or name not in schema.OBS_COLUMNS:
                     allowed = ", ".join(column for column in schema.OBS_COLUMNS if column not in DERIVED)
-                    raise IngestError(
+                    raise ValueError(
                         f"{option} {name}={mapping[name]}: {name!r} is not a column that can be given; choose"
                         f" from {allowed}"
                     )
         both = sorted(set(self.obs_map) & set(self.constants))
         if both:
-            raise IngestError(f"{both[0]!r} is in --obs-map and in --set; a column has one source")
+            raise ValueError(f"{both[0]!r} is in --obs-map and in --set; a column has one source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +96,13 @@ class CheckedFile:
 def distinct_paths(files: Sequence[str | Path]) -> list[str]:
     """Absolute paths of the files; refuses none at all and repeated ones."""
     if not files:
-        raise IngestError("no files were given; name at least one .h5ad")
+        raise ValueError("no files were given; name at least one .h5ad")
     paths = [os.path.abspath(path) for path in files]
     repeated = [
         path for path, count in Counter(os.path.realpath(path) for path in paths).items() if count > 1
     ]
     if repeated:
-        raise IngestError(f"{repeated[0]} is given twice; name each file once")
+        raise ValueError(f"{repeated[0]} is given twice; name each file once")
     return paths
 
 
@@ -152,7 +145,7 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
         )
         if source is not None and source not in obs.columns:
             has = ", ".join(map(str, obs.columns)) or "none"
-            raise H5adError(
+            raise ValueError(
                 f"{file.path}: obs has no column {source!r} (--obs-map {name}={source}); it has: {has}"
             )
         if name == "is_primary_data":
@@ -169,7 +162,7 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
         first = int(np.flatnonzero(twice)[0])
         cell = table["obs_id"].iloc[first]
         other = int(np.flatnonzero(table["obs_id"].to_numpy() == cell)[1])
-        raise H5adError(
+        raise ValueError(
             f"{file.path}: cell {cell!r} stands twice in obs (rows {first} and {other}), {twice.sum()} such"
             f" cells; "
             "cells are known by their names: make them unique (adata.obs_names_make_unique())"
@@ -178,7 +171,7 @@ def _standard_obs(file: H5adFile, options: IngestOptions) -> pd.DataFrame:
         if term != UNKNOWN and not is_cell_term(term):
             source = options.obs_map.get("cell_type_ontology_term_id", "cell_type_ontology_term_id")
             row = int(np.flatnonzero(table["cell_type_ontology_term_id"] == term)[0])
-            raise H5adError(
+            raise ValueError(
                 f"{file.path}: obs column {source!r} holds {term!r} (cell {table['obs_id'].iloc[row]!r}),"
                 f" which is not a term of the Cell "
                 "Ontology such as CL:0000084; correct it or write 'unknown'"
@@ -194,13 +187,13 @@ def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.nda
     words = {"true": True, "1": True, "false": False, "0": False}
     if source is None and constant is not None:
         if constant.lower() not in words:
-            raise H5adError(f"--set is_primary_data={constant}: it must be true or false")
+            raise ValueError(f"--set is_primary_data={constant}: it must be true or false")
         return np.full(file.n_cells, words[constant.lower()])
     if source is not None:
         text = file.obs[source].astype(str).str.lower()
         wrong = text[~text.isin(list(words))]
         if len(wrong):
-            raise H5adError(
+            raise ValueError(
                 f"{file.path}: obs column {source!r} (is_primary_data) holds"
                 f" {file.obs[source].loc[wrong.index[0]]!r} "
                 f"at cell {wrong.index[0]!r}; it must be true or false"
@@ -220,13 +213,13 @@ def read_labels(path: Path) -> dict[tuple[str, str], str]:
         zip(table["dataset"], table["cell_type"], table["cl_id"], strict=True), start=2
     ):
         if cl_id and not is_cell_term(cl_id):
-            raise H5adError(
+            raise ValueError(
                 f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as"
                 f" CL:0000084; "
                 "leave it empty if none fits"
             )
         if found.setdefault((dataset, label), cl_id) != cl_id:
-            raise H5adError(
+            raise ValueError(
                 f"{path} (--labels) line {line}: ({dataset}, {label}) has cl_id={cl_id!r} here and"
                 f" {found[dataset, label]!r} above; "
                 "keep one row"
@@ -245,7 +238,7 @@ def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
         for file in sharing if len(sharing) > 1 else ():
             for cell in file.obs.loc[file.obs["dataset_id"] == dataset, "obs_id"]:
                 if cell in seen:
-                    raise IngestError(
+                    raise ValueError(
                         f"cell {cell!r} of dataset {dataset!r} is in {seen[cell]} and in {file.path}; leave"
                         f" one file out, "
                         "or give each its own dataset (--obs-map dataset_id=COLUMN)"

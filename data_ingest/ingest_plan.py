@@ -20,7 +20,7 @@ from scipy import sparse
 
 from data_ingest import schema
 from data_ingest.h5ad import H5adFile, check_counts
-from data_ingest.ingest_files import CheckedFile, IngestError, IngestOptions, file_sha256, ids_of
+from data_ingest.ingest_files import CheckedFile, IngestOptions, file_sha256, ids_of
 from data_ingest.ingest_journal import Journal, close_ingest, obs_ids, read_journal
 from data_ingest.tasks import map_tasks
 
@@ -65,7 +65,7 @@ def refuse_unrelated_genes(files: Sequence[CheckedFile], base: Base) -> None:
     for file in files:
         if known.isdisjoint(file.feature_ids_g[file.feature_ids_g != ""]):
             there = "the atlas" if len(base.var) else files[0].path
-            raise IngestError(
+            raise ValueError(
                 f"{file.path}: none of its {int((file.feature_ids_g != '').sum())} genes is among the"
                 f" {len(known)} of {there}; "
                 "check the gene ids (--feature-id-column), or make an atlas of its own"

@@ -22,7 +22,7 @@ import tiledbsoma as soma
 
 from data_ingest import schema
 from data_ingest.h5ad import H5adFile
-from data_ingest.ingest_files import CheckedFile, IngestError, IngestOptions, ids_of
+from data_ingest.ingest_files import CheckedFile, IngestOptions, ids_of
 from data_ingest.ingest_journal import (
     Journal,
     close_ingest,
@@ -115,7 +115,7 @@ def _write_part(
     """Write the counts of some cells. Doing it again writes the same values to the same places."""
     stat = os.stat(path)
     if (stat.st_size, stat.st_mtime_ns) != stamp:
-        raise IngestError(
+        raise ValueError(
             f"{path} changed while it was ingested; run the same command again once nobody writes to it"
         )
     tables = []
@@ -156,9 +156,7 @@ def commit(
 ) -> None:
     """Write genes, datasets and presence, then obs, which makes the new cells visible."""
     if read_journal(uri, context).digest != journal.digest:
-        raise IngestError(
-            f"{uri}: another ingest began meanwhile; run one at a time, then this command again"
-        )
+        raise ValueError(f"{uri}: another ingest began meanwhile; run one at a time, then this command again")
     sizes = Counter(
         dict(
             zip(base.datasets["dataset_id"], map(int, base.datasets["dataset_total_cell_count"]), strict=True)

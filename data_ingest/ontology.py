@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from data_ingest.h5ad import H5adError, read_table
+from data_ingest.h5ad import read_table
 from screformer.calibration import Lineage, Term
 
 UNKNOWN = "unknown"
@@ -114,23 +114,23 @@ class MajorTypes:
         """Check the set.
 
         Raises:
-            H5adError: A term is not in the ontology, or a name or term stands twice.
+            ValueError: A term is not in the ontology, or a name or term stands twice.
         """
         self.types = tuple(types)
         self._by_term: dict[str, MajorType] = {}
         names: set[str] = set()
         for major in self.types:
             if major.name in names:
-                raise H5adError(f"major type {major.name!r} stands twice")
+                raise ValueError(f"major type {major.name!r} stands twice")
             names.add(major.name)
             for term in (major.cl_id, *major.also):
                 if not is_cell_term(term):
-                    raise H5adError(
+                    raise ValueError(
                         f"major type {major.name!r}: {term!r} is not a term of the Cell Ontology such as"
                         f" CL:0000084"
                     )
                 if term in self._by_term:
-                    raise H5adError(
+                    raise ValueError(
                         f"term {term} is in two major types, {self._by_term[term].name!r} and {major.name!r}"
                     )
                 self._by_term[term] = major
@@ -162,12 +162,12 @@ class MajorTypes:
             cl_id: A term such as `CL:0000895`, or `unknown` or empty for a cell without one.
 
         Raises:
-            H5adError: The term is not in the Cell Ontology.
+            ValueError: The term is not in the Cell Ontology.
         """
         if cl_id in ("", UNKNOWN):
             return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="missing", candidates=())
         if not is_cell_term(cl_id):
-            raise H5adError(
+            raise ValueError(
                 f"{cl_id!r} is not a term of the Cell Ontology; use an id such as CL:0000084, or 'unknown'"
             )
         hits = [term for term in (cl_id, *_ancestors(cl_id)) if term in self._by_term]

@@ -18,8 +18,6 @@ from typing import Any
 import pyarrow as pa
 import tiledbsoma as soma
 
-from data_ingest.h5ad import H5adError
-
 EXPERIMENT = "census_data/homo_sapiens"
 OBS = f"{EXPERIMENT}/obs"
 VAR = f"{EXPERIMENT}/ms/RNA/var"
@@ -109,12 +107,12 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
     """Whether an atlas of this schema is there; False if nothing is, or an interrupted creation.
 
     Raises:
-        H5adError: Something else is there.
+        ValueError: Something else is there.
     """
     if not is_remote(uri) and not os.path.exists(uri):
         return False
     if not is_remote(uri) and not os.path.isdir(uri):
-        raise H5adError(f"--atlas {uri} is a file; name a directory or an s3:// prefix")
+        raise ValueError(f"--atlas {uri} is a file; name a directory or an s3:// prefix")
     try:
         with soma.open(uri, context=context) as found:
             version, kind, members = (
@@ -125,18 +123,18 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
     except soma.DoesNotExistError as e:
         if is_remote(uri) or not os.listdir(uri):
             return False
-        raise H5adError(
+        raise ValueError(
             f"--atlas {uri} is a directory that holds something else, not an atlas; name a new directory"
         ) from e
     if version is None and is_remote(uri) and members <= {"census_info", "census_data"}:
         return False
     if version is None:
-        raise H5adError(
+        raise ValueError(
             f"--atlas {uri} is a {kind} of another schema, not made by this ingest; name a new place, it"
             f" cannot be appended to"
         )
     if version != SCHEMA_VERSION:
-        raise H5adError(
+        raise ValueError(
             f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION}; make"
             f" a new atlas from the files"
         )

@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from data_ingest.ingest_files import IngestError
 from jobs.studies.settings import StudyConfig
 from jobs.training.cells import describe, prepare_cells
 from jobs.training.run import run_training
@@ -139,15 +138,15 @@ def parse_pairs(option: str, values: Sequence[str]) -> dict[str, str]:
     """Read `NAME=VALUE` arguments.
 
     Raises:
-        IngestError: One is malformed, or a name stands twice with different values.
+        ValueError: One is malformed, or a name stands twice with different values.
     """
     pairs: dict[str, str] = {}
     for text in values:
         name, equals, value = text.partition("=")
         if not (equals and name and value):
-            raise IngestError(f"{option} {text!r} must be NAME=VALUE, such as donor_id=patient")
+            raise ValueError(f"{option} {text!r} must be NAME=VALUE, such as donor_id=patient")
         if pairs.setdefault(name, value) != value:
-            raise IngestError(f"{option} gives {name!r} twice: {pairs[name]!r} and {value!r}")
+            raise ValueError(f"{option} gives {name!r} twice: {pairs[name]!r} and {value!r}")
     return pairs
 
 
