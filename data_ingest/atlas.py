@@ -69,10 +69,8 @@ class AtlasLocator:
         """The locator that a configuration's `atlas` section describes."""
         return cls(
             config.uri,
-            config.measurement,
-            config.x_layer,
-            config.timestamp_ms,
-            tuple(config.tiledb_config.items()),
+            timestamp_ms=config.timestamp_ms,
+            tiledb_config=tuple(config.tiledb_config.items()),
         )
 
     @classmethod

@@ -10,19 +10,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_ingest.split import Split, choose_validation, random_cells
+from screformer.config import GroupBy
 
-FoldKind = Literal["donor", "dataset", "random"]
 FILE = "folds.parquet"
 _TRIALS = 64
 """Orders in which the groups are dealt out; fewer where there are very many groups."""
 _META = b"screformer.folds"
+_KINDS: dict[GroupBy, str] = {"donor_id": "donor", "dataset_id": "dataset", "none": "random"}
+"""How folds are called by what they keep together; files of earlier versions hold this word."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,12 +34,12 @@ class Folds:
     Every cell is tested once; validation cells come out of a fold's other cells.
     """
 
-    kind: FoldKind
-    """`donor` and `dataset` keep those together, `random` does not."""
+    group_by: GroupBy
+    """obs column whose groups stay together; `none` deals out single cells."""
     fold_n: np.ndarray
     """Test fold of each cell, int16 (n,)."""
     names: tuple[str, ...]
-    """What each fold tests: the data set of `dataset`, else its number."""
+    """What each fold tests: the dataset with `dataset_id`, else its number."""
     seed: int
     notes: tuple[str, ...]
     """What a reader of the results must know."""
@@ -45,16 +47,25 @@ class Folds:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def kind(self) -> str:
+        """The word for these folds: `donor`, `dataset` or `random`."""
+        return _KINDS[self.group_by]
+
+    def name(self, fold: int) -> str:
+        """What a fold is called; `all` when `fold` is f, where every cell trains or validates."""
+        return self.names[fold] if fold < len(self) else "all"
+
     def parts(
         self, fold: int, donors: Sequence[str] | np.ndarray, labels: np.ndarray, val_fraction: float
     ) -> Split:
         """The cells that train, choose and test in one fold.
 
         The validation part is made of whole donors where that works out (see `choose_validation`), of random
-        cells for `random` folds.
+        cells where folds are random cells.
 
         Args:
-            fold: In [0, f).
+            fold: In [0, f]; with f no cell is tested.
             donors: Shape (n,), each cell's donor.
             labels: Shape (n,), label code of each cell, -1 for none.
             val_fraction: Share of the cells outside the fold that validate; 0 takes none.
@@ -62,12 +73,12 @@ class Folds:
         rng, test = np.random.default_rng([self.seed, 13, fold]), self.fold_n == fold
         val, notes = np.zeros(len(test), bool), []
         label_n = np.asarray(labels, np.int64)
-        if val_fraction and self.kind == "random":
+        if val_fraction and self.group_by == "none":
             val[random_cells(np.flatnonzero(~test), label_n, val_fraction, rng)] = True
         elif val_fraction:
             _, donor_n = np.unique(np.asarray(donors, dtype=str), return_inverse=True)
             val, note = choose_validation(donor_n, label_n, ~test, val_fraction, rng)
-            notes = [f"fold {self.names[fold]}: {note}"] if note else []
+            notes = [f"fold {self.name(fold)}: {note}"] if note else []
         return Split(
             {"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)},
             notes,
@@ -94,7 +105,7 @@ class Folds:
 
     def save(self, path: str | Path, joinids: np.ndarray) -> None:
         """Write (joinid, fold) as Parquet; `load_folds` reads it."""
-        meta = {"kind": self.kind, "names": self.names, "seed": self.seed, "notes": self.notes}
+        meta = {"group_by": self.group_by, "names": self.names, "seed": self.seed, "notes": self.notes}
         table = pa.table({"joinid": np.asarray(joinids, np.int64), "fold": self.fold_n})
         pq.write_table(table.replace_schema_metadata({_META: json.dumps(meta).encode()}), path)
 
@@ -129,8 +140,9 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
             f" {joinids[missing[0]]}); use the query"
             " and the atlas version that they were made for"
         )
+    of_kind = {kind: group_by for group_by, kind in _KINDS.items()}
     return Folds(
-        kind=meta["kind"],
+        group_by=meta["group_by"] if "group_by" in meta else of_kind[meta["kind"]],
         fold_n=table["fold"].to_numpy()[order[place]].astype(np.int16),
         names=tuple(meta["names"]),
         seed=meta["seed"],
@@ -139,7 +151,7 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
 
 
 def make_folds(
-    kind: FoldKind,
+    group_by: GroupBy,
     donors: Sequence[str] | np.ndarray,
     datasets: Sequence[str] | np.ndarray,
     labels: np.ndarray,
@@ -148,17 +160,17 @@ def make_folds(
 ) -> Folds:
     """Divide cells into folds.
 
-    `donor`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells
+    `donor_id`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells
     than the largest donor has.
-    `dataset`: each data set is a fold. `random`: each label's cells are dealt out one by one, so that folds
+    `dataset_id`: each dataset is a fold. `none`: each label's cells are dealt out one by one, so that folds
     differ by one of them at most.
 
     Args:
-        kind: What stays together.
+        group_by: What stays together.
         donors: Shape (n,).
         datasets: Shape (n,).
         labels: Shape (n,), label code of each cell, -1 for none.
-        num_folds: f; `dataset` does not use it.
+        num_folds: f, at least 2; `dataset_id` does not use it.
         seed: Of every choice.
 
     Raises:
@@ -167,29 +179,28 @@ def make_folds(
     label_n = np.asarray(labels, np.int64)
     donor_n, dataset_n = np.asarray(donors, dtype=str), np.asarray(datasets, dtype=str)
     rng, notes = np.random.default_rng([seed, 12]), []
-    if num_folds < 2:
-        raise ValueError(f"crossval.num_folds={num_folds} must be at least 2")
-    if kind == "dataset":
+    assert num_folds >= 2, "checked by CrossvalConfig"
+    if group_by == "dataset_id":
         names, fold_n = np.unique(dataset_n, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
-                f"crossval.split=dataset needs at least 2 data sets, the query has {len(names)}; use"
-                f" crossval.split=donor"
+                f"crossval.group_by=dataset_id needs at least 2 datasets, the query has {len(names)}; use"
+                f" crossval.group_by=donor_id"
             )
         for donor in np.unique(donor_n):
             found = np.unique(dataset_n[donor_n == donor])
             if len(found) > 1:
                 notes.append(
-                    f"donor {donor} is in the data sets {', '.join(found)}, so on both sides of some fold"
+                    f"donor {donor} is in the datasets {', '.join(found)}, so on both sides of some fold"
                 )
         return Folds(
-            kind=kind,
+            group_by=group_by,
             fold_n=fold_n.astype(np.int16),
             names=tuple(names.tolist()),
             seed=seed,
             notes=tuple(notes),
         )
-    if kind == "random":
+    if group_by == "none":
         if len(label_n) < num_folds:
             raise ValueError(
                 f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it"
@@ -202,12 +213,12 @@ def make_folds(
             np.arange(len(label_n)) % num_folds
         )  # dealt on over the labels, so that sizes differ by one cell at most too
         names_f = tuple(str(fold) for fold in range(num_folds))
-        return Folds(kind=kind, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
+        return Folds(group_by=group_by, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
     names, group_n = np.unique(donor_n, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"crossval.split=donor needs at least 2 donors, the query has {len(names)}; query more, or use"
-            f" crossval.split=random"
+            f"crossval.group_by=donor_id needs at least 2 donors, the query has {len(names)}; query more, or"
+            f" use crossval.group_by=none"
         )
     if len(names) < num_folds:
         notes.append(f"{len(names)} donors make {len(names)} folds, not crossval.num_folds={num_folds}")
@@ -223,7 +234,11 @@ def make_folds(
     fold_d = _deal(counts_dk, num_folds, rng)
     names_f = tuple(str(fold) for fold in range(num_folds))
     return Folds(
-        kind=kind, fold_n=fold_d[group_n].astype(np.int16), names=names_f, seed=seed, notes=tuple(notes)
+        group_by=group_by,
+        fold_n=fold_d[group_n].astype(np.int16),
+        names=names_f,
+        seed=seed,
+        notes=tuple(notes),
     )
 
 

@@ -188,3 +188,26 @@ def random_cells(
     rank = np.arange(len(cells)) - np.repeat(np.cumsum(counts) - counts, counts)
     wanted = np.minimum(np.round(counts * fraction), np.maximum(counts - 1, 0))
     return shuffled[by_label[rank < wanted[labels[by_label]]]]
+
+
+def sample_cells(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """Choose an equal share of the cells of each (donor, label).
+
+    Args:
+        donors: Shape (n,).
+        labels: Shape (n,), label code of each cell, -1 for none.
+        most: About how many cells to choose; at least one of each donor and label is.
+        seed: Of the choice.
+
+    Returns:
+        Their positions, increasing.
+    """
+    pair_n = np.unique(
+        np.stack([np.unique(donors, return_inverse=True)[1], labels]), axis=1, return_inverse=True
+    )[1].ravel()
+    order = np.random.default_rng([seed, 15]).permutation(len(pair_n))
+    ranked = order[np.argsort(pair_n[order], kind="stable")]
+    counts = np.bincount(pair_n)
+    rank = np.arange(len(pair_n)) - np.repeat(np.cumsum(counts) - counts, counts)
+    wanted = np.maximum(1, np.round(counts * most / len(pair_n)))
+    return np.sort(ranked[rank < wanted[pair_n[ranked]]])

@@ -32,6 +32,8 @@ _MOST_READ_TASKS = 8
 
 
 _CELLS_PER_SAMPLE_TASK = 4096
+_PREFETCHED_BATCHES = 4
+"""Batches prepared ahead of the step, per rank."""
 
 
 class CountSample(NamedTuple):
@@ -77,7 +79,7 @@ class CellStream:
             labels: Shape (n,), label code of each cell, -1 for none.
             vocabulary: Genes that become tokens; the others count only into a cell's total.
             tokens: How a cell becomes tokens.
-            stream: Run length, cells per task, prefetching.
+            stream: Run length and cells per task.
             global_batch_size: Cells per step over all ranks.
             seed: Of the order.
             panels: Which genes were measured in which cells, in the order of `joinids`; None is all in all.
@@ -180,7 +182,7 @@ class CellStream:
             return
         blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)
         delivered = 0
-        for batch in _ahead(self._tokenized(blocks, micro_batch_size), self.stream.prefetch_batches):
+        for batch in _ahead(self._tokenized(blocks, micro_batch_size), _PREFETCHED_BATCHES):
             delivered += 1
             yield batch
         assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"

@@ -16,9 +16,9 @@ from typing import Any
 from jobs.arguments import add_study_arguments, run_study_command
 from jobs.studies.ablation import run_ablation, without_extras
 from jobs.studies.estimate import describe_study
-from jobs.studies.settings import StudyConfig
 from jobs.studies.study import open_study
 from jobs.studies.variants import by_folds, variants
+from screformer.config import ExperimentConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,22 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_intermixed_args(argv)
 
-    def dry_run(config: StudyConfig) -> dict[str, Any]:
+    def dry_run(config: ExperimentConfig) -> dict[str, Any]:
         listed = variants(config, arguments.axes)
         described = []
         for changed, group in by_folds(listed):
             study = open_study(
                 without_extras(config).merge(changed), folds_from=None if changed else arguments.folds
             )
-            configs = [study.config.merge(variant.settings).experiment for variant in group]
+            configs = [study.config.merge(variant.settings) for variant in group]
             described.append(describe_study(study, configs, repeats=config.ablation.num_seeds))
         minutes = round(sum(part["minutes"]["ours"] for part in described), 1)
         return described[0] | {"variants": [variant.name for variant in listed], "minutes": minutes}
 
-    def run(config: StudyConfig, *, folds_from: str | None, resume: str | None) -> dict[str, Any]:
+    def run(config: ExperimentConfig, *, folds_from: str | None, resume: str | None) -> dict[str, Any]:
         return run_ablation(config, folds_from=folds_from, resume=resume, axes=arguments.axes)
 
-    return run_study_command(parser, arguments, [], dry_run, run)
+    return run_study_command("ablate", parser, arguments, [], dry_run, run)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from typing import Any
 
 import yaml
 
-from jobs.studies.settings import StudyConfig
 from jobs.training.cells import describe, prepare_cells
 from jobs.training.run import run_training
 from jobs.training.run_folder import read_run
 from jobs.training.start import load_start, settled
-from screformer.config import ExperimentConfig, Task
+from screformer.config import Command, ExperimentConfig, Task
 
 
 def train_command(task: Task, description: str, argv: Sequence[str] | None = None) -> int:
@@ -57,19 +56,25 @@ def train_command(task: Task, description: str, argv: Sequence[str] | None = Non
     logging.getLogger("jobs.tracking").setLevel(logging.WARNING)
     overrides: list[str] = list(arguments.overrides)
     try:
-        config = ExperimentConfig.from_file(arguments.config) if arguments.config else ExperimentConfig()
+        config = (
+            ExperimentConfig.from_file(arguments.config, command=task)
+            if arguments.config
+            else ExperimentConfig()
+        )
         flags = {"query.obs_filter": arguments.obs_filter, "query.file": arguments.query}
         config = config.merge({name: value for name, value in flags.items() if value is not None})
         if arguments.resume is None:
-            config = config.merge(overrides)
+            config = config.merge(overrides, command=task)
         init_from = getattr(arguments, "init_from", None)
         if arguments.dry_run:
             if arguments.resume is not None:
-                config = ExperimentConfig.from_dict(read_run(arguments.resume)["config"]).merge(overrides)
+                config = ExperimentConfig.from_saved(read_run(arguments.resume)["config"], resume=True).merge(
+                    overrides, command=task
+                )
             start = load_start(config, init_from) if init_from else None
             cells = prepare_cells(config, task, start=start)
             config, attention = settled(config, cells, start)
-            print(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            print(yaml.safe_dump(config.to_dict(task), sort_keys=False))
             print(yaml.safe_dump(describe(config, cells), sort_keys=False) + attention)
             return 0
         result = run_training(config, task, init_from=init_from, resume=arguments.resume, overrides=overrides)
@@ -107,10 +112,11 @@ def add_study_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_study_command(
+    command: Command,
     parser: argparse.ArgumentParser,
     arguments: argparse.Namespace,
     overrides: Sequence[str],
-    dry_run: Callable[[StudyConfig], dict[str, Any]],
+    dry_run: Callable[[ExperimentConfig], dict[str, Any]],
     run: Callable[..., dict[str, Any]],
 ) -> int:
     """Run a study's command: read the recipe, look ahead or run, print the result."""
@@ -120,10 +126,14 @@ def run_study_command(
             raise ValueError(
                 "--resume goes on with the settings of the interrupted study; give nothing beside it"
             )
-        config = StudyConfig.from_file(arguments.config) if arguments.config else StudyConfig()
-        config = config.merge([*arguments.overrides, *overrides])
+        config = (
+            ExperimentConfig.from_file(arguments.config, command=command)
+            if arguments.config
+            else ExperimentConfig()
+        )
+        config = config.merge([*arguments.overrides, *overrides], command=command)
         if arguments.dry_run:
-            print(yaml.safe_dump(config.to_dict(), sort_keys=False))
+            print(yaml.safe_dump(config.to_dict(command), sort_keys=False))
             print(yaml.safe_dump(dry_run(config), sort_keys=False), end="")
             return 0
         result = run(config, folds_from=arguments.folds, resume=arguments.resume)

@@ -16,8 +16,8 @@ from jobs.arguments import add_study_arguments, run_study_command
 from jobs.studies.crossval import run_crossval
 from jobs.studies.estimate import describe_study
 from jobs.studies.layout import count_trials
-from jobs.studies.settings import StudyConfig
 from jobs.studies.study import open_study
+from screformer.config import ExperimentConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,18 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_study_arguments(parser)
     parser.add_argument(
-        "--split",
-        choices=["donor", "dataset", "random"],
-        help="same as crossval.split=...: what a fold keeps together",
+        "--group-by",
+        choices=["donor_id", "dataset_id", "none"],
+        help="same as crossval.group_by=...: what a fold keeps together",
     )
     arguments = parser.parse_intermixed_args(argv)
 
-    def dry_run(config: StudyConfig) -> dict[str, Any]:
+    def dry_run(config: ExperimentConfig) -> dict[str, Any]:
         study = open_study(config, folds_from=arguments.folds)
-        return describe_study(study, [config.experiment] * count_trials(config))
+        return describe_study(study, [config] * count_trials(config))
 
-    overrides = [f"crossval.split={arguments.split}"] if arguments.split else []
-    return run_study_command(parser, arguments, overrides, dry_run, run_crossval)
+    overrides = [f"crossval.group_by={arguments.group_by}"] if arguments.group_by else []
+    return run_study_command("crossval", parser, arguments, overrides, dry_run, run_crossval)
 
 
 if __name__ == "__main__":

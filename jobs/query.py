@@ -23,8 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = ExperimentConfig(
             atlas=AtlasConfig(
                 uri=arguments.atlas or "",
-                measurement=arguments.measurement,
-                x_layer=arguments.x_layer,
                 tiledb_config=parse_pairs("--tiledb", arguments.tiledb),
             ),
             query=QueryConfig(
@@ -92,14 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--label-column", default=MAJOR, metavar="COLUMN", help=f"obs column of labels; {MAJOR} by default"
-    )
-    parser.add_argument(
-        "--measurement",
-        default=AtlasConfig().measurement,
-        help="measurement that holds X; %(default)s by default",
-    )
-    parser.add_argument(
-        "--x-layer", default=AtlasConfig().x_layer, help="X layer of raw counts; %(default)s by default"
     )
     parser.add_argument(
         "--tiledb",

@@ -141,7 +141,7 @@ def load_model(directory: str | Path) -> LoadedModel:
                 f"{directory / name} is not the file that was saved with these weights; restore it, or train"
                 f" again"
             )
-    config = ExperimentConfig.from_dict(read_json(directory / CONFIG))
+    config = ExperimentConfig.from_saved(read_json(directory / CONFIG))
     vocabulary = GeneVocabulary.load(directory / VOCABULARY)
     labels = read_json(directory / LABELS)
     model = ScReformer(

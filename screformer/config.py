@@ -1,17 +1,14 @@
-"""Every setting of screformer, with its unit, its reason and its check.
+"""Every setting of screformer, with its unit, reason and check; one file, because it is the reference.
 
 A configuration is a frozen tree of dataclasses, one section per stage of the flow. It is read from a YAML
 recipe, varied by dotted overrides (`model.n_hashes=8`), sent across process borders as a plain dict, and
-saved beside every checkpoint and run. Fields that go straight to Ray, DeepSpeed, TileDB or the Reformer keep
-upstream's names.
+saved with every checkpoint and run. Fields that go straight to Ray, DeepSpeed, TileDB or the Reformer keep
+upstream's names. `docs/settings.md` is made from this file by `make docs/settings.md`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,27 +16,70 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from screformer.settings import (
+    Touch,
+    build,
+    check_known,
+    names,
+    parse_override,
+    plain,
+    require,
+    setting,
+)
+
 Task = Literal["pretrain", "finetune"]
+Command = Literal["pretrain", "finetune", "crossval", "ablate"]
+GroupBy = Literal["donor_id", "dataset_id", "none"]
+"""What a fold keeps together: an obs column, or nothing."""
+
+WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+    "pretrain": ("crossval", "search", "ablation"),
+    "finetune": ("crossval", "search", "ablation"),
+    "crossval": ("split", "ablation"),
+    "ablate": ("split", "search", "crossval.baselines", "crossval.register"),
+}
+"""Sections and settings that a command does not use, and therefore refuses."""
+
+_RENAMED = {"crossval.split": "crossval.group_by", "search.concurrent_trials": "crossval.concurrent_trials"}
+_OLD_GROUPS = {"donor": "donor_id", "dataset": "dataset_id", "random": "none"}
+_REMOVED: Mapping[str, Any] = {
+    "atlas.measurement": "RNA",
+    "atlas.x_layer": "raw",
+    "stream.prefetch_batches": None,
+    "train.min_lr_ratio": 0.05,
+    "train.gene_dropout": 0.0,
+    "zero.stage3_param_persistence_threshold": None,
+}
+"""Settings of earlier versions with the value that is now fixed; None where no result depends on it."""
+_LAST_WITH_REMOVED = "git commit 2dc0365"
 
 
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Forward passes per optimizer step on each rank.
+
+    Raises:
+        ValueError: The global batch is not a multiple of micro-batch x world size.
+    """
+    size, unit = global_batch_size, micro_batch_size * world_size
+    below, above = size // unit * unit, (size // unit + 1) * unit
+    remedy = f"{below} or {above}" if below else f"{above}"
+    require(
+        size % unit == 0,
+        f"train.global_batch_size={size} is not a multiple of micro_batch_size x world_size"
+        f" ({micro_batch_size} x {world_size} = {unit}); try {remedy}",
+    )
+    return size // unit
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
     """Which atlas is read, and how TileDB reaches it."""
 
-    uri: str = ""
+    uri: str = setting("", "cells")
     """A path, `s3://bucket/prefix`, `census` (latest long-term release) or `census:YYYY-MM-DD`."""
-    measurement: str = "RNA"
-    """Measurement that holds X; Census calls it RNA."""
-    x_layer: str = "raw"
-    """X layer of raw counts."""
-    timestamp_ms: int = 0
+    timestamp_ms: int = setting(0, "cells")
     """Atlas version, in milliseconds since 1970; 0 takes the newest one and pins it in all that is saved."""
-    tiledb_config: Mapping[str, str] = field(default_factory=dict)
+    tiledb_config: Mapping[str, str] = setting({}, "cells")
     """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the
     environment."""
 
@@ -48,24 +88,22 @@ class AtlasConfig:
 class QueryConfig:
     """Which cells and genes of the atlas take part, in SOMA's value-filter language."""
 
-    obs_filter: str = ""
+    obs_filter: str = setting("", "cells")
     """Such as `tissue_general == 'blood' and assay != 'Smart-seq2'`; empty takes every cell."""
-    var_filter: str = ""
+    var_filter: str = setting("", "cells")
     """Such as `feature_id in ['ENSG00000156738']`; empty takes every gene."""
-    is_primary_data: bool = True
+    is_primary_data: bool = setting(True, "cells")
     """Drop cells that Census marks as copies of cells in another dataset."""
-    min_measured: float = 0.0
+    min_measured: float = setting(0.0, "pretraining")
     """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes
     every gene that any did. Near 1 a small panel among large ones makes training and prediction faster, at
     the cost of the genes that it lacks."""
-    file: str = ""
+    file: str = setting("", "cells")
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
-        _require(
-            0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]"
-        )
-        _require(
+        require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
+        require(
             not (self.file and (self.obs_filter or self.var_filter)),
             f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or"
             f" query.file",
@@ -76,14 +114,14 @@ class QueryConfig:
 class LabelsConfig:
     """What is predicted."""
 
-    column: str = "cell_type_major"
+    column: str = setting("cell_type_major", "cells")
     """obs column of labels. `cell_type_major` is the first-tier roll-up made from the Cell Ontology; any
     other obs column works."""
-    min_cells: int = 10
+    min_cells: int = setting(10)
     """Labels with fewer training cells are left out of training and counted in the run."""
 
     def __post_init__(self) -> None:
-        _require(self.min_cells >= 1, f"labels.min_cells={self.min_cells} must be at least 1")
+        require(self.min_cells >= 1, f"labels.min_cells={self.min_cells} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,40 +131,42 @@ class SplitConfig:
     No group is on two sides.
     """
 
-    group_by: str = "donor_id"
-    """obs column whose groups stay together: `donor_id` or `dataset_id`."""
-    test_groups: tuple[str, ...] = ()
+    group_by: str = setting("donor_id", "cells")
+    """obs column whose groups stay together, such as `donor_id` or `dataset_id`."""
+    test_groups: tuple[str, ...] = setting((), "cells")
     """Groups held out for the test; when empty, `test_fraction` chooses them."""
-    test_fraction: float = 0.2
+    test_fraction: float = setting(0.2, "cells")
     """Share of cells to hold out for the test where `test_groups` is empty; 0 holds none out."""
-    val_fraction: float = 0.1
+    val_fraction: float = setting(0.1, "cells")
     """Share of the remaining cells, by whole groups where the labels allow it, that selects the best step."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "val_fraction"):
             value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"split.{name}={value} must lie in [0, 1)")
+            require(0.0 <= value < 1.0, f"split.{name}={value} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
     """How a cell becomes tokens."""
 
-    input_mode: Literal["detected", "all"] = "detected"
+    input_mode: Literal["detected", "all"] = setting("detected", "pretraining")
     """`detected`: one token per detected gene; `all`: one per gene of the vocabulary, zeros included."""
-    max_genes: int = 1024
+    max_genes: int = setting(1024, "pretraining")
     """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the
     gene's mean expression over the training cells, and the run says how many were cut."""
-    expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = "continuous"
+    expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = setting(
+        "continuous", "pretraining", "weights"
+    )
     """`continuous`: log1p of counts per 10,000, softly binned by the model; `log2_bins`: floor of log2(1 +
     counts per 10,000) as in scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT;
     `binary`: detected or not, a control that leaves pre-training nothing to learn."""
-    num_bins: int = 16
+    num_bins: int = setting(16, "pretraining", "weights")
     """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
 
     def __post_init__(self) -> None:
-        _require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
-        _require(
+        require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
+        require(
             2 <= self.num_bins <= 1024,
             f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected",
         )
@@ -140,23 +180,33 @@ class TokensConfig:
 class StreamConfig:
     """How cells travel from the atlas to a training step."""
 
-    run_length: int = 64
+    run_length: int = setting(64, "pretraining")
     """Neighbouring cells read together; the unit that is permuted over the whole query. Match the atlas
     tile."""
-    cells_per_task: int = 16384
+    cells_per_task: int = setting(16384, "pretraining")
     """Cells that meet in one read task and are mixed there; 256 runs of 64 give about 99 % of the entropy of
     a full shuffle."""
-    prefetch_batches: int = 4
-    """Batches prepared ahead of the step, per rank."""
 
     def __post_init__(self) -> None:
-        for name in ("run_length", "cells_per_task", "prefetch_batches"):
+        for name in ("run_length", "cells_per_task"):
             value = getattr(self, name)
-            _require(value >= 1, f"stream.{name}={value} must be at least 1")
-        _require(
+            require(value >= 1, f"stream.{name}={value} must be at least 1")
+        require(
             self.cells_per_task >= self.run_length,
             f"stream.cells_per_task={self.cells_per_task} must be at least"
             f" stream.run_length={self.run_length}",
+        )
+
+    def check_holds(self, global_batch_size: int) -> None:
+        """Refuse read tasks that hold less than one global batch.
+
+        Raises:
+            ValueError: `cells_per_task` is too small.
+        """
+        require(
+            self.cells_per_task >= global_batch_size,
+            f"stream.cells_per_task={self.cells_per_task} must hold at least one"
+            f" train.global_batch_size={global_batch_size}",
         )
 
 
@@ -164,41 +214,43 @@ class StreamConfig:
 class ModelConfig:
     """The network. Defaults are the base recipe."""
 
-    dim: int = 128
+    dim: int = setting(128, "pretraining", "weights")
     """Width of the residual streams."""
-    depth: int = 4
+    depth: int = setting(4, "pretraining", "weights")
     """Reformer blocks, each attention and feed-forward."""
-    heads: int = 4
+    heads: int = setting(4, "pretraining", "weights")
     """Attention heads; the head width is dim / heads."""
-    attention: Literal["auto", "lsh", "full", "local", "random", "none"] = "auto"
+    attention: Literal["auto", "lsh", "full", "local", "random", "none"] = setting(
+        "auto", "pretraining", "weights"
+    )
     """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the
     longest cell, settled when a run starts; `local`: neighbouring tokens only; and two controls, `random`:
     lsh with random buckets, `none`: without attention."""
-    n_hashes: int = 4
+    n_hashes: int = setting(4, "pretraining")
     """Hash rounds of `lsh` and `random`."""
-    eval_n_hashes: int = 0
-    """Hash rounds where the network is not trained: validation, prediction, explanations; 0 takes
-    `n_hashes`."""
-    bucket_size: int = 64
+    eval_n_hashes: int = setting(0)
+    """For ablation. Hash rounds where the network is not trained: validation, prediction, explanations; 0
+    takes `n_hashes`."""
+    bucket_size: int = setting(64, "pretraining")
     """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
-    reversible: bool = True
+    reversible: bool = setting(True, "pretraining")
     """Recompute activations in the backward pass, so that memory does not grow with depth."""
-    ff_mult: int = 4
+    ff_mult: int = setting(4, "pretraining", "weights")
     """Width of the feed-forward layer over dim."""
-    ff_chunks: int = 1
-    """Slices of the sequence that pass through the feed-forward layer one after another; more only where
-    memory asks for it."""
-    dropout: float = 0.0
+    ff_chunks: int = setting(1, "pretraining")
+    """For ablation, and for very long cells. Slices of the sequence that pass through the feed-forward layer
+    one after another: less memory, the same result."""
+    dropout: float = setting(0.0, "pretraining")
     """Dropout after attention and feed-forward."""
-    gene_embedding: Literal["random", "svd", "shuffled", "none"] = "svd"
+    gene_embedding: Literal["random", "svd", "shuffled", "none"] = setting("svd", "pretraining")
     """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better
     on few cells). Two controls:
     `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
-    pooling: Literal["cls", "mean", "attention"] = "attention"
+    pooling: Literal["cls", "mean", "attention"] = setting("attention", "pretraining", "weights")
     """How token vectors become a cell vector for the classification head."""
-    linear_skip: bool = True
+    linear_skip: bool = setting(True)
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
-    linear_start_cells: int = 8192
+    linear_start_cells: int = setting(8192)
     """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be the
     `linear_skip`: the network begins as good as that, and trains the rest beside it (trained on, it lost on
     other data sets). 0 starts at zero and trains it."""
@@ -206,56 +258,51 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}={value} must be at least 1")
+            require(value >= 1, f"model.{name}={value} must be at least 1")
         for name in ("linear_start_cells", "eval_n_hashes"):
-            _require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
-        _require(
+            require(getattr(self, name) >= 0, f"model.{name}={getattr(self, name)} must not be negative")
+        require(
             self.dim % self.heads == 0,
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try"
             f" model.dim={-(-self.dim // self.heads) * self.heads}",
         )
-        _require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must lie in [0, 1)")
+        require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run, pre-training or fine-tuning."""
 
-    seed: int = 0
+    seed: int = setting(0, "pretraining")
     """Fixes weights, order of cells, masks, hashes and dropout."""
-    max_steps: int = 1000
+    max_steps: int = setting(1000)
     """Optimizer steps."""
-    global_batch_size: int = 64
+    global_batch_size: int = setting(64, "pretraining")
     """Cells per optimizer step, over all ranks and accumulation steps."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = setting(16, "pretraining")
     """Cells per rank per forward; lower it when memory runs out, the result stays the same."""
-    lr: float = 1e-3
+    lr: float = setting(1e-3, "pretraining")
     """Peak learning rate of AdamW."""
-    min_lr_ratio: float = 0.05
-    """Final learning rate over the peak, at the end of the cosine."""
-    warmup_steps: int = 50
+    warmup_steps: int = setting(50, "pretraining")
     """Steps of linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: float = setting(0.01, "pretraining")
     """AdamW weight decay of matrices; biases, norms and embeddings have none."""
-    gradient_clipping: float = 1.0
+    gradient_clipping: float = setting(1.0, "pretraining")
     """Largest global gradient norm; 0 turns clipping off."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = setting("auto", "pretraining")
     """`auto` is bf16 on GPUs that have it and fp32 elsewhere."""
-    mask_rate: float = 0.3
+    mask_rate: float = setting(0.3, "pretraining")
     """Pre-training: share of a cell's detected genes whose expression is hidden."""
-    class_weighting: Literal["none", "sqrt", "balanced"] = "sqrt"
+    class_weighting: Literal["none", "sqrt", "balanced"] = setting("sqrt")
     """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2,
     frequency^-1 (normalised to mean 1)."""
-    freeze_encoder: bool = False
+    freeze_encoder: bool = setting(False)
     """Fine-tuning: train the heads only."""
-    gene_dropout: float = 0.0
-    """Fine-tuning: share of a cell's tokens left out at random in each step, against differences between
-    protocols and panels."""
-    eval_every_steps: int = 200
+    eval_every_steps: int = setting(200, "pretraining")
     """Steps between validations (and checkpoints)."""
-    log_every_steps: int = 20
+    log_every_steps: int = setting(20)
     """Steps between log lines; metric values leave the device only then."""
-    patience_evals: int = 0
+    patience_evals: int = setting(0)
     """Stop after so many validations without a better macro-F1 (or loss in pre-training); 0 never stops
     early."""
 
@@ -268,29 +315,25 @@ class TrainConfig:
             "log_every_steps",
         ):
             value = getattr(self, name)
-            _require(value >= 1, f"train.{name}={value} must be at least 1")
-        _require(self.lr > 0, f"train.lr={self.lr} must be positive")
+            require(value >= 1, f"train.{name}={value} must be at least 1")
+        require(self.lr > 0, f"train.lr={self.lr} must be positive")
         for name in ("warmup_steps", "weight_decay", "gradient_clipping", "patience_evals", "seed"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name}={value} must not be negative")
-        for name in ("min_lr_ratio", "mask_rate", "gene_dropout"):
-            value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"train.{name}={value} must lie in [0, 1)")
+            require(value >= 0, f"train.{name}={value} must not be negative")
+        require(0.0 <= self.mask_rate < 1.0, f"train.mask_rate={self.mask_rate} must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
     """DeepSpeed's ZeRO, in its own words."""
 
-    stage: Literal[0, 1, 2, 3] = 0
+    stage: Literal[0, 1, 2, 3] = setting(0)
     """What is partitioned over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    stage3_param_persistence_threshold: int = 100_000
-    """Stage 3: parameters with fewer elements stay whole on every rank."""
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_optimizer: Literal["none", "cpu"] = setting("none")
     """Keep optimizer state in host memory."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.offload_optimizer == "none" or self.stage >= 1,
             f"zero.offload_optimizer={self.offload_optimizer!r} needs zero.stage >= 1, not {self.stage}",
         )
@@ -300,47 +343,128 @@ class ZeroConfig:
 class ClusterConfig:
     """Where the job runs and how much of it."""
 
-    num_workers: int = 1
+    num_workers: int = setting(1)
     """Ray Train workers, which is DeepSpeed's world size."""
-    use_gpu: bool = False
+    use_gpu: bool = setting(False)
     """One GPU for each worker."""
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = setting(1.0)
     """CPUs that Ray reserves for each worker; on CPU also its number of threads."""
-    cpus_per_read_task: float = 0.5
+    cpus_per_read_task: float = setting(0.5)
     """CPUs that Ray reserves for each task that reads the atlas."""
-    storage_path: str = ""
+    storage_path: str = setting("")
     """Folder or URI, seen by all nodes, for checkpoints; empty is `runs/` in the working directory."""
-    max_failures: int = 2
+    max_failures: int = setting(2)
     """Restarts from the last checkpoint after a lost worker; -1 never gives up."""
 
     def __post_init__(self) -> None:
-        _require(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} must be at least 1")
-        _require(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
-        _require(
+        require(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} must be at least 1")
+        require(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
+        require(
             self.cpus_per_read_task > 0,
             f"cluster.cpus_per_read_task={self.cpus_per_read_task} must be positive",
         )
-        _require(self.max_failures >= -1, f"cluster.max_failures={self.max_failures} must be -1 or more")
+        require(self.max_failures >= -1, f"cluster.max_failures={self.max_failures} must be -1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where MLflow keeps runs and models."""
 
-    uri: str = ""
+    uri: str = setting("")
     """Tracking server; empty takes MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the working
     directory."""
-    experiment: str = "screformer"
+    experiment: str = setting("screformer")
     """MLflow experiment."""
-    run_name: str = ""
+    run_name: str = setting("")
     """Name of the run; empty lets MLflow choose."""
-    model_name: str = "screformer"
+    model_name: str = setting("screformer")
     """Registered model that fine-tuning adds a version to."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrossvalConfig:
+    """How a cross-validation divides cells, and what it compares. An ablation uses the same folds."""
+
+    group_by: GroupBy = setting("donor_id", "cells")
+    """What a fold keeps together: `donor_id`; `dataset_id`, each of which is a fold; or nothing (`none`:
+    random cells, which flatters)."""
+    num_folds: int = setting(5, "cells")
+    """Folds; with `group_by=dataset_id` there are as many as datasets."""
+    val_fraction: float = setting(0.1, "cells")
+    """Share of a fold's training cells that choose the step and the settings of baselines; whole donors where
+    the labels allow it."""
+    max_cells: int = setting(0, "cells")
+    """Use at most this many cells of the query, the same share of each donor and label; 0 uses all."""
+    pretrain: Literal["fold", "once", "none"] = setting("fold", "pretraining")
+    """Pre-train in each fold without its test cells, once on all of them (which flatters), or not at all."""
+    pretrain_steps: int = setting(100, "pretraining")
+    """Optimizer steps of pre-training, in place of `train.max_steps`."""
+    baselines: tuple[str, ...] = setting(("all",))
+    """Methods to compare with, by name; empty compares with none."""
+    concurrent_folds: int = setting(1)
+    """Folds of a configuration that are trained at a time."""
+    concurrent_trials: int = setting(1)
+    """Configurations of a search or an ablation that are trained at a time."""
+    register: bool = setting(False)
+    """At the end, train the (best) configuration on the cells of all folds, and add it to
+    `tracking.model_name` with its folds' scores."""
+
+    def __post_init__(self) -> None:
+        for name in ("pretrain_steps", "concurrent_folds", "concurrent_trials"):
+            require(getattr(self, name) >= 1, f"crossval.{name}={getattr(self, name)} must be at least 1")
+        require(self.num_folds >= 2, f"crossval.num_folds={self.num_folds} must be at least 2")
+        require(
+            0 < self.val_fraction < 1,
+            f"crossval.val_fraction={self.val_fraction} must lie between 0 and 1: something has to choose the"
+            f" step",
+        )
+        require(
+            self.max_cells >= 0,
+            f"crossval.max_cells={self.max_cells} must not be negative; 0 uses all cells",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Which configurations a cross-validation tries. With an empty space, only the recipe's."""
+
+    space: Mapping[str, Any] = setting({})
+    """Setting to its values: a list (`[2, 4]`), or `uniform(a, b)`, `loguniform(a, b)`, `randint(a, b)`,
+    without b."""
+    algorithm: Literal["grid", "random", "optuna"] = setting("grid")
+    """`grid` takes every combination of lists; the others draw `num_samples`."""
+    num_samples: int = setting(8)
+    """Configurations that `random` and `optuna` try."""
+    scheduler: Literal["none", "asha"] = setting("none")
+    """`asha` stops the worse configurations after their first folds."""
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 1, f"search.num_samples={self.num_samples} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationConfig:
+    """What an ablation varies."""
+
+    axes: Mapping[str, Any] = setting({})
+    """Name of a group to its list of variants, each some settings as on the command line:
+    `[model.attention=none, ...]`."""
+    num_seeds: int = setting(1)
+    """Seeds of each variant, counted up from `train.seed`; folds are the same for all."""
+
+    def __post_init__(self) -> None:
+        require(self.num_seeds >= 1, f"ablation.num_seeds={self.num_seeds} must be at least 1")
+        for axis, listed in self.axes.items():
+            require(
+                isinstance(listed, list) and bool(listed),
+                f"ablation.axes.{axis}={listed} must be a list such as [model.attention=none,"
+                f" model.attention=full]",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExperimentConfig:
-    """The whole of a run's settings."""
+    """All settings."""
 
     atlas: AtlasConfig = field(default_factory=AtlasConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
@@ -353,154 +477,174 @@ class ExperimentConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    crossval: CrossvalConfig = field(default_factory=CrossvalConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
 
     def __post_init__(self) -> None:
         self.grad_accum_steps(self.cluster.num_workers)
-        _require(
-            self.stream.cells_per_task >= self.train.global_batch_size,
-            f"stream.cells_per_task={self.stream.cells_per_task} must hold at least one"
-            f" train.global_batch_size={self.train.global_batch_size}",
-        )
+        self.stream.check_holds(self.train.global_batch_size)
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward passes per optimizer step on each of `world_size` ranks.
-
-        Raises:
-            ValueError: The global batch is not a multiple of micro-batch x world size.
-        """
-        size, unit = self.train.global_batch_size, self.train.micro_batch_size * world_size
-        below, above = size // unit * unit, (size // unit + 1) * unit
-        remedy = f"{below} or {above}" if below else f"{above}"
-        _require(
-            size % unit == 0,
-            f"train.global_batch_size={size} is not a multiple of micro_batch_size x world_size"
-            f" ({self.train.micro_batch_size} x {world_size} = {unit}); try {remedy}",
-        )
-        return size // unit
+        """Forward passes per optimizer step on each of `world_size` ranks; raises as the function does."""
+        return grad_accum_steps(self.train.global_batch_size, self.train.micro_batch_size, world_size)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
+    def from_file(cls, path: str | Path, *, command: Command | None = None) -> Self:
         """Read a YAML recipe; what it leaves out keeps its default.
 
+        Args:
+            path: The recipe.
+            command: Refuse settings that have no effect in this command; None takes all.
+
         Raises:
-            ValueError: Not a mapping, or an unknown or ill-typed field (named, with the nearest known one).
+            ValueError: Not a mapping, or an unknown, ill-typed or refused field (named, with the nearest
+                known one).
         """
         tree = yaml.safe_load(Path(path).read_text())
         tree = {} if tree is None else tree  # comments alone, such as recipes/base.yaml: all defaults
-        _require(
-            isinstance(tree, dict), f"{path} holds {type(tree).__name__}, not the sections {_names(cls)}"
-        )
+        require(isinstance(tree, dict), f"{path} holds {type(tree).__name__}, not the sections {names(cls)}")
+        if command is not None:
+            _check_effect(command, _paths(tree))
         return cls.from_dict(tree)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
         """Build from nested plain values, the inverse of `to_dict`."""
-        return _build(cls, tree, where="")
+        for path, value in _paths(tree).items():
+            _check_current(path, value)
+        return build(cls, tree)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Nested plain values (str, int, float, bool, list, dict), fit for YAML, JSON and another process."""
-        return _plain(dataclasses.asdict(self))
+    @classmethod
+    def from_saved(cls, tree: Mapping[str, Any], *, resume: bool = False) -> Self:
+        """Build from what this or an earlier version saved with a model or a run.
 
-    def merge(self, overrides: Iterable[str] | Mapping[str, Any]) -> Self:
+        Args:
+            tree: Nested plain values, perhaps with settings that exist no more; they are dropped.
+            resume: The training will continue, so a dropped setting must have the value that is now fixed.
+
+        Raises:
+            ValueError: Another value; says which version has that setting.
+        """
+        tree = {section: dict(fields) for section, fields in tree.items()}
+        for path, fixed in _REMOVED.items():
+            section, name = path.split(".")
+            value = tree.get(section, {}).pop(name, fixed)
+            require(
+                not resume or fixed is None or value == fixed,
+                f"{path}={value!r} of this run is always {fixed!r} now; resume the run with"
+                f" {_LAST_WITH_REMOVED}, the last version that has the setting",
+            )
+        return cls.from_dict(tree)
+
+    def to_dict(self, command: str | None = None) -> dict[str, Any]:
+        """Nested plain values (str, int, float, bool, list, dict), fit for YAML, JSON and another process.
+
+        Args:
+            command: Leave out what has no effect in this command; None, and a command that
+                `WITHOUT_EFFECT` does not list, give all.
+        """
+        tree = plain(self)
+        for path in WITHOUT_EFFECT.get(command or "", ()):
+            section, _, name = path.partition(".")
+            if name:
+                del tree[section][name]
+            else:
+                del tree[section]
+        return tree
+
+    def merge(self, overrides: Iterable[str] | Mapping[str, Any], *, command: Command | None = None) -> Self:
         """A copy with some fields replaced.
 
         Args:
             overrides: `["model.n_hashes=8", "split.test_groups=[A, B]"]`, values in YAML, or
                 `{"model.n_hashes": 8}`. What follows the field of a mapping is its key:
                 `atlas.tiledb_config.vfs.s3.region=eu-west-1`.
+            command: As `from_file`.
 
         Raises:
-            ValueError: An override without `=`, an unknown field, or a value that fails its check.
+            ValueError: An override without `=`, an unknown or refused field, or a value that fails its check.
         """
         if not isinstance(overrides, Mapping):
-            overrides = dict(_parse_override(text) for text in overrides)
+            overrides = dict(parse_override(text) for text in overrides)
         tree = self.to_dict()
         for path, value in overrides.items():
             section, _, rest = path.partition(".")
             name, _, key = rest.partition(".")
-            _require(
+            require(
                 bool(section and name),
-                f"override {path!r} must read section.field, with a section of {_names(type(self))}",
+                f"override {path!r} must read section.field, with a section of {names(type(self))}",
             )
-            _known(section, _names(type(self)), where="")
-            _known(name, _names(type(getattr(self, section))), where=f"{section}.")
+            _check_current(f"{section}.{name}", value)
+            check_known(section, names(type(self)), where="")
+            check_known(name, names(type(getattr(self, section))), where=f"{section}.")
             if key:
-                _require(
+                require(
                     isinstance(tree[section][name], dict),
                     f"{section}.{name} is no mapping, so {path!r} names nothing",
                 )
                 tree[section][name][key] = value
             else:
                 tree[section][name] = value
+        if command is not None:
+            _check_effect(command, overrides)
         return type(self).from_dict(tree)
 
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    path, equals, value = text.partition("=")
-    _require(bool(equals), f"override {text!r} must read section.field=value")
-    return path.strip(), yaml.safe_load(value) if value else ""
-
-
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
+    def differences(self, other: ExperimentConfig) -> dict[str, Any]:
+        """This one's values where they differ from those of `other`, by name (`model.dim`)."""
+        ours, theirs = _paths(plain(self)), _paths(plain(other))
+        return {path: value for path, value in ours.items() if value != theirs[path]}
 
 
-def _known(name: str, names: list[str], *, where: str) -> None:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(names)}"
-    _require(name in names, f"unknown setting {where}{name}{hint}")
+def touching(touch: Touch) -> list[str]:
+    """Names of all settings that touch something, such as `model.dim`."""
+    return [
+        f"{section}.{item.name}"
+        for section, cls in sections().items()
+        for item in dataclasses.fields(cls)
+        if touch in item.metadata["touches"]
+    ]
 
 
-def _build(cls: type, tree: Mapping[str, Any], *, where: str) -> Any:
-    hints = typing.get_type_hints(cls)
-    for name in tree:
-        _known(str(name), _names(cls), where=where)
-    values = {}
-    for name, value in tree.items():
-        kind, path = hints[name], f"{where}{name}"
-        if dataclasses.is_dataclass(kind):
-            _require(
-                isinstance(value, Mapping),
-                f"{path}={value!r} must be a section of {_names(typing.cast(type, kind))}",
-            )
-            values[name] = _build(typing.cast(type, kind), value, where=f"{path}.")
-        else:
-            values[name] = _checked(kind, value, path)
-    return cls(**values)
+def sections() -> dict[str, Any]:
+    """Section to its dataclass, in order."""
+    return {item.name: item.default_factory for item in dataclasses.fields(ExperimentConfig)}
 
 
-def _checked(kind: Any, value: Any, path: str) -> Any:
-    """The value in the field's own type; YAML's `1e-3` is a string and its `4` may stand for a float."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        matches = [choice for choice in choices if choice == value and type(choice) is type(value)]
-        _require(bool(matches), f"{path}={value!r} must be one of {', '.join(map(str, choices))}")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), f"{path}={value!r} must be a list, such as [A, B]")
-        return tuple(str(item) for item in value)
-    if origin is not None and issubclass(origin, Mapping):
-        _require(isinstance(value, Mapping), f"{path}={value!r} must be a mapping")
-        return {
-            str(key): str(item).lower() if isinstance(item, bool) else str(item)
-            for key, item in value.items()
-        }  # TileDB's true
-    assert not isinstance(kind, types.UnionType), (
-        f"{path} has a type that the configuration does not read: {kind}"
+def setting_name(path: str) -> str:
+    """The setting of an override's name, without the key of a mapping: `atlas.tiledb_config`."""
+    return ".".join(path.split(".")[:2])
+
+
+def _paths(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of nested values by name; what is not a section is left out, `build` refuses it."""
+    return {
+        f"{section}.{name}": value
+        for section, fields in tree.items()
+        if isinstance(fields, Mapping)
+        for name, value in fields.items()
+    }
+
+
+def _check_current(path: str, value: Any) -> None:
+    """Refuse names and words of earlier versions, and say what took their place."""
+    require(path not in _RENAMED, f"{path} is called {_RENAMED.get(path)} now")
+    require(
+        path not in _REMOVED,
+        f"{path} is no longer a setting"
+        + (f"; it is always {_REMOVED[path]!r}" if _REMOVED.get(path) else ""),
     )
-    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError as error:
-            raise ValueError(f"{path}={value!r} must be a number") from error
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    _require(type(value) is kind, f"{path}={value!r} must be of type {kind.__name__}")
-    return value
+    if path.endswith(".group_by") and isinstance(value, str):
+        new = _OLD_GROUPS.get(value)
+        require(new is None, f"{path}={value!r} names no column; write {path}={new}")
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+def _check_effect(command: Command, paths: Iterable[str]) -> None:
+    for path in paths:
+        if setting_name(path) in WITHOUT_EFFECT[command] or path.split(".")[0] in WITHOUT_EFFECT[command]:
+            held_out = (
+                "; crossval.group_by, crossval.num_folds and crossval.val_fraction say what is held out"
+                if path.startswith("split.")
+                else ""
+            )
+            raise ValueError(f"{path} has no effect in {command}, so remove it{held_out}")

@@ -21,19 +21,21 @@ from screformer.config import ExperimentConfig, TrainConfig
 BUCKET_ELEMENTS = 20_000_000
 """Elements that ZeRO reduces or gathers together. DeepSpeed's own 5e8 would hold 2 GB of buffers per rank for
 networks of a few MB."""
+PERSISTENCE_THRESHOLD = 100_000
+"""Parameters with fewer elements stay whole on every rank at stage 3."""
+MIN_LR_RATIO = 0.05
+"""Final learning rate over the peak, at the end of the cosine."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `min_lr_ratio` of the peak at the last step.
+    """Linear warm-up, then a cosine down to `MIN_LR_RATIO` of the peak at the last step.
 
     Pure, so that a resumed run has it exactly.
     """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / (train.warmup_steps + 1)
     progress = min(1.0, (step - train.warmup_steps) / max(1, train.max_steps - 1 - train.warmup_steps))
-    return train.lr * (
-        train.min_lr_ratio + (1 - train.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    return train.lr * (MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def uses_bf16(config: ExperimentConfig, device_type: str) -> bool:
@@ -43,13 +45,20 @@ def uses_bf16(config: ExperimentConfig, device_type: str) -> bool:
     return config.train.precision == "bf16"
 
 
-def deepspeed_config(config: ExperimentConfig, world_size: int, *, device_type: str) -> dict[str, Any]:
+def deepspeed_config(
+    config: ExperimentConfig,
+    world_size: int,
+    *,
+    device_type: str,
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
+) -> dict[str, Any]:
     """DeepSpeed's own configuration.
 
     Args:
         config: The run's settings.
         world_size: Ranks; the global batch stays the same.
         device_type: "cpu" or "cuda".
+        persistence_threshold: Tests lower it, since stage 3 would partition nothing of a tiny network.
 
     Raises:
         ValueError: The global batch is not a multiple of micro-batch x world size.
@@ -64,7 +73,7 @@ def deepspeed_config(config: ExperimentConfig, world_size: int, *, device_type: 
         "allgather_bucket_size": BUCKET_ELEMENTS,
     }
     if zero.stage == 3:
-        zero_config["stage3_param_persistence_threshold"] = zero.stage3_param_persistence_threshold
+        zero_config["stage3_param_persistence_threshold"] = persistence_threshold
         zero_config["stage3_prefetch_bucket_size"] = BUCKET_ELEMENTS
     if zero.offload_optimizer != "none":
         zero_config["offload_optimizer"] = {
@@ -112,7 +121,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_engine(config: ExperimentConfig, model: nn.Module, world_size: int) -> Any:
+def build_engine(
+    config: ExperimentConfig,
+    model: nn.Module,
+    world_size: int,
+    *,
+    persistence_threshold: int = PERSISTENCE_THRESHOLD,
+) -> Any:
     """Wrap a network in a DeepSpeed engine.
 
     Torch.distributed must be initialised; every rank calls it with the same weights.
@@ -121,6 +136,7 @@ def build_engine(config: ExperimentConfig, model: nn.Module, world_size: int) ->
         config: The run's settings; `cluster.use_gpu` chooses the device.
         model: The network; parameters with `requires_grad=False` stay as they are.
         world_size: Ranks.
+        persistence_threshold: As `deepspeed_config`.
 
     Returns:
         A `deepspeed.DeepSpeedEngine`.
@@ -137,7 +153,12 @@ def build_engine(config: ExperimentConfig, model: nn.Module, world_size: int) ->
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
-            config=deepspeed_config(config, world_size, device_type=device_type),
+            config=deepspeed_config(
+                config,
+                world_size,
+                device_type=device_type,
+                persistence_threshold=persistence_threshold,
+            ),
             dist_init_required=False,
         )
     return engine

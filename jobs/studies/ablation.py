@@ -12,15 +12,20 @@ from data_ingest.folds import FILE
 from jobs.studies.ablation_report import ablation_report, conclusions, text_table
 from jobs.studies.exactness import exact_lines, exactness
 from jobs.studies.report import log_report, write_report
+from jobs.studies.results import FoldResult, results_of
 from jobs.studies.scores import mean_interval, scores
-from jobs.studies.settings import StudyConfig
-from jobs.studies.study import FoldResult, Study, open_study, opened, results_of, settings_key
+from jobs.studies.study import Study, open_study, opened, settings_key
 from jobs.studies.trials import run_trials
 from jobs.studies.variants import REFERENCE, Variant, by_folds, variants
+from screformer.config import ExperimentConfig
 
 
 def run_ablation(
-    config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None, axes: Sequence[str] = ()
+    config: ExperimentConfig,
+    *,
+    folds_from: str | None = None,
+    resume: str | None = None,
+    axes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the reference and each variant over the folds, once per seed, and write the table.
 
@@ -47,7 +52,7 @@ def run_ablation(
         for note in study.notes():
             print(f"note: {note}", flush=True)
         exact = exactness(
-            study.config.experiment,
+            study.config,
             num_genes=len(study.query.feature_ids),
             num_classes=len(study.label_names),
         )
@@ -85,17 +90,9 @@ def run_ablation(
         }
 
 
-def without_extras(config: StudyConfig) -> StudyConfig:
-    """The recipe without baselines and search, which an ablation does not run."""
-    return config.merge(
-        {
-            "crossval.baselines": [],
-            "crossval.register": False,
-            "search.space": {},
-            "search.algorithm": "grid",
-            "search.scheduler": "none",
-        }
-    )
+def without_extras(config: ExperimentConfig) -> ExperimentConfig:
+    """The recipe without the baselines, which an ablation does not run."""
+    return config.merge({"crossval.baselines": []})
 
 
 def _beside(study: Study, changed: Mapping[str, Any]) -> Study:

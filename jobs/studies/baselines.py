@@ -397,3 +397,8 @@ def check_names(names: Sequence[str]) -> list[str]:
         if name != "all" and name not in BASELINES:
             raise ValueError(f"crossval.baselines has no {name!r}; there is all, {', '.join(BASELINES)}")
     return list(BASELINES) if "all" in names else list(dict.fromkeys(names))
+
+
+def baseline_title(name: str) -> str:
+    """How a method is called in reports; a name that is no baseline's is its own title."""
+    return BASELINES[name].title if name in BASELINES else name

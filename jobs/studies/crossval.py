@@ -13,14 +13,15 @@ from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_fold
 from jobs.studies.layout import BASELINE_CPUS, fold_bundle, search_space
 from jobs.studies.report import log_report, verdict, write_crossval_report
+from jobs.studies.results import OURS, results_of
 from jobs.studies.scores import fold_scores, scores
-from jobs.studies.settings import StudyConfig
-from jobs.studies.study import OURS, Study, opened, results_of
+from jobs.studies.study import Study, opened
 from jobs.studies.trials import run_trials
+from screformer.config import ExperimentConfig
 
 
 def run_crossval(
-    config: StudyConfig, *, folds_from: str | None = None, resume: str | None = None
+    config: ExperimentConfig, *, folds_from: str | None = None, resume: str | None = None
 ) -> dict[str, Any]:
     """Run all folds of all configurations and baselines, and write the report.
 

@@ -77,7 +77,7 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
             # A forward pass alone is about a third of a step.
             cells = steps * config.train.global_batch_size + (evaluations * size["val"] + size["test"]) / 3
             seconds += repeats * cells * measured[key] / config.cluster.num_workers
-    parallel = study.config.search.concurrent_trials * crossval.concurrent_folds
+    parallel = crossval.concurrent_trials * crossval.concurrent_folds
     names = [name for name in check_names(crossval.baselines) if not BASELINES[name].missing]
     baselines_s = sum(
         BASELINES[name].seconds_per_1000_cells * size["train"] / 1000 for name in names for size in sizes

@@ -19,8 +19,8 @@ import numpy as np
 from data_ingest.ontology import lineage
 from jobs.studies.baseline_cells import BaselineCells, Part, baseline_parts
 from jobs.studies.baselines import run_baseline
-from jobs.studies.settings import CrossvalConfig
-from jobs.studies.study import OURS, FoldResult, Study, settings_key
+from jobs.studies.results import OURS, FoldResult
+from jobs.studies.study import Study
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
 from jobs.training.launch import train_on_cluster
@@ -37,18 +37,6 @@ _CELLS_AT_ONCE = 8192
 """Test cells that are held in memory together."""
 
 
-PRETRAIN_IGNORES = {
-    "train": ("max_steps", "class_weighting", "freeze_encoder", "gene_dropout"),
-    "model": ("linear_skip", "linear_start_cells"),
-    "cluster": None,
-    "tracking": None,
-    "labels": None,
-    "zero": None,
-}
-"""Settings that pre-training does not read (None: the whole section), so that configurations that differ in
-them share it."""
-
-
 def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult:
     """Train ours on one fold and label its test cells, or read what an earlier run left. Ray must be running.
 
@@ -63,11 +51,10 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         return found
     reset_peak_memory()
     start_s, cpu_start_s = time.perf_counter(), time.process_time()
-    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
-    config = config.merge({"tracking.run_name": f"fold {study.folds.names[fold]}"})
+    config = study.config.merge({**settings, "tracking.run_name": f"fold {study.folds.names[fold]}"})
     with start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": study.folds.names[fold], "settings": json.dumps(dict(settings))})
-        start_dir = None if crossval.pretrain == "none" else _pretrained(study, crossval, config, fold, run)
+        start_dir = _pretrained(study, settings, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
         begun_s = time.perf_counter()
         model_dir, trained = train_fold(config, "finetune", cells, start_dir, run, folder / f"fold-{fold}")
@@ -136,13 +123,10 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
         version: int | None = json.loads(registered.read_text())["version"]
         return version
     everything = len(study.folds)  # no cell is tested there, so all take part
-    crossval, config = study.config.merge(settings).crossval, study.config.merge(settings).experiment
-    config = config.merge({"tracking.run_name": "all folds"})
+    config = study.config.merge({**settings, "tracking.run_name": "all folds"})
     with start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
-        start_dir = (
-            None if crossval.pretrain == "none" else _pretrained(study, crossval, config, everything, run)
-        )
+        start_dir = _pretrained(study, settings, everything, run)
         cells = study.cells(config, "finetune", everything, start_dir)
         model_dir, _ = train_fold(config, "finetune", cells, start_dir, run, study.run_dir / "final")
         add_meta(model_dir, {"folds": dict(folds)})
@@ -157,7 +141,7 @@ def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndar
     Returns:
         The cells; joinid and class of each test cell; the classes that can be learned.
     """
-    cells = study.cells(study.config.experiment, "finetune", fold)
+    cells = study.cells(study.config, "finetune", fold)
     known = study.known(cells)
     learned_n = np.where(np.isin(study.labels_n, known), study.labels_n, -1)
     split = study.split(fold)
@@ -210,37 +194,35 @@ def run_baseline_fold(
     ).save(study.baseline_folder(name))
 
 
-def _pretrained(
-    study: Study, crossval: CrossvalConfig, config: ExperimentConfig, fold: int, run: TrackedRun
-) -> Path:
-    """The pre-trained model of a fold: made once and shared by all configurations that pre-train alike."""
+def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: TrackedRun) -> Path | None:
+    """A fold's pre-trained model, made once for all configurations that pre-train alike; None without one."""
+    config = study.config.merge(settings)
+    crossval, target = config.crossval, study.pretrained_folder(settings, fold)
+    if crossval.pretrain == "none":
+        return None
+    if target.is_dir():
+        return target
     config = config.merge(
-        {"train.max_steps": crossval.pretrain_steps, "train.patience_evals": 0, "model.eval_n_hashes": 0}
+        {
+            "train.max_steps": crossval.pretrain_steps,
+            "train.patience_evals": 0,
+            "model.eval_n_hashes": 0,
+            "tracking.run_name": f"pre-training, fold {study.folds.name(fold)}",
+        }
     )
-    tree = config.to_dict()
-    for section, names in PRETRAIN_IGNORES.items():
-        for name in names if names is not None else list(tree[section]):
-            tree[section].pop(name, None)
-    key = settings_key(
-        {**tree, "steps": crossval.pretrain_steps, "fold": fold if crossval.pretrain == "fold" else "all"}
-    )
-    target = study.run_dir / "pretrained" / key
-    if not target.is_dir():
-        cells = study.cells(config, "pretrain", fold)
-        if crossval.pretrain == "once":
-            whole = np.sort(np.concatenate([cells.parts["train"], study.split(fold)["test"]]))
-            cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
-        scratch = study.run_dir / "pretrained" / f"{key}.{os.getpid()}"
-        name = f"fold {study.folds.names[fold]}" if fold < len(study.folds) else "all folds"
-        config = config.merge({"tracking.run_name": f"pre-training, {name}"})
-        with start_run(config, "pretrain", parent=run) as own_run:
-            model_dir, _ = train_fold(config, "pretrain", cells, None, own_run, scratch)
-        try:
-            model_dir.rename(target)  # at once or not at all; another trial may have been faster
-        except OSError:
-            if not target.is_dir():
-                raise
-        shutil.rmtree(scratch, ignore_errors=True)
+    cells = study.cells(config, "pretrain", fold)
+    if crossval.pretrain == "once":
+        whole = np.sort(np.concatenate([cells.parts["train"], study.split(fold)["test"]]))
+        cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
+    scratch = target.with_name(f"{target.name}.{os.getpid()}")
+    with start_run(config, "pretrain", parent=run) as own_run:
+        model_dir, _ = train_fold(config, "pretrain", cells, None, own_run, scratch)
+    try:
+        model_dir.rename(target)  # at once or not at all; another trial may have been faster
+    except OSError:
+        if not target.is_dir():
+            raise
+    shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -7,10 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
-
-from jobs.studies.settings import StudyConfig
 from jobs.training.launch import check_layout
+from screformer.config import ExperimentConfig, setting_name, touching
 
 DRIVER_CPUS = 0.01
 """What a trial's driver reserves; Ray Tune takes no trial that reserves nothing."""
@@ -23,9 +21,9 @@ BASELINE_CPUS = 1
 _DRAWN = re.compile(r"(uniform|loguniform|randint)\(\s*([^,]+)\s*,\s*([^,]+)\s*\)")
 
 
-def num_cpus(config: StudyConfig) -> float:
+def num_cpus(config: ExperimentConfig) -> float:
     """CPUs that a study reserves at its most."""
-    cluster, trials = config.cluster, config.search.concurrent_trials
+    cluster, trials = config.cluster, config.crossval.concurrent_trials
     return (
         trials
         * (DRIVER_CPUS + config.crossval.concurrent_folds * cluster.num_workers * cluster.cpus_per_worker)
@@ -34,7 +32,7 @@ def num_cpus(config: StudyConfig) -> float:
     )
 
 
-def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> None:
+def check_study_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> None:
     """Refuse what the cluster could never hold, before anything starts.
 
     All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for
@@ -47,7 +45,11 @@ def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> 
     Raises:
         ValueError: Too few CPUs or GPUs, with the sum.
     """
-    cluster, trials, folds = config.cluster, config.search.concurrent_trials, config.crossval.concurrent_folds
+    cluster, trials, folds = (
+        config.cluster,
+        config.crossval.concurrent_trials,
+        config.crossval.concurrent_folds,
+    )
     check_layout(config, nodes)
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     cpus, gpus = (sum(float(node.get(kind, 0)) for node in alive) for kind in ("CPU", "GPU"))
@@ -55,35 +57,41 @@ def check_study_layout(config: StudyConfig, nodes: Sequence[dict[str, Any]]) -> 
     if needed > cpus + 1e-9:
         baselines = f" + {BASELINE_CPUS} for a baseline" if config.crossval.baselines else ""
         raise ValueError(
-            f"search.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds} x"
-            f" cluster.num_workers="
-            f"{cluster.num_workers} x cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of"
-            f" {cluster.cpus_per_read_task:g}"
-            f"{baselines} = {needed:g} CPUs, but Ray has {cpus:g}; lower one of them or add nodes"
+            f"crossval.concurrent_trials={trials} x (driver {DRIVER_CPUS} + crossval.concurrent_folds={folds}"
+            f" x cluster.num_workers={cluster.num_workers} x"
+            f" cpus_per_worker={cluster.cpus_per_worker:g}) + one read task of"
+            f" {cluster.cpus_per_read_task:g}{baselines} = {needed:g} CPUs, but Ray has {cpus:g};"
+            f" lower one of them or add nodes"
         )
     if cluster.use_gpu and workers > gpus:
         raise ValueError(
-            f"search.concurrent_trials={trials} x crossval.concurrent_folds={folds} x"
+            f"crossval.concurrent_trials={trials} x crossval.concurrent_folds={folds} x"
             f" cluster.num_workers={cluster.num_workers} need"
             f" {workers} GPUs, but Ray has {gpus:g}; lower one of them, or set cluster.use_gpu=false"
         )
 
 
-def search_space(config: StudyConfig) -> dict[str, Any]:
+def search_space(config: ExperimentConfig) -> dict[str, Any]:
     """The space of a recipe in Ray Tune's terms, by setting.
 
     Raises:
-        ValueError: An unknown setting, a value that it does not take, or a range where `grid` needs a list.
+        ValueError: An unknown setting, one that all configurations of a search share, a value that it does
+            not take, or a range where `grid` needs a list.
     """
     from ray import tune
 
     space: dict[str, Any] = {}
-    for name, text in config.search.space.items():
-        drawn = _DRAWN.fullmatch(text.strip())
+    for name, values in config.search.space.items():
+        if setting_name(name) in touching("cells"):
+            raise ValueError(
+                f"search.space.{name} changes cells, labels or folds, which all configurations of a search"
+                f" share; vary it in an ablation, or in a cross-validation for each value"
+            )
+        drawn = _DRAWN.fullmatch(values.strip()) if isinstance(values, str) else None
         if drawn:
             if config.search.algorithm == "grid":
                 raise ValueError(
-                    f"search.space.{name}={text} is a range, which search.algorithm=grid cannot list; use"
+                    f"search.space.{name}={values} is a range, which search.algorithm=grid cannot list; use"
                     f" random or optuna"
                 )
             kind, low, high = drawn[1], float(drawn[2]), float(drawn[3])
@@ -91,22 +99,22 @@ def search_space(config: StudyConfig) -> dict[str, Any]:
             space[name] = (
                 tune.randint(int(low), int(high)) if kind == "randint" else getattr(tune, kind)(low, high)
             )
-        else:
-            probes = yaml.safe_load(text)
-            if not isinstance(probes, list) or not probes:
-                raise ValueError(
-                    f"search.space.{name}={text} must be a list such as [2, 4], or uniform(a, b),"
-                    f" loguniform(a, b), randint(a, b)"
-                )
+        elif isinstance(values, list) and values:
+            probes = values
             space[name] = (
-                tune.grid_search(probes) if config.search.algorithm == "grid" else tune.choice(probes)
+                tune.grid_search(values) if config.search.algorithm == "grid" else tune.choice(values)
+            )
+        else:
+            raise ValueError(
+                f"search.space.{name}={values} must be a list such as [2, 4], or uniform(a, b),"
+                f" loguniform(a, b), randint(a, b)"
             )
         for value in probes:
             config.merge({name: value})
     return space
 
 
-def fold_bundle(config: StudyConfig) -> dict[str, float]:
+def fold_bundle(config: ExperimentConfig) -> dict[str, float]:
     """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
     cluster = config.cluster
     if cluster.num_workers > 1:
@@ -114,10 +122,9 @@ def fold_bundle(config: StudyConfig) -> dict[str, float]:
     return {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
 
 
-def count_trials(config: StudyConfig) -> int:
-    """Configurations that a search tries."""
-    if not config.search.space:
-        return 1
-    if config.search.algorithm != "grid":
+def count_trials(config: ExperimentConfig) -> int:
+    """Configurations that a search tries; raises as `search_space`."""
+    space = search_space(config)
+    if config.search.algorithm != "grid" and space:
         return config.search.num_samples
-    return math.prod(len(yaml.safe_load(text)) for text in config.search.space.values())
+    return math.prod(len(values["grid_search"]) for values in space.values())

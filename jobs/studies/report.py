@@ -12,7 +12,8 @@ import pandas as pd
 
 from jobs.reports.figures import confusion_figure, reliability_figure
 from jobs.reports.page import Report
-from jobs.studies.study import OURS, FoldResult, Study
+from jobs.studies.results import OURS, FoldResult
+from jobs.studies.study import Study
 from screformer.calibration import reliability
 from screformer.metrics import LabelCounts
 

@@ -11,7 +11,9 @@ import torch
 from scipy import stats
 
 from data_ingest.ontology import is_at_or_below
-from jobs.studies.study import FoldResult, Study, baseline_title
+from jobs.studies.baselines import baseline_title
+from jobs.studies.results import FoldResult
+from jobs.studies.study import Study
 from screformer.calibration import expected_calibration_error, present_labels
 from screformer.metrics import LabelCounts
 

@@ -21,8 +21,8 @@ from cluster.quiet import quiet_data
 from jobs.studies.fold import run_fold
 from jobs.studies.layout import DRIVER_CPUS, fold_bundle
 from jobs.studies.scores import scores
-from jobs.studies.settings import StudyConfig
 from jobs.studies.study import Study
+from screformer.config import ExperimentConfig
 
 
 def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         algorithm = BasicVariantGenerator(
-            random_state=study.config.train.seed, max_concurrent=search.concurrent_trials
+            random_state=study.config.train.seed, max_concurrent=study.config.crossval.concurrent_trials
         )
     bundles = [{"CPU": DRIVER_CPUS}] + [fold_bundle(study.config)] * (
         study.config.crossval.concurrent_folds if fold_bundle(study.config) else 0
@@ -67,7 +67,7 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
             search_alg=algorithm,
             scheduler=scheduler,
             num_samples=num_samples,
-            max_concurrent_trials=search.concurrent_trials
+            max_concurrent_trials=study.config.crossval.concurrent_trials
             if search.algorithm == "optuna" and search.space
             else None,
         ),
@@ -129,7 +129,7 @@ class _FoldWorker:
         return scores(run_fold(self._study, settings, fold), self._study)["macro_f1"]
 
 
-def _optuna(config: StudyConfig) -> Any:
+def _optuna(config: ExperimentConfig) -> Any:
     try:
         import optuna  # noqa: F401
         from ray.tune.search.optuna import OptunaSearch

@@ -6,26 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
-from jobs.studies.settings import StudyConfig
+from screformer.config import ExperimentConfig, setting_name, touching
+from screformer.settings import parse_override
 
 REFERENCE = "reference"
-
-
-_OWN_FOLDS = (
-    "atlas.",
-    "query.obs_filter",
-    "query.var_filter",
-    "query.is_primary_data",
-    "query.file",
-    "labels.column",
-    "crossval.split",
-    "crossval.num_folds",
-    "crossval.val_fraction",
-    "crossval.max_cells",
-)
-"""Settings that change cells, labels or folds."""
 
 
 class Variant(NamedTuple):
@@ -43,10 +27,11 @@ class Variant(NamedTuple):
     @property
     def of_the_study(self) -> dict[str, Any]:
         """Its settings that call for folds of its own."""
-        return {name: value for name, value in self.settings.items() if name.startswith(_OWN_FOLDS)}
+        own = touching("cells")
+        return {name: value for name, value in self.settings.items() if setting_name(name) in own}
 
 
-def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
+def variants(config: ExperimentConfig, axes: Sequence[str] = ()) -> list[Variant]:
     """The reference, then the variants of the recipe's axes, each checked.
 
     Args:
@@ -66,22 +51,13 @@ def variants(config: StudyConfig, axes: Sequence[str] = ()) -> list[Variant]:
             raise ValueError(f"--axes: there is no axis {axis!r}; there is {', '.join(known)}")
     found = [Variant(REFERENCE, REFERENCE, {})]
     for axis in axes or known:
-        listed = yaml.safe_load(known[axis])
-        if not isinstance(listed, list) or not listed:
-            raise ValueError(
-                f"ablation.axes.{axis}={known[axis]} must be a list such as [model.attention=none,"
-                f" model.attention=full]"
-            )
-        for text in listed:
-            settings = {
-                name: yaml.safe_load(value)
-                for name, _, value in (part.partition("=") for part in str(text).split())
-            }
+        for text in known[axis]:
             try:
-                config.merge(str(text).split())
+                settings = dict(parse_override(part) for part in text.split())
+                config.merge(settings, command="ablate")
             except ValueError as error:
                 raise ValueError(f"ablation.axes.{axis}: {text!r}: {error}") from error
-            found.append(Variant(axis, str(text), settings))
+            found.append(Variant(axis, text, settings))
     return found
 
 

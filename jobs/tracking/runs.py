@@ -87,7 +87,7 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
         tags["mlflow.parentRunId"] = parent.run_id
     info = client.create_run(experiment_id, tags=tags, run_name=config.tracking.run_name or None).info
     run = TrackedRun(tracking_uri=uri, run_id=info.run_id)
-    run.log_config(config)
+    run.log_config(config.to_dict(job))
     logger.info(
         "run %s (%s) in experiment %s of %s", info.run_id, info.run_name, config.tracking.experiment, uri
     )
@@ -154,12 +154,14 @@ class TrackedRun:
         """Send what waits in the outbox; gives how many entries were sent and how many are left."""
         return outbox(self.outbox).flush(self._send) if self.outbox else (0, 0)
 
-    def log_config(self, config: ExperimentConfig) -> None:
+    def log_config(self, tree: Mapping[str, Any]) -> None:
         """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`.
 
         Which a job can be started from again.
+
+        Args:
+            tree: Nested plain values of the settings that the job uses.
         """
-        tree = config.to_dict()
         params = {
             f"{section}.{name}": str(value)[:6000]
             for section, fields in tree.items()

@@ -76,7 +76,7 @@ def run_training(
     if resume is not None:
         saved = read_run(resume)
         config, task, init_from = (
-            ExperimentConfig.from_dict(saved["config"]).merge(overrides),
+            ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=saved["task"]),
             saved["task"],
             saved["init_from"],
         )

@@ -22,24 +22,11 @@ from screformer.checkpoint import (
     LoadedModel,
     load_model,
 )
-from screformer.config import ExperimentConfig
+from screformer.config import ExperimentConfig, touching
 from screformer.model import ScReformer
 from screformer.objective import class_weights
 from screformer.start import logistic_start, svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary, normalised
-
-SAME_AS_START = (
-    "model.dim",
-    "model.depth",
-    "model.heads",
-    "model.attention",
-    "model.ff_mult",
-    "model.pooling",
-)
-
-
-SAME_TOKENS = ("tokens.expression", "tokens.num_bins")
-
 
 HEADS = ("classification_head.", "linear_skip.")
 
@@ -48,7 +35,7 @@ def load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
     """The model to start from; refuses one of another shape."""
     start = load_model(resolve_model(init_from, config.tracking))
     ours, theirs = config.to_dict(), start.config.to_dict()
-    for path in (*SAME_AS_START, *SAME_TOKENS):
+    for path in touching("weights"):
         section, name = path.split(".")
         if ours[section][name] not in (theirs[section][name], "auto"):
             raise ValueError(

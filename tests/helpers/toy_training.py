@@ -46,7 +46,6 @@ def toy_config(**overrides: Any) -> ExperimentConfig:
         "train.max_steps": 6,
         "train.eval_every_steps": 3,
         "train.log_every_steps": 1,
-        "zero.stage3_param_persistence_threshold": 0,
     }
     return ExperimentConfig().merge({**values, **overrides})
 
@@ -129,7 +128,7 @@ def train(
         seed=config.train.seed,
     )
     freeze_parameters(model, task, freeze_encoder=config.train.freeze_encoder, freeze_linear=False)
-    engine = build_engine(config, model, world_size)
+    engine = build_engine(config, model, world_size, persistence_threshold=0)
     start = None
     if resume is not None:
         load_training(resume, engine)

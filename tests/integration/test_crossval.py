@@ -21,12 +21,13 @@ from jobs.studies.ablation import run_ablation
 from jobs.studies.baselines import BASELINES
 from jobs.studies.fold import register_final, run_fold
 from jobs.studies.layout import check_study_layout, num_cpus
-from jobs.studies.settings import StudyConfig
-from jobs.studies.study import OURS, open_study, read_study, results_of
+from jobs.studies.results import OURS, results_of
+from jobs.studies.study import open_study, read_study
 from jobs.studies.trials import run_trials
 from jobs.tracking.model_card import model_card
 from jobs.tracking.models import resolve_model
 from screformer.checkpoint import load_model
+from screformer.config import ExperimentConfig
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
@@ -172,10 +173,10 @@ def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
 @pytest.fixture(scope="module")
 def prepared(
     settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[StudyConfig, Path]:
+) -> tuple[ExperimentConfig, Path]:
     """A configuration for studies in this process, and where they go."""
     config = (
-        StudyConfig.from_file(SMOKE)
+        ExperimentConfig.from_file(SMOKE)
         .merge(settings)
         .merge({"crossval.baselines": [], "crossval.pretrain": "none"})
     )
@@ -202,7 +203,7 @@ def test_a_fold_is_the_same_whoever_runs_it_and_folds_are_reusable(prepared: Any
 def test_a_finished_study_registers_nothing_twice(prepared: Any, killed: Any) -> None:
     run_dir, result, _, _ = killed
     study = open_study(
-        StudyConfig.from_dict(read_study(str(run_dir))["config"]), run_dir=run_dir, resume=True
+        ExperimentConfig.from_dict(read_study(str(run_dir))["config"]), run_dir=run_dir, resume=True
     )
     assert register_final(study, {}, {}) == result["model_version"], (
         "the version that is there, not another one"
@@ -239,7 +240,7 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
     def node(cpus: float, gpus: float = 0) -> dict[str, Any]:
         return {"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
 
-    config = StudyConfig().merge({"search.concurrent_trials": 2, "crossval.concurrent_folds": 2})
+    config = ExperimentConfig().merge({"crossval.concurrent_trials": 2, "crossval.concurrent_folds": 2})
     assert num_cpus(config) == pytest.approx(2 * (0.01 + 2) + 0.5 + 1)
     check_study_layout(config, [node(4), node(2)])
     with pytest.raises(
@@ -273,11 +274,13 @@ def test_dry_run_says_what_will_happen(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["--config", str(SMOKE), *settings, "--split", "dataset", "--dry-run"]
+    words = ["--config", str(SMOKE), *settings, "--group-by", "dataset_id", "--dry-run"]
     assert crossval.main(words) == 0
     printed = capsys.readouterr().out
     assert (
-        "split: dataset" in printed and "name: sim_blood_panel" in printed and re.search(r"ours: \d", printed)
+        "group_by: dataset_id" in printed
+        and "name: sim_blood_panel" in printed
+        and re.search(r"ours: \d", printed)
     )
     recipe = REPO_ROOT / "jobs" / "recipes" / "ablation.yaml"
     assert (
@@ -314,7 +317,7 @@ def test_a_subset_of_the_ablation_runs(
         "crossval.max_cells": 300,
         "ablation.axes": {"attention": ["model.attention=none"], "label_level": [fine]},
     }
-    config = StudyConfig.from_file(recipe).merge(settings).merge(small | few)
+    config = ExperimentConfig.from_file(recipe).merge(settings).merge(small | few)
     result = run_ablation(config)
     assert result["variants"].keys() == {"reference", "model.attention=none", fine}
     assert len(list((Path(result["run_dir"]) / "pretrained").iterdir())) == 4, "two architectures, two folds"

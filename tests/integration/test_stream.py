@@ -74,7 +74,7 @@ def make_stream(
         joinids % 4,
         vocabulary(genes),
         tokens or TokensConfig(),
-        StreamConfig(run_length=8, cells_per_task=cells_per_task, prefetch_batches=2),
+        StreamConfig(run_length=8, cells_per_task=cells_per_task),
         global_batch_size=global_batch_size,
         seed=seed,
         panels=panels,

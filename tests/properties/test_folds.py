@@ -27,16 +27,16 @@ def cells(draw):
     )
 
 
-@given(cells(), st.integers(2, 6), st.integers(0, 3), st.sampled_from(["donor", "dataset", "random"]))
+@given(cells(), st.integers(2, 6), st.integers(0, 3), st.sampled_from(["donor_id", "dataset_id", "none"]))
 @settings(max_examples=40, deadline=None)
-def test_every_cell_is_tested_once_and_no_group_is_on_two_sides(found, num_folds, seed, kind):
+def test_every_cell_is_tested_once_and_no_group_is_on_two_sides(found, num_folds, seed, group_by):
     donors, datasets, labels = found
     try:
-        folds = make_folds(kind, donors, datasets, labels, num_folds, seed)
+        folds = make_folds(group_by, donors, datasets, labels, num_folds, seed)
     except ValueError as error:
         assert "at least 2" in str(error) or "lower it" in str(error)
         return
-    groups = {"donor": donors, "dataset": datasets, "random": np.arange(len(labels))}[kind]
+    groups = {"donor_id": donors, "dataset_id": datasets, "none": np.arange(len(labels))}[group_by]
     tested = []
     for fold in range(len(folds)):
         split = folds.parts(fold, donors, labels, 0.1)
@@ -44,10 +44,10 @@ def test_every_cell_is_tested_once_and_no_group_is_on_two_sides(found, num_folds
         assert len(split["test"])
         np.testing.assert_array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(len(labels)))
         assert not set(groups[split["test"]]) & set(groups[np.concatenate([split["train"], split["val"]])])
-        if not split.notes and kind != "random":
+        if not split.notes and group_by != "none":
             assert not set(donors[split["val"]]) & set(donors[split["train"]])
     np.testing.assert_array_equal(np.sort(np.concatenate(tested)), np.arange(len(labels)))
-    again = make_folds(kind, donors, datasets, labels, num_folds, seed)
+    again = make_folds(group_by, donors, datasets, labels, num_folds, seed)
     np.testing.assert_array_equal(again.fold_n, folds.fold_n)
     for fold in range(len(folds)):
         for part, positions in folds.parts(fold, donors, labels, 0.1).items():
@@ -59,10 +59,10 @@ def test_every_cell_is_tested_once_and_no_group_is_on_two_sides(found, num_folds
 def test_labels_are_shared_out_within_the_stated_bounds(found, num_folds, seed):
     donors, datasets, labels = found
     if len(labels) >= num_folds:
-        folds = make_folds("random", donors, datasets, labels, num_folds, seed)
+        folds = make_folds("none", donors, datasets, labels, num_folds, seed)
         for label in np.unique(labels):
             assert np.ptp(np.bincount(folds.fold_n[labels == label], minlength=num_folds)) <= 1
-    folds = make_folds("donor", donors, datasets, labels, num_folds, seed)
+    folds = make_folds("donor_id", donors, datasets, labels, num_folds, seed)
     sizes = np.bincount(folds.fold_n, minlength=len(folds))
     assert np.ptp(sizes) <= np.unique(donors, return_counts=True)[1].max()
     assert any("not crossval.num_folds" in note for note in folds.notes) == (
@@ -76,7 +76,7 @@ def test_equal_donors_give_even_labels():
     lean = np.array([rng.dirichlet(np.where(np.arange(4) == donor % 4, 8.0, 1.0)) for donor in range(20)])
     donor_n = np.repeat(np.arange(20), 100)
     label_n = np.concatenate([rng.choice(4, 100, p=share) for share in lean])
-    folds = make_folds("donor", donor_n.astype(str), np.full(2000, "set"), label_n, 5, 0)
+    folds = make_folds("donor_id", donor_n.astype(str), np.full(2000, "set"), label_n, 5, 0)
     share_fk = np.stack(
         [np.bincount(label_n[folds.fold_n == fold], minlength=4) for fold in range(5)]
     ) / np.bincount(label_n)
@@ -90,33 +90,33 @@ def test_equal_donors_give_even_labels():
 def test_what_a_reader_must_know_is_said():
     donors = np.repeat(["a", "b", "c"], 20)
     labels = np.concatenate([np.arange(20) % 2, np.arange(20) % 2, np.full(20, 2)])
-    folds = make_folds("donor", donors, np.where(donors == "a", "x", "y"), labels, 5, 0)
+    folds = make_folds("donor_id", donors, np.where(donors == "a", "x", "y"), labels, 5, 0)
     assert any(note.startswith("3 donors make 3 folds") for note in folds.notes)
     assert any("one label only (c)" in note for note in folds.notes)
     assert folds.labels_of_one_fold(labels) == {2: folds.names[folds.fold_n[-1]]}
-    shared = make_folds("dataset", donors, np.tile(["x", "y"], 30), labels, 5, 0)
+    shared = make_folds("dataset_id", donors, np.tile(["x", "y"], 30), labels, 5, 0)
     assert shared.names == ("x", "y") and any(
-        "donor a is in the data sets x, y" in note for note in shared.notes
+        "donor a is in the datasets x, y" in note for note in shared.notes
     )
-    assert any("flatters" in note for note in make_folds("random", donors, donors, labels, 5, 0).notes)
-    with pytest.raises(ValueError, match="needs at least 2 data sets, the query has 1"):
-        make_folds("dataset", donors, np.full(60, "x"), labels, 5, 0)
+    assert any("flatters" in note for note in make_folds("none", donors, donors, labels, 5, 0).notes)
+    with pytest.raises(ValueError, match="needs at least 2 datasets, the query has 1"):
+        make_folds("dataset_id", donors, np.full(60, "x"), labels, 5, 0)
     with pytest.raises(ValueError, match="needs at least 2 donors, the query has 1"):
-        make_folds("donor", np.full(60, "a"), donors, labels, 5, 0)
+        make_folds("donor_id", np.full(60, "a"), donors, labels, 5, 0)
 
 
 def test_saved_folds_are_found_again_by_joinid():
     donors = np.repeat(["a", "b", "c", "d"], 10)
     labels, joinids = np.arange(40) % 3, np.arange(40) * 7 + 3
-    folds = make_folds("donor", donors, donors, labels, 2, 1)
+    folds = make_folds("donor_id", donors, donors, labels, 2, 1)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / FILE
         folds.save(path, joinids)
         order = np.random.default_rng(0).permutation(40)[:25]
         again = load_folds(path, joinids[order])
         np.testing.assert_array_equal(again.fold_n, folds.fold_n[order])
-        assert (again.kind, again.names, again.seed, again.notes) == (
-            folds.kind,
+        assert (again.group_by, again.names, again.seed, again.notes) == (
+            folds.group_by,
             folds.names,
             folds.seed,
             folds.notes,

@@ -5,9 +5,10 @@ from sklearn import metrics
 
 from jobs.studies.layout import count_trials, search_space
 from jobs.studies.report import verdict
+from jobs.studies.results import OURS, FoldResult
 from jobs.studies.scores import difference_text, mean_interval, scores
-from jobs.studies.settings import StudyConfig
-from jobs.studies.study import OURS, FoldResult, Study
+from jobs.studies.study import Study
+from screformer.config import ExperimentConfig
 
 
 def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):
@@ -27,7 +28,7 @@ def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):
 def make_study(cl_ids):
     names = tuple(f"type{code}" for code in range(len(cl_ids)))
     return Study(
-        config=StudyConfig(),
+        config=ExperimentConfig(),
         query=None,
         folds=None,
         label_names=names,
@@ -105,22 +106,25 @@ def test_results_come_back_from_their_files(tmp_path):
 
 
 def test_search_spaces():
-    config = StudyConfig().merge({"search.space": {"model.depth": [1, 2], "train.lr": [1e-3, 1e-2, 1e-1]}})
+    config = ExperimentConfig().merge(
+        {"search.space": {"model.depth": [1, 2], "train.lr": [1e-3, 1e-2, 1e-1]}}
+    )
     assert count_trials(config) == 6 and search_space(config)["model.depth"] == {"grid_search": [1, 2]}
     drawn = {
         "search.algorithm": "random",
         "search.num_samples": 4,
         "search.space": {"train.lr": "loguniform(1e-4, 1e-2)", "model.depth": [1, 2]},
     }
-    config = StudyConfig().merge(drawn)
+    config = ExperimentConfig().merge(drawn)
     assert count_trials(config) == 4
     assert 1e-4 <= search_space(config)["train.lr"].sample() <= 1e-2
     for space, message in (
         ({"train.lr": "uniform(0, 1)"}, "train.lr=0.0 must be positive"),
         ({"train.warmup": [1]}, "unknown setting train.warmup; did you mean train.warmup_steps?"),
         ({"train.lr": "much"}, "search.space.train.lr=much must be a list"),
+        ({"crossval.num_folds": [2, 3]}, "changes cells, labels or folds, which all configurations of"),
     ):
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-            search_space(StudyConfig().merge({**drawn, "search.space": space}))
+            search_space(ExperimentConfig().merge({**drawn, "search.space": space}))
     with pytest.raises(ValueError, match="is a range, which search.algorithm=grid cannot list"):
-        search_space(StudyConfig().merge({"search.space": {"train.lr": "uniform(0.1, 1)"}}))
+        search_space(ExperimentConfig().merge({"search.space": {"train.lr": "uniform(0.1, 1)"}}))

@@ -1,12 +1,14 @@
 """Settings: what is refused and in which words, overrides, and the trip through files and other processes."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from screformer.config import ExperimentConfig
+from screformer.config import WITHOUT_EFFECT, ExperimentConfig, sections, touching
+from screformer.settings import TOUCHES
 
 BASE = ExperimentConfig()
 
@@ -159,3 +161,114 @@ def test_recipes_differ_from_the_defaults_only_where_they_say_so(name: str) -> N
     for section, fields in tree.items():
         for field, value in fields.items():
             assert getattr(getattr(BASE, section), field) != value, f"{section}.{field} is the default"
+
+
+def test_every_setting_says_what_it_touches() -> None:
+    for section, cls in sections().items():
+        for item in dataclasses.fields(cls):
+            assert "touches" in item.metadata, f"{section}.{item.name}: declare it with setting(...)"
+            assert set(item.metadata["touches"]) <= set(TOUCHES), f"{section}.{item.name}"
+
+
+def test_what_settings_touch() -> None:
+    cells, pretraining, weights = (set(touching(touch)) for touch in TOUCHES)
+    assert {"query.obs_filter", "labels.column", "crossval.num_folds", "crossval.max_cells"} <= cells
+    assert weights == {
+        *(f"model.{name}" for name in ("dim", "depth", "heads", "attention", "ff_mult", "pooling")),
+        *(f"tokens.{name}" for name in ("expression", "num_bins")),
+    }
+    assert weights | {"train.seed", "train.mask_rate", "crossval.pretrain_steps"} <= pretraining
+    unread = {"train.max_steps", "train.class_weighting", "train.freeze_encoder", "model.linear_skip"}
+    assert not unread & pretraining
+    assert not any(name.startswith(("cluster.", "tracking.", "zero.")) for name in cells | pretraining)
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "message"),
+    [
+        (
+            "crossval",
+            "split.val_fraction=0.2",
+            r"val_fraction has no effect in crossval.*crossval.group_by",
+        ),
+        ("ablate", "split.test_groups=[a]", "split.test_groups has no effect in ablate"),
+        (
+            "ablate",
+            "search.space.train.lr=[1, 2]",
+            "search.space.train.lr has no effect in ablate",
+        ),
+        ("ablate", "crossval.register=true", "crossval.register has no effect in ablate"),
+        ("crossval", "ablation.num_seeds=2", "ablation.num_seeds has no effect in crossval"),
+        ("finetune", "crossval.num_folds=3", "crossval.num_folds has no effect in finetune"),
+        ("pretrain", "search.num_samples=3", "search.num_samples has no effect in pretrain"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(command, override, message, tmp_path) -> None:
+    name, value = override.split("=")
+    section, _, field = name.partition(".")
+    with pytest.raises(ValueError, match=message):
+        BASE.merge([override], command=command)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({section: {field.partition(".")[0]: yaml.safe_load(value)}}))
+    with pytest.raises(ValueError, match=message.partition(".train")[0]):
+        ExperimentConfig.from_file(path, command=command)
+    assert section not in BASE.to_dict(command) or field not in BASE.to_dict(command)[section]
+
+
+def test_commands_take_the_settings_that_they_use() -> None:
+    for command, unused in WITHOUT_EFFECT.items():
+        used = {name for name in sections() if name not in unused}
+        assert {"atlas", "query", "model", "train", "cluster"} <= used
+        assert ExperimentConfig.from_dict(BASE.to_dict(command)) == BASE
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("crossval.split=dataset", "crossval.split is called crossval.group_by now"),
+        (
+            "crossval.group_by=random",
+            "'random' names no column; write crossval.group_by=none",
+        ),
+        ("split.group_by=donor", "split.group_by='donor' names no column; write split.group_by=donor_id"),
+        ("search.concurrent_trials=2", "search.concurrent_trials is called crossval.concurrent_trials now"),
+        ("train.min_lr_ratio=0", "train.min_lr_ratio is no longer a setting; it is always 0.05"),
+        ("stream.prefetch_batches=2", "stream.prefetch_batches is no longer a setting$"),
+    ],
+)
+def test_words_of_earlier_versions_name_their_successor(override, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        BASE.merge([override])
+    name, value = override.split("=")
+    section, field = name.split(".")
+    with pytest.raises(ValueError, match=message):
+        ExperimentConfig.from_dict({section: {field: yaml.safe_load(value)}})
+
+
+def test_settings_saved_by_an_earlier_version_are_read() -> None:
+    old = BASE.to_dict("finetune")
+    old["atlas"] |= {"measurement": "RNA", "x_layer": "raw"}
+    old["stream"]["prefetch_batches"] = 2
+    old["train"] |= {"min_lr_ratio": 0.05, "gene_dropout": 0.2}
+    old["zero"]["stage3_param_persistence_threshold"] = 0
+    assert ExperimentConfig.from_saved(old) == BASE
+    with pytest.raises(ValueError, match="train.gene_dropout=0.2 of this run is always 0.0 now; resume"):
+        ExperimentConfig.from_saved(old, resume=True)
+    old["train"]["gene_dropout"] = 0.0
+    assert ExperimentConfig.from_saved(old, resume=True) == BASE
+
+
+def test_nested_values_stay_as_they_are() -> None:
+    space = {"model.depth": [1, 2], "train.lr": "loguniform(1e-4, 1e-2)", "model.linear_skip": [True, False]}
+    config = BASE.merge({"search.space": space, "ablation.axes": {"size": ["model.dim=64 model.depth=1"]}})
+    assert config.search.space == space
+    assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.merge(["search.space.model.heads=[2, 4]"]).search.space["model.heads"] == [2, 4]
+    with pytest.raises(ValueError, match="ablation.axes.size=model.dim=64 must be a list such as"):
+        BASE.merge({"ablation.axes": {"size": "model.dim=64"}})
+
+
+def test_differences_name_what_changed() -> None:
+    changed = BASE.merge({"model.dim": 64, "train.seed": 0, "search.space": {"train.lr": [1e-3]}})
+    assert changed.differences(BASE) == {"model.dim": 64, "search.space": {"train.lr": [1e-3]}}
+    assert BASE.differences(BASE) == {}
