@@ -13,7 +13,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,223 +21,204 @@ import tiledbsoma
 from screformer.config import AtlasConfig
 
 ORGANISM = "homo_sapiens"
+MEASUREMENT, X_LAYER = "RNA", "raw"
+"""Where raw counts are, as in Census."""
 _CENSUS = re.compile(r"census(?::(?P<release>.*))?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
-@dataclass(frozen=True)
-class AtlasLocator:
-    """A pinned or not yet pinned atlas; small, hashable, picklable, and free of live handles."""
+def located(atlas: AtlasConfig) -> AtlasConfig:
+    """The same atlas with an absolute path, so that every process finds it whatever its working directory.
 
-    uri: str
-    """Absolute path, `s3://bucket/prefix`, `census` or `census:YYYY-MM-DD`."""
-    measurement: str = "RNA"
-    x_layer: str = "raw"
-    timestamp_ms: int = 0
-    """Version as milliseconds since 1970; 0 is the newest. A Census release is immutable: there it only tells
-    the release's date."""
-    tiledb_config: tuple[tuple[str, str], ...] = ()
-    """TileDB settings in order of their names; credentials come from the environment."""
-
-    def __post_init__(self) -> None:
-        """Make a relative path absolute.
-
-        So that another process with another working directory finds the same atlas.
-
-        Raises:
-            ValueError: An empty uri or an ill-formed Census release.
-        """
-        if not self.uri:
-            raise ValueError(
-                "atlas.uri is empty; give a folder, s3://bucket/prefix, census or census:YYYY-MM-DD"
-            )
-        release = self.census_release
-        if release not in (None, "") and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", release or ""):
-            raise ValueError(
-                f"atlas.uri={self.uri!r} names no release of Census; write census or census:YYYY-MM-DD, such"
-                f" as census:2025-11-08"
-            )
-        if release is None and not _SCHEME.match(self.uri):
-            object.__setattr__(self, "uri", os.path.abspath(os.path.expanduser(self.uri)))
-        object.__setattr__(
-            self, "tiledb_config", tuple(sorted((str(key), str(value)) for key, value in self.tiledb_config))
+    Raises:
+        ValueError: An empty uri or an ill-formed Census release.
+    """
+    if not atlas.uri:
+        raise ValueError("atlas.uri is empty; give a folder, s3://bucket/prefix, census or census:YYYY-MM-DD")
+    release = census_release(atlas)
+    if release not in (None, "") and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", release or ""):
+        raise ValueError(
+            f"atlas.uri={atlas.uri!r} names no release of Census; write census or census:YYYY-MM-DD, such"
+            f" as census:2025-11-08"
         )
+    if release is not None or _SCHEME.match(atlas.uri):
+        return atlas
+    return dataclasses.replace(atlas, uri=os.path.abspath(os.path.expanduser(atlas.uri)))
 
-    @classmethod
-    def from_config(cls, config: AtlasConfig) -> AtlasLocator:
-        """The locator that a configuration's `atlas` section describes."""
-        return cls(
-            config.uri,
-            timestamp_ms=config.timestamp_ms,
-            tiledb_config=tuple(config.tiledb_config.items()),
-        )
 
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> AtlasLocator:
-        """The inverse of `to_dict`."""
-        return cls(**{**tree, "tiledb_config": tuple(tree["tiledb_config"].items())})
+def saved_atlas(tree: Mapping[str, Any]) -> AtlasConfig:
+    """The atlas that was saved as plain values with a query.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and for another process."""
-        return {**dataclasses.asdict(self), "tiledb_config": dict(self.tiledb_config)}
+    Raises:
+        ValueError: An earlier version saved another measurement or X layer than the ones read now.
+    """
+    tree = dict(tree)
+    for name, fixed in (("measurement", MEASUREMENT), ("x_layer", X_LAYER)):
+        found = tree.pop(name, fixed)
+        if found != fixed:
+            raise ValueError(f"the saved query has {name}={found!r} of its atlas; only {fixed!r} is read now")
+    return located(AtlasConfig(**tree))
 
-    @property
-    def census_release(self) -> str | None:
-        """`YYYY-MM-DD` of a Census release, "" for its newest long-term one.
 
-        None for an atlas that has an address of its own.
-        """
-        match = _CENSUS.fullmatch(self.uri)
-        return (match["release"] or "") if match else None
+def census_release(atlas: AtlasConfig) -> str | None:
+    """`YYYY-MM-DD` of a Census release, "" for its newest long-term one.
 
-    def pinned(self) -> AtlasLocator:
-        """The same atlas at a version that stays.
+    None for an atlas that has an address of its own.
+    """
+    match = _CENSUS.fullmatch(atlas.uri)
+    return (match["release"] or "") if match else None
 
-        A Census release by its date, any other atlas as it is at this moment.
 
-        Consolidating and vacuuming an atlas after it was pinned can remove the pinned version; a query's hash
-        then tells.
+def pinned(atlas: AtlasConfig) -> AtlasConfig:
+    """The same atlas, located, at a version that stays.
 
-        Raises:
-            ValueError: Census can't be reached, or has no such release.
-        """
-        if self.census_release is not None:
-            release = _census_release(self.census_release)
-            day = datetime.datetime.fromisoformat(release).replace(tzinfo=datetime.UTC)
-            return dataclasses.replace(
-                self, uri=f"census:{release}", timestamp_ms=int(day.timestamp() * 1000)
-            )
-        return (
-            self if self.timestamp_ms else dataclasses.replace(self, timestamp_ms=time.time_ns() // 1_000_000)
-        )
+    A Census release by its date, any other atlas as it is at this moment.
 
-    @contextmanager
-    def open(self, threads: int = 0, buffer_bytes: int = 128 * 2**20) -> Iterator[tiledbsoma.Experiment]:
-        """Open the human experiment for reading.
+    Consolidating and vacuuming an atlas after it was pinned can remove the pinned version; a query's hash
+    then tells.
 
-        Never call it in a forked process that inherits an open handle: TileDB hangs there.
+    Raises:
+        ValueError: As `located`; Census can't be reached, or has no such release.
+    """
+    atlas = located(atlas)
+    release = census_release(atlas)
+    if release is not None:
+        release = _census_release(release)
+        day = datetime.datetime.fromisoformat(release).replace(tzinfo=datetime.UTC)
+        return dataclasses.replace(atlas, uri=f"census:{release}", timestamp_ms=int(day.timestamp() * 1000))
+    return atlas if atlas.timestamp_ms else dataclasses.replace(atlas, timestamp_ms=time.time_ns() // 10**6)
 
-        Args:
-            threads: TileDB's compute threads, and as many for input; 0 is one per core.
-            buffer_bytes: Memory of each column that a read returns at a time; TileDB may use about twelve
-                times that beside it.
 
-        Raises:
-            ValueError: There is no atlas, it has another layout, or lacks the measurement or the X layer.
-                Names what there is.
-        """
-        limits = {
-            "soma.init_buffer_bytes": str(buffer_bytes),
-            "sm.mem.total_budget": str(max(12 * buffer_bytes, 2**30)),
-        }
-        if threads:
-            limits |= {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
-        root = self._open_root(limits | dict(self.tiledb_config))
-        try:
-            yield self._experiment(root)
-        finally:
-            root.close()
+@contextmanager
+def open_atlas(
+    atlas: AtlasConfig, *, threads: int = 0, buffer_bytes: int = 128 * 2**20
+) -> Iterator[tiledbsoma.Experiment]:
+    """Open the human experiment for reading.
 
-    def measured_genes(self, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
-        """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
+    Never call it in a forked process that inherits an open handle: TileDB hangs there.
 
-        Args:
-            dataset_ids: Datasets, d of them.
-            var_joinids: Genes, (g,), increasing.
+    Args:
+        atlas: Where it is, and which version.
+        threads: TileDB's compute threads, and as many for input; 0 is one per core.
+        buffer_bytes: Memory of each column that a read returns at a time; TileDB may use about twelve
+            times that as well.
 
-        Returns:
-            bool (d, g), from the atlas's presence matrix. An atlas that says nothing of a dataset has
-            measured all genes there.
+    Raises:
+        ValueError: There is no atlas, it has another layout, or lacks the measurement or the X layer.
+            Names what there is.
+    """
+    limits = {
+        "soma.init_buffer_bytes": str(buffer_bytes),
+        "sm.mem.total_budget": str(max(12 * buffer_bytes, 2**30)),
+    }
+    if threads:
+        limits |= {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
+    root = _open_root(atlas, limits | dict(atlas.tiledb_config))
+    try:
+        yield _experiment(atlas, root)
+    finally:
+        root.close()
 
-        Raises:
-            ValueError: As `open`.
-        """
-        root = self._open_root(dict(self.tiledb_config))
-        try:
-            measurement = self._experiment(root).ms[self.measurement]
-            measured_dg = np.ones((len(dataset_ids), len(var_joinids)), bool)
-            if "feature_dataset_presence_matrix" not in measurement or "datasets" not in root.get(
-                "census_info", {}
-            ):
-                return measured_dg
-            known = (
-                root["census_info"]["datasets"]
-                .read(column_names=["soma_joinid", "dataset_id"])
-                .concat()
-                .to_pydict()
-            )
-            row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
-            for index, dataset in enumerate(dataset_ids):
-                if dataset in row_of:
-                    coords = ([row_of[dataset]], slice(int(var_joinids[0]), int(var_joinids[-1])))
-                    found = measurement["feature_dataset_presence_matrix"].read(coords).tables().concat()
-                    present = found["soma_dim_1"].to_numpy()[found["soma_data"].to_numpy() > 0]
-                    measured_dg[index] = np.isin(var_joinids, present)
+
+def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
+    """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
+
+    Args:
+        atlas: Where it is, and which version.
+        dataset_ids: Datasets, d of them.
+        var_joinids: Genes, (g,), increasing.
+
+    Returns:
+        bool (d, g), from the atlas's presence matrix. If the atlas does not list a dataset, all genes count
+        as measured.
+
+    Raises:
+        ValueError: As `open_atlas`.
+    """
+    root = _open_root(atlas, dict(atlas.tiledb_config))
+    try:
+        measurement = _experiment(atlas, root).ms[MEASUREMENT]
+        measured_dg = np.ones((len(dataset_ids), len(var_joinids)), bool)
+        if "feature_dataset_presence_matrix" not in measurement or "datasets" not in root.get(
+            "census_info", {}
+        ):
             return measured_dg
-        finally:
-            root.close()
-
-    def _open_root(self, tiledb_config: dict[str, str]) -> Any:
-        if self.census_release is not None:
-            import cellxgene_census
-
-            release = _census_release(self.census_release)
-            context = cellxgene_census.get_default_soma_context(tiledb_config=tiledb_config)
-            try:
-                return cellxgene_census.open_soma(census_version=release, context=context)
-            except (OSError, ValueError, tiledbsoma.SOMAError) as error:
-                raise ValueError(
-                    f"release {release} of Census could not be opened; is the network there?"
-                    f" ({_brief(error)})"
-                ) from error
-        is_local = not _SCHEME.match(self.uri)
-        if is_local and not os.path.exists(self.uri):
-            raise ValueError(
-                f"atlas.uri={self.uri!r} does not exist; make it with `python -m jobs.ingest --h5ad FILE..."
-                f" --atlas {self.uri}`"
-            )
-        if is_local and os.path.isfile(self.uri):
-            raise ValueError(
-                f"atlas.uri={self.uri!r} is a file; an atlas is a folder: ingest the file with `python -m"
-                f" jobs.ingest --h5ad {self.uri}`"
-            )
-        context = tiledbsoma.SOMATileDBContext(
-            tiledb_config=tiledb_config, timestamp=self.timestamp_ms or None
+        known = (
+            root["census_info"]["datasets"]
+            .read(column_names=["soma_joinid", "dataset_id"])
+            .concat()
+            .to_pydict()
         )
-        try:
-            return tiledbsoma.open(self.uri, context=context)
-        except (tiledbsoma.SOMAError, OSError) as error:
-            when = f" at timestamp_ms={self.timestamp_ms}" if self.timestamp_ms else ""
-            remedy = (
-                ""
-                if is_local
-                else "; check the address, atlas.tiledb_config and the credentials in the environment"
-            )
-            raise ValueError(
-                f"atlas.uri={self.uri!r} holds no SOMA atlas{when}{remedy} ({_brief(error)})"
-            ) from error
+        row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
+        for index, dataset in enumerate(dataset_ids):
+            if dataset in row_of:
+                coords = ([row_of[dataset]], slice(int(var_joinids[0]), int(var_joinids[-1])))
+                found = measurement["feature_dataset_presence_matrix"].read(coords).tables().concat()
+                present = found["soma_dim_1"].to_numpy()[found["soma_data"].to_numpy() > 0]
+                measured_dg[index] = np.isin(var_joinids, present)
+        return measured_dg
+    finally:
+        root.close()
 
-    def _experiment(self, root: Any) -> tiledbsoma.Experiment:
-        layout = f"an atlas has the layout of Census, URI/census_data/{ORGANISM}"
-        if root.soma_type != "SOMACollection" or "census_data" not in root:
-            kind = f"a {root.soma_type}" + (
-                f" of {', '.join(sorted(root.keys()))}" if hasattr(root, "keys") else ""
-            )
-            raise ValueError(f"atlas.uri={self.uri!r} holds {kind}, but {layout}; make one with jobs.ingest")
-        if ORGANISM not in root["census_data"]:
-            raise ValueError(f"atlas.uri={self.uri!r} holds {_listed(root['census_data'])}, but {layout}")
-        experiment = root["census_data"][ORGANISM]
-        if self.measurement not in experiment.ms:
+
+def _open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
+    atlas = located(atlas)
+    release = census_release(atlas)
+    if release is not None:
+        import cellxgene_census
+
+        release = _census_release(release)
+        context = cellxgene_census.get_default_soma_context(tiledb_config=tiledb_config)
+        try:
+            return cellxgene_census.open_soma(census_version=release, context=context)
+        except (OSError, ValueError, tiledbsoma.SOMAError) as error:
             raise ValueError(
-                f"atlas.measurement={self.measurement!r} is not in the atlas; there is"
-                f" {_listed(experiment.ms)}"
-            )
-        layers = experiment.ms[self.measurement].X
-        if self.x_layer not in layers:
-            raise ValueError(
-                f"atlas.x_layer={self.x_layer!r} is not in the atlas; there is {_listed(layers)}"
-            )
-        return experiment
+                f"release {release} of Census could not be opened; is the network there? ({_brief(error)})"
+            ) from error
+    is_local = not _SCHEME.match(atlas.uri)
+    if is_local and not os.path.exists(atlas.uri):
+        raise ValueError(
+            f"atlas.uri={atlas.uri!r} does not exist; make it with `python -m jobs.ingest --h5ad FILE..."
+            f" --atlas {atlas.uri}`"
+        )
+    if is_local and os.path.isfile(atlas.uri):
+        raise ValueError(
+            f"atlas.uri={atlas.uri!r} is a file; an atlas is a folder: ingest the file with `python -m"
+            f" jobs.ingest --h5ad {atlas.uri}`"
+        )
+    context = tiledbsoma.SOMATileDBContext(tiledb_config=tiledb_config, timestamp=atlas.timestamp_ms or None)
+    try:
+        return tiledbsoma.open(atlas.uri, context=context)
+    except (tiledbsoma.SOMAError, OSError) as error:
+        when = f" at timestamp_ms={atlas.timestamp_ms}" if atlas.timestamp_ms else ""
+        remedy = (
+            ""
+            if is_local
+            else "; check the address, atlas.tiledb_config and the credentials in the environment"
+        )
+        raise ValueError(
+            f"atlas.uri={atlas.uri!r} holds no SOMA atlas{when}{remedy} ({_brief(error)})"
+        ) from error
+
+
+def _experiment(atlas: AtlasConfig, root: Any) -> tiledbsoma.Experiment:
+    layout = f"an atlas has the layout of Census, URI/census_data/{ORGANISM}"
+    if root.soma_type != "SOMACollection" or "census_data" not in root:
+        kind = f"a {root.soma_type}" + (
+            f" of {', '.join(sorted(root.keys()))}" if hasattr(root, "keys") else ""
+        )
+        raise ValueError(f"atlas.uri={atlas.uri!r} holds {kind}, but {layout}; make one with jobs.ingest")
+    if ORGANISM not in root["census_data"]:
+        raise ValueError(f"atlas.uri={atlas.uri!r} holds {_listed(root['census_data'])}, but {layout}")
+    experiment = root["census_data"][ORGANISM]
+    if MEASUREMENT not in experiment.ms:
+        raise ValueError(
+            f"atlas.uri={atlas.uri!r} has no measurement {MEASUREMENT!r}; there is {_listed(experiment.ms)}"
+        )
+    layers = experiment.ms[MEASUREMENT].X
+    if X_LAYER not in layers:
+        raise ValueError(f"atlas.uri={atlas.uri!r} has no X layer {X_LAYER!r}; there is {_listed(layers)}")
+    return experiment
 
 
 def _census_release(release: str) -> str:

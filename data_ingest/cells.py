@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import MEASUREMENT, located, open_atlas, pinned
 from data_ingest.datasource import read_cells
 from data_ingest.h5ad import H5adFile, check_counts
-from data_ingest.query import MAJOR, CellQuery, QueryResult
+from data_ingest.query import MAJOR, QueryResult, find_cells
+from screformer.config import AtlasConfig, QueryConfig
 from screformer.genes import GeneMatch
 from screformer.predictor import Predictor
 from screformer.tokenizer import GeneVocabulary, Panels
@@ -183,7 +184,7 @@ class H5adCells:
 class AtlasCells:
     """Cells of an atlas query."""
 
-    locator: AtlasLocator
+    atlas: AtlasConfig
     joinids: np.ndarray
     known: Sequence[str]
     gene_of_var: np.ndarray
@@ -197,15 +198,11 @@ class AtlasCells:
         Raises:
             ValueError: Too few genes.
         """
-        with result.locator.open() as experiment:
-            var = (
-                experiment.ms[result.locator.measurement]
-                .var.read(column_names=["soma_joinid", "feature_id"])
-                .concat()
-            )
+        with open_atlas(result.atlas) as experiment:
+            var = experiment.ms[MEASUREMENT].var.read(column_names=["soma_joinid", "feature_id"]).concat()
         ids = var["feature_id"].to_pylist()
         match = predictor.match_genes(ids, [""] * len(ids))
-        match.require(min_gene_overlap, source=f"atlas {result.locator.uri}")
+        match.require(min_gene_overlap, source=f"atlas {result.atlas.uri}")
         joinids = var["soma_joinid"].to_numpy()
         gene_of_var = np.full(int(joinids.max(initial=-1)) + 1, -1, dtype=np.int32)
         gene_of_var[joinids] = match.vocabulary_index
@@ -213,7 +210,7 @@ class AtlasCells:
             result.obs["label"].astype(object).where(result.obs["label"].notna(), "").astype(str).tolist()
         )
         panels = result.panels(gene_of_var, len(predictor.vocabulary))
-        return cls(result.locator, result.obs_joinids, labels, gene_of_var, panels, result.hash)
+        return cls(result.atlas, result.obs_joinids, labels, gene_of_var, panels, result.hash)
 
     @property
     def num_cells(self) -> int:
@@ -235,7 +232,7 @@ class AtlasCells:
 
     def read(self, positions: np.ndarray) -> FlatCounts:
         """As `CellSource.read`."""
-        offsets, genes, counts, totals = read_cells(self.locator, self.joinids[positions], self.gene_of_var)
+        offsets, genes, counts, totals = read_cells(self.atlas, self.joinids[positions], self.gene_of_var)
         return FlatCounts(genes, counts, offsets, totals, self.panels(positions))
 
     def panels(self, positions: np.ndarray) -> Panels:
@@ -245,8 +242,8 @@ class AtlasCells:
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""
         return {
-            "atlas": self.locator.uri,
-            "timestamp_ms": str(self.locator.timestamp_ms),
+            "atlas": self.atlas.uri,
+            "timestamp_ms": str(self.atlas.timestamp_ms),
             "query_hash": self.query_hash,
         }
 
@@ -268,16 +265,16 @@ def query_cells(
     Raises:
         ValueError: No such atlas, a filter that it does not understand, no cells, or too few genes.
     """
-    locator = AtlasLocator(uri)
+    atlas = located(AtlasConfig(uri=uri))
     if resumed is not None and resumed.exists():
         source = json.loads(resumed.read_text()).get("source", {})
-        if source.get("atlas") == locator.uri:
-            locator = dataclasses.replace(locator, timestamp_ms=int(source["timestamp_ms"]))
-    locator = locator.pinned()
-    with locator.open() as experiment:
+        if source.get("atlas") == atlas.uri:
+            atlas = dataclasses.replace(atlas, timestamp_ms=int(source["timestamp_ms"]))
+    atlas = pinned(atlas)
+    with open_atlas(atlas) as experiment:
         has_labels = predictor.label_column == MAJOR or predictor.label_column in experiment.obs.schema.names
-    result = CellQuery(obs_filter=obs_filter).run(
-        locator, predictor.label_column if has_labels else "cell_type"
+    result = find_cells(
+        atlas, QueryConfig(obs_filter=obs_filter), predictor.label_column if has_labels else "cell_type"
     )
     return AtlasCells.open(predictor, result, min_gene_overlap=min_gene_overlap)
 

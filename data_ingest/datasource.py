@@ -19,8 +19,9 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
 from data_ingest.epoch_plan import EpochPlan, ReadUnit
+from screformer.config import AtlasConfig
 from screformer.tokenizer import Panels
 
 SCHEMA = pa.schema(
@@ -60,7 +61,7 @@ class SomaDatasource(Datasource):
 
     def __init__(
         self,
-        locator: AtlasLocator,
+        atlas: AtlasConfig,
         arrays: ray.ObjectRef | CellArrays,
         plan: EpochPlan,
         *,
@@ -72,7 +73,7 @@ class SomaDatasource(Datasource):
         """Lay out the read tasks; nothing is read yet.
 
         Args:
-            locator: The atlas, pinned.
+            atlas: The atlas, pinned.
             arrays: What the plan's indices point into; as a reference where Ray runs the tasks.
             plan: Order of the epoch.
             rank: Whose lanes to read.
@@ -82,7 +83,7 @@ class SomaDatasource(Datasource):
         """
         super().__init__()
         self._task = partial(
-            _read_unit, locator, arrays, dataclasses.replace(plan), threads
+            _read_unit, atlas, arrays, dataclasses.replace(plan), threads
         )  # replaced: without the plan's cached order
         self.units = list(plan.units(rank, world_size, start_step))
         self._rows = [_num_rows(plan, unit) for unit in self.units]
@@ -110,12 +111,12 @@ class SomaDatasource(Datasource):
 
 
 def read_cells(
-    locator: AtlasLocator, joinids: np.ndarray, gene_of_var: np.ndarray, *, threads: int = 1
+    atlas: AtlasConfig, joinids: np.ndarray, gene_of_var: np.ndarray, *, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Raw counts of some cells over the vocabulary.
 
     Args:
-        locator: The atlas, pinned. Its handle stays open in this process for the next call.
+        atlas: The atlas, pinned. Its handle stays open in this process for the next call.
         joinids: Shape (n,), int64, increasing.
         gene_of_var: Vocabulary index of each var joinid, -1 for none.
         threads: TileDB's threads.
@@ -126,7 +127,7 @@ def read_cells(
     """
     total_n = np.zeros(len(joinids), np.float32)
     genes, counts, segment_cells, segment_lengths = [], [], [], []
-    x, _ = _open_x(locator, threads)
+    x, _ = _open_x(atlas, threads)
     for table in x.read((pa.array(joinids),)).tables() if len(joinids) else ():
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
         if not len(rows):
@@ -170,13 +171,13 @@ def _increasing(gene_z: np.ndarray, offsets: np.ndarray) -> bool:
 
 
 def _read_unit(
-    locator: AtlasLocator, arrays: ray.ObjectRef | CellArrays, plan: EpochPlan, threads: int, unit: ReadUnit
+    atlas: AtlasConfig, arrays: ray.ObjectRef | CellArrays, plan: EpochPlan, threads: int, unit: ReadUnit
 ) -> Iterator[pa.Table]:
     shared: CellArrays = ray.get(arrays) if isinstance(arrays, ray.ObjectRef) else arrays
     cells = plan.unit_cells(unit)
     sorted_cells = np.sort(cells[cells >= 0])
     joinids = shared.joinids[sorted_cells]
-    offsets, genes, counts, totals = read_cells(locator, joinids, shared.gene_of_var, threads=threads)
+    offsets, genes, counts, totals = read_cells(atlas, joinids, shared.gene_of_var, threads=threads)
     real = np.flatnonzero(cells >= 0)
     source = np.searchsorted(sorted_cells, cells[real])
     columns = {name: np.full(len(cells), -1) for name in ("joinid", "label")} | {
@@ -223,11 +224,11 @@ def _num_rows(plan: EpochPlan, unit: ReadUnit) -> int:
 
 
 @lru_cache(maxsize=2)
-def _open_x(locator: AtlasLocator, threads: int) -> tuple[Any, ExitStack]:
+def _open_x(atlas: AtlasConfig, threads: int) -> tuple[Any, ExitStack]:
     """X of the atlas and what keeps it open in this process until it ends.
 
     Opening costs more than a small read.
     """
     stack = ExitStack()
-    experiment = stack.enter_context(locator.open(threads=threads))
-    return experiment.ms[locator.measurement].X[locator.x_layer], stack
+    experiment = stack.enter_context(open_atlas(atlas, threads=threads))
+    return experiment.ms[MEASUREMENT].X[X_LAYER], stack

@@ -23,15 +23,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tiledbsoma
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import (
+    MEASUREMENT,
+    census_release,
+    located,
+    measured_genes,
+    open_atlas,
+    pinned,
+    saved_atlas,
+)
 from data_ingest.ontology import MajorTypes, is_cell_term
-from screformer.config import ExperimentConfig
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
+from screformer.settings import plain
 from screformer.tokenizer import GeneVocabulary, Panels
 
 UNKNOWN = ("", "unknown", "na", "nan")
 """Values of a label column that tell no label; `unknown` is what Census writes."""
 OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
 MAJOR = "cell_type_major"
+FILTERS = ("obs_filter", "var_filter", "is_primary_data")
+"""Settings of a query that say which cells and genes it finds."""
 _MOST_LISTED = 20
 
 
@@ -39,8 +50,8 @@ _MOST_LISTED = 20
 class QueryResult:
     """The cells and genes of a query at one version of an atlas."""
 
-    locator: AtlasLocator
-    query: CellQuery
+    atlas: AtlasConfig
+    query: QueryConfig
     label_column: str
     obs_joinids: np.ndarray
     """Shape (n,), int64, increasing."""
@@ -86,10 +97,8 @@ class QueryResult:
 
         Atlas, version, filters, hash.
         """
-        filters = {
-            key: value for key, value in dataclasses.asdict(self.query).items() if key != "expected_hash"
-        }
-        return {"atlas": self.locator.to_dict(), **filters, "hash": self.hash}
+        filters = {name: getattr(self.query, name) for name in FILTERS}
+        return {"atlas": plain(self.atlas), **filters, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
         """Write identity and counts as JSON, for `query.file` of another job."""
@@ -144,161 +153,155 @@ class QueryResult:
         Read once, for all folds.
         """
         dataset_n, datasets = pd.factorize(self.obs["dataset_id"])
-        with self.locator.open() as experiment:
+        with open_atlas(self.atlas) as experiment:
             joinids = (
-                experiment.ms[self.locator.measurement]
+                experiment.ms[MEASUREMENT]
                 .var.read(column_names=["soma_joinid"])
                 .concat()["soma_joinid"]
                 .to_numpy()
             )
-        return dataset_n, self.locator.measured_genes(list(datasets), np.arange(joinids.max(initial=-1) + 1))
+        return dataset_n, measured_genes(self.atlas, list(datasets), np.arange(joinids.max(initial=-1) + 1))
 
 
-@dataclass(frozen=True, kw_only=True)
-class CellQuery:
-    """A question to an atlas, in SOMA's value-filter language."""
+def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:
+    """The atlas, pinned, the filters and the hash that `QueryResult.save` wrote.
 
-    obs_filter: str = ""
-    var_filter: str = ""
-    is_primary_data: bool = True
-    expected_hash: str = ""
-    """Hash that the result must have; empty checks nothing."""
-
-    @classmethod
-    def load(cls, path: str | Path) -> tuple[AtlasLocator, CellQuery]:
-        """The atlas, pinned, and the query that `QueryResult.save` wrote.
-
-        Its result must have the saved hash.
-
-        Raises:
-            ValueError: The file is missing, no JSON, or no saved query.
-        """
-        try:
-            tree = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"query.file={str(path)!r} can't be read as JSON ({error}); write one with `python -m"
-                f" jobs.query --out`"
-            ) from error
-        fields = ("obs_filter", "var_filter", "is_primary_data")
-        missing = [key for key in ("atlas", *fields, "hash") if not isinstance(tree, dict) or key not in tree]
-        if missing:
-            raise ValueError(
-                f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with"
-                f" `python -m jobs.query --out`"
-            )
-        return AtlasLocator.from_dict(tree["atlas"]), cls(
-            **{key: tree[key] for key in fields}, expected_hash=tree["hash"]
+    Raises:
+        ValueError: The file is missing, no JSON, or no saved query.
+    """
+    try:
+        tree = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"query.file={str(path)!r} can't be read as JSON ({error}); write one with `python -m"
+            f" jobs.query --out`"
+        ) from error
+    missing = [key for key in ("atlas", *FILTERS, "hash") if not isinstance(tree, dict) or key not in tree]
+    if missing:
+        raise ValueError(
+            f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with"
+            f" `python -m jobs.query --out`"
         )
+    return saved_query(tree)
 
-    def run(
-        self, locator: AtlasLocator, label_column: str = MAJOR, columns: Iterable[str] = ()
-    ) -> QueryResult:
-        """Find the cells and genes.
 
-        Args:
-            locator: The atlas; pin it first where the result shall be found again.
-            label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as
-                Census does), is rolled up from `cell_type_ontology_term_id`.
-            columns: More obs columns to bring along.
+def saved_query(identity: Mapping[str, Any]) -> tuple[AtlasConfig, QueryConfig, str]:
+    """The atlas, the filters and the hash that `QueryResult.identity` gave, perhaps in an earlier version."""
+    filters = QueryConfig(**{key: identity[key] for key in FILTERS})
+    return saved_atlas(identity["atlas"]), filters, identity["hash"]
 
-        Returns:
-            The result, with at least one cell and one gene.
 
-        Raises:
-            ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those
-                there are), an empty result, or another result than `expected_hash` tells.
-        """
-        with locator.open() as experiment:
-            obs_table = experiment.obs
-            var_table = experiment.ms[locator.measurement].var
-            names = set(obs_table.schema.names)
-            wanted = {*OBS_COLUMNS, *columns}
-            if label_column == MAJOR and MAJOR not in names:
-                wanted |= {"cell_type_ontology_term_id"}
-            else:
-                wanted |= {label_column} | ({f"{label_column}_ontology_term_id"} & names)
-            for column in sorted(wanted):
-                field = "labels.column" if column == label_column else "obs column"
-                _require_column(column, obs_table, field)
-            if self.is_primary_data:
-                _require_column(
-                    "is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column"
-                )
-            _check_filter(self.obs_filter, obs_table, "query.obs_filter")
-            _check_filter(self.var_filter, var_table, "query.var_filter")
-            obs = _read(
-                obs_table,
-                self._full_obs_filter(),
-                ["soma_joinid", *sorted(wanted)],
-                f"query.obs_filter={self.obs_filter!r}",
+def find_cells(
+    atlas: AtlasConfig,
+    query: QueryConfig,
+    label_column: str = MAJOR,
+    columns: Iterable[str] = (),
+    *,
+    expected_hash: str = "",
+) -> QueryResult:
+    """Find the cells and genes that fulfil a query's filters.
+
+    Args:
+        atlas: Where to look; pin it first where the result shall be found again.
+        query: The filters; `file` and `min_measured` are not used.
+        label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as
+            Census does), is rolled up from `cell_type_ontology_term_id`.
+        columns: More obs columns to bring along.
+        expected_hash: Hash that the result must have; empty checks nothing.
+
+    Returns:
+        The result, with at least one cell and one gene.
+
+    Raises:
+        ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those
+            there are), an empty result, or another result than `expected_hash` tells.
+    """
+    atlas = located(atlas)
+    with open_atlas(atlas) as experiment:
+        obs_table = experiment.obs
+        var_table = experiment.ms[MEASUREMENT].var
+        names = set(obs_table.schema.names)
+        wanted = {*OBS_COLUMNS, *columns}
+        if label_column == MAJOR and MAJOR not in names:
+            wanted |= {"cell_type_ontology_term_id"}
+        else:
+            wanted |= {label_column} | ({f"{label_column}_ontology_term_id"} & names)
+        for column in sorted(wanted):
+            field = "labels.column" if column == label_column else "obs column"
+            _require_column(column, obs_table, field)
+        if query.is_primary_data:
+            _require_column(
+                "is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column"
             )
-            var = _read(
-                var_table,
-                self.var_filter,
-                ["soma_joinid", "feature_id", "feature_name"],
-                f"query.var_filter={self.var_filter!r}",
-            )
-        for rows, what, text in ((obs, "cell", self._full_obs_filter()), (var, "gene", self.var_filter)):
-            if rows.empty:
-                raise ValueError(
-                    f"no {what} of the atlas {locator.uri} fulfils {text!r}"
-                    if text
-                    else f"the atlas {locator.uri} has no {what}"
-                )
-        labels, label_cl_ids = _labels(obs, label_column)
-        result = QueryResult(
-            locator=locator,
-            query=self,
-            label_column=label_column,
-            obs_joinids=obs["soma_joinid"].to_numpy(np.int64),
-            obs=obs.drop(columns="soma_joinid").assign(label=labels),
-            label_cl_ids=label_cl_ids,
-            var_joinids=var["soma_joinid"].to_numpy(np.int64),
-            feature_ids=tuple(var["feature_id"].astype(str)),
-            feature_names=tuple(var["feature_name"].astype(str)),
+        _check_filter(query.obs_filter, obs_table, "query.obs_filter")
+        _check_filter(query.var_filter, var_table, "query.var_filter")
+        obs = _read(
+            obs_table,
+            _full_obs_filter(query),
+            ["soma_joinid", *sorted(wanted)],
+            f"query.obs_filter={query.obs_filter!r}",
         )
-        if self.expected_hash not in ("", result.hash):
+        var = _read(
+            var_table,
+            query.var_filter,
+            ["soma_joinid", "feature_id", "feature_name"],
+            f"query.var_filter={query.var_filter!r}",
+        )
+    for rows, what, text in ((obs, "cell", _full_obs_filter(query)), (var, "gene", query.var_filter)):
+        if rows.empty:
             raise ValueError(
-                f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of"
-                f" {self.expected_hash}"
-                f" (atlas {locator.uri} at timestamp_ms={locator.timestamp_ms}); the atlas has changed, so"
-                f" save the query anew"
+                f"no {what} of the atlas {atlas.uri} fulfils {text!r}"
+                if text
+                else f"the atlas {atlas.uri} has no {what}"
             )
-        return result
+    labels, label_cl_ids = _labels(obs, label_column)
+    result = QueryResult(
+        atlas=atlas,
+        query=query,
+        label_column=label_column,
+        obs_joinids=obs["soma_joinid"].to_numpy(np.int64),
+        obs=obs.drop(columns="soma_joinid").assign(label=labels),
+        label_cl_ids=label_cl_ids,
+        var_joinids=var["soma_joinid"].to_numpy(np.int64),
+        feature_ids=tuple(var["feature_id"].astype(str)),
+        feature_names=tuple(var["feature_name"].astype(str)),
+    )
+    if expected_hash not in ("", result.hash):
+        raise ValueError(
+            f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of"
+            f" {expected_hash}"
+            f" (atlas {atlas.uri} at timestamp_ms={atlas.timestamp_ms}); the atlas has changed, so"
+            f" save the query anew"
+        )
+    return result
 
-    def _full_obs_filter(self) -> str:
-        primary = "is_primary_data == True"
-        if not self.is_primary_data:
-            return self.obs_filter.strip()
-        return f"({self.obs_filter.strip()}) and {primary}" if self.obs_filter.strip() else primary
+
+def _full_obs_filter(query: QueryConfig) -> str:
+    primary, given = "is_primary_data == True", query.obs_filter.strip()
+    if not query.is_primary_data:
+        return given
+    return f"({given}) and {primary}" if given else primary
 
 
-def query_from_config(config: ExperimentConfig) -> tuple[AtlasLocator, CellQuery]:
-    """The pinned atlas and the query of a configuration, from its filters or from its `query.file`.
+def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, str]:
+    """The pinned atlas, the filters and the expected hash of a configuration, perhaps from its `query.file`.
 
     Raises:
         ValueError: `atlas.uri` is another atlas than that of `query.file`, the file is none, or the atlas
             can't be pinned.
     """
     if not config.query.file:
-        settings = config.query
-        query = CellQuery(
-            obs_filter=settings.obs_filter,
-            var_filter=settings.var_filter,
-            is_primary_data=settings.is_primary_data,
-        )
-        return AtlasLocator.from_config(config.atlas).pinned(), query
-    locator, query = CellQuery.load(config.query.file)
+        return pinned(config.atlas), config.query, ""
+    atlas, query, expected_hash = load_query(config.query.file)
     if config.atlas.uri:
-        given = AtlasLocator.from_config(config.atlas)
-        if given.uri not in (locator.uri, "census" if locator.census_release else locator.uri):
+        given = located(config.atlas)
+        if given.uri not in (atlas.uri, "census" if census_release(atlas) else atlas.uri):
             raise ValueError(
                 f"atlas.uri={given.uri!r} is another atlas than that of query.file={config.query.file!r},"
-                f" {locator.uri!r}; drop one"
+                f" {atlas.uri!r}; drop one"
             )
-    settings_of_file = dict(locator.tiledb_config) | dict(config.atlas.tiledb_config)
-    return dataclasses.replace(locator, tiledb_config=tuple(settings_of_file.items())), query
+    settings = {**atlas.tiledb_config, **config.atlas.tiledb_config}
+    return dataclasses.replace(atlas, tiledb_config=settings), query, expected_hash
 
 
 def run_query(config: ExperimentConfig) -> QueryResult:
@@ -306,8 +309,9 @@ def run_query(config: ExperimentConfig) -> QueryResult:
 
     With its label column and the column that its split groups by.
     """
-    locator, query = query_from_config(config)
-    return query.run(locator, config.labels.column, (config.split.group_by,))
+    atlas, query, expected_hash = resolve_query(config)
+    columns = (config.split.group_by,)
+    return find_cells(atlas, query, config.labels.column, columns, expected_hash=expected_hash)
 
 
 def _read(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:

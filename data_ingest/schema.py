@@ -18,11 +18,13 @@ from typing import Any
 import pyarrow as pa
 import tiledbsoma as soma
 
+from data_ingest.atlas import MEASUREMENT, X_LAYER
+
 EXPERIMENT = "census_data/homo_sapiens"
 OBS = f"{EXPERIMENT}/obs"
-VAR = f"{EXPERIMENT}/ms/RNA/var"
-X = f"{EXPERIMENT}/ms/RNA/X/raw"
-PRESENCE = f"{EXPERIMENT}/ms/RNA/feature_dataset_presence_matrix"
+VAR = f"{EXPERIMENT}/ms/{MEASUREMENT}/var"
+X = f"{EXPERIMENT}/ms/{MEASUREMENT}/X/{X_LAYER}"
+PRESENCE = f"{EXPERIMENT}/ms/{MEASUREMENT}/feature_dataset_presence_matrix"
 DATASETS = "census_info/datasets"
 SUMMARY = "census_info/summary"
 ORGANISM = "Homo sapiens"

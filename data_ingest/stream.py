@@ -17,11 +17,11 @@ import torch
 from ray.data import ExecutionResources
 from scipy.sparse import csr_array, vstack
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import MEASUREMENT, open_atlas
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.tasks import map_tasks
-from screformer.config import StreamConfig, TokensConfig
+from screformer.config import AtlasConfig, StreamConfig, TokensConfig
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary, Panels
 
 Batch = dict[str, torch.Tensor]
@@ -58,7 +58,7 @@ class CellStream:
 
     def __init__(
         self,
-        locator: AtlasLocator,
+        atlas: AtlasConfig,
         joinids: np.ndarray,
         labels: np.ndarray,
         vocabulary: GeneVocabulary,
@@ -74,7 +74,7 @@ class CellStream:
         """Look up the vocabulary's genes in the atlas.
 
         Args:
-            locator: The atlas, pinned.
+            atlas: The atlas, pinned.
             joinids: Shape (n,), unique, any order (the stream sorts them).
             labels: Shape (n,), label code of each cell, -1 for none.
             vocabulary: Genes that become tokens; the others count only into a cell's total.
@@ -96,7 +96,7 @@ class CellStream:
             raise ValueError(
                 f"joinid {joinids[twice[0]]} stands twice among the cells of a stream; give each cell once"
             )
-        self.locator, self.vocabulary, self.tokens, self.stream = locator, vocabulary, tokens, stream
+        self.atlas, self.vocabulary, self.tokens, self.stream = atlas, vocabulary, tokens, stream
         self.global_batch_size, self.seed, self.shuffle, self.read_cpus = (
             global_batch_size,
             seed,
@@ -107,9 +107,7 @@ class CellStream:
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
         panels = None if panels is None else panels.take(order)
-        self._arrays: CellArrays | None = CellArrays(
-            joinids, labels, gene_of_var(locator, vocabulary), panels
-        )
+        self._arrays: CellArrays | None = CellArrays(joinids, labels, gene_of_var(atlas, vocabulary), panels)
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
 
@@ -194,7 +192,7 @@ class CellStream:
         """
         tasks, num_cpus, store_bytes = _share_of_cluster(world_size, self.read_cpus)
         source = SomaDatasource(
-            self.locator,
+            self.atlas,
             self._shared(),
             self.plan(epoch),
             rank=rank,
@@ -240,7 +238,7 @@ class CellStream:
             chosen = np.sort(shuffled[:max_cells])
         tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
         calls = [
-            (self.locator, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
+            (self.atlas, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
         ]
         parts: list[tuple[np.ndarray, ...]] = map_tasks(_sample_task, calls, num_cpus=num_cpus, at_once=tasks)
@@ -405,23 +403,23 @@ def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, fl
     return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size
 
 
-def _sample_task(locator: AtlasLocator, arrays: CellArrays, cells: np.ndarray) -> tuple[np.ndarray, ...]:
-    return read_cells(locator, arrays.joinids[cells], arrays.gene_of_var)
+def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> tuple[np.ndarray, ...]:
+    return read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var)
 
 
-def gene_of_var(locator: AtlasLocator, vocabulary: GeneVocabulary) -> np.ndarray:
+def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:
     """Vocabulary index of each var joinid, int32, -1 for a gene outside the vocabulary.
 
     Raises:
         ValueError: The atlas has none of the vocabulary's genes.
     """
-    with locator.open() as experiment:
-        var = experiment.ms[locator.measurement].var.read(column_names=["soma_joinid", "feature_id"]).concat()
+    with open_atlas(atlas) as experiment:
+        var = experiment.ms[MEASUREMENT].var.read(column_names=["soma_joinid", "feature_id"]).concat()
     joinids = var["soma_joinid"].to_numpy()
     found = vocabulary.index(var["feature_id"].to_pylist())
     if not (found >= 0).any():
         raise ValueError(
-            f"the atlas {locator.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
+            f"the atlas {atlas.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
             f" {vocabulary.feature_ids[0]!r};"
             f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
         )

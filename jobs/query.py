@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from data_ingest.query import MAJOR, QueryResult, query_from_config
+from data_ingest.query import MAJOR, QueryResult, find_cells, resolve_query
 from jobs.arguments import parse_pairs
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 
@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=arguments.query or "",
             ),
         )
-        locator, query = query_from_config(config)
-        result = query.run(locator, arguments.label_column)
+        atlas, query, expected_hash = resolve_query(config)
+        result = find_cells(atlas, query, arguments.label_column, expected_hash=expected_hash)
     except ValueError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -48,7 +48,7 @@ def report(result: QueryResult) -> str:
     """The summary of a result in words."""
     summary = result.summary()
     lines = [
-        f"atlas     {result.locator.uri} at timestamp_ms={result.locator.timestamp_ms}",
+        f"atlas     {result.atlas.uri} at timestamp_ms={result.atlas.timestamp_ms}",
         *(f"{name:<9} {summary[name]:,}" for name in ("cells", "genes", "donors", "datasets")),
         f"{result.label_column}, cells:",
         *_rows(summary["labels"]),

@@ -27,6 +27,7 @@ import tiledbsoma
 import torch
 
 from cluster.connect import connect
+from data_ingest.atlas import MEASUREMENT, X_LAYER, measured_genes, open_atlas
 from data_ingest.h5ad import H5adFile, read_table
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
@@ -153,11 +154,11 @@ def _write_test_cells(cells: TrainingCells, path: Path) -> None:
     chosen = names[sizes.argmax()]
     positions = cells.parts["test"][datasets_n == chosen]
     positions = positions[:: -(-len(positions) // _MOST_EXPORTED)]
-    locator = cells.query.locator
+    atlas = cells.query.atlas
     wanted = tiledbsoma.AxisQuery(coords=(cells.query.obs_joinids[positions],))
-    with locator.open() as experiment, experiment.axis_query(locator.measurement, obs_query=wanted) as query:
-        found: anndata.AnnData = query.to_anndata(locator.x_layer)
-    found = found[:, locator.measured_genes([chosen], found.var["soma_joinid"].to_numpy())[0]].copy()
+    with open_atlas(atlas) as experiment, experiment.axis_query(MEASUREMENT, obs_query=wanted) as query:
+        found: anndata.AnnData = query.to_anndata(X_LAYER)
+    found = found[:, measured_genes(atlas, [chosen], found.var["soma_joinid"].to_numpy())[0]].copy()
     found.obs_names = (
         found.obs["dataset_id"].astype(str) + ":" + found.obs_names.astype(str)
     )  # tiledbsoma takes obs_id as the index

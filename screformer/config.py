@@ -73,7 +73,7 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
-    """Which atlas is read, and how TileDB reaches it."""
+    """Which atlas is read, and how TileDB reaches it. Hashable and picklable."""
 
     uri: str = setting("", "cells")
     """A path, `s3://bucket/prefix`, `census` (latest long-term release) or `census:YYYY-MM-DD`."""
@@ -82,6 +82,9 @@ class AtlasConfig:
     tiledb_config: Mapping[str, str] = setting({}, "cells")
     """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the
     environment."""
+
+    def __hash__(self) -> int:
+        return hash((self.uri, self.timestamp_ms, *sorted(self.tiledb_config.items())))
 
 
 @dataclass(frozen=True, kw_only=True)

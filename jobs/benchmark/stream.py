@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from cluster.connect import connect
 from cluster.quiet import quiet_data
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas, pinned
 from data_ingest.datasource import CellArrays, SomaDatasource
 from data_ingest.epoch_plan import EpochPlan
-from data_ingest.query import CellQuery, QueryResult
+from data_ingest.query import QueryResult, find_cells
 from data_ingest.simulate_atlas import write_synthetic_atlas
 from data_ingest.stream import CellStream
 from jobs.arguments import parse_pairs
-from screformer.config import StreamConfig, TokensConfig
+from screformer.config import AtlasConfig, QueryConfig, StreamConfig, TokensConfig
 
 PEER_CHUNK, PEER_IO_BATCH, PEER_BATCHES = 64, 65_536, (64, 1_024, 16_384)
 
@@ -57,10 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     file=sys.stderr,
                 )
                 write_synthetic_atlas(uri, num_cells=arguments.cells, num_genes=arguments.genes)
-            locator = AtlasLocator(
-                uri, tiledb_config=tuple(parse_pairs("--tiledb", arguments.tiledb).items())
-            ).pinned()
-            query = CellQuery(obs_filter=arguments.obs_filter).run(locator)
+            atlas = pinned(AtlasConfig(uri=uri, tiledb_config=parse_pairs("--tiledb", arguments.tiledb)))
+            query = find_cells(atlas, QueryConfig(obs_filter=arguments.obs_filter))
         except ValueError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             return 2
@@ -76,7 +74,7 @@ def _measure(
     codes = query.obs["label"].cat.codes.to_numpy()
     num_cells = len(query.obs_joinids)
     stream = CellStream(
-        query.locator,
+        query.atlas,
         query.obs_joinids,
         codes,
         query.vocabulary(),
@@ -163,14 +161,14 @@ def _measure(
 
 def _values_per_cell(query: QueryResult) -> float:
     """Mean number of stored values of the cells of the atlas."""
-    with query.locator.open() as experiment:
-        x = experiment.ms[query.locator.measurement].X[query.locator.x_layer]
+    with open_atlas(query.atlas) as experiment:
+        x = experiment.ms[MEASUREMENT].X[X_LAYER]
         return float(x.nnz / experiment.obs.count)
 
 
 def _scan(query: QueryResult, threads: int) -> int:
-    with query.locator.open(threads=threads) as experiment:
-        x = experiment.ms[query.locator.measurement].X[query.locator.x_layer]
+    with open_atlas(query.atlas, threads=threads) as experiment:
+        x = experiment.ms[MEASUREMENT].X[X_LAYER]
         for table in x.read((pa.array(query.obs_joinids),)).tables():
             table["soma_data"].nbytes  # noqa: B018 - the buffers are filled by now; nothing else is to be done with them
     return len(query.obs_joinids)
@@ -182,16 +180,12 @@ def _read_directly(stream: CellStream, epoch: int, pool: Executor, processes: in
     parts = [range(first, num_units, processes) for first in range(processes)]
     arrays = stream.arrays
     return sum(
-        pool.map(
-            _run_read_tasks, *zip(*((stream.locator, arrays, plan, part) for part in parts), strict=True)
-        )
+        pool.map(_run_read_tasks, *zip(*((stream.atlas, arrays, plan, part) for part in parts), strict=True))
     )
 
 
-def _run_read_tasks(
-    locator: AtlasLocator, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]
-) -> int:
-    tasks = SomaDatasource(locator, arrays, plan, rank=0, world_size=1).get_read_tasks(1)
+def _run_read_tasks(atlas: AtlasConfig, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]) -> int:
+    tasks = SomaDatasource(atlas, arrays, plan, rank=0, world_size=1).get_read_tasks(1)
     return sum(table.num_rows for number in numbers for table in tasks[number]())
 
 
@@ -202,12 +196,12 @@ def _peer(query: QueryResult, batch_size: int, threads: int, seed: int) -> Itera
     """
     from tiledbsoma_ml import ExperimentDataset
 
-    with query.locator.open(threads=threads, buffer_bytes=2**30) as experiment:
+    with open_atlas(query.atlas, threads=threads, buffer_bytes=2**30) as experiment:
         obs_query = tiledbsoma.AxisQuery(coords=(pa.array(query.obs_joinids),))
-        with experiment.axis_query(query.locator.measurement, obs_query=obs_query) as axis_query:
+        with experiment.axis_query(MEASUREMENT, obs_query=obs_query) as axis_query:
             dataset = ExperimentDataset(
                 axis_query,
-                layer_name=query.locator.x_layer,
+                layer_name=X_LAYER,
                 obs_column_names=["soma_joinid"],
                 batch_size=batch_size,
                 io_batch_size=PEER_IO_BATCH,

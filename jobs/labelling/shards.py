@@ -5,6 +5,7 @@ In parallel where they are many, and going on where an interrupted run stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -19,7 +20,7 @@ import tiledbsoma
 import tiledbsoma.io
 
 from cluster.connect import connect
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import census_release, open_atlas
 from data_ingest.cells import AtlasCells, CellSource
 from data_ingest.tasks import map_tasks
 from screformer.files import write_whole
@@ -156,18 +157,12 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
     Raises:
         ValueError: A public release of Census, which nobody can write to.
     """
-    if source.locator.census_release is not None:
-        raise ValueError(f"{source.locator.uri} cannot be written to; name a folder with --out instead")
+    if census_release(source.atlas) is not None:
+        raise ValueError(f"{source.atlas.uri} cannot be written to; name a folder with --out instead")
     labels = pd.concat([pd.read_parquet(path) for path in _files(folder)]).set_index("cell")
     labels.index = labels.index.astype(np.int64)
-    newest = AtlasLocator(
-        source.locator.uri,
-        source.locator.measurement,
-        source.locator.x_layer,
-        0,
-        source.locator.tiledb_config,
-    )
-    with newest.open() as experiment:
+    newest = dataclasses.replace(source.atlas, timestamp_ms=0)
+    with open_atlas(newest) as experiment:
         obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
     place = pd.Index(obs["soma_joinid"]).get_indexer(labels.index)
     assert (place >= 0).all(), "cells of the query are cells of the atlas"

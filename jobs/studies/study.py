@@ -170,8 +170,8 @@ def open_study(
             crossval.group_by, donors, datasets, labels_n, crossval.num_folds, config.train.seed
         )
     settled = {
-        "atlas.uri": query.locator.uri,
-        "atlas.timestamp_ms": query.locator.timestamp_ms,
+        "atlas.uri": query.atlas.uri,
+        "atlas.timestamp_ms": query.atlas.timestamp_ms,
         "crossval.group_by": folds.group_by,
     }
     if folds.group_by != "none":  # what every model of the study records as held out together

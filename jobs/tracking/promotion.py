@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_ingest.atlas import AtlasLocator
 from data_ingest.cells import AtlasCells
-from data_ingest.query import CellQuery
+from data_ingest.query import find_cells, saved_query
 from jobs.studies.scores import mean_interval
 from jobs.tracking.models import CANDIDATE, CHAMPION, model_aliases, move_alias, resolve_model
 from jobs.tracking.runs import start_run
@@ -148,10 +147,9 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
             f" ({', '.join(sorted(held_out))}); train the candidate with"
             f" split.test_groups={theirs['groups'].get('test', [])}"
         )
-    locator = AtlasLocator.from_dict(query["atlas"])
-    filters = {name: query[name] for name in ("obs_filter", "var_filter", "is_primary_data")}
-    result = CellQuery(**filters, expected_hash=query["hash"]).run(
-        locator, candidate.label_column, (split["group_by"],)
+    atlas, filters, expected_hash = saved_query(query)
+    result = find_cells(
+        atlas, filters, candidate.label_column, (split["group_by"],), expected_hash=expected_hash
     )
     own = (
         result.obs[split["group_by"]].astype(str).isin(groups).to_numpy()

@@ -174,7 +174,7 @@ class TrackedRun:
         """Log what the run read and which code it ran.
 
         Args:
-            identity: Nested plain values, such as `{"atlas": locator.to_dict(), "query": {"hash": ...,
+            identity: Nested plain values, such as `{"atlas": atlas.to_dict(), "query": {"hash": ...,
                 "num_cells": ...}}`. They become tags (`atlas.uri`) and, with `code_identity()`, the artifact
                 `identity.json`.
         """

@@ -59,7 +59,7 @@ class TrainingCells:
         """The cells of one part as batches; those of `train` shuffled."""
         positions, config = self.parts[part], self.config
         return CellStream(
-            self.query.locator,
+            self.query.atlas,
             self.query.obs_joinids[positions],
             self.codes_n[positions],
             self.vocabulary,
@@ -93,7 +93,7 @@ class TrainingCells:
     @cached_property
     def _panels(self) -> Panels:
         """Which genes were measured in which cells of the query."""
-        return self.query.panels(gene_of_var(self.query.locator, self.vocabulary), len(self.vocabulary))
+        return self.query.panels(gene_of_var(self.query.atlas, self.vocabulary), len(self.vocabulary))
 
     @cached_property
     def sample(self) -> sparse.csr_array:

@@ -130,7 +130,7 @@ def run_training(
 
 def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
     """The configuration that finds the same cells again at any time."""
-    return config.merge({"atlas.uri": query.locator.uri, "atlas.timestamp_ms": query.locator.timestamp_ms})
+    return config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:

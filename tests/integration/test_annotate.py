@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse
 
 import screformer
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import open_atlas
 from data_ingest.cells import H5adCells
 from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
@@ -22,7 +22,7 @@ from jobs.labelling.shards import label_cells
 from jobs.tracking.models import register_model
 from jobs.tracking.runs import start_run
 from screformer.calibration import present_labels
-from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.config import AtlasConfig, ExperimentConfig, TrackingConfig
 from screformer.predictor import Predictor
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
@@ -411,7 +411,7 @@ def test_an_atlas_query_is_labelled_and_written_back(
     monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
     shutil.copytree(small_atlas, tmp_path / "atlas")
     atlas = str(tmp_path / "atlas")
-    with AtlasLocator(atlas).open() as experiment:
+    with open_atlas(AtlasConfig(uri=atlas)) as experiment:
         var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
         before = experiment.obs.read().concat().to_pandas()
     chosen = before["donor_id"].astype(str) == before["donor_id"].astype(str)[0]
@@ -433,7 +433,7 @@ def test_an_atlas_query_is_labelled_and_written_back(
         made["cell"].astype(int).tolist() == before["soma_joinid"][chosen].tolist()
         and len(made) == chosen.sum()
     )
-    with AtlasLocator(atlas).open() as experiment:
+    with open_atlas(AtlasConfig(uri=atlas)) as experiment:
         after = experiment.obs.read().concat().to_pandas()
     assert after["screformer_predicted_labels"][chosen].tolist() == made["predicted_labels"].tolist()
     np.testing.assert_allclose(after["screformer_conf_score"][chosen], made["conf_score"])

@@ -10,11 +10,12 @@ import torch
 from mlflow import MlflowClient
 from scipy import sparse
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import open_atlas
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from jobs.explain import main
 from jobs.explaining.shards import load_explanations
 from screformer.checkpoint import load_model, save_model
+from screformer.config import AtlasConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 PICTURES = {
@@ -124,7 +125,7 @@ def test_explanations_are_saved_checked_and_resumed(
 def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
     small_atlas: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with AtlasLocator(small_atlas).open() as experiment:
+    with open_atlas(AtlasConfig(uri=small_atlas)) as experiment:
         var = experiment.ms["RNA"].var.read(column_names=["feature_id", "feature_name"]).concat().to_pandas()
     loaded = load_model(
         write_tiny_model(

@@ -7,16 +7,16 @@ import torch
 from mlflow import MlflowClient
 from scipy import sparse
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import pinned
 from data_ingest.cells import AtlasCells
-from data_ingest.query import CellQuery, QueryResult
+from data_ingest.query import QueryResult, find_cells
 from helpers.tiny_model import write_tiny_model
 from jobs.promote import main
 from jobs.tracking.models import model_aliases, register_model
 from jobs.tracking.promotion import compare, compare_folds
 from jobs.tracking.runs import start_run
 from screformer.checkpoint import add_meta, load_model, save_model
-from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, TrackingConfig
 from screformer.predictor import Predictor
 from screformer.start import logistic_start
 
@@ -68,7 +68,8 @@ def test_models_of_the_same_folds_are_compared_by_them(
 
 @pytest.fixture(scope="module")
 def result(small_atlas: str) -> QueryResult:
-    return CellQuery().run(AtlasLocator(small_atlas).pinned(), "cell_type_major", ("donor_id",))
+    atlas = pinned(AtlasConfig(uri=small_atlas))
+    return find_cells(atlas, QueryConfig(), "cell_type_major", ("donor_id",))
 
 
 def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str]) -> Path:

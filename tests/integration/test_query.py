@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiledbsoma
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import measured_genes, open_atlas, pinned
 from data_ingest.h5ad import H5adFile
-from data_ingest.query import CellQuery, query_from_config, run_query
+from data_ingest.query import find_cells, load_query, resolve_query, run_query
 from jobs.query import main
 from jobs.training.cells import prepare_cells
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
@@ -17,12 +17,12 @@ from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitC
 
 @pytest.fixture(scope="module")
 def locator(small_atlas):
-    return AtlasLocator(small_atlas).pinned()
+    return pinned(AtlasConfig(uri=small_atlas))
 
 
 @pytest.fixture(scope="module")
 def whole(locator):
-    return CellQuery().run(locator)
+    return find_cells(locator, QueryConfig())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def old_atlas(small_atlas, tmp_path_factory):
 
 
 def test_a_query_gives_cells_genes_and_labels(locator, whole):
-    with locator.open() as experiment:
+    with open_atlas(locator) as experiment:
         obs = experiment.obs.read().concat().to_pandas().sort_values("soma_joinid")
         var = experiment.ms["RNA"].var.read().concat().to_pandas()
     np.testing.assert_array_equal(whole.obs_joinids, obs["soma_joinid"])
@@ -66,10 +66,10 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
             )
     names = sorted(measured)
     np.testing.assert_array_equal(
-        locator.measured_genes([*names, "elsewhere"], whole.var_joinids)[:-1],
+        measured_genes(locator, [*names, "elsewhere"], whole.var_joinids)[:-1],
         [measured[name] for name in names],
     )
-    assert locator.measured_genes(["elsewhere"], whole.var_joinids).all()
+    assert measured_genes(locator, ["elsewhere"], whole.var_joinids).all()
 
     config = ExperimentConfig().merge({"atlas.uri": small_atlas, "split.test_fraction": 0})
     everywhere = np.all(list(measured.values()), axis=0)
@@ -101,20 +101,21 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
 def test_filters_take_part_of_cells_and_genes(locator, whole):
     donor = str(whole.obs["donor_id"].iloc[0])
     genes = list(whole.feature_ids[3:6])
-    part = CellQuery(
-        obs_filter=f"donor_id == '{donor}' and nnz > 10", var_filter=f"feature_id in {genes}"
-    ).run(locator)
+    part = find_cells(
+        locator,
+        QueryConfig(obs_filter=f"donor_id == '{donor}' and nnz > 10", var_filter=f"feature_id in {genes}"),
+    )
     assert set(part.obs["donor_id"]) == {donor} and 0 < len(part.obs_joinids) < 900
     assert part.feature_ids == tuple(genes)
     assert part.hash != whole.hash
 
 
 def test_equal_results_have_equal_hashes_whatever_the_words(locator, whole):
-    assert CellQuery(obs_filter="nnz >= 0 or nnz < 0").run(locator).hash == whole.hash
+    assert find_cells(locator, QueryConfig(obs_filter="nnz >= 0 or nnz < 0")).hash == whole.hash
 
 
 def test_another_label_column_and_more_columns(locator):
-    result = CellQuery().run(locator, "cell_type", columns=("assay",))
+    result = find_cells(locator, QueryConfig(), "cell_type", columns=("assay",))
     assert (
         set(result.obs["label"].cat.categories) == set(result.obs["cell_type"].astype(str))
         and "assay" in result.obs
@@ -123,16 +124,16 @@ def test_another_label_column_and_more_columns(locator):
 
 
 def test_copies_of_cells_are_left_out_unless_asked_for(old_atlas):
-    locator = AtlasLocator(old_atlas)
-    assert len(CellQuery().run(locator).obs_joinids) == 600
+    locator = AtlasConfig(uri=old_atlas)
+    assert len(find_cells(locator, QueryConfig()).obs_joinids) == 600
     assert (
-        len(CellQuery(obs_filter="nnz > 0 or nnz == 0").run(locator).obs_joinids) == 600
+        len(find_cells(locator, QueryConfig(obs_filter="nnz > 0 or nnz == 0")).obs_joinids) == 600
     )  # `or` must not escape the second condition
-    assert len(CellQuery(is_primary_data=False).run(locator).obs_joinids) == 900
+    assert len(find_cells(locator, QueryConfig(is_primary_data=False)).obs_joinids) == 900
 
 
 def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
-    rolled = CellQuery(is_primary_data=False).run(AtlasLocator(old_atlas))
+    rolled = find_cells(AtlasConfig(uri=old_atlas), QueryConfig(is_primary_data=False))
     assert rolled.obs["label"].astype(str).tolist() == whole.obs["label"].astype(str).tolist()
     assert rolled.label_cl_ids == whole.label_cl_ids
 
@@ -141,51 +142,54 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
     ("query", "message"),
     [
         (
-            CellQuery(obs_filter="donor == 'a'"),
+            QueryConfig(obs_filter="donor == 'a'"),
             r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? there is assay,"
             r" cell_type",
         ),
         (
-            CellQuery(obs_filter="attr('x y') == 'a'"),
+            QueryConfig(obs_filter="attr('x y') == 'a'"),
             "query.obs_filter: the atlas has no column 'x y'; there is assay",
         ),
         (
-            CellQuery(obs_filter="sex == 'hermaphrodite'"),
+            QueryConfig(obs_filter="sex == 'hermaphrodite'"),
             "query.obs_filter: sex never is 'hermaphrodite'; there is '",
         ),
         (
-            CellQuery(obs_filter="cell_type_major in ['B cell', 'T cel']"),
+            QueryConfig(obs_filter="cell_type_major in ['B cell', 'T cel']"),
             "cell_type_major never is 'T cel'; there is 'T cell', ",
         ),
         (
-            CellQuery(var_filter="feature_id == 'CD3D'"),
+            QueryConfig(var_filter="feature_id == 'CD3D'"),
             "query.var_filter: feature_id never is 'CD3D'; there is 'ENSG.* and .* more",
         ),
         (
-            CellQuery(var_filter="symbol == 'CD3D'"),
+            QueryConfig(var_filter="symbol == 'CD3D'"),
             "query.var_filter: the atlas has no column 'symbol'; there is feature_id",
         ),
         (
-            CellQuery(obs_filter="assay = 'a'"),
+            QueryConfig(obs_filter="assay = 'a'"),
             "query.obs_filter=\"assay = 'a'\": SOMA does not take it: .* at character 7",
         ),
-        (CellQuery(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA does not take it: unmatched"),
+        (QueryConfig(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA does not take it: unmatched"),
         (
-            CellQuery(obs_filter="nnz > 'many'"),
+            QueryConfig(obs_filter="nnz > 'many'"),
             "query.obs_filter=\"nnz > 'many'\": SOMA does not take it: .*Cannot cast `many`",
         ),
-        (CellQuery(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
+        (QueryConfig(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
         (
-            CellQuery(obs_filter="nnz < 0"),
+            QueryConfig(obs_filter="nnz < 0"),
             r"no cell of the atlas .* fulfils '\(nnz < 0\) and is_primary_data == True'",
         ),
-        (CellQuery(var_filter="feature_length < 0"), "no gene of the atlas .* fulfils 'feature_length < 0'"),
+        (
+            QueryConfig(var_filter="feature_length < 0"),
+            "no gene of the atlas .* fulfils 'feature_length < 0'",
+        ),
     ],
-    ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, CellQuery) else "",
+    ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, QueryConfig) else "",
 )
 def test_what_is_wrong_with_a_filter_is_said(locator, query, message):
     with pytest.raises(ValueError, match=message):
-        query.run(locator)
+        find_cells(locator, query)
 
 
 def test_an_unknown_label_column_is_said_with_those_there_are(locator):
@@ -193,37 +197,37 @@ def test_an_unknown_label_column_is_said_with_those_there_are(locator):
         ValueError,
         match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* there is assay",
     ):
-        CellQuery().run(locator, "celltype")
+        find_cells(locator, QueryConfig(), "celltype")
 
 
 def test_a_saved_query_finds_the_same_cells_again(locator, tmp_path):
-    saved = CellQuery(obs_filter="nnz > 100").run(locator)
+    saved = find_cells(locator, QueryConfig(obs_filter="nnz > 100"))
     saved.save(tmp_path / "query.json")
     config = ExperimentConfig(
         query=QueryConfig(file=str(tmp_path / "query.json")), split=SplitConfig(group_by="dataset_id")
     )
     again = run_query(config)
-    assert again.hash == saved.hash and again.locator == locator
+    assert again.hash == saved.hash and again.atlas == locator
     assert again.identity() == saved.identity()
 
 
 def test_a_saved_query_that_finds_other_cells_names_both_hashes(locator, tmp_path):
     path = tmp_path / "query.json"
-    saved = CellQuery(obs_filter="nnz > 100").run(locator)
+    saved = find_cells(locator, QueryConfig(obs_filter="nnz > 100"))
     saved.save(path)
     tree = json.loads(path.read_text())
     path.write_text(json.dumps(tree | {"hash": "0123"}))
-    stale_locator, query = CellQuery.load(path)
+    stale, query, expected_hash = load_query(path)
     with pytest.raises(
         ValueError, match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query anew"
     ):
-        query.run(stale_locator)
+        find_cells(stale, query, expected_hash=expected_hash)
 
 
 def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
     uri = str(tmp_path / "atlas")
     shutil.copytree(small_atlas, uri)
-    pinned = AtlasLocator(uri).pinned()
+    fixed = pinned(AtlasConfig(uri=uri))
     time.sleep(0.01)
     path = f"{uri}/census_data/homo_sapiens/obs"
     with tiledbsoma.open(path) as obs:
@@ -232,8 +236,8 @@ def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
         obs.change_domain(((0, 900),))
     with tiledbsoma.open(path, "w") as obs:
         obs.write(row.set_column(row.column_names.index("soma_joinid"), "soma_joinid", [np.array([900])]))
-    assert len(CellQuery().run(pinned).obs_joinids) == 900
-    assert len(CellQuery().run(dataclasses.replace(pinned, timestamp_ms=0)).obs_joinids) == 901
+    assert len(find_cells(fixed, QueryConfig()).obs_joinids) == 900
+    assert len(find_cells(dataclasses.replace(fixed, timestamp_ms=0), QueryConfig()).obs_joinids) == 901
 
 
 @pytest.mark.parametrize(
@@ -248,7 +252,7 @@ def test_a_file_that_is_no_query_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "query.json").write_text(content)
     with pytest.raises(ValueError, match=f"{message}.*write one with `python -m jobs.query --out`"):
-        CellQuery.load(tmp_path / "query.json")
+        load_query(tmp_path / "query.json")
 
 
 def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
@@ -258,7 +262,7 @@ def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
     with pytest.raises(
         ValueError, match="atlas.uri='s3://other/atlas' is another atlas than that of query.file"
     ):
-        query_from_config(config)
+        resolve_query(config)
 
 
 def test_the_command_prints_counts_and_saves(small_atlas, tmp_path, capsys):

@@ -6,10 +6,10 @@ import boto3
 import numpy as np
 import pytest
 
-from data_ingest.atlas import AtlasLocator
-from data_ingest.query import CellQuery, run_query
+from data_ingest.atlas import open_atlas
+from data_ingest.query import find_cells, load_query, run_query
 from data_ingest.stream import CellStream
-from screformer.config import AtlasConfig, ExperimentConfig, StreamConfig, TokensConfig
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, StreamConfig, TokensConfig
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -27,14 +27,14 @@ def remote(s3, small_atlas):
 
 def test_a_remote_atlas_gives_the_cells_of_the_local_one(remote, small_atlas):
     there = run_query(ExperimentConfig(atlas=remote))
-    here = CellQuery().run(AtlasLocator(small_atlas))
+    here = find_cells(AtlasConfig(uri=small_atlas), QueryConfig())
     assert there.hash == here.hash and there.summary() == here.summary()
-    assert there.locator.timestamp_ms > 0
+    assert there.atlas.timestamp_ms > 0
 
     def batches(result):
         codes = result.obs["label"].cat.codes.to_numpy()
         stream = CellStream(
-            result.locator,
+            result.atlas,
             result.obs_joinids[:200],
             codes[:200],
             result.vocabulary(),
@@ -55,17 +55,17 @@ def test_a_remote_atlas_gives_the_cells_of_the_local_one(remote, small_atlas):
 def test_a_saved_query_reaches_the_server_again(remote, tmp_path):
     result = run_query(ExperimentConfig(atlas=remote))
     result.save(tmp_path / "query.json")
-    locator, query = CellQuery.load(tmp_path / "query.json")
-    assert query.run(locator).hash == result.hash
+    atlas, query, expected_hash = load_query(tmp_path / "query.json")
+    assert find_cells(atlas, query, expected_hash=expected_hash).hash == result.hash
 
 
 def test_nothing_there_is_told_with_what_to_check(s3):
-    locator = AtlasLocator(f"{s3.uri}/nothing", tiledb_config=tuple(s3.tiledb_config.items()))
+    locator = AtlasConfig(uri=f"{s3.uri}/nothing", tiledb_config=s3.tiledb_config)
     with (
         pytest.raises(
             ValueError,
             match="holds no SOMA atlas; check the address, atlas.tiledb_config and the credentials",
         ),
-        locator.open(),
+        open_atlas(locator),
     ):
         pass

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -11,13 +12,13 @@ import ray
 import tiledbsoma
 import torch
 
-from data_ingest.atlas import AtlasLocator
+from data_ingest.atlas import pinned
 from data_ingest.datasource import CellArrays, SomaDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.schema import create_atlas, soma_context
 from data_ingest.stream import CellStream
 from jobs.benchmark.stream import main
-from screformer.config import StreamConfig, TokensConfig
+from screformer.config import AtlasConfig, StreamConfig, TokensConfig
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary, Panels
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -48,7 +49,7 @@ def locator(tmp_path_factory):
         rna.var.write(pa.table({**columns, "feature_length": zeros, "nnz": zeros, "n_measured_obs": zeros}))
         values = counts_of(np.arange(NUM_CELLS))[rows, genes]
         rna.X["raw"].write(pa.table({"soma_dim_0": rows, "soma_dim_1": genes, "soma_data": values}))
-    return AtlasLocator(uri).pinned()
+    return pinned(AtlasConfig(uri=uri))
 
 
 def vocabulary(genes=None):
@@ -233,7 +234,7 @@ def test_an_early_stop_leaves_no_thread_behind(locator):
 
 def test_an_error_while_reading_reaches_the_caller(locator, tmp_path):
     stream = make_stream(locator)
-    stream.locator = AtlasLocator(str(tmp_path / "gone"))
+    stream.atlas = AtlasConfig(uri=str(tmp_path / "gone"))
     with pytest.raises(Exception, match="does not exist; make it with"):
         epoch(stream)
 
@@ -320,8 +321,11 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
     rows, genes = np.nonzero(counts_of(np.arange(NUM_CELLS)))
     values = counts_of(np.arange(NUM_CELLS))[rows, genes]
     with tiledbsoma.open(path, "w") as layers:
+        del layers["raw"]
+    shutil.rmtree(f"{path}/raw")
+    with tiledbsoma.open(path, "w") as layers:
         layer = layers.add_new_sparse_ndarray(
-            "tiled",
+            "raw",
             type=pa.float32(),
             shape=(NUM_CELLS, NUM_GENES),
             platform_config={"tiledb": {"create": create}},
@@ -331,7 +335,7 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
                 pa.table({"soma_dim_0": rows[half], "soma_dim_1": genes[half], "soma_data": values[half]})
             )
     joinids = np.sort(np.random.default_rng(0).permutation(NUM_CELLS)[:300])
-    tiled = AtlasLocator(uri, x_layer="tiled")
+    tiled = AtlasConfig(uri=uri)
     for ours, theirs in zip(
         read_cells(tiled, joinids, np.arange(NUM_GENES, dtype=np.int32)),
         read_cells(locator, joinids, np.arange(NUM_GENES, dtype=np.int32)),
