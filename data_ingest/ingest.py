@@ -1,23 +1,22 @@
 """Turn .h5ad files into an atlas, or append them to one: checked first, written in parallel, safe to kill.
 
-Every file is checked before anything is written. Then X is written by parallel tasks, each a contiguous range
-of new joinids, and at the end one write of obs makes the new cells visible: that write is the commit. A
-journal in the atlas's metadata says what was going on, so that the same command, run again after a kill, goes
-on where it stopped, and another command takes the unfinished one back first.
-Axes: `n` cells, `g` genes.
+Read `ingest` from top to bottom: the atlas as it is (`ingest_plan.read_base`), what is in the files
+(`ingest_files`), how their cells are labelled (`ingest_labels`), which cells are new and where they go
+(`ingest_plan`, `ingest_counts`), and the writing (`ingest_write`). Nothing is written before everything is
+checked. X is written by parallel tasks, each a contiguous range of new joinids; at the end one write of obs
+makes the new cells visible: that is the commit. A journal in the atlas's metadata (`ingest_journal`) says
+what was going on, so that the same command resumes after a kill, and another command takes the unfinished
+work back first.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from data_ingest import schema
 from data_ingest.h5ad import read_symbol_table
@@ -26,22 +25,13 @@ from data_ingest.ingest_files import (
     IngestOptions,
     check_file,
     distinct_paths,
-    label,
-    read_labels,
     refuse_shared_cells,
 )
-from data_ingest.ingest_journal import Journal, now_ms, write_journal
-from data_ingest.ingest_plan import (
-    count_values,
-    ingest_digest,
-    joined_var,
-    new_rows_of,
-    parts_of,
-    read_base,
-    refuse_unrelated_genes,
-)
-from data_ingest.ingest_write import commit, grow, take_back, tidy, write_x
-from data_ingest.ontology import MajorTypes, Outcome
+from data_ingest.ingest_journal import Target
+from data_ingest.ingest_labels import label, read_labels
+from data_ingest.ingest_plan import Base, NewCells, Plan, plan_ingest, read_base, refuse_unrelated_genes
+from data_ingest.ingest_write import write
+from data_ingest.ontology import MajorTypes
 from data_ingest.tasks import map_tasks
 
 
@@ -130,86 +120,61 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     Raises:
         ValueError: A file, a table, an option or the atlas is not usable; nothing was written.
     """
-    options = options or IngestOptions()
     started = time.monotonic()
-    context = schema.soma_context(options.tiledb_config, threads=os.cpu_count() or 1)
-    uri = (
-        atlas_uri.rstrip("/")
-        if schema.is_remote(atlas_uri)
-        else os.path.abspath(atlas_uri.removeprefix("file://"))
-    )
-    paths = distinct_paths(files)
+    options = options or IngestOptions()
+    target = _target(atlas_uri, options)
     labels = read_labels(options.labels) if options.labels else {}
     majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
+    base = read_base(target, options)
+
+    checked = _check_files(files, base, options)
+    labelled = [label(file, labels, majors) for file in checked]
+    plan = plan_ingest(target, labelled, labels, base, options)
+    if not options.dry_run:
+        write(plan)
+    return _report(plan, atlas_uri, time.monotonic() - started)
+
+
+def _target(atlas_uri: str, options: IngestOptions) -> Target:
+    context = schema.soma_context(options.tiledb_config, threads=os.cpu_count() or 1)
+    if schema.is_remote(atlas_uri):
+        return Target(atlas_uri.rstrip("/"), context)
+    return Target(os.path.abspath(atlas_uri.removeprefix("file://")), context)
+
+
+def _check_files(files: Sequence[str | Path], base: Base, options: IngestOptions) -> list[CheckedFile]:
+    """Everything of the files but their counts, each checked by itself, then together and with the atlas."""
+    paths = distinct_paths(files)
     symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
-    base = read_base(uri, context, options)
-    checked = map_tasks(
-        partial(check_file, options=options, symbols=symbols),
-        [(path,) for path in paths],
-        "checking files",
-    )
+    check = partial(check_file, options=options, symbols=symbols)
+    checked = map_tasks(check, [(path,) for path in paths], "checking files")
     refuse_shared_cells(checked)
     refuse_unrelated_genes(checked, base)
-    reasons = [label(file, labels, majors) for file in checked]
-    new_rows = new_rows_of(uri, context, checked, base)
-    counts = count_values(checked, new_rows, options)
-    n_new = sum(len(rows) for rows in new_rows)
-    reports = [_report(*item) for item in zip(checked, new_rows, reasons, strict=True)]
+    return checked
 
-    journal = base.journal
-    digest = ingest_digest(checked, new_rows, labels, options, base)
-    resumes = journal.writing and journal.digest == digest
-    took_back = journal.writing and not resumes
-    var = joined_var(checked, new_rows, base, counts)
-    result = partial(
-        IngestReport,
+
+def _report(plan: Plan, atlas_uri: str, seconds: float) -> IngestReport:
+    return IngestReport(
         atlas_uri=atlas_uri,
-        files=tuple(reports),
-        cells_added=n_new,
-        cells_total=base.n_cells + n_new,
-        genes_added=len(var) - len(base.var),
-        genes_total=len(var),
-        resumed=resumes,
-        took_back=took_back,
-        dry_run=options.dry_run,
+        files=tuple(_file_report(new) for new in plan.files),
+        cells_added=plan.num_new_cells,
+        cells_total=plan.base.n_cells + plan.num_new_cells,
+        genes_added=len(plan.var) - len(plan.base.var),
+        genes_total=len(plan.var),
+        resumed=plan.resumes,
+        took_back=plan.takes_back,
+        dry_run=plan.options.dry_run,
+        seconds=seconds,
     )
-    if options.dry_run:
-        return result(seconds=time.monotonic() - started)
-
-    if not base.exists:
-        schema.create_atlas(uri, context)
-    if took_back:
-        take_back(uri, context, journal)
-    if n_new:
-        first = journal.first_joinid if resumes else journal.end_joinid
-        parts = list(parts_of(new_rows, counts, first, options))
-        if not resumes:
-            n_datasets = len(
-                set(base.datasets["dataset_id"]).union(*(file.obs["dataset_id"] for file in checked))
-            )
-            grow(uri, context, n_cells=first + n_new, n_genes=len(var), n_datasets=n_datasets)
-            journal = Journal(
-                digest=digest,
-                writing=True,
-                timestamp_ms=now_ms(),
-                first_joinid=first,
-                end_joinid=first + n_new,
-                num_fragments=journal.num_fragments + len(parts),
-                num_commits=journal.num_commits + 1,
-            )
-            write_journal(uri, context, journal, [])
-        write_x(uri, context, checked, parts, var, options, journal)
-        commit(uri, context, checked, new_rows, counts, var, base, journal)
-    tidy(uri, context)
-    return result(seconds=time.monotonic() - started)
 
 
-def _report(file: CheckedFile, rows: np.ndarray, unmapped: Mapping[Outcome, Counter[str]]) -> FileReport:
+def _file_report(new: NewCells) -> FileReport:
+    file = new.file
     return FileReport(
         path=file.path,
         dataset_ids=tuple(file.obs["dataset_id"].cat.categories),
         cells=file.n_cells,
-        new_cells=len(rows),
+        new_cells=len(new.rows),
         genes=len(file.feature_ids_g),
         genes_joined=int((file.feature_ids_g != "").sum()),
         genes_repeated=file.num_repeated,
@@ -217,5 +182,5 @@ def _report(file: CheckedFile, rows: np.ndarray, unmapped: Mapping[Outcome, Coun
         major_types={
             str(name): int(count) for name, count in file.obs["cell_type_major"].value_counts().items()
         },
-        unmapped={str(outcome): dict(labels.most_common()) for outcome, labels in unmapped.items()},
+        unmapped={str(outcome): dict(labels.most_common()) for outcome, labels in file.unmapped.items()},
     )

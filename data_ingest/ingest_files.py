@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from data_ingest import schema
-from data_ingest.h5ad import Duplicates, H5adFile, read_table
-from data_ingest.ontology import UNKNOWN, MajorTypes, Outcome, is_cell_term
+from data_ingest.h5ad import Duplicates, H5adFile
+from data_ingest.ontology import UNKNOWN, Outcome, is_cell_term
 
 _SOURCES: dict[str, tuple[str, ...]] = {"dataset_id": ("dataset_id", "dataset")}
 """Where a column of the atlas comes from when it is not of the same name."""
@@ -84,6 +84,7 @@ class CheckedFile:
     path: str
     sha256: str
     stamp: tuple[int, int]
+    """Size and time of change, to notice a change while it is ingested."""
     n_cells: int
     feature_ids_g: np.ndarray
     names_g: np.ndarray
@@ -91,6 +92,10 @@ class CheckedFile:
     gene_source: str
     num_repeated: int
     obs: pd.DataFrame
+    """The atlas's columns, without those that come from the counts; major types once `label` has added
+    them."""
+    unmapped: Mapping[Outcome, Counter[str]] = field(default_factory=dict)
+    """Why labels have no major type -> label -> cells."""
 
 
 def distinct_paths(files: Sequence[str | Path]) -> list[str]:
@@ -205,28 +210,6 @@ def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.nda
     return np.ones(file.n_cells, bool)
 
 
-def read_labels(path: Path) -> dict[tuple[str, str], str]:
-    """The `--labels` table: (dataset, label) to Cell Ontology term, empty where none fits."""
-    table = read_table(path, "--labels", ("dataset", "cell_type", "cl_id"))
-    found: dict[tuple[str, str], str] = {}
-    for line, (dataset, label, cl_id) in enumerate(
-        zip(table["dataset"], table["cell_type"], table["cl_id"], strict=True), start=2
-    ):
-        if cl_id and not is_cell_term(cl_id):
-            raise ValueError(
-                f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as"
-                f" CL:0000084; "
-                "leave it empty if none fits"
-            )
-        if found.setdefault((dataset, label), cl_id) != cl_id:
-            raise ValueError(
-                f"{path} (--labels) line {line}: ({dataset}, {label}) has cl_id={cl_id!r} here and"
-                f" {found[dataset, label]!r} above; "
-                "keep one row"
-            )
-    return found
-
-
 def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
     """Refuse a cell of one dataset that is in two files."""
     owner: dict[str, list[CheckedFile]] = {}
@@ -244,33 +227,6 @@ def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
                         "or give each its own dataset (--obs-map dataset_id=COLUMN)"
                     )
                 seen[cell] = file.path
-
-
-def label(
-    file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: MajorTypes
-) -> dict[Outcome, Counter[str]]:
-    """Fill the file's terms and major types in place; return the labels without a major type, by reason."""
-    obs = file.obs
-    keys = ["dataset_id", "cell_type", "cell_type_ontology_term_id"]
-    codes, triples = pd.MultiIndex.from_frame(obs[keys].astype(object)).factorize()
-    terms, names, ids = [], [], []
-    unmapped: dict[Outcome, Counter[str]] = {}
-    sizes = np.bincount(codes, minlength=len(triples))
-    for (dataset, label, own_term), size in zip(triples, sizes, strict=True):
-        term = labels.get((dataset, label)) or own_term
-        major = majors.roll_up(term)
-        terms.append(term)
-        names.append(major.name)
-        ids.append(major.cl_id)
-        if major.outcome != "mapped":
-            unmapped.setdefault(major.outcome, Counter())[label] += int(size)
-    for column, values in zip(
-        ("cell_type_ontology_term_id", "cell_type_major", "cell_type_major_ontology_term_id"),
-        (terms, names, ids),
-        strict=True,
-    ):
-        obs[column] = pd.Categorical(np.array(values, dtype=object)[codes])
-    return unmapped
 
 
 def ids_of(file: CheckedFile) -> np.ndarray:

@@ -16,9 +16,31 @@ import tiledbsoma as soma
 from data_ingest import schema
 
 _JOURNAL = "screformer_ingest"
-
-
 _JOURNAL_PARTS = "screformer_ingest_parts"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The atlas that is written: where it is, and how TileDB reaches it."""
+
+    uri: str
+    context: soma.SOMATileDBContext
+
+    def root(self, mode: str = "r") -> soma.Collection:
+        """Open the collection that holds everything."""
+        return soma.Collection.open(self.uri, mode, context=self.context)
+
+    def table(self, place: str, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.DataFrame:
+        """Open a table, such as `schema.OBS`, as it was at a time."""
+        return soma.DataFrame.open(
+            f"{self.uri}/{place}", mode, context=self.context, tiledb_timestamp=timestamp_ms
+        )
+
+    def matrix(self, place: str, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.SparseNDArray:
+        """Open a matrix, `schema.X` or `schema.PRESENCE`, as it was at a time."""
+        return soma.SparseNDArray.open(
+            f"{self.uri}/{place}", mode, context=self.context, tiledb_timestamp=timestamp_ms
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +58,28 @@ class Journal:
     """Ingests since the fragments of obs and var were last merged."""
 
 
-def obs_ids(
-    uri: str, context: soma.SOMATileDBContext, value_filter: str | None, columns: Sequence[str]
-) -> pa.Table:
-    """Joinids, and some columns, of the atlas's cells that pass a filter."""
-    with soma.DataFrame.open(f"{uri}/{schema.OBS}", context=context) as obs:
-        return obs.read(value_filter=value_filter, column_names=["soma_joinid", *columns]).concat()
+def read_journal(target: Target) -> Journal:
+    """The journal of an atlas; empty where nothing was ever ingested."""
+    with target.root() as root:
+        return Journal(**json.loads(root.metadata.get(_JOURNAL, "{}")))
 
 
-def close_ingest(uri: str, context: soma.SOMATileDBContext, journal: Journal) -> None:
+def finished_parts(target: Target) -> list[int]:
+    """Numbers of the parts that an unfinished ingest has written."""
+    with target.root() as root:
+        return list(json.loads(root.metadata.get(_JOURNAL_PARTS, "[]")))
+
+
+def write_journal(target: Target, journal: Journal, finished: Iterable[int] = ()) -> None:
+    """Replace the journal and the list of finished parts."""
+    with target.root("w") as root:
+        root.metadata[_JOURNAL] = json.dumps(dataclasses.asdict(journal))
+        root.metadata[_JOURNAL_PARTS] = json.dumps(sorted(finished))
+
+
+def close_ingest(target: Target, journal: Journal) -> None:
     """What is left once the cells are visible: the summary, and the journal's last word."""
-    obs = obs_ids(uri, context, None, ("donor_id", "is_primary_data"))
+    obs = obs_ids(target, None, ("donor_id", "is_primary_data"))
     rows = {
         "census_schema_version": "2.1.0",
         "census_build_date": time.strftime("%Y-%m-%d", time.gmtime(journal.timestamp_ms / 1000)),
@@ -58,42 +91,21 @@ def close_ingest(uri: str, context: soma.SOMATileDBContext, journal: Journal) ->
     summary = pd.DataFrame(
         {"soma_joinid": range(len(rows)), "label": list(rows), "value": list(rows.values())}
     )
-    write_table(uri, context, schema.SUMMARY, summary, schema.SUMMARY_COLUMNS)
-    write_journal(uri, context, dataclasses.replace(journal, writing=False), [])
+    write_table(target, schema.SUMMARY, summary, schema.SUMMARY_COLUMNS)
+    write_journal(target, dataclasses.replace(journal, writing=False))
 
 
-def write_table(
-    uri: str,
-    context: soma.SOMATileDBContext,
-    place: str,
-    table: pd.DataFrame,
-    columns: Mapping[str, pa.DataType],
-) -> None:
+def obs_ids(target: Target, value_filter: str | None, columns: Sequence[str]) -> pa.Table:
+    """Joinids, and some columns, of the atlas's cells that pass a filter."""
+    with target.table(schema.OBS) as obs:
+        return obs.read(value_filter=value_filter, column_names=["soma_joinid", *columns]).concat()
+
+
+def write_table(target: Target, place: str, rows: pd.DataFrame, columns: Mapping[str, pa.DataType]) -> None:
     """Write rows of a SOMA table."""
     fields = pa.schema([("soma_joinid", pa.int64()), *columns.items()])
-    with soma.DataFrame.open(f"{uri}/{place}", "w", context=context) as target:
-        target.write(pa.Table.from_pandas(table[fields.names], schema=fields, preserve_index=False))
-
-
-def read_journal(uri: str, context: soma.SOMATileDBContext) -> Journal:
-    """The journal of an atlas; empty where nothing was ever ingested."""
-    with soma.Collection.open(uri, context=context) as root:
-        return Journal(**json.loads(root.metadata.get(_JOURNAL, "{}")))
-
-
-def finished_parts(uri: str, context: soma.SOMATileDBContext) -> list[int]:
-    """Numbers of the parts that an unfinished ingest has written."""
-    with soma.Collection.open(uri, context=context) as root:
-        return list(json.loads(root.metadata.get(_JOURNAL_PARTS, "[]")))
-
-
-def write_journal(
-    uri: str, context: soma.SOMATileDBContext, journal: Journal, finished: Iterable[int]
-) -> None:
-    """Replace the journal and the list of finished parts."""
-    with soma.Collection.open(uri, "w", context=context) as root:
-        root.metadata[_JOURNAL] = json.dumps(dataclasses.asdict(journal))
-        root.metadata[_JOURNAL_PARTS] = json.dumps(sorted(finished))
+    with target.table(place, "w") as table:
+        table.write(pa.Table.from_pandas(rows[fields.names], schema=fields, preserve_index=False))
 
 
 def now_ms() -> int:

@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import tiledbsoma as soma
 
 from data_ingest import schema
 from data_ingest.h5ad import H5adFile
-from data_ingest.ingest_files import CheckedFile, IngestOptions, ids_of
+from data_ingest.ingest_counts import gene_targets, join_genes
+from data_ingest.ingest_files import IngestOptions, ids_of
 from data_ingest.ingest_journal import (
     Journal,
+    Target,
     close_ingest,
     finished_parts,
+    now_ms,
     read_journal,
     write_journal,
     write_table,
 )
-from data_ingest.ingest_plan import FEWEST_VALUES, Base, Counts, Part, gene_targets, join_genes
+from data_ingest.ingest_plan import FEWEST_VALUES, NewCells, Part, Plan, parts_of
 from data_ingest.tasks import map_tasks
 
 logger = logging.getLogger(__name__)
@@ -44,35 +45,65 @@ _MOST_FRAGMENTS = 8
 """Small fragments that are left unmerged."""
 
 
-def grow(uri: str, context: soma.SOMATileDBContext, *, n_cells: int, n_genes: int, n_datasets: int) -> None:
-    """Make room. Room alone changes nothing that a query sees."""
+_IN_ORDER = {"tiledb": {"write": {"sort_coords": False}}}
+
+
+def write(plan: Plan) -> None:
+    """Write a plan into its atlas; the journal says how far it is, so that it can be killed at any time."""
+    target, journal = plan.target, plan.base.journal
+    if not plan.base.exists:
+        schema.create_atlas(target.uri, target.context)
+    if plan.takes_back:
+        take_back(target, journal)
+    if plan.num_new_cells:
+        parts = list(parts_of(plan, journal.first_joinid if plan.resumes else journal.end_joinid))
+        if not plan.resumes:
+            journal = _begin(plan, len(parts))
+        _write_x(plan, parts, journal)
+        _commit(plan, journal)
+    tidy(target)
+
+
+def _begin(plan: Plan, num_parts: int) -> Journal:
+    """Make room, and say in the journal what comes. Room alone changes nothing that a query sees."""
+    before = plan.base.journal
+    journal = Journal(
+        digest=plan.digest,
+        writing=True,
+        first_joinid=before.end_joinid,
+        end_joinid=before.end_joinid + plan.num_new_cells,
+        num_fragments=before.num_fragments + num_parts,
+        num_commits=before.num_commits + 1,
+    )
+    n_cells, n_genes = journal.end_joinid, len(plan.var)
+    n_datasets = len(
+        set(plan.base.datasets["dataset_id"]).union(*(new.file.obs["dataset_id"] for new in plan.files))
+    )
     for place, rows in (
         (schema.OBS, n_cells),
         (schema.VAR, n_genes),
         (schema.DATASETS, n_datasets),
         (schema.SUMMARY, 16),
     ):
-        with soma.DataFrame.open(f"{uri}/{place}", "w", context=context) as table:
+        with plan.target.table(place, "w") as table:
             if table.domain[0][1] + 1 < rows:
                 table.tiledbsoma_resize_soma_joinid_shape(rows)
     for place, shape in ((schema.X, (n_cells, n_genes)), (schema.PRESENCE, (n_datasets, n_genes))):
-        with soma.SparseNDArray.open(f"{uri}/{place}", "w", context=context) as array:
+        with plan.target.matrix(place, "w") as array:
             array.resize([max(old, new) for old, new in zip(array.shape, shape, strict=True)])
+    journal = dataclasses.replace(journal, timestamp_ms=now_ms())
+    write_journal(plan.target, journal)
+    return journal
 
 
-def write_x(
-    uri: str,
-    context: soma.SOMATileDBContext,
-    files: Sequence[CheckedFile],
-    parts: Sequence[Part],
-    var: pd.DataFrame,
-    options: IngestOptions,
-    journal: Journal,
-) -> None:
+def _write_x(plan: Plan, parts: Sequence[Part], journal: Journal) -> None:
     """Write the counts of all parts that are not written yet."""
-    column_of = dict(zip(var["feature_id"], var["soma_joinid"], strict=True))
-    targets = {index: gene_targets(files[index], column_of) for index in {part.file for part in parts}}
-    finished = set(finished_parts(uri, context))
+    column_of = dict(zip(plan.var["feature_id"], plan.var["soma_joinid"], strict=True))
+    targets = {
+        file.path: gene_targets(file, column_of)
+        for file in {part.file.path: part.file for part in parts}.values()
+    }
+    finished = set(finished_parts(plan.target))
     left = [index for index in range(len(parts)) if index not in finished]
     saved = time.monotonic()
 
@@ -80,24 +111,22 @@ def write_x(
         nonlocal saved
         finished.add(left[done])
         if time.monotonic() - saved > _JOURNAL_EVERY_S:
-            write_journal(uri, context, journal, finished)
+            write_journal(plan.target, journal, finished)
             saved = time.monotonic()
 
-    write = partial(
-        _write_part, uri=uri, timestamp_ms=journal.timestamp_ms, n_genes=len(var), options=options
+    task = partial(
+        _write_part,
+        uri=plan.target.uri,
+        timestamp_ms=journal.timestamp_ms,
+        n_genes=len(plan.var),
+        options=plan.options,
     )
     calls = [
-        (
-            files[parts[i].file].path,
-            files[parts[i].file].stamp,
-            targets[parts[i].file],
-            parts[i].rows,
-            parts[i].first_joinid,
-        )
-        for i in left
+        (part.file.path, part.file.stamp, targets[part.file.path], part.rows, part.first_joinid)
+        for part in (parts[index] for index in left)
     ]
-    map_tasks(write, calls, "writing counts", note=note)
-    write_journal(uri, context, journal, finished)
+    map_tasks(task, calls, "writing counts", note=note)
+    write_journal(plan.target, journal, finished)
 
 
 def _write_part(
@@ -136,139 +165,136 @@ def _write_part(
                     }
                 )
             )
-    context = schema.soma_context(options.tiledb_config)
-    with soma.SparseNDArray.open(
-        f"{uri}/{schema.X}", "w", context=context, tiledb_timestamp=timestamp_ms
-    ) as array:
+    target = Target(uri, schema.soma_context(options.tiledb_config))
+    with target.matrix(schema.X, "w", timestamp_ms=timestamp_ms) as array:
         # The rows come in the array's own order, which saves TileDB a sort: 2.5 times as fast.
-        array.write(pa.concat_tables(tables), platform_config={"tiledb": {"write": {"sort_coords": False}}})
+        array.write(pa.concat_tables(tables), platform_config=_IN_ORDER)
 
 
-def commit(
-    uri: str,
-    context: soma.SOMATileDBContext,
-    files: Sequence[CheckedFile],
-    new_rows: Sequence[np.ndarray],
-    counts: Sequence[Counts],
-    var: pd.DataFrame,
-    base: Base,
-    journal: Journal,
-) -> None:
+def _commit(plan: Plan, journal: Journal) -> None:
     """Write genes, datasets and presence, then obs, which makes the new cells visible."""
-    if read_journal(uri, context).digest != journal.digest:
-        raise ValueError(f"{uri}: another ingest began meanwhile; run one at a time, then this command again")
-    sizes = Counter(
-        dict(
-            zip(base.datasets["dataset_id"], map(int, base.datasets["dataset_total_cell_count"]), strict=True)
+    target = plan.target
+    if read_journal(target).digest != journal.digest:
+        raise ValueError(
+            f"{target.uri}: another ingest began meanwhile; run one at a time, then this command again"
         )
+    new = [new for new in plan.files if len(new.rows)]
+    datasets = _datasets(plan, new)
+    write_table(target, schema.VAR, plan.var, schema.VAR_COLUMNS)
+    write_table(target, schema.DATASETS, datasets, schema.DATASET_COLUMNS)
+    with target.matrix(schema.PRESENCE, "w") as matrix:
+        matrix.write(_presence(plan, new, datasets))
+    with target.table(schema.OBS, "w") as table:
+        # All new cells in one fragment: they become visible together or not at all.
+        table.write(_new_obs(new, journal.first_joinid), platform_config=_IN_ORDER)
+    close_ingest(target, journal)
+
+
+def _datasets(plan: Plan, new: Sequence[NewCells]) -> pd.DataFrame:
+    """The table of datasets as it will be: known ones keep their joinids."""
+    rows = {str(row["dataset_id"]): row for row in plan.base.datasets.to_dict("records")}
+    for cells in new:
+        sizes = cells.file.obs["dataset_id"].iloc[cells.rows].value_counts()
+        for dataset, size in sizes[sizes > 0].items():
+            row = rows.setdefault(
+                str(dataset),
+                {
+                    "soma_joinid": len(rows),
+                    "dataset_id": dataset,
+                    "dataset_title": dataset,
+                    "dataset_h5ad_path": Path(cells.file.path).name,
+                    "dataset_total_cell_count": 0,
+                },
+            )
+            row["dataset_total_cell_count"] += int(size)
+    return pd.DataFrame(list(rows.values()))
+
+
+def _presence(plan: Plan, new: Sequence[NewCells], datasets: pd.DataFrame) -> pa.Table:
+    """Which genes the new cells' datasets have measured, as entries of the presence matrix."""
+    joinid_of = dict(zip(datasets["dataset_id"], datasets["soma_joinid"], strict=True))
+    position = pd.Series(plan.var["soma_joinid"].to_numpy(), index=plan.var["feature_id"])
+    entries = []
+    for cells in new:
+        columns = position[ids_of(cells.file)].to_numpy()
+        for dataset in cells.file.obs["dataset_id"].iloc[cells.rows].unique():
+            entries.append(pd.DataFrame({"soma_dim_0": joinid_of[dataset], "soma_dim_1": columns}))
+    found = pd.concat(entries).drop_duplicates()
+    return pa.table(
+        {
+            "soma_dim_0": found["soma_dim_0"].to_numpy(np.int64),
+            "soma_dim_1": found["soma_dim_1"].to_numpy(np.int64),
+            "soma_data": np.ones(len(found), np.uint8),
+        }
     )
-    titles = {
-        row.dataset_id: (row.dataset_title, row.dataset_h5ad_path) for row in base.datasets.itertuples()
-    }
-    number = dict(zip(base.datasets["dataset_id"], map(int, base.datasets["soma_joinid"]), strict=True))
-    position = pd.Series(var["soma_joinid"].to_numpy(), index=var["feature_id"])
-    present: list[tuple[np.ndarray, np.ndarray]] = []
-    tables, next_joinid = [], journal.first_joinid
-    for file, rows, count in zip(files, new_rows, counts, strict=True):
-        if not len(rows):
-            continue
-        obs = file.obs.iloc[rows].assign(raw_sum=count.raw_sum_n[rows], nnz=count.nnz_n[rows])
-        for dataset, size in obs["dataset_id"].value_counts().items():
-            if size:
-                sizes[dataset] += int(size)
-                titles.setdefault(dataset, (dataset, Path(file.path).name))
-                columns = position[ids_of(file)].to_numpy()
-                present.append(
-                    (np.full(len(columns), number.setdefault(dataset, len(number)), np.int64), columns)
-                )
-        arrays: dict[str, Any] = {
-            "soma_joinid": np.arange(next_joinid, next_joinid + len(rows), dtype=np.int64)
+
+
+def _new_obs(new: Sequence[NewCells], first_joinid: int) -> pa.Table:
+    """The rows of obs for the new cells, in joinid order."""
+    tables = []
+    for cells in new:
+        counts, rows = cells.counts, cells.rows
+        obs = cells.file.obs.iloc[rows].assign(raw_sum=counts.raw_sum_n[rows], nnz=counts.nnz_n[rows])
+        columns: dict[str, Any] = {
+            "soma_joinid": np.arange(first_joinid, first_joinid + len(rows), dtype=np.int64)
         }
         for name, kind in schema.OBS_COLUMNS.items():
-            arrays[name] = pa.array(
-                obs[name].astype(object) if kind == pa.large_string() else obs[name], type=kind
-            )
-        tables.append(pa.table(arrays))
-        next_joinid += len(rows)
-
-    write_table(uri, context, schema.VAR, var, schema.VAR_COLUMNS)
-    datasets = pd.DataFrame(
-        {
-            "soma_joinid": list(number.values()),
-            "dataset_id": list(number),
-            "dataset_title": [titles[name][0] for name in number],
-            "dataset_h5ad_path": [titles[name][1] for name in number],
-            "dataset_total_cell_count": [sizes[name] for name in number],
-        }
-    )
-    write_table(uri, context, schema.DATASETS, datasets, schema.DATASET_COLUMNS)
-    pairs = pd.DataFrame({i: np.concatenate([pair[i] for pair in present]) for i in (0, 1)}).drop_duplicates()
-    with soma.SparseNDArray.open(f"{uri}/{schema.PRESENCE}", "w", context=context) as array:
-        array.write(
-            pa.table(
-                {
-                    "soma_dim_0": pairs[0].to_numpy(),
-                    "soma_dim_1": pairs[1].to_numpy(),
-                    "soma_data": np.ones(len(pairs), np.uint8),
-                }
-            )
-        )
-    with soma.DataFrame.open(f"{uri}/{schema.OBS}", "w", context=context) as table:
-        # All new cells in one fragment: they become visible together or not at all.
-        table.write(pa.concat_tables(tables), platform_config={"tiledb": {"write": {"sort_coords": False}}})
-    close_ingest(uri, context, journal)
+            values = obs[name].astype(object) if kind == pa.large_string() else obs[name]
+            columns[name] = pa.array(values, type=kind)
+        tables.append(pa.table(columns))
+        first_joinid += len(rows)
+    return pa.concat_tables(tables)
 
 
-def take_back(uri: str, context: soma.SOMATileDBContext, journal: Journal) -> None:
+def take_back(target: Target, journal: Journal) -> None:
     """Remove what an unfinished ingest wrote. Its joinids are not used again."""
-    logger.warning("%s holds an unfinished ingest of other files; it is taken back first", uri)
-    with soma.SparseNDArray.open(f"{uri}/{schema.X}", "d", context=context) as array:
-        array.delete_cells((slice(journal.first_joinid, journal.end_joinid - 1),))
-    for place, kind in (
-        (schema.VAR, soma.DataFrame),
-        (schema.DATASETS, soma.DataFrame),
-        (schema.PRESENCE, soma.SparseNDArray),
+    logger.warning("%s holds an unfinished ingest of other files; it is taken back first", target.uri)
+    with target.matrix(schema.X, "d") as matrix:
+        matrix.delete_cells((slice(journal.first_joinid, journal.end_joinid - 1),))
+    for place, open_place in (
+        (schema.VAR, target.table),
+        (schema.DATASETS, target.table),
+        (schema.PRESENCE, target.matrix),
     ):
-        with kind.open(f"{uri}/{place}", context=context, tiledb_timestamp=journal.timestamp_ms) as old:
-            content = old.read().concat() if kind is soma.DataFrame else old.read().tables().concat()
-        with kind.open(f"{uri}/{place}", "d", context=context) as target:
-            target.delete_cells((slice(0, None),))
+        with open_place(place, timestamp_ms=journal.timestamp_ms) as old:
+            content = old.read().tables().concat() if place == schema.PRESENCE else old.read().concat()
+        with open_place(place, "d") as array:
+            array.delete_cells((slice(0, None),))
         # A write of the same millisecond would fall to the deletion.
         time.sleep(0.01)
-        with kind.open(f"{uri}/{place}", "w", context=context) as target:
-            target.write(content)
-    write_journal(uri, context, dataclasses.replace(journal, writing=False), [])
+        with open_place(place, "w") as array:
+            array.write(content)
+    write_journal(target, dataclasses.replace(journal, writing=False))
 
 
-def tidy(uri: str, context: soma.SOMATileDBContext) -> None:
+def tidy(target: Target) -> None:
     """Merge what many writes left.
 
     Commits and footers are merged always. The data of X is not rewritten as long as its fragments are large:
     they do not overlap and are in the array's own order, and reading the merged fragment took 20 % more CPU
     time (TileDB adds a time stamp to each value).
     """
-    journal = read_journal(uri, context)
-    with soma.DataFrame.open(f"{uri}/{schema.OBS}", context=context) as obs:
+    journal = read_journal(target)
+    with target.table(schema.OBS) as obs:
         num_values = sum(int(np.sum(batch["nnz"].to_numpy())) for batch in obs.read(column_names=["nnz"]))
     many_x = journal.num_fragments > _MOST_FRAGMENTS and num_values / journal.num_fragments < FEWEST_VALUES
     many_tables = journal.num_commits > _MOST_FRAGMENTS
-    for place, kind, merge in (
-        (schema.X, soma.SparseNDArray, many_x),
-        (schema.OBS, soma.DataFrame, many_tables),
-        (schema.VAR, soma.DataFrame, many_tables),
-        (schema.DATASETS, soma.DataFrame, many_tables),
-        (schema.PRESENCE, soma.SparseNDArray, many_tables),
+    for place, open_place, merge in (
+        (schema.X, target.matrix, many_x),
+        (schema.OBS, target.table, many_tables),
+        (schema.VAR, target.table, many_tables),
+        (schema.DATASETS, target.table, many_tables),
+        (schema.PRESENCE, target.matrix, many_tables),
     ):
-        with kind.open(f"{uri}/{place}", "w", context=context) as target:
+        with open_place(place, "w") as array:
             # tiledbsoma has no public call for this on an array that is already written.
-            target._handle.consolidate_and_vacuum(
+            array._handle.consolidate_and_vacuum(
                 (["fragments"] if merge else []) + ["fragment_meta", "commits"]
             )
     if many_x or many_tables:
-        left_x, left_tables = (
-            (1 if many_x else journal.num_fragments),
-            (1 if many_tables else journal.num_commits),
+        merged = dataclasses.replace(
+            journal,
+            num_fragments=1 if many_x else journal.num_fragments,
+            num_commits=1 if many_tables else journal.num_commits,
         )
-        write_journal(
-            uri, context, dataclasses.replace(journal, num_fragments=left_x, num_commits=left_tables), []
-        )
+        write_journal(target, merged)
