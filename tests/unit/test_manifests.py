@@ -76,6 +76,7 @@ def test_pods_are_limited_and_have_no_rights() -> None:
     ]
     for spec in (template["template"]["spec"] for template in templates):
         assert spec["securityContext"]["runAsNonRoot"]
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in spec["containers"]:
             assert set(container["resources"]) == {"requests", "limits"}
             assert (
@@ -86,6 +87,30 @@ def test_pods_are_limited_and_have_no_rights() -> None:
                 "capabilities": {"drop": ["ALL"]},
             }
     assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["ray"]
+
+
+def test_only_pods_that_need_to_reach_ray_and_mlflow() -> None:
+    policies = {policy["metadata"]["name"]: policy["spec"] for policy in load("network.yaml")}
+    ray_pods = {"matchExpressions": [{"key": "ray.io/cluster", "operator": "Exists"}]}
+    assert policies["screformer-ray"]["podSelector"] == ray_pods
+    mlflow = policies["screformer-mlflow"]
+    assert mlflow["podSelector"]["matchLabels"] == MLFLOW["Service"]["spec"]["selector"]
+    port = MLFLOW["Deployment"]["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
+    assert mlflow["ingress"] == [{"from": [{"podSelector": ray_pods}], "ports": [{"port": port}]}]
+    assert all(spec["policyTypes"] == ["Ingress"] for spec in policies.values())
+
+
+def test_each_container_gets_its_own_secrets() -> None:
+    secret = {"RAY_AUTH_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    services = COMPOSE["services"]
+    assert not secret & services["mlflow"].get("environment", {}).keys()
+    assert all(secret <= services[name]["environment"].keys() for name in ("head", "worker"))
+    mlflow = MLFLOW["Deployment"]["spec"]["template"]["spec"]
+    assert not mlflow["automountServiceAccountToken"] and "envFrom" not in mlflow["containers"][0]
+
+
+def test_the_image_starts_ray_only_with_a_token() -> None:
+    assert re.search(r"^ENV .*\bRAY_AUTH_MODE=token\b", DOCKERFILE, re.MULTILINE)
 
 
 def test_jobs_log_to_the_mlflow_server() -> None:
