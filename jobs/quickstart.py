@@ -35,11 +35,13 @@ from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from jobs.arguments import split_overrides
 from jobs.labelling.h5ad_copy import annotate
-from jobs.reports.run_report import BASELINES, OURS, SCORES, run_report
+from jobs.reports.artifacts import ANNOTATED, log_baselines
+from jobs.reports.run_report import OURS, SCORES, write_report
 from jobs.studies.baseline_cells import BaselineCells, baseline_parts
 from jobs.studies.baselines import run_baseline
 from jobs.tracking.client import tracking_uri
-from jobs.tracking.runs import TrackedRun, logged_run
+from jobs.tracking.logged import logged_run
+from jobs.tracking.runs import TrackedRun
 from jobs.training.cells import TrainingCells, prepare_cells
 from jobs.training.run import run_training
 from screformer.config import ExperimentConfig
@@ -277,15 +279,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         annotation = annotate(Predictor.load(tuned.model_dir), source, target, model=model, overwrite=True)
         print("\n".join(f"             {line}" for line in str(annotation).splitlines()))
         run = TrackedRun(tracking_uri=tracking_uri(config.tracking), run_id=tuned.run_id)
-        run.log_table(annotation.table, f"annotated/{source.stem}.csv")
-        run.log_table(_scores(cells, tuned.metrics, baseline).iloc[1:], BASELINES)
+        run.log_table(annotation.table, f"{ANNOTATED}/{source.stem}.csv")
+        log_baselines(run, _scores(cells, tuned.metrics, baseline).iloc[1:])
         agreement = _agreement(source, target, args.labels)
         says = (
             f"; {agreement[0]:.1%} of {agreement[1]:,} agree with the file's own labels" if agreement else ""
         )
         clock.say("annotate", f"{annotation.num_cells:,} cells of {source.name}{says}")
-        page = run_report(logged_run(tuned.run_id, config.tracking)).write_html(out / "report.html")
-        run.log_file(page)
+        page = out / "report.html"
+        write_report(logged_run(tuned.run_id, config.tracking), (), page)
         clock.say("report", str(page))
     finally:
         ray.shutdown()

@@ -1,28 +1,19 @@
-"""A report that people look at.
-
-One HTML file with everything in it, or Markdown with a folder of pictures.
-"""
+"""Make the report of a run: one HTML file with everything in it, which any browser opens."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the last line on stdout is one JSON object."""
-    from jobs.reports.run_report import OWN_REPORT, run_report
-    from jobs.tracking.runs import TrackedRun, logged_run
+    from jobs.reports.run_report import write_report
+    from jobs.tracking.logged import logged_run
     from screformer.config import TrackingConfig
 
     parser = argparse.ArgumentParser(
@@ -38,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out",
         type=Path,
         metavar="FILE",
-        help=".html or .md (default report-RUN.html, RUN being eight characters)",
+        help=".html file (default report-RUN.html, RUN being eight characters)",
     )
     parser.add_argument(
         "--tracking-uri",
@@ -50,20 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run, *others = (logged_run(run_id, TrackingConfig(uri=args.tracking_uri)) for run_id in args.run)
         out = args.out or Path(f"report-{run.run_id[:8]}.html")
-        if out.suffix not in (".html", ".md"):
-            raise ValueError(f"--out {out} must end in .html or .md")
-        if OWN_REPORT in run.artifacts:
-            shutil.copyfile(run.file(f"report{out.suffix}"), out)
-        else:
-            report = run_report(run, *others)
-            if out.suffix == ".md":
-                report.write_markdown(out)
-            else:
-                report.write_html(out)
-            with tempfile.TemporaryDirectory() as scratch:
-                TrackedRun(tracking_uri=run.store, run_id=run.run_id).log_file(
-                    report.write_html(Path(scratch) / "report.html")
-                )
+        if out.suffix != ".html":
+            raise ValueError(f"--out {out} must end in .html")
+        write_report(run, others, out)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from jobs.reports.artifacts import log_curves
 from jobs.tracking.runs import TrackedRun
 from jobs.training.run_folder import read_run
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{left} entries of run {run.run_id} are left in {run.outbox}; {run.tracking_uri} does not"
                 f" take them yet"
             )
+        if sent:
+            log_curves(run)
     except (ValueError, ConnectionError) as error:
         print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -399,13 +399,20 @@ def _usual_logits(
 
 
 def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
+    """Confidence against accuracy of best labels; see `reliability_rows`."""
+    return reliability_rows(probabilities_nk.max(axis=1), probabilities_nk.argmax(axis=1) == labels_n)
+
+
+def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict[str, float]]:
     """Confidence against accuracy.
 
     One row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`.
+
+    Args:
+        confidence_n: Probability of each cell's best label.
+        right_n: Whether that label is right, bool.
     """
-    confidence = probabilities_nk.max(axis=1)
-    right = probabilities_nk.argmax(axis=1) == labels_n
-    bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    bins = np.minimum((confidence_n * _BINS).astype(np.int64), _BINS - 1)
     rows = []
     for index in np.unique(bins):
         inside = bins == index
@@ -414,8 +421,8 @@ def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict
                 "from": index / _BINS,
                 "to": (index + 1) / _BINS,
                 "cells": int(inside.sum()),
-                "confidence": float(confidence[inside].mean()),
-                "accuracy": float(right[inside].mean()),
+                "confidence": float(confidence_n[inside].mean()),
+                "accuracy": float(right_n[inside].mean()),
             }
         )
     return rows

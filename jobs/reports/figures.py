@@ -1,9 +1,12 @@
-"""Pictures of results, as matplotlib figures that need no display."""
+"""All pictures of results, as matplotlib figures that need no display.
+
+Axes: n cells, g genes, k labels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,38 +14,60 @@ import pandas as pd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from typing import TYPE_CHECKING
+
+LEAST_CELLS = 10
+"""Bins of a reliability diagram with fewer cells are not drawn: their shares are noise."""
+
+_MOST_WRITTEN = 25
+"""A confusion matrix of more labels has no room for numbers."""
+_MOST_COLOURS = 20
+
+
+def plain(text: object) -> str:
+    """A name from a file as matplotlib shows it literally: `$` would start a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def _plain(names: Iterable[object]) -> list[str]:
+    return [plain(name) for name in names]
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
-    """Cells by true (row) and predicted (column) label, rows normalised to 1.
+    """Cells by true (row) and predicted (column) label: the share of the row in colour, and the count.
 
     `counts_kk` is (k, k), `names` the k labels.
     """
-    from matplotlib.figure import Figure
-
     rows = counts_kk.sum(axis=1, keepdims=True)
     share = np.divide(counts_kk, rows, out=np.zeros(counts_kk.shape), where=rows > 0)
-    size = max(4.0, 1.8 + 0.45 * len(names))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    size = max(4.0, 1.8 + 0.5 * len(names))
+    figure = _figure(size + 1, size)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), [str(name) for name in names], rotation=60, ha="right")
+    labels = _plain(names)
+    axes.set_xticks(range(len(names)), labels, rotation=60, ha="right")
     axes.set_yticks(
-        range(len(names)), [f"{name} ({int(count)})" for name, count in zip(names, rows[:, 0], strict=True)]
+        range(len(names)),
+        [f"{name} ({int(count):,})" for name, count in zip(labels, rows[:, 0], strict=True)],
     )
     axes.set_xlabel("predicted")
     axes.set_ylabel("true (cells)")
-    if len(names) <= 25:
+    if len(names) <= _MOST_WRITTEN:
         for row, column in np.argwhere(counts_kk > 0):
             value = share[row, column]
             axes.text(
                 column,
                 row,
-                f"{value:.2f}",
+                f"{value:.2f}\n{int(counts_kk[row, column]):,}",
                 ha="center",
                 va="center",
-                fontsize=7,
+                fontsize=6,
+                linespacing=1.0,
                 color="white" if value > 0.6 else "black",
             )
     figure.colorbar(image, ax=axes, label="share of the true label's cells", shrink=0.8)
@@ -50,49 +75,50 @@ def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
 
 
 def learning_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) -> Figure:
-    """Metrics of one `name` over optimizer steps; `curves` maps each to its (step, value) points."""
-    from matplotlib.figure import Figure
+    """Metrics of one `name` over optimizer steps; `curves` maps each to its (step, value) points.
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    Values above 0 that span more than two decades are on a logarithmic axis.
+    """
+    figure = _figure(6, 4)
     axes = figure.add_subplot()
+    shown = []
     for key, points in sorted(curves.items()):
         finite = [(step, value) for step, value in points if math.isfinite(value)]
+        shown += [value for _, value in finite]
         axes.plot(
             [step for step, _ in finite],
             [value for _, value in finite],
-            label=key,
+            label=plain(key),
             marker="." if len(finite) < 30 else None,
         )
+    if shown and min(shown) > 0 and max(shown) > 100 * min(shown):
+        axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel(name)
+    axes.set_ylabel(plain(name))
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
 
 
 def reliability_figure(table: pd.DataFrame) -> Figure:
-    """Confidence against accuracy, a panel per part.
+    """Confidence against accuracy, a panel per part; only bins of at least `LEAST_CELLS` cells.
 
     Args:
         table: Rows of `screformer.calibration.reliability` with `part` and `calibration` (before or after).
     """
-    from matplotlib.figure import Figure
-
     parts = list(table["part"].unique())
-    figure = Figure(figsize=(4.2 * len(parts), 4), layout="constrained")
+    figure = _figure(4.2 * len(parts), 4)
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
         for state, rows in table[table["part"] == part].groupby("calibration", sort=False):
-            error = (rows["cells"] * (rows["confidence"] - rows["accuracy"]).abs()).sum() / rows[
-                "cells"
-            ].sum()
+            drawn = rows[rows["cells"] >= LEAST_CELLS]
             axes.plot(
-                rows["confidence"],
-                rows["accuracy"],
+                drawn["confidence"],
+                drawn["accuracy"],
                 marker="o",
                 markersize=4,
-                label=f"{state} calibration, ECE {error:.3f}",
+                label=f"{state} calibration, ECE {calibration_error(rows):.3f}",
             )
         axes.set(
             xlim=(0, 1),
@@ -106,11 +132,15 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def calibration_error(rows: pd.DataFrame) -> float:
+    """Expected calibration error of the rows of one reliability diagram, over all bins."""
+    distance = (rows["confidence"] - rows["accuracy"]).abs()
+    return float((rows["cells"] * distance).sum() / rows["cells"].sum())
+
+
 def perturbation_figure(curves: pd.DataFrame) -> Figure:
     """Curves over the share of genes, one per column."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure(6, 4)
     axes = figure.add_subplot()
     for name, values in curves.items():
         axes.plot(
@@ -124,25 +154,21 @@ def perturbation_figure(curves: pd.DataFrame) -> Figure:
 
 def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str) -> Figure:
     """Mean contribution of genes, one bar each, the first on top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 0.6 + 0.24 * len(genes)), layout="constrained")
+    figure = _figure(5, 0.6 + 0.24 * len(genes))
     axes = figure.add_subplot()
     axes.barh(range(len(genes)), values, color="tab:red")
-    axes.set_yticks(range(len(genes)), list(genes))
+    axes.set_yticks(range(len(genes)), _plain(genes))
     axes.invert_yaxis()
-    axes.set(title=title, xlabel="mean contribution to the logit")
+    axes.set(title=plain(title), xlabel="mean contribution to the logit")
     return figure
 
 
 def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, title: str) -> Figure:
     """Contribution of genes in each cell, a row of dots per gene, the first on top.
 
-    Dots that would overlap stand beside each other.
+    Dots that would overlap are drawn next to each other.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 0.6 + 0.3 * len(genes)), layout="constrained")
+    figure = _figure(6, 0.6 + 0.3 * len(genes))
     axes = figure.add_subplot()
     bins = np.linspace(values_ng.min(), values_ng.max() + 1e-9, 80)
     for row in range(len(genes)):
@@ -153,21 +179,81 @@ def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, ti
         colors = np.where(values_ng[:, row] > 0, "tab:red", "tab:blue")
         axes.scatter(values_ng[:, row], row + offset, s=6, c=colors.tolist(), linewidths=0)
     axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(genes)), list(genes))
+    axes.set_yticks(range(len(genes)), _plain(genes))
     axes.invert_yaxis()
-    axes.set(title=f"{title} ({len(values_ng):,} cells)", xlabel="contribution to the logit")
+    axes.set(title=f"{plain(title)} ({len(values_ng):,} cells)", xlabel="contribution to the logit")
     return figure
 
 
 def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[str] | np.ndarray) -> Figure:
     """Classes (rows) by genes, mean contributions, red for and blue against."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels)), layout="constrained")
+    figure = _figure(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels))
     axes = figure.add_subplot()
     largest = max(float(np.abs(values_kg).max()), 1e-9)
     image = axes.imshow(values_kg, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    axes.set_xticks(range(len(genes)), list(genes), rotation=90, fontsize=7)
-    axes.set_yticks(range(len(labels)), list(labels))
+    axes.set_xticks(range(len(genes)), _plain(genes), rotation=90, fontsize=7)
+    axes.set_yticks(range(len(labels)), _plain(labels))
     figure.colorbar(image, ax=axes, label="mean contribution to the logit")
+    return figure
+
+
+def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str]) -> Figure:
+    """Cells on a plane, coloured by group.
+
+    Args:
+        points_n2: Places, (n, 2).
+        groups_n: Group of each cell.
+        names: Groups in the order of their colours; beyond 20 they share one.
+    """
+    from matplotlib import colormaps
+
+    if len(names) > _MOST_COLOURS:
+        names = names[: _MOST_COLOURS - 1]
+    # Strong colours first, the pale ones of the pairs after them.
+    colours = colormaps["tab20"]([*range(0, _MOST_COLOURS, 2), *range(1, _MOST_COLOURS, 2)])
+    figure = _figure(5.4, 4.4 + 0.2 * ((len(names) + 2) // 2))
+    axes = figure.add_subplot()
+    other_n = ~groups_n.isin(names).to_numpy()
+    size = float(np.clip(6000 / len(points_n2), 3, 24))
+    if other_n.any():
+        x_n, y_n = points_n2[other_n].T
+        axes.scatter(x_n, y_n, s=size, color="0.7", linewidths=0, label="others")
+    for name, colour in zip(names, colours, strict=False):
+        chosen_n = (groups_n == name).to_numpy()
+        x_n, y_n = points_n2[chosen_n].T
+        axes.scatter(x_n, y_n, s=size, color=colour, linewidths=0, label=plain(name), alpha=0.85)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("0.8")
+    figure.legend(
+        loc="outside lower center", ncols=2, fontsize=10, markerscale=(40 / size) ** 0.5, frameon=False
+    )
+    return figure
+
+
+def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
+    """Macro-F1 of methods over folds: the mean as a bar, each fold as a dot; `ours` has its own colour."""
+    figure = _figure(7, 1 + 0.4 * len(scores))
+    axes = figure.add_subplot()
+    for row, (name, values) in enumerate(list(scores.items())[::-1]):
+        axes.barh(row, np.mean(values), color="#4878a8" if name == ours else "#b8c4d0")
+        axes.scatter(values, [row] * len(values), color="black", s=12, zorder=3)
+    axes.set_yticks(range(len(scores)), _plain(list(scores)[::-1]))
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("macro-F1")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def differences_figure(differences: Mapping[str, tuple[float, float, float]]) -> Figure:
+    """Differences of macro-F1 to a reference: mean, low and high end of the interval (may be infinite)."""
+    figure = _figure(7.5, 1 + 0.3 * len(differences))
+    axes = figure.add_subplot()
+    for place, (mean, low, high) in enumerate(list(differences.values())[::-1]):
+        finite = math.isfinite(low) and math.isfinite(high) and low < high
+        error = [[mean - low], [high - mean]] if finite else None
+        axes.errorbar(mean, place, xerr=error, fmt="o", color="#4878a8", capsize=3)
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(differences)), _plain(list(differences)[::-1]))
+    axes.set_xlabel("macro-F1 minus reference")
+    axes.grid(axis="x", alpha=0.3)
     return figure

@@ -1,4 +1,4 @@
-"""A page that people look at: one HTML file with everything in it, or Markdown with a folder of pictures."""
+"""A page that people look at: one HTML file with everything in it."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 _TEMPLATE = "report.html"
 
 
-_PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"
-
-
 _MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 
 
@@ -39,9 +36,9 @@ _WIDE_INCHES = 6.1
 
 
 class Report:
-    """Sections of text, tables, figures and warnings, in the order of the calls, written as HTML or Markdown.
+    """Sections of text, tables, figures and warnings, in the order of the calls, written as HTML.
 
-    The HTML file needs nothing beside it and nothing from the network. It is laid out for phones, desktops,
+    The file needs no other file and nothing from the network. It is laid out for phones, desktops,
     dark mode and paper. The same calls give the same bytes.
     """
 
@@ -61,15 +58,14 @@ class Report:
             text: Plain text; `**bold**` and `` `code` `` are set as such, and a paragraph whose lines all
                 start with `- ` is a list.
         """
-        self._add(_Part(html=_paragraphs(text), markdown=text.strip()))
+        self._add(_paragraphs(text))
 
     def warning(self, text: str) -> None:
         """Add something the reader must not miss; marked up as `text`."""
         html = Markup('<aside class="warning" role="note"><strong>Warning</strong>{}</aside>').format(
             _paragraphs(text)
         )
-        quoted = "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines())
-        self._add(_Part(html=html, markdown=f"> **Warning**\n>\n{quoted}"))
+        self._add(html)
 
     def table(self, title: str, table: pd.DataFrame, caption: str = "") -> None:
         """Add a table; its index is left out, so that row names are a column.
@@ -83,12 +79,7 @@ class Report:
         is_number = [_is_number(table[name]) for name in table.columns]
         rows = [list(row) for row in zip(*(_shown(table[name]) for name in table.columns), strict=True)]
         names = [str(name) for name in table.columns]
-        self._add(
-            _Part(
-                html=_table_html(title, names, is_number, rows, caption),
-                markdown=_table_markdown(title, names, is_number, rows, caption),
-            )
-        )
+        self._add(_table_html(title, names, is_number, rows, caption))
 
     def figure(self, title: str, figure: Figure, caption: str, alt: str) -> None:
         """Add a picture; the figure isn't kept.
@@ -111,8 +102,7 @@ class Report:
         items = Markup("").join(
             Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in facts.items()
         )
-        markdown = "\n".join(f"- {name}: **{value}**" for name, value in facts.items())
-        self._add(_Part(html=Markup('<dl class="facts">{}</dl>').format(items), markdown=markdown))
+        self._add(Markup('<dl class="facts">{}</dl>').format(items))
 
     def picture(self, title: str, path: str | Path, caption: str, alt: str) -> None:
         """Add a picture that is a file already, .png or .svg; else as `figure`."""
@@ -135,29 +125,6 @@ class Report:
         )
         path = Path(path)
         path.write_text(page, encoding="utf-8")
-        return path
-
-    def write_markdown(self, path: str | Path) -> Path:
-        """Write Markdown, with the pictures in the folder `NAME_files` beside it.
-
-        And give the path of the text back.
-        """
-        path = Path(path)
-        folder = path.with_name(f"{path.stem}_files")
-        blocks, num_pictures = [f"# {self._title}", self._subtitle], 0
-        for section in self._sections:
-            blocks.append(f"## {section.title}" if section.title else "")
-            for part in section.parts:
-                markdown = part.markdown
-                if part.picture is not None:
-                    num_pictures += 1
-                    kind, content = part.picture
-                    name = f"figure-{num_pictures}.{kind}"
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / name).write_bytes(content)
-                    markdown = markdown.replace(_PICTURE, f"{folder.name}/{name}", 1)
-                blocks.append(markdown)
-        path.write_text(_join(*blocks) + "\n", encoding="utf-8")
         return path
 
     def _picture(
@@ -192,27 +159,18 @@ class Report:
         if size_in and size_in[0] <= _WIDE_INCHES:
             html = Markup('<div class="narrow">{}</div>').format(
                 html
-            )  # two neighbours stand side by side where there is room
-        markdown = _join(f"### {title}" if title else "", f"![{_cell(alt)}]({_PICTURE})", caption)
-        self._add(_Part(html=html, markdown=markdown, picture=(kind, content)))
+            )  # two neighbours are side by side where there is room
+        self._add(html)
 
-    def _add(self, part: _Part) -> None:
-        self._sections[-1].parts.append(part)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    html: Markup
-    markdown: str
-    picture: tuple[str, bytes] | None = None
-    """Kind (`svg` or `png`) and content; the Markdown then holds `_PICTURE` for its path."""
+    def _add(self, html: Markup) -> None:
+        self._sections[-1].parts.append(html)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Section:
     title: str
     anchor: str
-    parts: list[_Part] = field(default_factory=list)
+    parts: list[Markup] = field(default_factory=list)
 
 
 def _drawn(figure: Figure) -> tuple[str, bytes]:
@@ -274,25 +232,6 @@ def _table_html(
         title or "table", grid
     )
     return _heading(title) + box + note
-
-
-def _table_markdown(
-    title: str, names: list[str], is_number: list[bool], rows: list[list[str]], caption: str
-) -> str:
-    lines = [
-        f"| {' | '.join(_cell(name) for name in names)} |",
-        f"|{'|'.join('---:' if number else '---' for number in is_number)}|",
-    ]
-    lines += [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
-    return _join(f"### {title}" if title else "", "\n".join(lines), caption)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _join(*blocks: str) -> str:
-    return "\n\n".join(block for block in blocks if block)
 
 
 def _is_number(column: pd.Series) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_ingest.folds import FILE
+from jobs.reports.artifacts import write_study
 from jobs.studies.ablation_report import ablation_report, conclusions, text_table
 from jobs.studies.exactness import exact_lines, exactness
-from jobs.studies.report import log_report, write_report
+from jobs.studies.report import log_report
 from jobs.studies.results import FoldResult, results_of
 from jobs.studies.scores import mean_interval, scores
 from jobs.studies.study import Study, open_study, opened, settings_key
@@ -74,7 +75,7 @@ def run_ablation(
             }
         rows = [found[variant.name] | {"axis": variant.axis} for variant in listed]
         tree = {"variants": rows, "exact": exact, "notes": study.notes(), "config": study.config.to_dict()}
-        write_report(ablation_report(study, rows, exact, len(seeds)), study.run_dir, tree)
+        write_study(ablation_report(study, rows, exact, len(seeds)), tree, study.run_dir)
         log_report(study, {})
         assert study.run is not None
         study.run.log_metrics({f"ablation/{row['variant']}/macro_f1": row["mean"] for row in rows}, step=0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from jobs.reports.figures import differences_figure
 from jobs.reports.page import Report
 from jobs.studies.exactness import exact_lines
 from jobs.studies.scores import difference_text, spread_text
@@ -73,8 +73,6 @@ def ablation_report(
     study: Study, rows: Sequence[dict[str, Any]], exact: Mapping[str, Any], num_seeds: int
 ) -> Report:
     """The report of an ablation."""
-    from matplotlib.figure import Figure
-
     folds = study.folds
     report = Report(
         "Ablation", f"{len(folds)} folds ({folds.kind}), {num_seeds} seeds, {len(study.labels_n):,} cells"
@@ -90,25 +88,14 @@ def ablation_report(
         " folds has none. Seconds are those of training; memory is that of the whole process."
     )
     report.table("Variants", _table(rows), caption)
-    drawn = [row for row in rows if row["difference"] is not None]
-    figure = Figure(figsize=(7.5, 1 + 0.3 * len(drawn)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, row in enumerate(reversed(drawn)):
-        difference = row["difference"]
-        finite = np.isfinite(difference["low"]) and row["variant"] != REFERENCE
-        error = (
-            [[difference["mean"] - difference["low"]], [difference["high"] - difference["mean"]]]
-            if finite
-            else None
-        )
-        axes.errorbar(difference["mean"], place, xerr=error, fmt="o", color="#4878a8", capsize=3)
-    axes.axvline(0, color="gray", linewidth=1)
-    axes.set_yticks(range(len(drawn)), [row["variant"] for row in reversed(drawn)])
-    axes.set_xlabel("macro-F1 minus reference")
-    axes.grid(axis="x", alpha=0.3)
+    drawn = {
+        row["variant"]: (row["difference"]["mean"], row["difference"]["low"], row["difference"]["high"])
+        for row in rows
+        if row["difference"] is not None
+    }
     report.figure(
         "",
-        figure,
+        differences_figure(drawn),
         "Differences to the reference with their 95 % intervals.",
         "Macro-F1 of each variant minus the reference.",
     )

@@ -244,7 +244,8 @@ def train_fold(
         result = train_on_cluster(config, task, cells, arrays, run, str(folder / task), None)
         with result.checkpoint.as_directory() as found:
             shutil.copytree(Path(found) / "model", folder / "model", dirs_exist_ok=True)
-        history |= run.history(("train/cells_per_s", "mem/peak_gb", "best_step"))
+        wanted = run.histories(("train/cells_per_s", "mem/peak_gb", "best_step"))
+        history |= {name: [value for _, value in points] for name, points in wanted.items()}
     else:
 
         def report(metrics: dict[str, float], step: int) -> None:

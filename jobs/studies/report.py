@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from jobs.reports.figures import confusion_figure, reliability_figure
+from jobs.reports.artifacts import log_study, write_study
+from jobs.reports.figures import LEAST_CELLS, confusion_figure, reliability_figure, scores_figure
 from jobs.reports.page import Report
 from jobs.studies.results import OURS, FoldResult
+from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, spread_text, summary
 from jobs.studies.study import Study
 from screformer.calibration import reliability
 from screformer.metrics import LabelCounts
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, finite, spread_text, summary
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
@@ -61,7 +57,7 @@ def write_crossval_report(
     trials: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Write `report.md`, `report.html` and `report.json` into the study's folder.
+    """Write `report.html` and `report.json` into the study's folder.
 
     Args:
         study: The study.
@@ -119,9 +115,14 @@ def write_crossval_report(
             " ours is better. Few folds and"
             " training cells that they share make such intervals rough.",
         )
+    scores = {
+        entry["title"]: entry["metrics"]["macro_f1"]["values"]
+        for entry in tree.values()
+        if "macro_f1" in entry["metrics"]
+    }
     report.figure(
         "",
-        _scores_figure(tree),
+        scores_figure(scores, OURS),
         "Macro-F1 of each fold (dots) and its mean (bar).",
         "Macro-F1 of each method over the folds.",
     )
@@ -145,14 +146,16 @@ def write_crossval_report(
             report.figure(
                 f"Confusion of {OURS}",
                 confusion_figure(pooled.confusion_kk, names),
-                "Rows are true types and sum to 1; test cells of all folds.",
+                "Rows are true types. In each field is the share of the row, and below it the number of"
+                " test cells of all folds.",
                 f"Confusion matrix of {OURS}.",
             )
             if all(result.probabilities_nk is not None for result in results) and results:
                 report.figure(
                     "Reliability",
                     reliability_figure(_reliability_table(results)),
-                    "Share of right predictions against their probability; on the diagonal they agree.",
+                    "Share of right predictions against their probability; on the diagonal they agree."
+                    f" Bins of fewer than {LEAST_CELLS} cells are not drawn.",
                     f"Reliability diagram of {OURS}.",
                 )
     report.section("Cost")
@@ -197,15 +200,8 @@ def write_crossval_report(
         "trials": [dict(trial) for trial in trials],
         "config": study.config.to_dict(),
     }
-    write_report(report, study.run_dir, whole)
+    write_study(report, whole, study.run_dir)
     return whole
-
-
-def write_report(report: Report, folder: Path, tree: Mapping[str, Any]) -> None:
-    """Write a report in its three forms: `report.md`, `report.html`, `report.json`."""
-    report.write_markdown(folder / "report.md")
-    report.write_html(folder / "report.html")
-    (folder / "report.json").write_text(json.dumps(finite(tree), indent=2) + "\n")
 
 
 def _class_f1(results: Sequence[FoldResult], code: int, num_classes: int) -> float:
@@ -226,23 +222,6 @@ def _folds_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _scores_figure(tree: Mapping[str, Any]) -> Figure:
-    from matplotlib.figure import Figure
-
-    entries = [entry for entry in tree.values() if "macro_f1" in entry["metrics"]]
-    figure = Figure(figsize=(7, 1 + 0.4 * len(entries)), layout="constrained")
-    axes = figure.add_subplot()
-    for row, entry in enumerate(reversed(entries)):
-        scored = entry["metrics"]["macro_f1"]
-        axes.barh(row, scored["mean"], color="#4878a8" if entry["title"] == OURS else "#b8c4d0")
-        axes.scatter(scored["values"], [row] * len(scored["values"]), color="black", s=12, zorder=3)
-    axes.set_yticks(range(len(entries)), [entry["title"] for entry in reversed(entries)])
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("macro-F1")
-    axes.grid(axis="x", alpha=0.3)
-    return figure
-
-
 def _reliability_table(results: Sequence[FoldResult]) -> pd.DataFrame:
     probabilities = np.concatenate(
         [result.probabilities_nk for result in results if result.probabilities_nk is not None]
@@ -258,9 +237,7 @@ def _plain(chosen: Mapping[str, Any]) -> str:
 def log_report(study: Study, methods: Mapping[str, Any]) -> None:
     """Put a study's report and its mean scores into the parent run."""
     assert study.run is not None
-    for name in ("report.md", "report.html", "report.json", "report_files"):
-        if (study.run_dir / name).exists():
-            study.run.log_file(study.run_dir / name)
+    log_study(study.run, study.run_dir)
     metrics = {}
     for name, entry in methods.items():
         prefix = "cv" if name == OURS else f"baseline/{name}"

@@ -173,12 +173,3 @@ def _accepted(cl_ids: Sequence[str]) -> np.ndarray:
         for column, special in enumerate(cl_ids):
             accepted_kk[row, column] |= bool(general and special) and is_at_or_below(special, general)
     return accepted_kk
-
-
-def finite(tree: Any) -> Any:
-    """With None for what JSON has no number for."""
-    if isinstance(tree, Mapping):
-        return {str(name): finite(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not np.isfinite(tree) else tree

@@ -27,7 +27,8 @@ from data_ingest.stream import CellStream
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.layout import check_study_layout, num_cpus, search_space
 from jobs.tracking.identity import code_identity
-from jobs.tracking.runs import TrackedRun, run_file, start_run
+from jobs.tracking.logged import run_file
+from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, prepare_cells
 from screformer.checkpoint import load_model
 from screformer.config import Command, ExperimentConfig, Task, touching

@@ -1,35 +1,85 @@
-"""Find and reach the MLflow tracking store."""
+"""Find and reach the MLflow tracking store: the only place that imports mlflow."""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from screformer.config import TrackingConfig
+from jobs.tracking.identity import package_version
 
 if TYPE_CHECKING:
-    pass
-from jobs.tracking.identity import package_version
+    from screformer.config import TrackingConfig
 
 PATIENCE_S = 2.0
 """For one quick question to the server before anything is sent to it in a running job."""
 
+_ENVIRONMENT = {
+    # Without it the import starts a thread that reports usage over the network.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow would try seven times for minutes; what fails is kept in the outbox and tried again from there.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""Defaults of what MLflow reads from the environment when it is imported."""
 
-def tracking_uri(tracking: TrackingConfig) -> str:
-    """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI.
+_CHATTY = ("mlflow.store.db.utils", "mlflow.pyfunc")
+"""Loggers that report each new table, and the check of the input example."""
 
-    Else the SQLite file `mlflow.db` in the working directory.
+
+@cache
+def mlflow_package() -> Any:
+    """The `mlflow` package, with the submodules used here, in the environment that it reads at import."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+    import mlflow.artifacts
+    import mlflow.entities
+    import mlflow.exceptions
+    import mlflow.models
+    import mlflow.pyfunc
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+@lru_cache(maxsize=4)
+def mlflow_client(uri: str) -> Any:
+    """MLflow's client of a store.
 
     Raises:
-        ValueError: A folder or another thing that MLflow 3 has no store for.
+        ValueError: MLflow cannot open it.
+    """
+    if uri.startswith("sqlite:") and not sqlite_path(uri).parent.is_dir():
+        raise ValueError(
+            f"tracking.uri={uri} is in a folder that does not exist; create it, or give http://HOST:PORT of"
+            f" an MLflow server"
+        )
+    mlflow = mlflow_package()
+    try:
+        return mlflow.MlflowClient(uri, registry_uri=uri)
+    except mlflow.exceptions.MlflowException as error:
+        raise ValueError(
+            f"tracking.uri={uri!r} cannot be opened by MLflow {package_version('mlflow')}: {error.message}"
+        ) from error
+
+
+def tracking_uri(tracking: TrackingConfig) -> str:
+    """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI, else `./mlflow.db`.
+
+    Raises:
+        ValueError: A folder or something else that MLflow 3 has no store for.
     """
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
     if uri.endswith(".db") and "://" not in uri:
@@ -39,10 +89,14 @@ def tracking_uri(tracking: TrackingConfig) -> str:
     if not uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ValueError(
             f"tracking.uri={uri!r} is no tracking store; give http://HOST:PORT of an MLflow server, or"
-            f" sqlite:///PATH/mlflow.db"
-            " (MLflow 3 keeps no runs in plain folders)"
+            f" sqlite:///PATH/mlflow.db (MLflow 3 keeps no runs in plain folders)"
         )
     return uri
+
+
+def sqlite_path(uri: str) -> Path:
+    """The file of a SQLite store."""
+    return Path(uri.removeprefix("sqlite:///")).resolve()
 
 
 def scratch_folder() -> str:
@@ -52,38 +106,56 @@ def scratch_folder() -> str:
     return folder
 
 
-def sqlite_path(uri: str) -> Path:
-    """The file of a SQLite store."""
-    return Path(uri.removeprefix("sqlite:///")).resolve()
-
-
 def probe(uri: str, *, timeout_s: float = 10) -> None:
-    """One quick request, because MLflow retries for minutes before it says that nobody is there."""
+    """Ask a server one quick question, because MLflow retries for minutes before it reports an absence.
+
+    Raises:
+        ConnectionError: Nobody answers, or somebody else does.
+    """
     if not uri.startswith(("http://", "https://")):
         return
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s).close()
     except urllib.error.HTTPError as error:
-        # Something answers; a proxy may hide /health, or stand before a server that is away.
+        # Something answers; a proxy may hide /health, or be in front of a server that is away.
         if error.code in (502, 503, 504):
             raise ConnectionError(f"tracking.uri={uri} does not answer: {error}") from error
     except OSError as error:
         raise ConnectionError(
             f"tracking.uri={uri} does not answer ({error}); start `mlflow server` there, correct tracking.uri"
-            f" or MLFLOW_TRACKING_URI,"
-            " or leave both empty to keep runs in ./mlflow.db"
+            f" or MLFLOW_TRACKING_URI, or leave both empty to keep runs in ./mlflow.db"
         ) from error
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether an error of MLflow's client comes from a server that is not there or not well.
+def metric_points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
+    """(step, value) points of a metric, by step."""
+    points = mlflow_client(uri).get_metric_history(run_id, key)
+    return sorted((point.step, point.value) for point in points)
 
-    Rather than from what it was asked.
+
+@contextlib.contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises when the server fails into one clear line.
+
+    Raises:
+        ConnectionError: The server is away or not well.
     """
-    from mlflow.exceptions import RestException
+    try:
+        yield
+    except Exception as error:
+        if is_away(error):
+            raise ConnectionError(f"tracking.uri={uri} does not answer: {error}") from error
+        raise
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether an error of MLflow's client comes from a server that is away or not well.
+
+    And not from what the server was asked.
+    """
     from requests.exceptions import HTTPError, RequestException
 
-    if isinstance(error, RestException):
+    if isinstance(error, mlflow_package().exceptions.RestException):
         return error.get_http_status_code() >= 500 or error.get_http_status_code() == 429
     if isinstance(error, HTTPError) and error.response is not None:
         return error.response.status_code >= 500 or error.response.status_code == 429
@@ -91,35 +163,3 @@ def is_away(error: BaseException) -> bool:
         return True
     inner = error.__cause__ or error.__context__
     return inner is not None and is_away(inner)
-
-
-@lru_cache(maxsize=4)
-def mlflow_client(uri: str) -> Any:
-    """MLflow's client of a store; the only place that imports MLflow first."""
-    # Read when mlflow is imported, so every import of mlflow here comes after a call of this function:
-    # without it the import starts a thread that reports usage over the network.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # MLflow would try seven times for minutes, while a step waits; what fails is kept in the outbox and tried
-    # again from there.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    for chatty in (
-        "mlflow.store.db.utils",
-        "mlflow.pyfunc",
-    ):  # its new tables, its check of the input example
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:") and not sqlite_path(uri).parent.is_dir():
-        raise ValueError(
-            f"tracking.uri={uri} lies in a folder that does not exist; create it, or give http://HOST:PORT of"
-            f" an MLflow server"
-        )
-    try:
-        return MlflowClient(uri, registry_uri=uri)
-    except MlflowException as error:
-        raise ValueError(
-            f"tracking.uri={uri!r} cannot be opened by MLflow {package_version('mlflow')}: {error.message}"
-        ) from error

@@ -8,12 +8,9 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import screformer
-
-if TYPE_CHECKING:
-    pass
 
 _PACKAGES = (
     "torch",

@@ -9,16 +9,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import data_ingest
 import screformer
-from screformer.config import TrackingConfig
-
-if TYPE_CHECKING:
-    pass
-from jobs.tracking.client import mlflow_client, probe, scratch_folder, tracking_uri
+from jobs.tracking.client import mlflow_client, mlflow_package, probe, scratch_folder, tracking_uri
 from jobs.tracking.identity import package_version
+from screformer.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +69,11 @@ def register_model(
     Raises:
         ValueError: The directory is not a model, or has no classification head.
     """
-    client = mlflow_client(tracking_uri)
-    from mlflow.entities import LoggedModelOutput
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-    from mlflow.pyfunc import save_model
-
     from jobs.tracking import pyfunc
     from jobs.tracking.model_card import model_card
     from jobs.tracking.pyfunc import signature_and_example
 
+    client, mlflow = mlflow_client(tracking_uri), mlflow_package()
     model_dir = _model_directory(Path(model_dir), str(model_dir))
     signature, example = signature_and_example(model_dir)
     card = model_card(model_dir, name=name, run_id=run_id)
@@ -103,7 +95,7 @@ def register_model(
         for module in ("__init__.py", "h5ad.py"):
             shutil.copyfile(Path(data_ingest.__file__).parent / module, reader / module)
         target = Path(scratch) / "pyfunc"
-        save_model(
+        mlflow.pyfunc.save_model(
             str(target),
             python_model=pyfunc.__file__,
             artifacts={MODEL_FOLDER: str(source)},
@@ -114,15 +106,15 @@ def register_model(
             ],
             signature=signature,
             input_example=example,
-            mlflow_model=Model(run_id=run_id, model_id=logged.model_id),
+            mlflow_model=mlflow.models.Model(run_id=run_id, model_id=logged.model_id),
         )
         (target / "MODEL_CARD.md").write_text(card)
         client.log_model_artifacts(logged.model_id, str(target))
     client.finalize_logged_model(logged.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+    client.log_outputs(run_id, [mlflow.entities.LoggedModelOutput(logged.model_id, step=0)])
     try:
         client.create_registered_model(name)
-    except MlflowException as error:
+    except mlflow_package().exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a
@@ -149,11 +141,9 @@ def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str
     store = tracking_uri(tracking or TrackingConfig())
     probe(store)
     client = mlflow_client(store)
-    from mlflow.exceptions import MlflowException
-
     try:
         aliases = client.get_registered_model(name).aliases
-    except MlflowException as error:
+    except mlflow_package().exceptions.MlflowException as error:
         raise ValueError(f"no registered model {name!r} in {store}: {error.message}") from error
     return {alias: int(version) for alias, version in aliases.items()}
 
@@ -208,21 +198,22 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     store = tracking_uri(tracking or TrackingConfig())
     probe(store)
     location = _run_model(uri.removeprefix("runs:/"), store) if is_run else _version_location(uri, store)
-    from mlflow.artifacts import download_artifacts
-
     target: str | None = None
     if not location.startswith(("/", "file:")):  # files are read where they lie
         target = scratch_folder()
     return _model_directory(
-        Path(download_artifacts(artifact_uri=location, dst_path=target, tracking_uri=store)), uri
+        Path(
+            mlflow_package().artifacts.download_artifacts(
+                artifact_uri=location, dst_path=target, tracking_uri=store
+            )
+        ),
+        uri,
     )
 
 
 def _registered(uri: str, store: str) -> tuple[str, Any]:
     """Name and version entity of a `models:/` URI."""
     client = mlflow_client(store)
-    from mlflow.exceptions import MlflowException
-
     found = re.fullmatch(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))", uri)
     if found is None:
         raise ValueError(f"model {uri!r} must read models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -231,7 +222,7 @@ def _registered(uri: str, store: str) -> tuple[str, Any]:
         if found["alias"]:
             return name, client.get_model_version_by_alias(name, found["alias"])
         return name, client.get_model_version(name, found["version"])
-    except MlflowException as error:
+    except mlflow_package().exceptions.MlflowException as error:
         models = {model.name: model for model in client.search_registered_models()}
         if name not in models:
             known = f"there are {', '.join(sorted(models))}" if models else "nothing is registered there yet"
@@ -258,11 +249,9 @@ def _run_model(run_id: str, store: str) -> str:
     The registered one, else the directory `model` among the run's artifacts.
     """
     client = mlflow_client(store)
-    from mlflow.exceptions import MlflowException
-
     try:
         run = client.get_run(run_id)
-    except MlflowException as error:
+    except mlflow_package().exceptions.MlflowException as error:
         raise ValueError(f"run {run_id!r} is not in {store}: {error.message}") from error
     models = run.outputs.model_outputs if run.outputs else []
     if models:

@@ -2,7 +2,7 @@
 
 Each entry is a file of its own, written whole or not at all, so that a driver and its workers may share a
 folder, also in an object store, and a killed process leaves nothing half. Names sort by time. What an entry
-means is `jobs.tracking`'s business.
+means is `jobs.tracking.entries`' business.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Entry = dict[str, Any]
 
 
-Send = Callable[[Entry, Path | None], None]
+Send = Callable[[Entry, Path | None], Any]
 """Sends an entry with its file or folder, if it has one. Raises `ConnectionError` when the server is away."""
 
 
@@ -56,18 +56,21 @@ class Outbox:
         self._waiting = bool(self.names())
         self._next_try = 0.0
 
-    def deliver(self, entry: Entry, send: Send, content: Path | None = None) -> None:
+    def deliver(self, entry: Entry, send: Send, content: Path | None = None) -> Any:
         """Send an entry after those that wait, or keep it; never waits for a server that is away.
 
         Args:
             entry: Plain values of JSON.
             send: How to send it, and those before it.
             content: A file or folder that belongs to it; a copy is kept.
+
+        Returns:
+            What `send` returned, or None where the entry was kept.
         """
         if not self._waiting:
             began = time.monotonic()
             try:
-                send(entry, content)
+                return send(entry, content)
             except ConnectionError as error:
                 self._put(entry, content)
                 self._later(began)
@@ -76,10 +79,11 @@ class Outbox:
                     error,
                     self.folder,
                 )
-            return
+            return None
         self._put(entry, content)
         if time.monotonic() >= self._next_try:
             self.flush(send)
+        return None
 
     def flush(self, send: Send) -> tuple[int, int]:
         """Send what waits, oldest first, until the server is away again.

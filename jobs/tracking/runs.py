@@ -1,19 +1,18 @@
-"""MLflow runs: start one, log to it, read it back.
+"""MLflow runs: start one and log to it.
 
 `TrackedRun` is a plain picklable handle, so that rank 0 of a Ray worker group logs into the run that the
-driver started. Nothing here touches MLflow's global state (active run, tracking URI).
+driver started. Nothing here touches MLflow's global state (active run, tracking URI), and nothing here knows
+what is logged: names of artifacts and pictures are in `jobs.reports.artifacts`.
 """
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import json
 import logging
 import os
 import platform
 import re
-import shutil
 import tempfile
 import time
 import traceback
@@ -23,29 +22,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
-import yaml
-
-from jobs.tracking.outbox import Entry, outbox
-from screformer.config import ExperimentConfig, TrackingConfig
-
-if TYPE_CHECKING:
-    pass
-from jobs.reports.figures import confusion_figure, learning_figure
 from jobs.tracking.client import (
     PATIENCE_S,
+    answering,
     is_away,
+    metric_points,
     mlflow_client,
     probe,
-    scratch_folder,
     sqlite_path,
     tracking_uri,
 )
+from jobs.tracking.entries import Entry, send_entry
 from jobs.tracking.identity import code_identity
-from jobs.tracking.models import MODEL_FOLDER, register_model
+from jobs.tracking.outbox import outbox
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from screformer.config import ExperimentConfig
 
 logger = logging.getLogger(__name__)
+
+CONFIG, IDENTITY = "config.yaml", "identity.json"
+"""Artifacts of every run: its settings, from which it can be started again, and what it read and ran."""
 
 
 def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None = None) -> TrackedRun:
@@ -133,9 +133,7 @@ class TrackedRun:
         entry: Entry = {"kind": "end", "status": "FINISHED", "time_ms": int(time.time() * 1000)}
         if error is not None:
             self.set_tags({"error": f"{type(error).__name__}: {error}"})
-            self._deliver(
-                {"kind": "text", "path": "error.txt", "text": "".join(traceback.format_exception(error))}
-            )
+            self._log_text("error.txt", "".join(traceback.format_exception(error)))
             entry["status"] = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
         self.send_kept()
         self._deliver(entry)
@@ -162,13 +160,15 @@ class TrackedRun:
         Args:
             tree: Nested plain values of the settings that the job uses.
         """
+        import yaml
+
         params = {
             f"{section}.{name}": str(value)[:6000]
             for section, fields in tree.items()
             for name, value in fields.items()
         }
         self._deliver({"kind": "params", "params": params})
-        self._deliver({"kind": "text", "path": "config.yaml", "text": yaml.safe_dump(tree, sort_keys=False)})
+        self._log_text(CONFIG, yaml.safe_dump(tree, sort_keys=False))
 
     def log_identity(self, identity: Mapping[str, Any]) -> None:
         """Log what the run read and which code it ran.
@@ -183,9 +183,7 @@ class TrackedRun:
         if re.fullmatch(r"[0-9a-f]{40}.*", whole["code"]["git"]):
             tags["mlflow.source.git.commit"] = whole["code"]["git"][:40]
         self.set_tags(tags)
-        self._deliver(
-            {"kind": "text", "path": "identity.json", "text": json.dumps(whole, indent=2, default=str)}
-        )
+        self._log_text(IDENTITY, json.dumps(whole, indent=2, default=str))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
         """Log scalars, such as `{"train/loss": 0.3}`, in one request.
@@ -197,40 +195,27 @@ class TrackedRun:
 
     def log_table(self, table: pd.DataFrame, path: str) -> None:
         """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
-        self._deliver({"kind": "text", "path": path, "text": table.to_csv(index=False)})
+        self._log_text(path, table.to_csv(index=False))
 
-    def log_confusion(self, counts_kk: np.ndarray, names: Sequence[str], *, folder: str) -> None:
-        """Log a confusion matrix: a picture with rows normalised to 1, and the counts as CSV.
-
-        Args:
-            counts_kk: Cells by true (row) and predicted (column) label, shape (k, k).
-            names: The k labels.
-            folder: Where it goes, such as `test`.
-        """
-        table = pd.DataFrame(counts_kk, columns=list(names))
-        table.insert(0, "true_label", list(names))
-        self.log_table(table, f"{folder}/confusion.csv")
+    def log_figure(self, figure: Figure, path: str, *, dpi: int = 120) -> None:
+        """Log a picture under `path`, such as `test/confusion.png`."""
+        folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "confusion.png"
-            confusion_figure(np.asarray(counts_kk), names).savefig(path)
-            self.log_file(path, folder=folder)
+            file = Path(scratch) / name
+            figure.savefig(file, dpi=dpi)
+            self.log_file(file, folder=folder)
 
-    def history(self, names: Sequence[str]) -> dict[str, list[float]]:
-        """Values of metrics in the order of their steps; metrics that were never logged are left out."""
-        client = self._client
-        found = {
-            name: sorted((point.step, point.value) for point in client.get_metric_history(self.run_id, name))
-            for name in names
-        }
-        return {name: [value for _, value in points] for name, points in found.items() if points}
+    def histories(self, names: Sequence[str] | None = None) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) points of metrics, by step; without names, of all.
 
-    def log_curves(self) -> None:
-        """Log pictures of all metrics that have more than one step.
-
-        Those that differ only before the `/` share one picture.
+        Raises:
+            ConnectionError: The tracking server does not answer.
         """
-        self.send_kept()  # what other processes of the run could not send belongs into the pictures
-        self._deliver({"kind": "curves"})
+        self._require_store()
+        with answering(self.tracking_uri):
+            logged = mlflow_client(self.tracking_uri).get_run(self.run_id).data.metrics
+            wanted = logged if names is None else [name for name in names if name in logged]
+            return {name: metric_points(self.tracking_uri, self.run_id, name) for name in wanted}
 
     def log_file(self, path: str | Path, *, folder: str = "") -> None:
         """Log a file, or a directory with its name, as artifact.
@@ -251,220 +236,51 @@ class TrackedRun:
         Returns:
             The version number; None where `jobs.sync` has to register it.
         """
-        if not self.outbox:
-            return register_model(self.tracking_uri, self.run_id, model_dir, name)
-        versions: list[int] = []
-
-        def send(entry: Entry, content: Path | None) -> None:
-            if entry["kind"] == "register":
-                versions.append(self._register(entry))
-            else:
-                self._send(entry, content)
-
-        self.send_kept()
-        outbox(self.outbox).deliver(
-            {"kind": "register", "model_dir": str(Path(model_dir).resolve()), "name": name}, send
-        )
-        if versions:
-            return versions[0]
-        logger.warning(
-            "the model is kept in %s; when %s is back, `%s` registers it as %s",
-            model_dir,
-            self.tracking_uri,
-            self._sync_command,
-            name,
-        )
-        return None
-
-    def _deliver(self, entry: Entry, content: Path | None = None) -> None:
         if self.outbox:
-            outbox(self.outbox).deliver(entry, self._send, content)
-        else:
-            self._apply(entry, content)
+            self.send_kept()
+        version: int | None = self._deliver(
+            {"kind": "register", "model_dir": str(Path(model_dir).resolve()), "name": name}
+        )
+        if version is None:
+            logger.warning(
+                "the model is kept in %s; when %s is back, `%s` registers it as %s",
+                model_dir,
+                self.tracking_uri,
+                self._sync_command,
+                name,
+            )
+        return version
 
-    def _send(self, entry: Entry, content: Path | None) -> None:
+    def _log_text(self, path: str, text: str) -> None:
+        self._deliver({"kind": "text", "path": path, "text": text})
+
+    def _deliver(self, entry: Entry, content: Path | None = None) -> Any:
+        if self.outbox:
+            return outbox(self.outbox).deliver(entry, self._send, content)
+        self._require_store()
+        return send_entry(self.tracking_uri, self.run_id, entry, content)
+
+    def _send(self, entry: Entry, content: Path | None) -> Any:
         """Raises `ConnectionError` when the server is away, quickly."""
         try:
             probe(self.tracking_uri, timeout_s=PATIENCE_S)
-            self._apply(entry, content)
+            return send_entry(self.tracking_uri, self.run_id, entry, content)
         except Exception as error:
             if is_away(error):
                 raise ConnectionError(f"the tracking server {self.tracking_uri} is away") from error
             raise
 
-    def _apply(self, entry: Entry, content: Path | None) -> None:
-        """Do one entry. Twice is as good as once.
-
-        Because nobody knows whether a server that went away had done it.
-        """
-        client, kind = self._client, entry["kind"]
-        from mlflow.entities import Metric, Param
-
-        if kind == "metrics":
-            batch = [
-                Metric(name, value, entry["time_ms"], entry["step"])
-                for name, value in entry["metrics"].items()
-            ]
-            for start in range(0, len(batch), 1000):  # the most that the store takes at once
-                client.log_batch(self.run_id, metrics=batch[start : start + 1000])
-        elif kind == "params":
-            params = [Param(name, value) for name, value in entry["params"].items()]
-            for start in range(0, len(params), 100):
-                client.log_batch(self.run_id, params=params[start : start + 100])
-        elif kind == "tags":
-            for name, value in entry["tags"].items():
-                client.set_tag(self.run_id, name, value)
-        elif kind == "text":
-            client.log_text(self.run_id, entry["text"], entry["path"])
-        elif kind == "file":
-            assert content is not None
-            if content.is_dir():
-                client.log_artifacts(
-                    self.run_id,
-                    str(content),
-                    "/".join(part for part in (entry["folder"], content.name) if part),
-                )
-            else:
-                client.log_artifact(self.run_id, str(content), entry["folder"] or None)
-        elif kind == "curves":
-            self._log_curves()
-        elif kind == "register":
-            self._register(entry)
-        elif kind == "running":
-            if client.get_run(self.run_id).info.status != "RUNNING":  # a resumed job
-                client.update_run(self.run_id, status="RUNNING")
-        else:
-            assert kind == "end", f"unknown entry {kind!r}"
-            if (
-                entry["status"] == "FINISHED" and "error" in client.get_run(self.run_id).data.tags
-            ):  # of an attempt that was resumed
-                client.delete_tag(self.run_id, "error")
-            client.set_terminated(self.run_id, entry["status"], entry["time_ms"])
-
     @property
     def _sync_command(self) -> str:
         return f"python -m jobs.sync --run-dir {self.outbox.removesuffix('/outbox')}"
 
-    def _log_curves(self) -> None:
-        client = self._client
-        groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        for key in client.get_run(self.run_id).data.metrics:
-            points = sorted(
-                (point.step, point.value) for point in client.get_metric_history(self.run_id, key)
-            )
-            if len(points) > 1:
-                groups.setdefault(key.rpartition("/")[2], {})[key] = points
-        for name, curves in groups.items():
-            client.log_figure(
-                self.run_id,
-                learning_figure(name, curves),
-                f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png",
-            )
-
-    def _register(self, entry: Entry) -> int:
-        return register_model(self.tracking_uri, self.run_id, entry["model_dir"], entry["name"])
-
-    @property
-    def _client(self) -> Any:
+    def _require_store(self) -> None:
         if self.tracking_uri.startswith("sqlite:") and not sqlite_path(self.tracking_uri).is_file():
             raise ValueError(
                 f"run {self.run_id} is kept in {self.tracking_uri}, a file that this machine"
                 f" ({platform.node()}) does not have;"
                 " for a job on several nodes set tracking.uri to an MLflow server (http://HOST:PORT)"
             )
-        return mlflow_client(self.tracking_uri)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggedRun:
-    """A run as its store has it."""
-
-    run_id: str
-    name: str
-    status: str
-    """FINISHED, FAILED, KILLED or RUNNING."""
-    started_ms: int
-    ended_ms: int | None
-    tags: Mapping[str, str]
-    metrics: Mapping[str, float]
-    """Last value of each."""
-    artifacts: tuple[str, ...]
-    """Paths of all files but those of the model."""
-    store: str
-
-    def history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) points of a metric, by step."""
-        return sorted(
-            (point.step, point.value)
-            for point in mlflow_client(self.store).get_metric_history(self.run_id, key)
-        )
-
-    def file(self, path: str) -> Path:
-        """A file of the run on this machine; a downloaded one lasts until this process ends."""
-        return Path(mlflow_client(self.store).download_artifacts(self.run_id, path, scratch_folder()))
-
-
-def logged_run(run_id: str, tracking: TrackingConfig | None = None) -> LoggedRun:
-    """Read a run.
-
-    Args:
-        run_id: MLflow's identifier, or `runs:/ID`.
-        tracking: Where runs are kept; the default is that of the configuration.
-
-    Raises:
-        ValueError: There is no such run.
-        ConnectionError: The tracking server does not answer.
-    """
-    store, run_id = tracking_uri(tracking or TrackingConfig()), run_id.removeprefix("runs:/")
-    probe(store)
-    client = mlflow_client(store)
-    from mlflow.exceptions import MlflowException
-
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise ValueError(f"run {run_id!r} is not in {store}: {error.message}") from error
-    files, folders = [], [""]
-    while folders:
-        for entry in client.list_artifacts(run_id, folders.pop() or None):
-            if not entry.is_dir:
-                files.append(entry.path)
-            elif entry.path != MODEL_FOLDER:
-                folders.append(entry.path)
-    return LoggedRun(
-        run_id=run_id,
-        name=run.info.run_name,
-        status=run.info.status,
-        started_ms=run.info.start_time,
-        ended_ms=run.info.end_time,
-        tags=dict(run.data.tags),
-        metrics=dict(run.data.metrics),
-        artifacts=tuple(sorted(files)),
-        store=store,
-    )
-
-
-def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
-    """Fetch an artifact of a run; a downloaded one lasts until this process ends.
-
-    Raises:
-        ValueError: No such run or artifact.
-        ConnectionError: The tracking server does not answer.
-    """
-    store = tracking_uri(tracking)
-    probe(store)
-    mlflow_client(store)
-    from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
-
-    target = tempfile.mkdtemp(prefix="screformer-artifact-")
-    atexit.register(shutil.rmtree, target, ignore_errors=True)
-    try:
-        return Path(
-            download_artifacts(run_id=run_id, artifact_path=name, dst_path=target, tracking_uri=store)
-        )
-    except (MlflowException, OSError) as error:
-        raise ValueError(f"run {run_id!r} in {store} has no artifact {name}: {error}") from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import ray.train.torch
 
 from cluster.connect import connect
 from data_ingest.query import QueryResult
+from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, prepare_cells
 from jobs.training.launch import check_layout, train_on_cluster
@@ -122,7 +123,7 @@ def run_training(
                 version = run.register(model_dir, config.tracking.model_name)
             else:
                 run.log_file(model_dir)
-        run.log_curves()
+        log_curves(run)
     return TrainingResult(
         run_id=run.run_id, run_dir=run_dir, model_dir=str(model_dir), metrics=metrics, model_version=version
     )
@@ -163,10 +164,7 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
             "embedding": list(said.embedding_nd),
         }
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "cells.parquet"
-        table.to_parquet(path, index=False)
-        run.log_file(path, folder="test")
+    log_test_cells(run, table)
 
 
 def _keep_model(source: Path, run_dir: str) -> Path:

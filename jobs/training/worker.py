@@ -20,7 +20,7 @@ import torch
 
 from cluster.quiet import quiet_data
 from data_ingest.stream import CellStream
-from jobs.reports.figures import reliability_figure
+from jobs.reports.artifacts import log_confusion, log_per_class, log_reliability
 from jobs.training.start import start_from
 from screformer.calibration import (
     Calibration,
@@ -139,14 +139,13 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> None:
                 {name: value for name, value in scores.items() if "/ece" in name or "unknown" in name},
                 step=config.train.max_steps,
             )
-            _log_reliability(loop_config["run"], calibration, outcome.val_outputs, outcome.test_outputs)
+            table = _reliability(calibration, outcome.val_outputs, outcome.test_outputs)
+            log_reliability(loop_config["run"], table)
     if rank == 0 and task == "finetune":
-        for folder, counts in (("val", outcome.val), ("test", outcome.test)):
+        for part, counts in (("val", outcome.val), ("test", outcome.test)):
             if counts is not None:
-                loop_config["run"].log_confusion(counts.confusion_kk, labels["names"], folder=folder)
-                loop_config["run"].log_table(
-                    pd.DataFrame(counts.table(labels["names"])), f"{folder}/per_class.csv"
-                )
+                log_confusion(loop_config["run"], counts.confusion_kk, labels["names"], part)
+                log_per_class(loop_config["run"], counts.table(labels["names"]), part)
     write(scores, outcome.weights, outcome.progress, finished=True, calibration=calibration)
 
 
@@ -174,23 +173,15 @@ def calibration_scores(
     return scores
 
 
-def _log_reliability(run: Any, calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> None:
-    """Log `calibration/reliability.csv` and `.png`.
-
-    Confidence against accuracy before and after, of validation and test cells.
-    """
+def _reliability(calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> pd.DataFrame:
+    """Confidence against accuracy before and after calibration, of validation and test cells."""
     tables = []
     for part, outputs in (("validation", val), ("test", test)):
         for state, used in (("before", Calibration()), ("after", calibration)):
             if outputs is not None and len(outputs):
                 rows = pd.DataFrame(reliability(used.probabilities(outputs.logits_nk), outputs.labels_n))
                 tables.append(rows.assign(part=part, calibration=state))
-    table = pd.concat(tables, ignore_index=True)
-    run.log_table(table, "calibration/reliability.csv")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "reliability.png"
-        reliability_figure(table).savefig(path, dpi=120)
-        run.log_file(path, folder="calibration")
+    return pd.concat(tables, ignore_index=True)
 
 
 def train_alone(

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from helpers.servers import Server, mlflow_server
 from helpers.tiny_model import write_tiny_model
 from jobs import sync
+from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking import outbox as outbox_module
 from jobs.tracking.outbox import outbox
 from jobs.tracking.runs import TrackedRun, start_run
@@ -54,7 +55,7 @@ def test_a_server_that_goes_away_loses_nothing(
         for step in (1, 2, 3):
             run.log_metrics({"train/loss": float(step)}, step=step)
         run.set_tags({"kept": "yes"})
-        run.log_confusion(np.eye(2), ["B cell", "T cell"], folder="test")
+        log_confusion(run, np.eye(2), ["B cell", "T cell"], "test")
         (tmp_path / "gone.txt").write_text("kept")
         run.log_file(tmp_path / "gone.txt")
         (tmp_path / "gone.txt").unlink()
@@ -84,16 +85,16 @@ def test_a_server_that_goes_away_loses_nothing(
         outbox.cache_clear()  # as in another process of the run
         run.log_metrics({"train/loss": 5.0}, step=5)
         assert run.register(write_tiny_model(run_dir / "model"), "blood") is None
-        run.log_curves()
+        log_curves(run)
     ended_ms = time.time() * 1000
     command = f"python -m jobs.sync --run-dir {run_dir}"
     assert f"`{command}` registers it as blood" in caplog.text and f"`{command}` sends them" in caplog.text
 
     assert sync.main(["--run-dir", str(run_dir)]) == 1
-    assert capsys.readouterr().err.startswith("python -m jobs.sync: ConnectionError: 4 entries of run")
+    assert capsys.readouterr().err.startswith("python -m jobs.sync: ConnectionError: 3 entries of run")
     server.start()
     assert sync.main(["--run-dir", str(run_dir)]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 4}
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 3}
     info = client.get_run(run.run_id).info
     assert info.status == "FINISHED" and info.end_time <= ended_ms, (
         "it ended when it ended, not when that could be said"

@@ -15,6 +15,7 @@ from helpers.processes import run_python
 from helpers.servers import mlflow_server, model_server
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.labelling.h5ad_copy import annotate
+from jobs.reports.artifacts import log_confusion
 from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
 from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -307,7 +308,7 @@ def test_a_tracking_server_over_http(
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
         run.log_identity({"atlas": {"uri": "a"}})
         run.log_metrics({"train/loss": 0.5}, step=1)
-        run.log_confusion(np.eye(2), ["B cell", "T cell"], folder="test")
+        log_confusion(run, np.eye(2), ["B cell", "T cell"], "test")
         version = register_model(run.tracking_uri, run.run_id, model_dir, "blood")
     client = MlflowClient(server)
     assert client.get_run(run.run_id).info.status == "FINISHED"

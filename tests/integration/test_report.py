@@ -15,7 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.report import main
-from jobs.reports.run_report import changed_settings, layout, reliability_bins
+from jobs.reports.artifacts import log_baselines, log_confusion, log_per_class, log_test_cells
+from jobs.reports.cell_map import layout
+from jobs.reports.provenance import changed_settings
 from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig
 from screformer.metrics import LabelCounts
@@ -23,7 +25,7 @@ from screformer.metrics import LabelCounts
 TYPES = ["B cell", "T cell", "monocyte", "natural killer cell", "platelet & <rare>"]
 
 
-def _log_run(run: TrackedRun, folder: Path) -> None:
+def _log_run(run: TrackedRun) -> None:
     """What a fine-tuning logs, small: five types, three donors, predictions that are right nine times in
     ten."""
     rng = np.random.default_rng(0)
@@ -56,12 +58,10 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
             step=step,
         )
     run.log_metrics({**counts.scores("test"), "best_step": 80.0, "data/cells_cut": 7.0}, step=100)
-    run.log_confusion(counts.confusion_kk, TYPES, folder="test")
-    run.log_table(pd.DataFrame(counts.table(TYPES)), "test/per_class.csv")
-    run.log_table(
-        pd.DataFrame({"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}),
-        "test/baselines.csv",
-    )
+    log_confusion(run, counts.confusion_kk, TYPES, "test")
+    log_per_class(run, counts.table(TYPES), "test")
+    baselines = {"model": ["logistic regression"], "accuracy": [0.8], "macro_f1": [0.75]}
+    log_baselines(run, pd.DataFrame(baselines))
     cells = pd.DataFrame(
         {"joinid": np.arange(120), "dataset_id": "set", "donor_id": rng.choice(["d4", "d5"], 120)}
     )
@@ -72,8 +72,7 @@ def _log_run(run: TrackedRun, folder: Path) -> None:
     )
     cells["said"] = cells["prediction"].where(cells["confidence"] > 0.65, "unknown")
     cells["embedding"] = list((np.eye(5, 8)[labels] * 4 + rng.normal(size=(120, 8))).astype(np.float32))
-    cells.to_parquet(folder / "cells.parquet")
-    run.log_file(folder / "cells.parquet", folder="test")
+    log_test_cells(run, cells)
     genes = pd.DataFrame(rng.random((60, 30)), columns=[f"gene{i}" for i in range(30)])
     run.log_table(genes.assign(type="B cell"), "explanations/classes.csv")
 
@@ -85,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
         {"tracking.uri": f"sqlite:///{folder}/mlflow.db", "model.n_hashes": 2, "tracking.model_name": "blood"}
     )
     with start_run(config, "finetune") as started:
-        _log_run(started, folder)
+        _log_run(started)
     return started
 
 
@@ -222,23 +221,22 @@ def test_a_run_that_logged_little_has_a_report_too(
     config = ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     with pytest.raises(RuntimeError), start_run(config, "pretrain") as run:
         raise RuntimeError("out of memory")
-    out = tmp_path / "report.md"
+    out = tmp_path / "report.html"
     assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", str(out)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "report": str(out)}
-    assert (
-        "# Pre-training: screformer" in out.read_text() and "RuntimeError: out of memory" in out.read_text()
-    )
+    text = out.read_text()
+    assert "<h1>Pre-training: screformer</h1>" in text and "RuntimeError: out of memory" in text
     assert main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 1
     assert "ValueError: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
     assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
-    assert "--out report.pdf must end in .html or .md" in capsys.readouterr().err
+    assert "--out report.pdf must end in .html" in capsys.readouterr().err
 
 
 def test_a_run_that_made_its_own_report_keeps_it(tmp_path: Path) -> None:
     with start_run(
         ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}), "crossval"
     ) as run:
-        for name in ("report.md", "report.html"):
+        for name in ("report.html", "report.json"):
             (tmp_path / name).write_text(f"its own {name}")
             run.log_file(tmp_path / name)
     out = tmp_path / "out.html"
@@ -260,10 +258,6 @@ def test_settings_that_differ_and_few_cells() -> None:
     assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), (
         "groups lie apart"
     )
-    cells = pd.DataFrame(
-        {"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]}
-    )
-    assert reliability_bins(cells).to_numpy().tolist() == [[0.525, 0.5, 2.0], [0.975, 1.0, 2.0]]
 
 
 def _luminance(colour: str) -> float:

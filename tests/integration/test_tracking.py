@@ -11,6 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.identity import code_identity, git_revision
 from jobs.tracking.models import pinned_model, resolve_model
@@ -49,9 +50,9 @@ def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(
                 {"train/loss": 1.0 / (step + 1), "val/loss": 2.0 / (step + 1), "val/f1 of CD4+ T": 0.5},
                 step=step,
             )
-        run.log_confusion(np.array([[3, 1], [0, 0]]), ["B cell", "T cell"], folder="test")
+        log_confusion(run, np.array([[3, 1], [0, 0]]), ["B cell", "T cell"], "test")
         run.log_table(pd.DataFrame({"label": ["B cell"], "f1": [0.5]}), "test/per_class.csv")
-        run.log_curves()
+        log_curves(run)
 
     logged = MlflowClient(store).get_run(run.run_id)
     assert logged.info.status == "FINISHED"
@@ -89,7 +90,7 @@ def test_another_process_logs_into_the_run_and_is_quiet(
             "socket.getaddrinfo = refuse\n"
             "run = pickle.loads(open(sys.argv[1], 'rb').read())\n"
             "run.log_metrics({'train/loss': 0.25}, step=9)\n"
-            "from jobs.tracking import start_run\n"
+            "from jobs.tracking.runs import start_run\n"
             "from screformer.config import ExperimentConfig\n"
             "with start_run(ExperimentConfig().merge({'tracking.uri': 'sqlite:///fresh.db'}), 'pretrain') as"
             " other:\n"
@@ -147,7 +148,7 @@ def test_stores_are_named_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tracking_uri(TrackingConfig(uri="sqlite:///a.db")) == f"sqlite:///{tmp_path}/a.db"
     with pytest.raises(ValueError, match=r"tracking.uri='./mlruns' is no tracking store"):
         tracking_uri(TrackingConfig(uri="./mlruns"))
-    with pytest.raises(ValueError, match="lies in a folder that does not exist; create it"):
+    with pytest.raises(ValueError, match="is in a folder that does not exist; create it"):
         start_run(
             ExperimentConfig().merge({"tracking.uri": "sqlite:////no/such/folder/mlflow.db"}), "finetune"
         )

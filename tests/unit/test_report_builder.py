@@ -42,17 +42,6 @@ def test_html_holds_everything_escaped_and_is_the_same_each_time(tmp_path):
     assert _report().write_html(tmp_path / "again.html").read_text() == page
 
 
-def test_markdown_has_its_pictures_beside_it(tmp_path):
-    text = _report().write_markdown(tmp_path / "report.md").read_text()
-    assert "| a\\|b | 0.912 | 12,345 | yes |" in text and "> Only **two** donors." in text
-    for name in re.findall(r"!\[points\]\((.*)\)", text):
-        assert (tmp_path / name).stat().st_size > 1000
-    assert sorted(path.name for path in (tmp_path / "report_files").iterdir()) == [
-        "figure-1.svg",
-        "figure-2.png",
-    ]
-
-
 def test_a_picture_without_words_is_refused():
     with pytest.raises(ValueError, match="alt of figure 'Loss' is empty"):
         Report("r").figure("Loss", Figure(), "caption", " ")

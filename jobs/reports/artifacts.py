@@ -1,0 +1,184 @@
+"""The artifacts that jobs leave in a run for reports: each name once, with what writes it and what reads it.
+
+A table that a report shows is an artifact of its own, so that a report can be made again at any time, by
+whoever has the run.
+
+Axes: k labels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from jobs.reports.figures import confusion_figure, learning_figure, reliability_figure
+from jobs.tracking.runs import CONFIG, IDENTITY
+
+if TYPE_CHECKING:
+    from jobs.reports.page import Report
+    from jobs.tracking.logged import LoggedRun
+    from jobs.tracking.runs import TrackedRun
+
+FOLDERS = {"explanations": "Marker genes", "annotated": "Annotated cells"}
+"""Artifact folders whose tables and pictures a report shows as they are, with the title of their section."""
+
+EXPLANATIONS, ANNOTATED = FOLDERS
+
+_CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
+    "confusion.csv",
+    "per_class.csv",
+    "test/cells.parquet",
+    "test/baselines.csv",
+)
+_RELIABILITY = "calibration/reliability.csv"
+_STUDY_PAGE, _STUDY_NUMBERS = "report.html", "report.json"
+
+
+def log_confusion(run: TrackedRun, counts_kk: np.ndarray, names: Sequence[str], part: str) -> None:
+    """Log the confusion matrix of a part (`val`, `test`): the counts as CSV, and a picture.
+
+    Args:
+        run: The run.
+        counts_kk: Cells by true (row) and predicted (column) label, shape (k, k).
+        names: The k labels.
+        part: Which cells they are.
+    """
+    table = pd.DataFrame(counts_kk, columns=list(names))
+    table.insert(0, "true_label", list(names))
+    run.log_table(table, f"{part}/{_CONFUSION}")
+    run.log_figure(confusion_figure(np.asarray(counts_kk), names), f"{part}/confusion.png")
+
+
+def read_confusion(run: LoggedRun, part: str = "test") -> tuple[np.ndarray, list[str]] | None:
+    """Counts (k, k) and names (k,) of a confusion matrix; None where the run has none."""
+    table = _read(run, f"{part}/{_CONFUSION}")
+    if table is None:
+        return None
+    return table.drop(columns="true_label").to_numpy(), table["true_label"].astype(str).tolist()
+
+
+def log_per_class(run: TrackedRun, rows: Sequence[Mapping[str, Any]], part: str) -> None:
+    """Log the scores of each label, rows as `LabelCounts.table` gives them."""
+    run.log_table(pd.DataFrame(rows), f"{part}/{_PER_CLASS}")
+
+
+def read_per_class(run: LoggedRun, part: str = "test") -> pd.DataFrame | None:
+    """Scores of each label; None where the run has none."""
+    return _read(run, f"{part}/{_PER_CLASS}")
+
+
+def log_reliability(run: TrackedRun, table: pd.DataFrame) -> None:
+    """Log confidence against accuracy, as a table and a picture.
+
+    Args:
+        run: The run.
+        table: Rows of `screformer.calibration.reliability`, with `part` (validation, test) and `calibration`
+            (before, after).
+    """
+    run.log_table(table, _RELIABILITY)
+    run.log_figure(reliability_figure(table), "calibration/reliability.png")
+
+
+def read_reliability(run: LoggedRun) -> pd.DataFrame | None:
+    """What `log_reliability` was given; None where the run has none."""
+    return _read(run, _RELIABILITY)
+
+
+def log_test_cells(run: TrackedRun, cells: pd.DataFrame) -> None:
+    """Log test cells with their predictions.
+
+    Args:
+        run: The run.
+        cells: `joinid`, `dataset_id`, `donor_id`, `label`, `prediction`, `confidence`, `said` (the answer,
+            which may be `unknown` or a broader term) and `embedding` of each.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, _, name = _TEST_CELLS.rpartition("/")
+        path = Path(scratch) / name
+        cells.to_parquet(path, index=False)
+        run.log_file(path, folder=folder)
+
+
+def read_test_cells(run: LoggedRun) -> pd.DataFrame | None:
+    """What `log_test_cells` was given; None where the run has none."""
+    return _read(run, _TEST_CELLS)
+
+
+def log_baselines(run: TrackedRun, scores: pd.DataFrame) -> None:
+    """Log scores of other methods on the test cells: `model`, and a column per score."""
+    run.log_table(scores, _BASELINES)
+
+
+def read_baselines(run: LoggedRun) -> pd.DataFrame | None:
+    """What `log_baselines` was given; None where the run has none."""
+    return _read(run, _BASELINES)
+
+
+def log_curves(run: TrackedRun) -> None:
+    """Log a picture of each metric that has more than one step; train and validation share one.
+
+    Nothing is logged while the tracking server is away, since the points are there; `jobs.sync` does it then.
+    """
+    run.send_kept()  # points that other processes of the run could not send
+    try:
+        histories = run.histories()
+    except ConnectionError:
+        return
+    groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for key, points in histories.items():
+        if len(points) > 1:
+            groups.setdefault(key.rpartition("/")[2], {})[key] = points
+    for name, curves in groups.items():
+        run.log_figure(learning_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
+
+
+def write_study(report: Report, numbers: Mapping[str, Any], folder: Path) -> None:
+    """Write the report of a study into its folder: the page, and its numbers as JSON."""
+    report.write_html(folder / _STUDY_PAGE)
+    (folder / _STUDY_NUMBERS).write_text(json.dumps(_finite(numbers), indent=2) + "\n")
+
+
+def log_study(run: TrackedRun, folder: Path) -> None:
+    """Log what `write_study` wrote."""
+    for name in (_STUDY_PAGE, _STUDY_NUMBERS):
+        run.log_file(folder / name)
+
+
+def study_page(run: LoggedRun) -> Path | None:
+    """The page of a run that is a study (a cross-validation, an ablation); None for other runs."""
+    return run.file(_STUDY_PAGE) if _STUDY_NUMBERS in run.artifacts else None
+
+
+def read_config(run: LoggedRun) -> dict[str, Any]:
+    """The run's settings as plain values; empty where it has none."""
+    return yaml.safe_load(run.file(CONFIG).read_text()) if CONFIG in run.artifacts else {}
+
+
+def read_identity(run: LoggedRun) -> dict[str, Any]:
+    """What the run read and which code it ran; empty where that is not known."""
+    return json.loads(run.file(IDENTITY).read_text()) if IDENTITY in run.artifacts else {}
+
+
+def _read(run: LoggedRun, path: str) -> pd.DataFrame | None:
+    if path not in run.artifacts:
+        return None
+    file = run.file(path)
+    return pd.read_parquet(file) if path.endswith(".parquet") else pd.read_csv(file)
+
+
+def _finite(tree: Any) -> Any:
+    """The tree with null in place of numbers that JSON has no word for."""
+    if isinstance(tree, Mapping):
+        return {str(name): _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -1,0 +1,72 @@
+"""Cells on a plane: where to put them, and the section that shows them.
+
+Axes: n cells, d model width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from jobs.reports.figures import map_figure
+from jobs.reports.page import Report
+
+_MOST_ON_MAP = 4_000
+"""More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a
+minute."""
+_FEWEST_FOR_UMAP = 250
+"""Fewer cells have no neighbourhoods worth the 20 s of CPU that UMAP's compilation takes in each process."""
+
+
+def add_cell_map(report: Report, cells: pd.DataFrame) -> None:
+    """Add the section; `cells` as `jobs.reports.artifacts.log_test_cells` takes them."""
+    if len(cells) < 3:
+        return
+    wrong = float((cells["label"] != cells["prediction"]).mean())
+    unsure = float((cells["said"] != cells["prediction"]).mean())
+    which = f"{len(cells):,} test cells"
+    if len(cells) > _MOST_ON_MAP:
+        cells = cells.sample(_MOST_ON_MAP, random_state=0).sort_index()
+        which = f"{_MOST_ON_MAP:,} of {which}, drawn at random"
+    points_n2, how = layout(np.stack(cells["embedding"].to_list()))
+    report.section("Map of the cells")
+    report.text(
+        f"{how} of the model's embeddings of {which}. Cells that the model sees as alike are close together;"
+        f" distances between far groups mean little."
+    )
+    views = {
+        "label": ("By true type", "Each point is a cell."),
+        "prediction": (
+            "By prediction",
+            f"The same cells by best label, wrong for {wrong:.1%}; {unsure:.1%} are answered with less:"
+            f" unknown, or a broader term.",
+        ),
+        "donor_id": ("By donor", "Donors that are apart within a type would be a batch effect."),
+    }
+    for column, (title, caption) in views.items():
+        counts = cells[column].value_counts()
+        # True types and predictions share their colours.
+        names = cells["label"].value_counts().index.tolist() if column == "prediction" else []
+        names += [name for name in counts.index if name not in names]
+        biggest = ", ".join(f"{name} {count:,}" for name, count in counts.head(5).items())
+        figure = map_figure(points_n2, cells[column], names)
+        report.figure(title, figure, caption, f"Map of cells {title.lower()}: {biggest}.")
+
+
+def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
+    """Put cells on a plane: UMAP, or principal components where there are too few cells for it.
+
+    Args:
+        embedding_nd: Cell embeddings, (n, d).
+        seed: Of UMAP.
+
+    Returns:
+        Points (n, 2), and which method it was.
+    """
+    if len(embedding_nd) < _FEWEST_FOR_UMAP:
+        from sklearn.decomposition import PCA
+
+        return PCA(n_components=2, random_state=seed).fit_transform(embedding_nd), "Principal components"
+    from umap import UMAP
+
+    return UMAP(init="pca", random_state=seed, n_jobs=1).fit_transform(embedding_nd), "UMAP"

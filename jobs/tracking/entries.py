@@ -1,0 +1,100 @@
+"""What a run logs, as plain entries: each kind is a small function that sends one.
+
+Sending an entry twice does no harm, because nobody knows whether a server that went away had taken it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs.tracking.client import mlflow_client, mlflow_package
+from jobs.tracking.models import register_model
+
+Entry = dict[str, Any]
+"""Plain values of JSON, with the `kind` among them."""
+
+_METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
+"""The most that the store takes in one request."""
+
+
+def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any:
+    """Send an entry to a run.
+
+    Args:
+        uri: The tracking store.
+        run_id: The run.
+        entry: What to send.
+        content: The file or folder that belongs to it.
+
+    Returns:
+        The version number for the kind `register`, else None.
+
+    Raises:
+        ValueError: An entry of another version of screformer.
+    """
+    kind = entry["kind"]
+    if kind == "register":
+        return register_model(uri, run_id, entry["model_dir"], entry["name"])
+    if kind not in _SENDERS:
+        raise ValueError(f"entries of the kind {kind!r} are of another version of screformer; sync with that")
+    _SENDERS[kind](mlflow_client(uri), run_id, entry, content)
+    return None
+
+
+def _metrics(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    metric = mlflow_package().entities.Metric
+    points = [
+        metric(name, value, entry["time_ms"], entry["step"]) for name, value in entry["metrics"].items()
+    ]
+    for start in range(0, len(points), _METRICS_AT_ONCE):
+        client.log_batch(run_id, metrics=points[start : start + _METRICS_AT_ONCE])
+
+
+def _params(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    param = mlflow_package().entities.Param
+    params = [param(name, value) for name, value in entry["params"].items()]
+    for start in range(0, len(params), _PARAMS_AT_ONCE):
+        client.log_batch(run_id, params=params[start : start + _PARAMS_AT_ONCE])
+
+
+def _tags(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    for name, value in entry["tags"].items():
+        client.set_tag(run_id, name, value)
+
+
+def _text(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    client.log_text(run_id, entry["text"], entry["path"])
+
+
+def _file(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    assert content is not None
+    if content.is_dir():
+        target = "/".join(part for part in (entry["folder"], content.name) if part)
+        client.log_artifacts(run_id, str(content), target)
+    else:
+        client.log_artifact(run_id, str(content), entry["folder"] or None)
+
+
+def _running(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    if client.get_run(run_id).info.status != "RUNNING":  # a resumed job
+        client.update_run(run_id, status="RUNNING")
+
+
+def _end(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    of_earlier_attempt = entry["status"] == "FINISHED" and "error" in client.get_run(run_id).data.tags
+    if of_earlier_attempt:
+        client.delete_tag(run_id, "error")
+    client.set_terminated(run_id, entry["status"], entry["time_ms"])
+
+
+_SENDERS: Mapping[str, Callable[[Any, str, Entry, Path | None], None]] = {
+    "metrics": _metrics,
+    "params": _params,
+    "tags": _tags,
+    "text": _text,
+    "file": _file,
+    "running": _running,
+    "end": _end,
+}
