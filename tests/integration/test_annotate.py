@@ -136,10 +136,6 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
     made.write_h5ad(tmp_path / "again.h5ad")
 
 
-def _to_dense(adata: anndata.AnnData) -> None:
-    adata.X = adata.X.toarray()
-
-
 def _to_csc(adata: anndata.AnnData) -> None:
     adata.X = sparse.csc_matrix(adata.X)
 
@@ -159,7 +155,7 @@ def _to_other_column(adata: anndata.AnnData) -> None:
     adata.obs.index.name = "barcode"
 
 
-@pytest.mark.parametrize("change", [_to_dense, _to_csc, _to_symbols, _to_ids_in_index, _to_other_column])
+@pytest.mark.parametrize("change", [_to_csc, _to_symbols, _to_ids_in_index, _to_other_column])
 def test_layouts_and_gene_names_make_no_difference(predictor: Predictor, tmp_path: Path, change) -> None:
     adata = _cells()
     expected = _expected(predictor, adata)

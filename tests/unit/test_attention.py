@@ -38,7 +38,7 @@ def library_for(buckets_hrl, lengths, bucket_size, n_hashes, most=10**6):
     return attention, padded
 
 
-@pytest.mark.parametrize("n_hashes", range(1, 9))
+@pytest.mark.parametrize("n_hashes", [1, 2, 4, 8])
 @pytest.mark.parametrize(("bucket_size", "lengths"), CASES)
 def test_outputs_and_gradients_equal_the_library_for_equal_hashes(n_hashes, bucket_size, lengths):
     generator = torch.Generator().manual_seed(n_hashes)

@@ -20,8 +20,17 @@ def read_all(path, **options) -> np.ndarray:
         return sparse.vstack(blocks).toarray()
 
 
-@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, lambda x: x.toarray()])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (sparse.csr_matrix, np.float32),
+        (sparse.csr_matrix, np.uint8),
+        (sparse.csc_matrix, np.float64),
+        (sparse.csc_matrix, np.int64),
+        (lambda x: x.toarray(), np.float32),
+        (lambda x: x.toarray(), np.int64),
+    ],
+)
 def test_every_storage_gives_the_same_counts(tmp_path, kind, dtype) -> None:
     sample = cells()
     expected = sample.X.toarray()

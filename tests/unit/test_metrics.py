@@ -24,9 +24,8 @@ def _reference(labels: np.ndarray, predictions: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-@pytest.mark.parametrize("seed", range(5))
-def test_scores_are_those_of_sklearn(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_scores_are_those_of_sklearn() -> None:
+    rng = np.random.default_rng(0)
     labels, predictions = (
         rng.integers(0, 7, 60),
         rng.integers(1, 9, 60),

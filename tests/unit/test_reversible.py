@@ -25,9 +25,10 @@ def run(config, *, batch=None, calls=1, train=True):
     return loss.item(), [x.grad, *(parameter.grad for parameter in encoder.parameters())]
 
 
-@pytest.mark.parametrize("kind", ["lsh", "full", "local", "random", "none"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "dropout", "calls"),
+    [("lsh", 0.0, 1), *((kind, 0.2, 2) for kind in ("lsh", "full", "local", "random", "none"))],
+)
 def test_reversible_on_and_off_give_equal_losses_and_gradients(kind, dropout, calls):
     config = replace(CONFIG, attention=kind, dropout=dropout)
     loss, grads = run(config, calls=calls)
@@ -78,7 +79,7 @@ def test_weights_in_bfloat16_keep_the_recomputation_exact():
 
 
 @pytest.mark.parametrize("reversible", [True, False])
-@pytest.mark.parametrize("n_hashes", [1, 4, 8])
+@pytest.mark.parametrize("n_hashes", [1, 4])
 @pytest.mark.parametrize("length", [64, 51])
 def test_encoder_equals_the_librarys_reformer_for_equal_hashes(reversible, n_hashes, length, monkeypatch):
     torch.manual_seed(0)
