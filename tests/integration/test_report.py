@@ -249,10 +249,6 @@ def test_settings_that_differ_and_few_cells() -> None:
     assert changed.to_numpy().tolist() == [["model.n_hashes", "8", str(ExperimentConfig().model.n_hashes)]]
     points, how = layout(np.random.default_rng(0).normal(size=(12, 4)))
     assert (points.shape, how) == ((12, 2), "Principal components")
-    cells = pd.DataFrame(
-        {"label": list("aabb"), "prediction": list("aaab"), "confidence": [1.0, 0.95, 0.55, 0.5]}
-    )
-    assert reliability_bins(cells).to_numpy().tolist() == [[0.525, 0.5, 2.0], [0.975, 1.0, 2.0]]
 
 
 @pytest.mark.slow  # compiling UMAP takes 20 s
