@@ -18,11 +18,12 @@ import ray
 from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
+from scipy.sparse import csr_array
 
 from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
 from data_ingest.epoch_plan import EpochPlan, ReadUnit
 from screformer.config import AtlasConfig
-from screformer.tokenizer import Panels
+from screformer.counts import CellCounts, Panels
 
 SCHEMA = pa.schema(
     [
@@ -52,8 +53,8 @@ class CellArrays:
     """Shape (n,), int64: label code, -1 for none."""
     gene_of_var: np.ndarray
     """int32: vocabulary index of each var joinid, -1 for a gene outside the vocabulary."""
-    panels: Panels | None = None
-    """Which genes were measured in which of the n cells; None is all in all."""
+    panels: Panels
+    """Which genes were measured in which of the n cells."""
 
 
 class SomaDatasource(Datasource):
@@ -111,20 +112,21 @@ class SomaDatasource(Datasource):
 
 
 def read_cells(
-    atlas: AtlasConfig, joinids: np.ndarray, gene_of_var: np.ndarray, *, threads: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    atlas: AtlasConfig, joinids: np.ndarray, gene_of_var: np.ndarray, panels: Panels, *, threads: int = 1
+) -> CellCounts:
     """Raw counts of some cells over the vocabulary.
 
     Args:
         atlas: The atlas, pinned. Its handle stays open in this process for the next call.
         joinids: Shape (n,), int64, increasing.
         gene_of_var: Vocabulary index of each var joinid, -1 for none.
+        panels: Which genes were measured in these cells.
         threads: TileDB's threads.
 
     Returns:
-        offsets (n + 1,) int64; vocabulary indices (z,) int32, increasing within each cell; counts (z,)
-        float32; and the sum of all counts of each cell, also of genes outside the vocabulary, (n,) float32.
+        Counts; the library size also counts genes outside the vocabulary.
     """
+    shape = (len(joinids), panels.measured_pg.shape[1])
     total_n = np.zeros(len(joinids), np.float32)
     genes, counts, segment_cells, segment_lengths = [], [], [], []
     x, _ = _open_x(atlas, threads)
@@ -148,7 +150,7 @@ def read_cells(
         segment_cells.append(cells)
         segment_lengths.append(lengths)
     if not genes:
-        return np.zeros(len(joinids) + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32), total_n
+        return CellCounts(csr_array(shape, dtype=np.float32), total_n, panels)
     gene_z, count_z = (parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in (genes, counts))
     count_z = count_z.astype(np.float32, copy=False)
     cells_s, lengths_s = np.concatenate(segment_cells), np.concatenate(segment_lengths)
@@ -160,7 +162,7 @@ def read_cells(
         # TileDB gave the cells in tiles or out of order, or the vocabulary has another order than the atlas.
         by_gene = np.lexsort((gene_z, np.repeat(cells_s, lengths_s)))
         gene_z, count_z = gene_z[by_gene], count_z[by_gene]
-    return offsets, gene_z, count_z, total_n
+    return CellCounts(csr_array((count_z, gene_z, offsets), shape=shape), total_n, panels)
 
 
 def _increasing(gene_z: np.ndarray, offsets: np.ndarray) -> bool:
@@ -177,7 +179,9 @@ def _read_unit(
     cells = plan.unit_cells(unit)
     sorted_cells = np.sort(cells[cells >= 0])
     joinids = shared.joinids[sorted_cells]
-    offsets, genes, counts, totals = read_cells(atlas, joinids, shared.gene_of_var, threads=threads)
+    panels = shared.panels.take(sorted_cells)
+    found = read_cells(atlas, joinids, shared.gene_of_var, panels, threads=threads)
+    matrix = found.counts_ng
     real = np.flatnonzero(cells >= 0)
     source = np.searchsorted(sorted_cells, cells[real])
     columns = {name: np.full(len(cells), -1) for name in ("joinid", "label")} | {
@@ -186,7 +190,7 @@ def _read_unit(
     starts, stops = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
     for target, values in zip(
         (*columns.values(), starts, stops),
-        (joinids, shared.labels[sorted_cells], totals, offsets[:-1], offsets[1:]),
+        (joinids, shared.labels[sorted_cells], found.total_n, matrix.indptr[:-1], matrix.indptr[1:]),
         strict=True,
     ):
         target[real] = values[source]
@@ -200,7 +204,7 @@ def _read_unit(
         local = pa.array(new_offsets[first : last + 1] - new_offsets[first])
         lists = (
             pa.LargeListArray.from_arrays(local, np.concatenate([values[row] for row in rows]))
-            for values in (genes, counts)
+            for values in (matrix.indices, matrix.data)
         )
         yield pa.table(
             [*(pa.array(column[first:last]) for column in columns.values()), *lists], schema=SCHEMA

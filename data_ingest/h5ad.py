@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -19,16 +20,14 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
+from screformer.counts import raw_counts, sum_dtype
+from screformer.genes import Symbols, find_genes_of_var
+
 Duplicates = Literal["error", "sum", "drop"]
 
 _ELEMENTS_PER_READ = 1 << 24
 """Most values held at once while a dense or CSC matrix is turned into CSR rows: 64 MiB of float32."""
-_LARGEST_EXACT = float(1 << 24)
-"""Above it, float32 no longer holds every integer, and the atlas stores counts as float32 like Census."""
 _ENSEMBL = re.compile(r"(ENSG\d{11})(\.\d+)?")
-_OTHER_SPECIES = re.compile(r"ENS[A-Z]{3,4}G\d{11}")
-_NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol")
-_ID_COLUMNS = ("feature_id", "gene_id", "gene_ids", "ensembl_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +46,6 @@ class Genes:
     names: np.ndarray
     source: str
     num_repeated: int
-
-    @property
-    def joined_g(self) -> np.ndarray:
-        """Which genes have a feature id, bool, shape (g,)."""
-        return self.feature_ids != ""
 
 
 class H5adFile:
@@ -221,46 +215,23 @@ class H5adFile:
         if feature_id_column is not None and feature_id_column not in var.columns:
             raise ValueError(
                 f"{path}: var has no column {feature_id_column!r} (--feature-id-column); it has:"
-                f" {_listing(var.columns)}"
+                f" {listing(var.columns)}"
             )
-        column = feature_id_column or next(
-            (name for name in _ID_COLUMNS if name in var.columns and _any_ensembl(var[name])), None
-        )
-        given = _strings(var[column]) if column else np.asarray(var.index, dtype=object)
-        names = next(
-            (_strings(var[name]) for name in _NAME_COLUMNS if name in var.columns),
-            np.asarray(var.index, dtype=object),
-        )
-        other = next((value for value in given if _OTHER_SPECIES.match(value)), None)
-        if other:
+        pairs = Symbols(list((symbols or {}).items()))
+        columns, source = find_genes_of_var(var, pairs, id_column=feature_id_column or "")
+        feature_ids = columns.feature_ids
+        if columns.species:
             raise ValueError(
-                f"{path}: gene {other!r} in {f'var column {column}' if column else 'the var index'} is not"
-                f" human; "
-                "atlases hold one species (Homo sapiens): map the genes to human orthologs, or leave the file"
-                " out"
+                f"{path}: its genes are of another species, {columns.species}; atlases hold one species"
+                " (Homo sapiens): map the genes to human orthologs, or leave the file out"
             )
-        feature_ids = np.array(
-            [match.group(1) if (match := _ENSEMBL.fullmatch(value)) else "" for value in given], dtype=object
-        )
-        source = f"var column {column}" if column else "var index"
-        if symbols is not None:
-            index = np.asarray(var.index, dtype=object)
-            lookup = np.array(
-                [
-                    feature or symbols.get(a) or symbols.get(b) or ""
-                    for feature, a, b in zip(feature_ids, names, index, strict=True)
-                ]
-            )
-            if (lookup != feature_ids).any():
-                source = f"{source} and symbol table" if (feature_ids != "").any() else "symbol table"
-            feature_ids = lookup.astype(object)
+        if columns.by_name.any():
+            source = "symbol table" if columns.by_name.all() else f"{source} and symbol table"
         if not (feature_ids != "").any():
             raise ValueError(
-                f"{path}: no gene can be joined: {f'var column {column}' if column else 'the var index'}"
-                f" holds no Ensembl gene ids "
-                f"(first value {given[0]!r}); name their column with --feature-id-column (var has:"
-                f" {_listing(var.columns)}), "
-                "or bring --symbol-table TABLE"
+                f"{path}: no gene can be joined: {source} holds no Ensembl gene ids (its names are"
+                f" {columns.examples}, ...); name their column with --feature-id-column (var has:"
+                f" {listing(var.columns)}), or bring --symbol-table TABLE"
             )
         repeated = pd.Series(feature_ids).duplicated(keep=False).to_numpy() & (feature_ids != "")
         if repeated.any() and duplicates == "error":
@@ -277,7 +248,7 @@ class H5adFile:
             feature_ids[repeated] = ""
         return Genes(
             feature_ids=feature_ids,
-            names=np.where(names == "", feature_ids, names).astype(object),
+            names=np.where(columns.names == "", feature_ids, columns.names).astype(object),
             source=source,
             num_repeated=int(repeated.sum()),
         )
@@ -294,10 +265,10 @@ class H5adFile:
 
         Yields:
             (index of the block's first cell, counts as csr float32 of shape (cells, n_genes) with sorted
-            columns). Values are as stored: see `check_counts`.
+            columns).
 
         Raises:
-            ValueError: The matrix is damaged.
+            ValueError: The matrix is damaged, or a value is no raw count.
         """
         stop = self.n_cells if stop is None else stop
         read = {"csr": self._rows_of_csr, "csc": self._rows_of_csc, "dense": self._rows_of_dense}[self.format]
@@ -310,7 +281,18 @@ class H5adFile:
                     f"{self.path}: {self.source} cannot be read at cells {first} to {last} ({e}); fetch the"
                     f" file again"
                 ) from e
-            yield first, block
+            yield (
+                first,
+                raw_counts(
+                    block,
+                    source=f"{self.path}: {self.source}",
+                    place=partial(self._place, first),
+                    elsewhere=self.alternatives(),
+                ),
+            )
+
+    def _place(self, first: int, row: int, column: int) -> str:
+        return f"cell {self.obs.index[first + row]!r}, gene {self.var.index[column]!r}"
 
     def _pointers(self) -> np.ndarray:
         if self._indptr is None:
@@ -344,13 +326,11 @@ class H5adFile:
         pointers = self._pointers()[first : last + 1]
         low, high = int(pointers[0]), int(pointers[-1])
         indices = self._checked_indices(low, high, self.n_genes).astype(np.int32, copy=False)
-        block = sparse.csr_matrix(
-            (_as_float32(self._matrix["data"][low:high]), indices, pointers - low),
+        return sparse.csr_matrix(
+            (self._values(self._matrix["data"][low:high]), indices, pointers - low),
             shape=(last - first, self.n_genes),
             copy=False,
         )
-        block.sort_indices()
-        return block
 
     def _rows_of_csc(self, first: int, last: int) -> sparse.csr_matrix:
         # A pass over the whole matrix per block: memory stays bounded by the block, where a transposed copy
@@ -363,66 +343,22 @@ class H5adFile:
             kept = np.flatnonzero((row >= first) & (row < last))
             rows.append(row[kept] - first)
             columns.append((np.searchsorted(pointers, kept + low, side="right") - 1).astype(np.int32))
-            values.append(_as_float32(self._matrix["data"][low:high][kept]))
-        parts = [np.concatenate(part) if part else np.empty(0, np.int32) for part in (values, rows, columns)]
-        block = sparse.coo_matrix(
-            (parts[0].astype(np.float32), (parts[1], parts[2])), shape=(last - first, self.n_genes)
-        ).tocsr()
-        block.sort_indices()
-        return block
+            values.append(self._values(self._matrix["data"][low:high][kept]))
+        if not values:
+            return sparse.csr_matrix((last - first, self.n_genes), dtype=np.float32)
+        places = (np.concatenate(rows), np.concatenate(columns))
+        return sparse.coo_matrix((np.concatenate(values), places), shape=(last - first, self.n_genes)).tocsr()
 
     def _rows_of_dense(self, first: int, last: int) -> sparse.csr_matrix:
         step = max(1, _ELEMENTS_PER_READ // self.n_genes)
         blocks = [
-            sparse.csr_matrix(_as_float32(self._matrix[low : min(low + step, last)]))
+            sparse.csr_matrix(self._values(self._matrix[low : min(low + step, last)]))
             for low in range(first, last, step)
         ]
         return sparse.vstack(blocks, format="csr") if len(blocks) > 1 else blocks[0]
 
-
-def check_counts(counts_ng: sparse.csr_matrix, *, file: H5adFile, start: int) -> None:
-    """Refuse anything that is not a raw count.
-
-    Args:
-        counts_ng: A block of `file.chunks`.
-        file: The file it came from; it names the cell and the gene in the message.
-        start: Index of the block's first cell.
-
-    Raises:
-        ValueError: A value is NaN, infinite, negative, fractional, or too large for float32 to hold exactly.
-    """
-    values = counts_ng.data
-    if len(values) == 0:
-        return
-    with np.errstate(invalid="ignore"):
-        fractional = values != np.rint(values)
-        checks = (
-            (~np.isfinite(values), "is not a finite number", "repair the matrix"),
-            (values < 0, "is negative", "scaled or centred data cannot be used"),
-            (fractional, "is not a whole number", "normalised or log-transformed data cannot be used"),
-            (
-                values > _LARGEST_EXACT,
-                "is larger than 2^24, which float32 does not hold exactly",
-                "check that these are counts",
-            ),
-        )
-    for bad, what, remedy in checks:
-        if not bad.any():
-            continue
-        position = int(np.flatnonzero(bad)[0])
-        row = int(np.searchsorted(counts_ng.indptr, position, side="right")) - 1
-        gene = file.var.index[counts_ng.indices[position]]
-        places = file.alternatives()
-        raise ValueError(
-            f"{file.path}: {file.source} holds {values[position]:g} at cell {file.obs.index[start + row]!r},"
-            f" gene {gene!r}: it {what}, "
-            f"but raw counts are needed; {remedy}"
-            + (
-                f"; the counts may be elsewhere: try {places}"
-                if places
-                else "; bring a file with raw counts in X, raw.X or a layer"
-            )
-        )
+    def _values(self, values: np.ndarray) -> np.ndarray:
+        return values.astype(sum_dtype(values.dtype, source=f"{self.path}: {self.source}"), copy=False)
 
 
 def read_symbol_table(path: str | Path) -> dict[str, str]:
@@ -441,7 +377,7 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
     column = next((name for name in ("feature_id", "ensembl_id") if name in table.columns), None)
     if column is None:
         raise ValueError(
-            f"{path} (--symbol-table) has no column 'feature_id'; it has: {_listing(table.columns)}"
+            f"{path} (--symbol-table) has no column 'feature_id'; it has: {listing(table.columns)}"
         )
     table = table[(table["symbol"] != "") & (table[column] != "")]
     feature_ids = table[column].str.replace(r"\.\d+$", "", regex=True)
@@ -473,7 +409,7 @@ def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.Data
     missing = [name for name in columns if name not in table.columns]
     if missing:
         raise ValueError(
-            f"{path} ({option}) has no column {missing[0]!r}; it has: {_listing(table.columns)}; it must be"
+            f"{path} ({option}) has no column {missing[0]!r}; it has: {listing(table.columns)}; it must be"
             f" tab-separated with a header"
         )
     return table
@@ -486,7 +422,7 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
                 f"{path}: {source} has {matrix.ndim} dimensions, not 2; write the file with"
                 f" anndata.write_h5ad"
             )
-        _require_numbers(path, source, matrix)
+        sum_dtype(matrix.dtype, source=f"{path}: {source}")
         return "dense", (int(matrix.shape[0]), int(matrix.shape[1]))
     # Files written before anndata 0.7 carry the h5sparse names.
     kind = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))).removesuffix(
@@ -498,36 +434,11 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
             f" with anndata.write_h5ad"
         )
     shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
-    _require_numbers(path, source, matrix["data"])
+    sum_dtype(matrix["data"].dtype, source=f"{path}: {source}")
     return kind, (int(shape[0]), int(shape[1]))
 
 
-def _require_numbers(path: Path, source: str, data: h5py.Dataset) -> None:
-    if data.dtype.kind not in "iufb":
-        raise ValueError(f"{path}: {source} holds {data.dtype}, not numbers; bring raw counts")
-
-
-def _as_float32(values: np.ndarray) -> np.ndarray:
-    """Float32, such that no value that is not a whole number up to 2^24 becomes one by rounding."""
-    if values.dtype.kind == "f" and values.dtype.itemsize > 4:
-        narrow = values.astype(np.float32)
-        # A float64 such as 3.00000001 would round to 3; keep it visibly fractional.
-        return np.where((narrow == np.rint(narrow)) & (values != np.rint(values)), np.float32(0.5), narrow)
-    return values.astype(np.float32, copy=False)
-
-
-def _strings(column: pd.Series) -> np.ndarray:
-    values = column.astype(object)
-    return np.array(
-        ["" if missing else str(value) for value, missing in zip(values, column.isna(), strict=True)],
-        dtype=object,
-    )
-
-
-def _any_ensembl(column: pd.Series) -> bool:
-    return any(_ENSEMBL.fullmatch(value) or _OTHER_SPECIES.match(value) for value in _strings(column))
-
-
-def _listing(names: Sequence[str] | pd.Index, limit: int = 30) -> str:
+def listing(names: Sequence[str] | pd.Index, limit: int = 30) -> str:
+    """Some names, for messages."""
     shown = ", ".join(str(name) for name in list(names)[:limit])
     return (shown + (", ..." if len(names) > limit else "")) or "none"

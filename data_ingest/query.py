@@ -34,8 +34,9 @@ from data_ingest.atlas import (
 )
 from data_ingest.ontology import MajorTypes, is_cell_term
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
+from screformer.counts import Panels
 from screformer.settings import plain
-from screformer.tokenizer import GeneVocabulary, Panels
+from screformer.tokenizer import GeneVocabulary
 
 UNKNOWN = ("", "unknown", "na", "nan")
 """Values of a label column that tell no label; `unknown` is what Census writes."""

@@ -22,7 +22,8 @@ from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.tasks import map_tasks
 from screformer.config import AtlasConfig, StreamConfig, TokensConfig
-from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary, Panels
+from screformer.counts import CellCounts, Panels
+from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
 
 Batch = dict[str, torch.Tensor]
 
@@ -36,16 +37,12 @@ _PREFETCHED_BATCHES = 4
 """Batches prepared ahead of the step, per rank."""
 
 
-class CountSample(NamedTuple):
-    """Raw counts of some cells of a stream."""
+class Sample(NamedTuple):
+    """Some cells of a stream."""
 
-    counts_ng: csr_array
-    """float32, over the vocabulary."""
-    total_n: np.ndarray
-    """float32: sum of all counts of each cell, also of genes outside the vocabulary."""
+    cells: CellCounts
     joinids_n: np.ndarray
     labels_n: np.ndarray
-    panels: Panels
 
 
 class CellStream:
@@ -106,7 +103,7 @@ class CellStream:
         self.num_cells = len(joinids)
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
-        panels = None if panels is None else panels.take(order)
+        panels = panels.take(order) if panels else Panels.one(np.ones(len(vocabulary)), len(joinids))
         self._arrays: CellArrays | None = CellArrays(joinids, labels, gene_of_var(atlas, vocabulary), panels)
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
@@ -212,7 +209,7 @@ class CellStream:
         )
         return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
-    def sample_counts(self, max_cells: int, seed: int, *, even_labels: bool = False) -> CountSample:
+    def sample(self, max_cells: int, seed: int, *, even_labels: bool = False) -> Sample:
         """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
 
         Args:
@@ -241,20 +238,14 @@ class CellStream:
             (self.atlas, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
         ]
-        parts: list[tuple[np.ndarray, ...]] = map_tasks(_sample_task, calls, num_cpus=num_cpus, at_once=tasks)
-        shape = (-1, len(self.vocabulary))
-        rows = [
-            csr_array((counts, genes, offsets), shape=(len(offsets) - 1, shape[1]))
-            for offsets, genes, counts, _ in parts
-        ]
+        parts: list[CellCounts] = map_tasks(_sample_task, calls, num_cpus=num_cpus, at_once=tasks)
         arrays = self.arrays
-        return CountSample(
-            counts_ng=vstack(rows, format="csr") if rows else csr_array((0, shape[1]), dtype=np.float32),
-            total_n=np.concatenate([total for *_, total in parts]) if parts else np.zeros(0, np.float32),
-            joinids_n=arrays.joinids[chosen],
-            labels_n=arrays.labels[chosen],
-            panels=self._panels(chosen),
+        rows = [part.counts_ng for part in parts] or [csr_array((0, len(self.vocabulary)), dtype=np.float32)]
+        totals = [part.total_n for part in parts] or [np.zeros(0, np.float32)]
+        cells = CellCounts(
+            csr_array(vstack(rows, format="csr")), np.concatenate(totals), arrays.panels.take(chosen)
         )
+        return Sample(cells, arrays.joinids[chosen], arrays.labels[chosen])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the arrays, where Ray can carry them: a recipe is sent to every rank."""
@@ -270,80 +261,52 @@ class CellStream:
             self._reference = ray.put(self._arrays)
         return self._reference
 
-    def _panels(self, cells: np.ndarray) -> Panels:
-        """Of cells in the order of the joinids."""
-        if self.arrays.panels is None:
-            return Panels.one(np.ones(len(self.vocabulary)), len(cells))
-        return self.arrays.panels.take(cells)
-
     def _tokenized(self, blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
         tokenizer = CellTokenizer(self.tokens, self.vocabulary)
-        for joinids, labels, totals, offsets, genes, counts in _micro_batches(blocks, size):
-            tokens = tokenizer(genes, counts, offsets, total_counts=totals)
+        for table in _micro_batches(blocks, size):
+            columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
+            joinids, labels, total_n = columns
+            cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
+            counts = CellCounts(self._matrix(table), total_n, self.arrays.panels.take(cells))
+            tokens = tokenizer(counts)
             self.num_cut += tokens["num_cut"]
             tokens["token_ids"][joinids < 0] = PAD
-            panels = self._panels(
-                np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
-            )
             yield {
                 "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
                 "values": torch.from_numpy(tokens["values"]),
                 "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
                 "labels": torch.from_numpy(labels),
                 "joinids": torch.from_numpy(joinids),
-                "measured": torch.from_numpy(panels.measured_pg),
-                "panels": torch.from_numpy(panels.panels_n),
+                "measured": torch.from_numpy(counts.panels.measured_pg),
+                "panels": torch.from_numpy(counts.panels.panels_n),
             }
 
+    def _matrix(self, table: pa.Table) -> csr_array:
+        """The counts of a table in the schema of `datasource.SCHEMA`."""
+        genes, counts = (table[name].combine_chunks() for name in ("genes", "counts"))
+        offsets = genes.offsets.to_numpy()
+        parts = (counts.flatten().to_numpy(), genes.flatten().to_numpy(), offsets - offsets[0])
+        return csr_array(parts, shape=(len(table), len(self.vocabulary)))
 
-_Cells = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
-"""joinids, labels, totals, offsets, genes, counts."""
 
-
-def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[_Cells]:
+def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
     """Cut blocks of any size into micro-batches of `size` cells, in order.
 
     Ray may cut and join blocks as it likes.
     """
-    pieces: list[_Cells] = []
+    pieces: list[pa.Table] = []
     missing = size
     for block in blocks:
-        joinids, labels, totals = (block[name].to_numpy() for name in ("joinid", "label", "total"))
-        genes, counts = (block[name].combine_chunks() for name in ("genes", "counts"))
-        offsets = genes.offsets.to_numpy().astype(np.int64)
-        gene_z, count_z = genes.values.to_numpy(), counts.values.to_numpy()
-        first_count = counts.offsets[0].as_py() if len(counts) else 0
-        shift = first_count - (offsets[0] if len(offsets) else 0)
         first = 0
-        while first < len(joinids):
-            last = min(first + missing, len(joinids))
-            start, stop = offsets[first], offsets[last]
-            rows = slice(first, last)
-            cut = (gene_z[start:stop], count_z[start + shift : stop + shift])
-            pieces.append(
-                (joinids[rows], labels[rows], totals[rows], offsets[first : last + 1] - start, *cut)
-            )
-            missing -= last - first
-            first = last
+        while first < len(block):
+            piece = block.slice(first, missing)
+            pieces.append(piece)
+            first += len(piece)
+            missing -= len(piece)
             if not missing:
-                yield _joined(pieces)
+                yield pa.concat_tables(pieces)
                 pieces, missing = [], size
     assert not pieces, "the rows of a rank fill whole micro-batches"
-
-
-def _joined(pieces: list[_Cells]) -> _Cells:
-    joinids, labels, totals = (np.concatenate([piece[index] for piece in pieces]) for index in range(3))
-    if len(pieces) == 1:
-        return joinids, labels, totals, *pieces[0][3:]
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate([np.diff(piece[3]) for piece in pieces]))])
-    return (
-        joinids,
-        labels,
-        totals,
-        offsets,
-        np.concatenate([piece[4] for piece in pieces]),
-        np.concatenate([piece[5] for piece in pieces]),
-    )
 
 
 def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
@@ -403,8 +366,8 @@ def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, fl
     return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size
 
 
-def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> tuple[np.ndarray, ...]:
-    return read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var)
+def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> CellCounts:
+    return read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, arrays.panels.take(cells))
 
 
 def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:

@@ -15,13 +15,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_ingest.cells import AtlasCells, CellSource, H5adCells, query_cells
-from jobs.labelling.h5ad_copy import COLUMNS, annotate, empty_cells_text
+from data_ingest.atlas_cells import AtlasCells, query_cells
+from data_ingest.cells import H5adCells
+from jobs.labelling.h5ad_copy import annotate, empty_cells_text
 from jobs.labelling.shards import OBS_PREFIX, PLAN, label_cells, write_to_atlas
 from jobs.tracking.models import pinned_model, resolve_model
-from screformer.config import TrackingConfig
+from screformer.cells import CellSource
+from screformer.config import AtlasConfig, TrackingConfig
 from screformer.genes import MIN_GENE_OVERLAP
-from screformer.predictor import Predictor
+from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,14 +105,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.resume and target.exists():
                 print(f"{target} is there already, as an earlier run made it")
                 continue
-            done = annotate(
+            cells = H5adCells.open(
                 predictor,
                 source,
-                target,
-                model=model,
+                min_gene_overlap=args.min_gene_overlap,
                 layer=args.layer,
                 raw=args.use == "raw",
-                min_gene_overlap=args.min_gene_overlap,
+            )
+            done = annotate(
+                predictor,
+                cells,
+                target,
+                model=model,
                 probabilities=args.probabilities,
                 embedding=args.embedding,
                 majority_vote=args.majority_vote,
@@ -131,7 +137,11 @@ def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args
     if args.atlas:
         resumed = None if args.overwrite else target / PLAN
         source = query_cells(
-            predictor, args.atlas, args.obs_filter, min_gene_overlap=args.min_gene_overlap, resumed=resumed
+            predictor,
+            AtlasConfig(uri=args.atlas),
+            args.obs_filter,
+            min_gene_overlap=args.min_gene_overlap,
+            resumed=resumed,
         )
     else:
         source = H5adCells.open(
@@ -156,7 +166,9 @@ def _to_parquet(predictor: Predictor, path: Path, target: Path, model: str, args
     if args.write_obs:
         assert isinstance(source, AtlasCells)
         write_to_atlas(source, target)
-        print(f"obs of {args.atlas} has the columns {', '.join(OBS_PREFIX + name for name in COLUMNS)}")
+        print(
+            f"obs of {args.atlas} has the columns {', '.join(OBS_PREFIX + name for name in ANSWER_COLUMNS)}"
+        )
 
 
 def _targets(args: argparse.Namespace) -> list[tuple[Path, Path]]:

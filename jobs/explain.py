@@ -20,13 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.connect import connect
-from data_ingest.cells import CellSource, H5adCells, query_cells
+from data_ingest.atlas_cells import query_cells
+from data_ingest.cells import H5adCells
 from jobs.explaining.checks import summary_lines
 from jobs.explaining.explanations import explain
 from jobs.explaining.shards import PLAN
 from jobs.tracking.models import pinned_model, resolve_model
 from jobs.tracking.runs import start_run
-from screformer.config import TrackingConfig
+from screformer.cells import CellSource
+from screformer.config import AtlasConfig, TrackingConfig
 from screformer.explain import NUM_NODES
 from screformer.genes import MIN_GENE_OVERLAP
 from screformer.predictor import Predictor
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             resumed = args.out / PLAN
             source = query_cells(
                 predictor,
-                args.atlas,
+                AtlasConfig(uri=args.atlas),
                 args.obs_filter,
                 min_gene_overlap=args.min_gene_overlap,
                 resumed=resumed,

@@ -45,8 +45,9 @@ import torch
 from torch import Tensor
 
 from screformer.attention import LocalSelfAttention
+from screformer.counts import Panels
 from screformer.model import HASH_SEED, ScReformer
-from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, Panels
+from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
 
 NUM_NODES = 3
 """Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood

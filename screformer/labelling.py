@@ -5,6 +5,10 @@ Axes: n cells, d model width, k classes.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +16,17 @@ import numpy as np
 import pandas as pd
 
 from screformer.calibration import present_labels
-from screformer.genes import MIN_GENE_OVERLAP
-from screformer.predictor import ANSWER_COLUMNS, Predictor
+from screformer.cells import AnnDataCells, predictions
+from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
+from screformer.predictor import Predictions, Predictor
 
-MAJORITY_COLUMN = "majority_label"
-PRESENT_COLUMN = "present_label"
+MAJORITY_COLUMN, PRESENT_COLUMN = "majority_label", "present_label"
+PROBABILITIES_KEY, EMBEDDING_KEY = "screformer_probabilities", "X_screformer"
+"""In obsm."""
+PROVENANCE = "screformer"
+"""In uns: which model wrote which columns."""
 
-_CELLS_PER_READ = 2048
+logger = logging.getLogger(__name__)
 
 
 def annotate(
@@ -26,6 +34,9 @@ def annotate(
     model: str | Path | Predictor,
     *,
     layer: str = "",
+    raw: bool = False,
+    min_gene_overlap: float = MIN_GENE_OVERLAP,
+    probabilities: bool = False,
     majority_vote: str = "",
     drop_absent: bool = False,
 ) -> Any:
@@ -35,50 +46,112 @@ def annotate(
         adata: Raw counts in X, genes by Ensembl id or symbol. It is not changed.
         model: A model directory, or a loaded model.
         layer: Counts are in this layer instead of X.
+        raw: Counts are in `raw.X` instead of X.
+        min_gene_overlap: Least share of the model's expected expression that the genes must carry, in [0, 1].
+        probabilities: Adds `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the labels'
+            categories.
         majority_vote: obs column of clusters; adds `majority_label`.
         drop_absent: Adds `present_label`, the best label among those that the cells as a whole hold.
 
     Returns:
-        A copy with the obs columns `screformer.predictor.ANSWER_COLUMNS` (those of these names are replaced)
-        and `obsm["X_screformer"]`, float32 (n, d).
+        A copy in memory with the obs columns `screformer.predictor.ANSWER_COLUMNS`,
+        `obsm["X_screformer"]`, float32 (n, d), and a record in `uns["screformer"]`. Columns of these names
+        that were there are kept as `NAME_original`, unless an earlier call wrote them.
 
     Raises:
-        ValueError: No such model or layer, too few genes, or values that are no raw counts.
+        ValueError: No such model, layer or raw, too few genes, or values that are no raw counts.
     """
     predictor = model if isinstance(model, Predictor) else _load(str(model))
-    if layer and layer not in adata.layers:
-        raise ValueError(f"adata has no layer {layer!r}; it has {', '.join(adata.layers) or 'none'}")
-    counts = adata.layers[layer] if layer else adata.X
-    match = predictor.match_var(adata.var)
-    match.require(MIN_GENE_OVERLAP, source="adata")
     require_prior(predictor, drop_absent)
-    tables, codes, embeddings, probabilities = [], [], [], []
-    for start in range(0, adata.n_obs, _CELLS_PER_READ):
-        rows = slice(start, start + _CELLS_PER_READ)
-        found = predictor.predict_counts(counts[rows], match, source="adata")
-        tables.append(found.table(adata.obs_names[rows]))
-        codes.append(found.label_codes)
-        embeddings.append(found.embedding_nd)
-        if drop_absent:
-            probabilities.append(found.probabilities_nk)
-    labelled = adata.copy()
-    table = pd.concat(tables)
-    for name in ANSWER_COLUMNS:
-        labelled.obs[name] = table[name].astype("category") if table[name].dtype == object else table[name]
-    labelled.obsm["X_screformer"] = np.concatenate(embeddings)
-    if majority_vote:
-        voted = majority(
-            np.concatenate(codes), cluster_codes(adata.obs, majority_vote), len(predictor.label_names)
-        )
-        labelled.obs[MAJORITY_COLUMN] = pd.Categorical.from_codes(
-            voted, categories=predictor.label_names.tolist()
-        )
-    if drop_absent:
-        present = present_labels(np.concatenate(probabilities), predictor.calibration.prior_k)
-        labelled.obs[PRESENT_COLUMN] = pd.Categorical.from_codes(
-            present, categories=predictor.label_names.tolist()
-        )
+    clusters_n = cluster_codes(adata.obs, majority_vote) if majority_vote else None
+    cells = AnnDataCells.open(predictor, adata, min_gene_overlap=min_gene_overlap, layer=layer, raw=raw)
+    parts = list(predictions(predictor, cells))
+    probabilities_nk = np.concatenate([part.probabilities_nk for part in parts])
+    table = answers(predictor, parts, clusters_n, probabilities_nk if drop_absent else None)
+    labelled = adata.to_memory() if adata.isbacked else adata.copy()
+    _write_columns(labelled, table)
+    labelled.uns[PROVENANCE] = provenance(
+        predictor, table, match=cells.match, counts=f"layers/{layer}" if layer else "raw/X" if raw else "X"
+    )
+    labelled.obsm[EMBEDDING_KEY] = np.concatenate([part.embedding_nd for part in parts])
+    if probabilities:
+        labelled.obsm[PROBABILITIES_KEY] = probabilities_nk
     return labelled
+
+
+def answers(
+    predictor: Predictor,
+    parts: Sequence[Predictions | pd.DataFrame],
+    clusters_n: np.ndarray | None = None,
+    probabilities_nk: np.ndarray | None = None,
+) -> pd.DataFrame:
+    """All obs columns of some cells.
+
+    Args:
+        predictor: The model that labelled them.
+        parts: What it said, part by part, or the tables of that.
+        clusters_n: Cluster of each cell, -1 for none; adds `majority_label`.
+        probabilities_nk: Of each label; adds `present_label`.
+    """
+    tables = [part.table() if isinstance(part, Predictions) else part for part in parts]
+    table = pd.concat([table.astype(predictor.names.dtypes) for table in tables], ignore_index=True)
+    labels = {}
+    if clusters_n is not None:
+        best_n = table["best_label"].cat.codes.to_numpy().astype(np.int64)
+        labels[MAJORITY_COLUMN] = majority(best_n, clusters_n, len(predictor.label_names))
+    if probabilities_nk is not None:
+        labels[PRESENT_COLUMN] = present_labels(probabilities_nk, predictor.calibration.prior_k)
+    for name, codes_n in labels.items():
+        table[name] = pd.Categorical.from_codes(codes_n, categories=predictor.label_names.astype(str))
+    return table
+
+
+def _write_columns(adata: Any, table: pd.DataFrame) -> None:
+    """Put columns into obs; those of the input with the same name move, unless an earlier call wrote them."""
+    record = adata.uns.get(PROVENANCE)
+    written = record.get("columns", {}) if isinstance(record, Mapping) else {}
+    for name in [*table, *(name for name in written if name not in table)]:
+        if name not in adata.obs:
+            continue
+        if name in written and fingerprint(adata.obs[name]) == written[name]:
+            del adata.obs[name]
+        elif name in table:
+            kept = kept_as(name, adata.obs)
+            logger.warning("obs[%r] of the input is kept as %r", name, kept)
+            adata.obs = adata.obs.rename(columns={name: kept})
+    for name in table:
+        adata.obs[name] = table[name].array
+
+
+def kept_as(name: str, taken: Container[str]) -> str:
+    """A free name for a column of the input whose own name we need."""
+    kept, number = f"{name}_original", 1
+    while kept in taken:
+        number += 1
+        kept = f"{name}_original_{number}"
+    return kept
+
+
+def fingerprint(column: pd.Series) -> str:
+    """What tells a column that we wrote from one that was changed since."""
+    values = column.astype(object) if column.dtype == "category" else column
+    hashes_n = pd.util.hash_pandas_object(values, index=False).to_numpy()
+    return hashlib.sha256(hashes_n.tobytes()).hexdigest()[:16]
+
+
+def provenance(predictor: Predictor, table: pd.DataFrame, *, match: GeneMatch, counts: str) -> dict[str, Any]:
+    """The record in `uns["screformer"]`: which model wrote which columns, from which counts."""
+    return {
+        "model": str(predictor.directory),
+        "label_column": predictor.label_column,
+        "labels": predictor.label_names.astype(str),
+        "columns": {name: fingerprint(table[name]) for name in table},
+        "counts": counts,
+        "genes_found": match.num_found,
+        "genes_of_model": match.num_model_genes,
+        "expression_share": match.expression_share,
+        "trained_on": json.dumps(predictor.meta, default=str),
+    }
 
 
 def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np.ndarray:

@@ -16,9 +16,9 @@ from scipy.optimize import minimize
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
+from screformer.counts import Panels
 from screformer.layers import LINEAR_SCALE
 from screformer.model import EMBEDDING_STD, ScReformer
-from screformer.tokenizer import Panels
 
 INVERSE_PENALTY = 1.0
 """C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ

@@ -14,13 +14,14 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from data_ingest.cells import CellSource, vocabulary_names
 from jobs.explaining.shards import GENES, SHARDS, MeasuredMeans, shards_of, tokens_of, values_matrix
 from jobs.reports.figures import bar_figure, beeswarm_figure, heat_figure, perturbation_figure
+from screformer.cells import CellSource
+from screformer.counts import Panels
 from screformer.explain import Attribution, CellTokens, Explainer, markers, without_genes
 from screformer.model import HASH_SEED, ScReformer
 from screformer.predictor import Predictor
-from screformer.tokenizer import CLS, NUM_SPECIAL, Panels, normalised
+from screformer.tokenizer import CLS, NUM_SPECIAL
 
 ADDITIVITY_BOUND = 0.05
 """Largest median additivity error, as a share of the distance of output and base, that passes without a loud
@@ -62,7 +63,7 @@ def summarise(
             values_matrix(own, num_genes),
         )
     errors, mean_kg = np.concatenate(relative), means.mean_kg
-    gene_names = vocabulary_names(predictor.vocabulary)
+    gene_names = predictor.vocabulary.readable_names
     frame = pd.DataFrame(mean_kg, index=names, columns=list(predictor.vocabulary.feature_ids)).rename_axis(
         "class"
     )
@@ -134,12 +135,8 @@ class _Candidates:
 
     @classmethod
     def read(cls, predictor: Predictor, source: CellSource, positions: np.ndarray) -> _Candidates:
-        flat = source.read(positions)
-        counts_ng = sparse.csr_matrix(
-            (flat.counts, flat.gene_ids, flat.offsets), shape=(len(positions), len(predictor.vocabulary))
-        )
-        x_ng = sparse.csr_matrix(normalised(counts_ng, flat.total_counts))
-        return cls(x_ng, predictor.predict(*flat).label_codes, flat.panels)
+        cells = source.read(positions)
+        return cls(sparse.csr_matrix(cells.normalised()), predictor.predict(cells).label_codes, cells.panels)
 
     def expressed_more(self, num_classes: int) -> np.ndarray:
         """Which genes a class expresses more than the other classes do on average.

@@ -16,15 +16,15 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_ingest.cells import CellSource, vocabulary_names
 from data_ingest.tasks import map_tasks
 from jobs.explaining.checks import summarise, summary_lines
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
+from screformer.cells import CellSource
 from screformer.cost import peak_memory_gb
+from screformer.counts import Panels
 from screformer.explain import CellTokens, Explainer
 from screformer.files import write_whole
 from screformer.predictor import Predictor, loaded_predictor
-from screformer.tokenizer import Panels
 
 CELLS_PER_SHARD = 32
 
@@ -109,8 +109,7 @@ def _plan(
         candidates = np.sort(rng.choice(source.num_cells, most, replace=False))
     codes = []
     for start in range(0, len(candidates), 512):
-        flat = source.read(candidates[start : start + 512])
-        codes.append(predictor.predict(*flat).label_codes)
+        codes.append(predictor.predict(source.read(candidates[start : start + 512])).label_codes)
     order = _in_turn(np.concatenate(codes), rng)
     background, cells = (
         np.sort(candidates[order[:num_background]]),
@@ -149,7 +148,7 @@ def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor, panels: Pane
         )
     (out / PLAN).write_text(text)
     vocabulary = predictor.vocabulary
-    genes = {"feature_id": list(vocabulary.feature_ids), "feature_name": vocabulary_names(vocabulary)}
+    genes = {"feature_id": list(vocabulary.feature_ids), "feature_name": vocabulary.readable_names}
     genes |= {f"panel_{index}": measured_g for index, measured_g in enumerate(panels.measured_pg)}
     pd.DataFrame(genes).to_parquet(out / GENES)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from data_ingest.cells import CellSource
+from screformer.cells import CellSource
 from screformer.explain import CellTokens, cell_tokens
 from screformer.predictor import Predictor
 
@@ -105,11 +105,8 @@ def load_explanations(out: str | Path) -> Explanations:
 
 def tokens_of(predictor: Predictor, source: CellSource, positions: np.ndarray) -> list[CellTokens]:
     """Tokens of some cells of a source."""
-    flat = source.read(positions)
-    return cell_tokens(
-        predictor.tokenizer(flat.gene_ids, flat.counts, flat.offsets, total_counts=flat.total_counts),
-        flat.panels,
-    )
+    cells = source.read(positions)
+    return cell_tokens(predictor.tokenizer(cells), cells.panels)
 
 
 def shards_of(out: Path) -> Iterator[pd.DataFrame]:

@@ -21,13 +21,11 @@ import tiledbsoma.io
 
 from cluster.connect import connect
 from data_ingest.atlas import census_release, open_atlas
-from data_ingest.cells import AtlasCells, CellSource
+from data_ingest.atlas_cells import AtlasCells
 from data_ingest.tasks import map_tasks
+from screformer.cells import CellSource
 from screformer.files import write_whole
 from screformer.predictor import ANSWER_COLUMNS, Predictor, loaded_predictor
-
-CELLS_PER_SHARD = 4_096
-
 
 CELLS_FOR_RAY = 20_000
 """From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling
@@ -119,7 +117,7 @@ def label_cells(
             f" add --overwrite"
         )
     (folder / PLAN).write_text(text)
-    size = CELLS_PER_SHARD * (4 if source.column_major else 1)
+    size = source.cells_per_read
     ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
     label = partial(_label_shard, source, folder, probabilities, embedding)
@@ -161,6 +159,8 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
         raise ValueError(f"{source.atlas.uri} cannot be written to; name a folder with --out instead")
     labels = pd.concat([pd.read_parquet(path) for path in _files(folder)]).set_index("cell")
     labels.index = labels.index.astype(np.int64)
+    texts = labels.select_dtypes("category").columns
+    labels = labels.astype(dict.fromkeys(texts, object))
     newest = dataclasses.replace(source.atlas, timestamp_ms=0)
     with open_atlas(newest) as experiment:
         obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
@@ -201,12 +201,12 @@ def _label_shard(
     shard: tuple[int, int],
 ) -> None:
     cells = np.arange(*shard)
-    flat = source.read(cells)
-    found = predictor.predict(*flat)
+    counts = source.read(cells)
+    found = predictor.predict(counts)
     parts = [
         pd.DataFrame({"cell": source.names(cells).astype(str)}),
         found.table(),
-        pd.DataFrame({EMPTY: np.diff(flat.offsets) == 0}),
+        pd.DataFrame({EMPTY: counts.lengths_n == 0}),
     ]
     if probabilities:
         parts.append(
@@ -238,11 +238,11 @@ def _summary(predictor: Predictor, folder: Path) -> LabelledCells:
     for path in _files(folder):
         shard = pd.read_parquet(path, columns=["predicted_labels", "conf_score", EMPTY])
         num_empty += int(shard[EMPTY].sum())
-        part = shard.groupby("predicted_labels")["conf_score"]
+        part = shard.groupby(shard["predicted_labels"].astype(str))["conf_score"]
         for label, count in part.size().items():
             cells[label] = cells.get(label, 0) + int(count)
             confidence[label] = confidence.get(label, 0.0) + float(part.sum()[label])
-    cl_id_of = dict(zip(predictor.answer_names, predictor.answer_cl_ids, strict=True))
+    cl_id_of = dict(zip(predictor.names.answers, predictor.names.cl_ids, strict=True))
     rows = [
         {
             "label": label,

@@ -13,7 +13,6 @@ import torch
 from scipy import sparse
 
 from screformer.metrics import LabelCounts
-from screformer.tokenizer import normalised
 
 if TYPE_CHECKING:
     from jobs.training.cells import TrainingCells
@@ -80,9 +79,9 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
                 labels_n=np.zeros(0, np.int64),
             )
             continue
-        found = cells.stream(part).sample_counts(most, cells.config.train.seed)
+        found = cells.stream(part).sample(most, cells.config.train.seed)
         # Of the 32-bit kind: scikit-learn's solvers take no other.
-        values = sparse.csr_matrix(normalised(found.counts_ng, found.total_n))
+        values = sparse.csr_matrix(found.cells.normalised())
         values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
         parts[part] = Part(x_ng=values, labels_n=found.labels_n)
         joinids = found.joinids_n if part == "test" else joinids

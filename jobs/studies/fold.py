@@ -67,12 +67,8 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         joinids, begun_s = np.zeros(len(positions), np.int64), time.perf_counter()
         for first in range(0, len(positions), _CELLS_AT_ONCE):
             rows = slice(first, first + _CELLS_AT_ONCE)
-            sample = study.test_stream(cells, positions[rows]).sample_counts(_CELLS_AT_ONCE, 0)
-            counts = sample.counts_ng
-            offsets = counts.indptr.astype(np.int64)
-            said = predictor.predict(
-                counts.indices, counts.data, offsets, total_counts=sample.total_n, panels=sample.panels
-            )
+            sample = study.test_stream(cells, positions[rows]).sample(_CELLS_AT_ONCE, 0)
+            said = predictor.predict(sample.cells)
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
         prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)

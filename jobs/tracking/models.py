@@ -92,7 +92,7 @@ def register_model(
         )
         reader = Path(scratch) / "source" / "data_ingest"
         reader.mkdir()
-        for module in ("__init__.py", "h5ad.py"):
+        for module in ("__init__.py", "h5ad.py", "cells.py"):
             shutil.copyfile(Path(data_ingest.__file__).parent / module, reader / module)
         target = Path(scratch) / "pyfunc"
         mlflow.pyfunc.save_model(

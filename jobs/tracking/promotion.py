@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from data_ingest.cells import AtlasCells
+from data_ingest.atlas_cells import AtlasCells
 from data_ingest.query import find_cells, saved_query
 from jobs.studies.scores import mean_interval
 from jobs.tracking.models import CANDIDATE, CHAMPION, model_aliases, move_alias, resolve_model
@@ -169,8 +169,7 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
         source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
         predicted = []
         for start in range(0, len(positions), _CELLS_PER_CHUNK):
-            flat = source.read(positions[start : start + _CELLS_PER_CHUNK])
-            found = predictor.predict(*flat)
+            found = predictor.predict(source.read(positions[start : start + _CELLS_PER_CHUNK]))
             predicted.append(found.best_labels)
         right_n[name] = np.concatenate(predicted) == labels_n
     return compare(right_n, labels_n, groups)

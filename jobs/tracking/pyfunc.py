@@ -2,14 +2,13 @@
 
 MLflow copies this file beside the weights and runs it wherever the model is loaded.
 
-It may import `screformer` and `data_ingest.h5ad` (copies of which travel with the model) but nothing else of
-this repository.
+It may import `screformer`, `data_ingest.h5ad` and `data_ingest.cells` (copies of which travel with the model)
+but nothing else of this repository.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from mlflow.models import ModelSignature, set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
+from screformer.cells import AnnDataCells, CellSource, predictions
+from screformer.genes import MIN_GENE_OVERLAP
+from screformer.labelling import answers
 from screformer.predictor import ANSWER_COLUMNS, Predictions, Predictor
 
 _OUTPUT_KINDS = {
@@ -35,9 +36,6 @@ _PARAMS = (
     ("min_gene_overlap", "double", MIN_GENE_OVERLAP),
     ("layer", "string", ""),
 )
-
-
-_CELLS_PER_CHUNK = 2048
 
 
 _TAKES = (
@@ -78,69 +76,77 @@ class CellTypeModel(PythonModel):
             ValueError: Too few genes, genes of another species, or values that are no raw counts.
         """
         given = {name: default for name, _, default in _PARAMS} | (params or {})
-        overlap, layer = given["min_gene_overlap"], given["layer"]
         files = _files(model_input)
         if files:
-            parts = [part for name in files for part in self._of_file(name, overlap, layer)]
+            tables = [self._of_file(name, given) for name in files]
         elif type(model_input).__name__ == "AnnData":
-            parts = list(self._of_anndata(model_input, overlap, layer))
+            tables = [self._of_source(self._anndata_cells(model_input, given), given)]
         else:
-            parts = [self._of_table(model_input, overlap)]
-        return pd.concat([self._table(found, index, given) for index, found in parts])
+            tables = [self._of_table(model_input, given)]
+        return pd.concat(tables)
 
-    def _of_table(self, table: Any, overlap: float) -> tuple[pd.Index, Predictions]:
+    def _of_table(self, table: Any, given: dict[str, Any]) -> pd.DataFrame:
         if not isinstance(table, pd.DataFrame):
             raise ValueError(f"input is a {type(table).__name__}; give {_TAKES}")
-        text = next(
-            (name for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)), None
-        )
+        kinds = table.dtypes.reset_index(drop=True)
+        text = next((i for i, kind in kinds.items() if not pd.api.types.is_numeric_dtype(kind)), None)
         if text is not None:
             raise ValueError(
-                f"input: column {text!r} holds {table[text].dtype}, not counts; only genes may be columns,"
-                f" cell names go to the index"
+                f"input: column {table.columns[text]!r} holds {kinds[text]}, not counts; only genes may be"
+                f" columns, cell names go to the index"
             )
-        match = self.predictor.match_genes([str(name) for name in table.columns])
-        match.require(overlap, source="input")
-        return table.index, self.predictor.predict_counts(table.to_numpy(), match)
+        match = self.predictor.genes.match(list(table.columns))
+        match.require(given["min_gene_overlap"], source="input")
 
-    def _of_anndata(self, adata: Any, overlap: float, layer: str) -> Iterator[tuple[pd.Index, Predictions]]:
-        if layer and layer != "raw" and layer not in adata.layers:
-            raise ValueError(f"input has no layer {layer!r}; it has {', '.join(adata.layers) or 'none'}")
-        if layer == "raw" and adata.raw is None:
-            raise ValueError("input has no raw; leave params['layer'] empty to take X")
-        owner = adata.raw if layer == "raw" else adata
-        counts = adata.layers[layer] if layer and layer != "raw" else owner.X
-        match: GeneMatch = self.predictor.match_var(owner.var)
-        match.require(overlap, source="input")
-        for start in range(0, adata.n_obs, _CELLS_PER_CHUNK):
-            rows = slice(start, start + _CELLS_PER_CHUNK)
-            yield adata.obs_names[rows], self.predictor.predict_counts(counts[rows], match)
+        def place(row: int, column: int) -> str:
+            return f"cell {table.index[row]!r}, gene {table.columns[column]!r}"
 
-    def _of_file(self, name: str, overlap: float, layer: str) -> Iterator[tuple[pd.Index, Predictions]]:
-        from data_ingest.h5ad import H5adFile, check_counts
+        counts = table.to_numpy(dtype=np.float64, na_value=np.nan)
+        cells = match.select(counts, source="input", place=place)
+        return self._table([self.predictor.predict(cells)], table.index, given)
+
+    def _anndata_cells(self, adata: Any, given: dict[str, Any]) -> AnnDataCells:
+        layer = given["layer"]
+        raw = layer == "raw" and "raw" not in adata.layers
+        return AnnDataCells.open(
+            self.predictor,
+            adata,
+            min_gene_overlap=given["min_gene_overlap"],
+            layer="" if raw else layer,
+            raw=raw,
+            source="input",
+        )
+
+    def _of_file(self, name: str, given: dict[str, Any]) -> pd.DataFrame:
+        from data_ingest.cells import H5adCells
 
         with tempfile.TemporaryDirectory(prefix="screformer-") as scratch:
-            with H5adFile.open(
-                _local(name, scratch), layer=layer if layer != "raw" else None, raw=layer == "raw"
-            ) as file:
-                match = self.predictor.match_var(file.var)
-                match.require(overlap, source=f"{name} ({file.source})")
-                for start, counts in file.chunks(_CELLS_PER_CHUNK):
-                    check_counts(counts, file=file, start=start)
-                    yield (
-                        file.obs.index[start : start + counts.shape[0]],
-                        self.predictor.predict_counts(counts, match, source=name),
-                    )
+            raw = given["layer"] == "raw"
+            cells = H5adCells.open(
+                self.predictor,
+                Path(_local(name, scratch)),
+                min_gene_overlap=given["min_gene_overlap"],
+                layer=None if raw else given["layer"] or None,
+                raw=raw,
+            )
+            return self._of_source(cells, given)
 
-    def _table(self, found: Predictions, index: pd.Index, given: dict[str, Any]) -> pd.DataFrame:
-        table = found.table(index)
+    def _of_source(self, cells: CellSource, given: dict[str, Any]) -> pd.DataFrame:
+        index = pd.Index(cells.names(np.arange(cells.num_cells)))
+        return self._table(list(predictions(self.predictor, cells)), index, given)
+
+    def _table(self, parts: list[Predictions], index: pd.Index, given: dict[str, Any]) -> pd.DataFrame:
+        """One row per cell, by position: names of cells may repeat."""
+        dtypes = dict.fromkeys(self.predictor.names.dtypes, object)  # plain text, as the signature says
+        columns = [answers(self.predictor, parts).astype(dtypes)]
         if given["probabilities"]:
             names = [f"probability: {name}" for name in self.predictor.label_names]
-            table = table.join(pd.DataFrame(found.probabilities_nk, columns=names, index=index))
+            columns.append(pd.DataFrame(np.concatenate([p.probabilities_nk for p in parts]), columns=names))
         if given["embedding"]:
-            names = [f"embedding_{i}" for i in range(found.embedding_nd.shape[1])]
-            table = table.join(pd.DataFrame(found.embedding_nd, columns=names, index=index))
-        return table
+            embedding_nd = np.concatenate([part.embedding_nd for part in parts])
+            names = [f"embedding_{i}" for i in range(embedding_nd.shape[1])]
+            columns.append(pd.DataFrame(embedding_nd, columns=names))
+        return pd.concat(columns, axis=1).set_axis(index)
 
 
 def _files(model_input: Any) -> list[str]:

@@ -18,8 +18,9 @@ from data_ingest.stream import CellStream, gene_of_var
 from screformer.checkpoint import NO_LABELS, LoadedModel
 from screformer.config import ExperimentConfig, Task
 from screformer.cost import activation_bytes, state_bytes
+from screformer.counts import Panels
 from screformer.model import ScReformer
-from screformer.tokenizer import GeneVocabulary, Panels, normalised
+from screformer.tokenizer import GeneVocabulary
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
@@ -101,8 +102,7 @@ class TrainingCells:
 
         Ray must be running.
         """
-        found = self.stream("train").sample_counts(SAMPLE_CELLS, self.config.train.seed)
-        return normalised(found.counts_ng, found.total_n)
+        return self.stream("train").sample(SAMPLE_CELLS, self.config.train.seed).cells.normalised()
 
 
 def prepare_cells(

@@ -143,12 +143,8 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
         return
     predictor = Predictor.load(model_dir)
     most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.vocabulary)))
-    found = cells.stream("test").sample_counts(most_cells, cells.config.train.seed)
-    counts = found.counts_ng
-    offsets = counts.indptr.astype(np.int64)
-    said = predictor.predict(
-        counts.indices, counts.data, offsets, total_counts=found.total_n, panels=found.panels
-    )
+    found = cells.stream("test").sample(most_cells, cells.config.train.seed)
+    said = predictor.predict(found.cells)
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
     groups = {
         name: cells.query.obs[name].astype(str).to_numpy()[position] for name in ("dataset_id", "donor_id")

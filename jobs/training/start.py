@@ -26,7 +26,7 @@ from screformer.config import ExperimentConfig, touching
 from screformer.model import ScReformer
 from screformer.objective import class_weights
 from screformer.start import logistic_start, svd_gene_embeddings
-from screformer.tokenizer import GeneVocabulary, normalised
+from screformer.tokenizer import GeneVocabulary
 
 HEADS = ("classification_head.", "linear_skip.")
 
@@ -86,16 +86,17 @@ def linear_start(cells: TrainingCells) -> dict[str, Any]:
     config = cells.config
     if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
         return {}
-    found = cells.stream("train").sample_counts(
-        config.model.linear_start_cells, config.train.seed, even_labels=True
-    )
-    values_ng = normalised(found.counts_ng, found.total_n)
+    found = cells.stream("train").sample(config.model.linear_start_cells, config.train.seed, even_labels=True)
+    values_ng = found.cells.normalised()
     if config.tokens.expression == "binary":
         values_ng.data[:] = 1
     counts_k = np.bincount(found.labels_n, minlength=len(cells.labels["names"]))
     return {
         "linear": logistic_start(
-            values_ng, found.labels_n, class_weights(counts_k, config.train.class_weighting), found.panels
+            values_ng,
+            found.labels_n,
+            class_weights(counts_k, config.train.class_weighting),
+            found.cells.panels,
         )
     }
 

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -16,14 +17,13 @@ from data_ingest.atlas import open_atlas
 from data_ingest.cells import H5adCells
 from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
-from jobs.labelling import shards as labelling
-from jobs.labelling.h5ad_copy import COLUMNS, annotate
+from jobs.labelling.h5ad_copy import Annotation, annotate
 from jobs.labelling.shards import label_cells
 from jobs.tracking.models import register_model
 from jobs.tracking.runs import start_run
 from screformer.calibration import present_labels
 from screformer.config import AtlasConfig, ExperimentConfig, TrackingConfig
-from screformer.predictor import Predictor
+from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,9 +62,25 @@ def _cells(num_cells: int = 60, *, seed: int = 0) -> anndata.AnnData:
     return adata
 
 
+def label_copy(
+    predictor: Predictor,
+    source: Path,
+    target: Path,
+    *,
+    layer: str | None = None,
+    raw: bool = False,
+    min_gene_overlap: float = 0.1,
+    model: str = "model",
+    **options: Any,
+) -> Annotation:
+    """`annotate`, from a path."""
+    cells = H5adCells.open(predictor, source, min_gene_overlap=min_gene_overlap, layer=layer, raw=raw)
+    return annotate(predictor, cells, target, model=model, **options)
+
+
 def _expected(predictor: Predictor, adata: anndata.AnnData) -> pd.DataFrame:
-    found = predictor.predict_counts(adata.X, predictor.match_genes(adata.var["feature_id"].tolist()))
-    return found.table(adata.obs_names)
+    found = predictor.predict(predictor.genes.match(adata.var["feature_id"].tolist()).select(adata.X))
+    return found.table().set_index(adata.obs_names)
 
 
 def _check(obs: pd.DataFrame, expected: pd.DataFrame) -> None:
@@ -106,7 +122,7 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
     assert [path.name for path in target.parent.iterdir()] == ["out.h5ad"]
 
     given, made = anndata.read_h5ad(source), anndata.read_h5ad(target)
-    assert made.obs.columns.tolist() == ["donor_id", "depth", *COLUMNS]
+    assert made.obs.columns.tolist() == ["donor_id", "depth", *ANSWER_COLUMNS]
     assert made.obs["predicted_labels"].cat.categories.tolist() == LABELS["names"]
     _check(made.obs, _expected(predictor, given))
     assert made.obs["predicted_labels"].nunique() > 1, "a constant answer would test nothing"
@@ -161,7 +177,7 @@ def test_layouts_and_gene_names_make_no_difference(predictor: Predictor, tmp_pat
     expected = _expected(predictor, adata)
     change(adata)
     adata.write_h5ad(tmp_path / "in.h5ad")
-    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    done = label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
     assert done.genes.num_found == 40 and done.num_cells == 60
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
 
@@ -175,12 +191,14 @@ def test_counts_in_a_layer_or_in_raw(predictor: Predictor, tmp_path: Path) -> No
     adata.X = np.log1p(adata.X)
     adata.write_h5ad(tmp_path / "in.h5ad")
     with pytest.raises(ValueError, match=r"in.h5ad: X holds 1.09861 at cell .*whole number.*--use raw"):
-        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", min_gene_overlap=0.0)
+        label_copy(
+            predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", min_gene_overlap=0.0
+        )
     assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
-    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", raw=True)
+    label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", raw=True)
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
     seven = _expected(predictor, anndata.read_h5ad(tmp_path / "in.h5ad").raw.to_adata()[:, adata.var_names])
-    done = annotate(
+    done = label_copy(
         predictor,
         tmp_path / "in.h5ad",
         tmp_path / "layer.h5ad",
@@ -199,15 +217,18 @@ def test_columns_of_the_input_are_kept(predictor: Predictor, tmp_path: Path) -> 
     adata.obs["cell_type_ontology_term_id"] = pd.Categorical(theirs)
     adata.obs["conf_score"] = 0.25
     adata.write_h5ad(tmp_path / "in.h5ad")
-    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "once.h5ad", model="models:/blood/1")
-    assert done.moved == ("conf_score", "cell_type_ontology_term_id")
+    done = label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "once.h5ad", model="models:/blood/1")
+    assert done.moved == {
+        "conf_score": "conf_score_original",
+        "cell_type_ontology_term_id": "cell_type_ontology_term_id_original",
+    }
     assert "obs['conf_score'] of the input is kept as 'conf_score_original'" in str(done)
     once = anndata.read_h5ad(tmp_path / "once.h5ad").obs
-    again = annotate(
+    again = label_copy(
         predictor, tmp_path / "once.h5ad", tmp_path / "twice.h5ad", model="models:/blood/2", embedding=True
     )
-    assert again.moved == ()
-    annotate(
+    assert again.moved == {}
+    label_copy(
         predictor, tmp_path / "twice.h5ad", tmp_path / "thrice.h5ad", model="models:/blood/3", embedding=True
     )
     twice = anndata.read_h5ad(tmp_path / "thrice.h5ad")
@@ -216,15 +237,27 @@ def test_columns_of_the_input_are_kept(predictor: Predictor, tmp_path: Path) -> 
         assert obs["cell_type_ontology_term_id_original"].tolist() == theirs
         assert (obs["conf_score_original"] == 0.25).all()
         assert sorted(obs.columns) == sorted(
-            ["donor_id", "depth", "conf_score_original", "cell_type_ontology_term_id_original", *COLUMNS]
+            [
+                "donor_id",
+                "depth",
+                "conf_score_original",
+                "cell_type_ontology_term_id_original",
+                *ANSWER_COLUMNS,
+            ]
         )
         _check(obs, expected)
     adata.obs["conf_score_original"] = 1.0
     adata.write_h5ad(tmp_path / "full.h5ad")
-    with pytest.raises(
-        ValueError, match="obs has 'conf_score' and 'conf_score_original' already; rename or drop one"
-    ):
-        annotate(predictor, tmp_path / "full.h5ad", tmp_path / "out.h5ad", model="model")
+    done = label_copy(predictor, tmp_path / "full.h5ad", tmp_path / "full_out.h5ad")
+    assert done.moved["conf_score"] == "conf_score_original_2"
+    full = anndata.read_h5ad(tmp_path / "full_out.h5ad").obs
+    assert (full["conf_score_original"] == 1.0).all() and (full["conf_score_original_2"] == 0.25).all()
+
+    curated = anndata.read_h5ad(tmp_path / "once.h5ad")
+    curated.obs["predicted_labels"] = "mine"
+    curated.write_h5ad(tmp_path / "curated.h5ad")
+    done = label_copy(predictor, tmp_path / "curated.h5ad", tmp_path / "curated_out.h5ad")
+    assert done.moved == {"predicted_labels": "predicted_labels_original"}, "changed since we wrote it"
 
 
 def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: Path) -> None:
@@ -233,7 +266,7 @@ def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: 
     dense[4:7, adata.var["feature_id"].isin(tiny_vocabulary().feature_ids)] = 0
     adata.X = sparse.csr_matrix(dense)
     adata.write_h5ad(tmp_path / "in.h5ad")
-    done = annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    done = label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
     assert done.num_empty == 3 and "3 cells have no count in any gene that the model knows" in str(done)
     assert done.table["cells"].sum() == 20
     counted = anndata.read_h5ad(tmp_path / "out.h5ad").obs.groupby("predicted_labels", observed=True)[
@@ -323,7 +356,7 @@ def test_parquet_is_the_same_table_and_is_resumed(
 ) -> None:
     adata = _cells()
     adata.write_h5ad(tmp_path / "in.h5ad")
-    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 25)
+    monkeypatch.setattr("data_ingest.cells.CELLS_PER_READ", 25)
     out = tmp_path / "out.parquet"
     command = ["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]
     assert main([*command, "--probabilities", "--embedding"]) == 0, capsys.readouterr().err
@@ -353,13 +386,13 @@ def test_many_cells_are_labelled_in_parallel(
 ) -> None:
     adata = _cells()
     adata.write_h5ad(tmp_path / "in.h5ad")
-    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
-    monkeypatch.setattr(labelling, "CELLS_FOR_RAY", 60)
+    monkeypatch.setattr("data_ingest.cells.CELLS_PER_READ", 20)
+    monkeypatch.setattr("jobs.labelling.shards.CELLS_FOR_RAY", 60)
     out = tmp_path / "out.parquet"
     assert main(["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]) == 0
     assert len(list(out.glob("0*.parquet"))) == 3
     _check(pd.read_parquet(out).set_index("cell"), _expected(predictor, adata))
-    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+    label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, _expected(predictor, adata))
 
 
@@ -368,7 +401,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
 ) -> None:
     adata, folder = _cells(), tmp_path / "out.h5ad.labels"
     adata.write_h5ad(tmp_path / "in.h5ad")
-    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 25)
+    monkeypatch.setattr("data_ingest.cells.CELLS_PER_READ", 25)
     source = H5adCells.open(predictor, tmp_path / "in.h5ad", min_gene_overlap=0.1)
 
     def interrupted(model: str) -> None:
@@ -383,7 +416,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
     expected = _expected(predictor, adata)
     for before, kept in (("model", True), ("another model", False)):
         interrupted(before)
-        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
+        label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
         made = anndata.read_h5ad(tmp_path / "out.h5ad").obs
         assert (made["conf_score"].iloc[:25] == 0.125).all() == kept
         _check(made.iloc[25:], expected.iloc[25:])
@@ -393,7 +426,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
     late.X.data[-1] = 0.5  # after the cells that are looked at first
     late.write_h5ad(tmp_path / "late.h5ad")
     with pytest.raises(ValueError, match="X holds 0.5 at cell"):
-        annotate(predictor, tmp_path / "late.h5ad", tmp_path / "out.h5ad", model="model")
+        label_copy(predictor, tmp_path / "late.h5ad", tmp_path / "out.h5ad", model="model")
     assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
 
 
@@ -404,7 +437,7 @@ def test_an_atlas_query_is_labelled_and_written_back(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(labelling, "CELLS_PER_SHARD", 20)
+    monkeypatch.setattr("data_ingest.atlas_cells.CELLS_PER_READ", 20)
     shutil.copytree(small_atlas, tmp_path / "atlas")
     atlas = str(tmp_path / "atlas")
     with open_atlas(AtlasConfig(uri=atlas)) as experiment:
@@ -453,7 +486,7 @@ def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp
     adata, model_dir = _cells(), calibrated_tiny_model(tmp_path / "model")
     calibrated = Predictor.load(model_dir, device="cpu")
     adata.write_h5ad(tmp_path / "in.h5ad")
-    annotate(
+    label_copy(
         calibrated,
         tmp_path / "in.h5ad",
         tmp_path / "out.h5ad",
@@ -477,7 +510,7 @@ def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp
     with pytest.raises(
         ValueError, match="--drop-absent needs a model that knows its labels' shares in training"
     ):
-        annotate(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", drop_absent=True)
+        label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", drop_absent=True)
 
 
 def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tmp_path: Path) -> None:
@@ -486,16 +519,18 @@ def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tm
     adata.obs["leiden"] = pd.Categorical(np.where(np.arange(60) < 40, "0", "1")).astype(object)
     adata.obs.loc[adata.obs_names[-1], "leiden"] = np.nan
     adata.write_h5ad(tmp_path / "in.h5ad")
-    annotate(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", majority_vote="leiden")
+    label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", majority_vote="leiden")
     voted = anndata.read_h5ad(tmp_path / "out.h5ad").obs["majority_label"].astype(str)
     names = LABELS["names"]
     for rows in (slice(0, 40), slice(40, 59)):
         votes = [(best[rows] == name).sum() for name in names]
         assert set(voted.iloc[rows]) == {names[int(np.argmax(votes))]}
     assert voted.iloc[-1] == best[-1], "a cell without cluster keeps its label"
-    annotate(predictor, tmp_path / "out.h5ad", tmp_path / "again.h5ad", model="model", majority_vote="leiden")
+    label_copy(
+        predictor, tmp_path / "out.h5ad", tmp_path / "again.h5ad", model="model", majority_vote="leiden"
+    )
     with pytest.raises(ValueError, match="--majority-vote louvain: obs has no such column"):
-        annotate(
+        label_copy(
             predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", majority_vote="louvain"
         )
 
@@ -515,7 +550,7 @@ def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: P
     known = ids[ids.str.startswith("ENSG") & ~ids.duplicated(keep=False)].sample(3_000, random_state=0)
     vocabulary = tiny_vocabulary(known.tolist(), known.index.tolist())
     predictor = Predictor.load(write_tiny_model(tmp_path / "model", vocabulary), device="cpu")
-    done = annotate(predictor, source, target, model="model")
+    done = label_copy(predictor, source, target, model="model")
     assert (done.num_cells, done.genes.num_by_id, done.genes.num_by_name) == (1_482, 3_000, 0)
     assert done.table["cells"].sum() == 1_482
     made = anndata.read_h5ad(target)
@@ -539,9 +574,11 @@ def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: P
 
 def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> None:
     code = (
-        "import re, sys; from jobs.annotate import annotate; from screformer.predictor import Predictor\n"
+        "import re, sys; from pathlib import Path; from data_ingest.cells import H5adCells\n"
+        "from jobs.labelling.h5ad_copy import annotate; from screformer.predictor import Predictor\n"
         "predictor = Predictor.load(sys.argv[1], device='cpu')\n"
-        "done = annotate(predictor, sys.argv[2], sys.argv[3], model='model', probabilities=True)\n"
+        "cells = H5adCells.open(predictor, Path(sys.argv[2]), min_gene_overlap=0.1)\n"
+        "done = annotate(predictor, cells, sys.argv[3], model='model', probabilities=True)\n"
         # Not getrusage: its peak includes what the parent process held when it started this one.
         "print(done.num_cells, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) /"
         " 1024)\n"

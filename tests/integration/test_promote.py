@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from scipy import sparse
 
 from data_ingest.atlas import pinned
-from data_ingest.cells import AtlasCells
+from data_ingest.atlas_cells import AtlasCells
 from data_ingest.query import QueryResult, find_cells
 from helpers.tiny_model import write_tiny_model
 from jobs.promote import main
@@ -99,13 +98,9 @@ def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str])
     if learned:
         predictor = Predictor.load(folder, device="cpu")
         rows = np.flatnonzero(~np.isin(donors, test) & (result.obs["label"].cat.codes >= 0))
-        flat = AtlasCells.open(predictor, result, min_gene_overlap=0.1).read(rows)
-        values = np.log1p(flat.counts * np.repeat(1e4 / flat.total_counts, np.diff(flat.offsets)))
-        x = sparse.csr_array(
-            (values, flat.gene_ids, flat.offsets), shape=(len(rows), len(result.feature_ids))
-        )
+        cells = AtlasCells.open(predictor, result, min_gene_overlap=0.1).read(rows)
         codes = result.obs["label"].cat.codes.to_numpy()[rows].astype(np.int64)
-        start = logistic_start(x, codes, np.ones(len(names)), flat.panels)
+        start = logistic_start(cells.normalised(), codes, np.ones(len(names)), cells.panels)
         predictor.model.set_linear_start(*map(torch.from_numpy, start))
         save_model(folder, predictor.model, loaded.config, loaded.vocabulary, labels, meta)
     return folder

@@ -122,9 +122,9 @@ def test_the_registered_model_predicts_as_the_predictor(
     found = pyfunc.predict(cells)
     assert found.columns.tolist() == list(ANSWER_COLUMNS) and found.index.tolist() == cells.index.tolist()
     predictor = Predictor.load(model_dir, device="cpu")
-    match = predictor.match_genes(cells.columns.tolist())
+    match = predictor.genes.match(cells.columns.tolist())
     assert (match.num_by_id, match.num_by_name) == (30, 10)
-    direct = predictor.predict_counts(cells.to_numpy(), match)
+    direct = predictor.predict(match.select(cells.to_numpy()))
     assert found["predicted_labels"].tolist() == direct.labels.tolist()
     assert found["cell_type_ontology_term_id"].tolist() == direct.cl_ids.tolist()
     np.testing.assert_allclose(found["conf_score"], direct.confidence, atol=1e-6)
@@ -160,7 +160,7 @@ def test_a_fresh_process_gives_the_same_predictions(
     assert done.stderr == ""
     found = pd.read_json(tmp_path / "found.json")
     predictor = Predictor.load(model_dir, device="cpu")
-    direct = predictor.predict_counts(cells.to_numpy(), predictor.match_genes(cells.columns.tolist()))
+    direct = predictor.predict(predictor.genes.match(cells.columns.tolist()).select(cells.to_numpy()))
     assert found["predicted_labels"].tolist() == direct.labels.tolist()
     np.testing.assert_allclose(found["conf_score"], direct.confidence, atol=1e-6)
 
@@ -169,7 +169,9 @@ def test_bad_tables_are_refused(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.Dat
     with pytest.raises(ValueError, match=r"input: too few genes: 1 of the model's 40 genes found"):
         pyfunc.predict(cells.iloc[:, 29:30])
     assert len(pyfunc.predict(cells.iloc[:, 29:30], params={"min_gene_overlap": 0.001})) == 12
-    with pytest.raises(ValueError, match=r"is fractional, as after normalising or log1p; give raw counts"):
+    with pytest.raises(
+        ValueError, match=r"cell '.*, gene '.*: it is not a whole number; raw counts are needed"
+    ):
         pyfunc.predict(np.log1p(cells))
     with pytest.raises(ValueError, match="is negative"):
         pyfunc.predict(cells - 1)
@@ -204,7 +206,7 @@ def test_files_and_anndata_give_the_same_as_a_table(
     for same in (path, f"file://{path}", adata):
         pd.testing.assert_frame_equal(pyfunc.predict(same), expected, check_names=False)
     adata.X = np.log1p(adata.X)
-    with pytest.raises(ValueError, match="is fractional"):
+    with pytest.raises(ValueError, match="is not a whole number"):
         pyfunc.predict(adata)
     for layer in ("counts", "raw"):
         pd.testing.assert_frame_equal(
@@ -320,8 +322,8 @@ def test_a_tracking_server_over_http(
     directory = resolve_model("models:/blood@candidate", tracking)
     assert not directory.is_relative_to(tmp_path), "the model comes through the server, not from its disk"
     predictor = Predictor.load(directory, device="cpu")
-    direct = Predictor.load(model_dir, device="cpu").predict_counts(
-        cells.to_numpy(), predictor.match_genes(cells.columns.tolist())
+    direct = Predictor.load(model_dir, device="cpu").predict(
+        predictor.genes.match(cells.columns.tolist()).select(cells.to_numpy())
     )
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(server)

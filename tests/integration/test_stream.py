@@ -19,7 +19,8 @@ from data_ingest.schema import create_atlas, soma_context
 from data_ingest.stream import CellStream
 from jobs.benchmark.stream import main
 from screformer.config import AtlasConfig, StreamConfig, TokensConfig
-from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary, Panels
+from screformer.counts import Panels
+from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, GeneVocabulary
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 NUM_CELLS, NUM_GENES = 700, 50
@@ -239,21 +240,21 @@ def test_an_error_while_reading_reaches_the_caller(locator, tmp_path):
         epoch(stream)
 
 
-def test_sample_counts(locator):
+def test_a_sample_of_the_cells(locator):
     stream = make_stream(locator, joinids=np.arange(0, NUM_CELLS, 2), genes=[7, 1, 30])
-    sample = stream.sample_counts(100, seed=1)
+    sample = stream.sample(100, seed=1)
     assert (
-        sample.counts_ng.shape == (100, 3)
+        sample.cells.counts_ng.shape == (100, 3)
         and (np.diff(sample.joinids_n) > 0).all()
         and (sample.joinids_n % 2 == 0).all()
     )
     expected = counts_of(sample.joinids_n)
-    np.testing.assert_array_equal(sample.counts_ng.toarray(), expected[:, [7, 1, 30]])
-    np.testing.assert_array_equal(sample.total_n, expected.sum(1))
+    np.testing.assert_array_equal(sample.cells.counts_ng.toarray(), expected[:, [7, 1, 30]])
+    np.testing.assert_array_equal(sample.cells.total_n, expected.sum(1))
     np.testing.assert_array_equal(sample.labels_n, sample.joinids_n % 4)
-    np.testing.assert_array_equal(sample.joinids_n, stream.sample_counts(100, seed=1).joinids_n)
-    assert (sample.joinids_n != stream.sample_counts(100, seed=2).joinids_n).any()
-    np.testing.assert_array_equal(stream.sample_counts(10_000, seed=1).joinids_n, np.arange(0, NUM_CELLS, 2))
+    np.testing.assert_array_equal(sample.joinids_n, stream.sample(100, seed=1).joinids_n)
+    assert (sample.joinids_n != stream.sample(100, seed=2).joinids_n).any()
+    np.testing.assert_array_equal(stream.sample(10_000, seed=1).joinids_n, np.arange(0, NUM_CELLS, 2))
 
 
 def test_batches_and_samples_say_which_genes_were_measured(locator):
@@ -269,12 +270,12 @@ def test_batches_and_samples_say_which_genes_were_measured(locator):
         assert len(batch["measured"]) <= 2
         seen += int(real.sum())
     assert seen == NUM_CELLS
-    sample = stream.sample_counts(50, seed=0)
+    sample = stream.sample(50, seed=0)
     np.testing.assert_array_equal(
-        sample.panels.measured_pg.sum(1)[sample.panels.panels_n],
+        sample.cells.panels.measured_pg.sum(1)[sample.cells.panels.panels_n],
         np.where(sample.joinids_n % 2 == 0, NUM_GENES, 20),
     )
-    assert make_stream(locator).sample_counts(5, seed=0).panels.measured_pg.all()
+    assert make_stream(locator).sample(5, seed=0).cells.panels.measured_pg.all()
 
 
 def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):
@@ -282,8 +283,8 @@ def test_a_sample_with_even_labels_keeps_the_rare_ones(locator):
         np.concatenate([np.arange(label, 4 * size, 4) for label, size in enumerate((60, 20, 5))])
     )
     stream = make_stream(locator, joinids=joinids)
-    assert np.bincount(stream.sample_counts(25, seed=1, even_labels=True).labels_n).tolist() == [10, 10, 5]
-    first, second = (stream.sample_counts(25, seed=seed, even_labels=True).joinids_n for seed in (1, 2))
+    assert np.bincount(stream.sample(25, seed=1, even_labels=True).labels_n).tolist() == [10, 10, 5]
+    first, second = (stream.sample(25, seed=seed, even_labels=True).joinids_n for seed in (1, 2))
     assert (first != second).any()
 
 
@@ -292,7 +293,8 @@ def test_read_tasks_are_small_cheap_and_always_the_same(locator):
     plan = EpochPlan(
         num_cells=NUM_CELLS, seed=0, epoch=0, run_length=8, cells_per_task=120, global_batch_size=24
     )
-    arrays = ray.put(CellArrays(joinids, joinids, np.arange(NUM_GENES, dtype=np.int32)))
+    panels = Panels.one(np.ones(NUM_GENES), NUM_CELLS)
+    arrays = ray.put(CellArrays(joinids, joinids, np.arange(NUM_GENES, dtype=np.int32), panels))
     source = SomaDatasource(locator, arrays, plan, rank=1, world_size=2)
     first, second = (
         source.get_read_tasks(1),
@@ -336,12 +338,11 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
             )
     joinids = np.sort(np.random.default_rng(0).permutation(NUM_CELLS)[:300])
     tiled = AtlasConfig(uri=uri)
-    for ours, theirs in zip(
-        read_cells(tiled, joinids, np.arange(NUM_GENES, dtype=np.int32)),
-        read_cells(locator, joinids, np.arange(NUM_GENES, dtype=np.int32)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    genes, panels = np.arange(NUM_GENES, dtype=np.int32), Panels.one(np.ones(NUM_GENES), len(joinids))
+    ours, theirs = (read_cells(atlas, joinids, genes, panels) for atlas in (tiled, locator))
+    for part in ("data", "indices", "indptr"):
+        np.testing.assert_array_equal(getattr(ours.counts_ng, part), getattr(theirs.counts_ng, part))
+    np.testing.assert_array_equal(ours.total_n, theirs.total_n)
 
 
 def test_wrong_sizes_and_cells_are_refused(locator):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from screformer.config import TokensConfig
+from screformer.counts import CellCounts
 from screformer.tokenizer import CLS, NUM_SPECIAL, PAD, CellTokenizer, GeneVocabulary
 
 NUM_GENES = 40
@@ -28,16 +30,17 @@ CONFIGS = st.builds(
 )
 
 
-def flat(cells):
+def cells_of(cells):
     gene_ids = np.array([gene for cell in cells for gene in cell], dtype=np.int32)
     counts = np.array([count for cell in cells for count in cell.values()], dtype=np.float32)
-    return gene_ids, counts, np.cumsum([0] + [len(cell) for cell in cells])
+    offsets = np.cumsum([0] + [len(cell) for cell in cells])
+    return CellCounts.of(sparse.csr_array((counts, gene_ids, offsets), shape=(len(cells), NUM_GENES)))
 
 
 @given(CELLS, CONFIGS)
 @settings(max_examples=150, deadline=None)
 def test_tokens_are_the_detected_genes(cells, config) -> None:
-    tokens = CellTokenizer(config, VOCABULARY)(*flat(cells))
+    tokens = CellTokenizer(config, VOCABULARY)(cells_of(cells))
     token_ids, values, bins = tokens["token_ids"], tokens["values"], tokens["bin_ids"]
     assert (token_ids[:, 0] == CLS).all()
     np.testing.assert_array_equal(bins == 0, values == 0)
@@ -73,9 +76,9 @@ def test_tokens_are_the_detected_genes(cells, config) -> None:
 @settings(max_examples=80, deadline=None)
 def test_a_cell_does_not_depend_on_its_neighbours(cells, config) -> None:
     tokenizer = CellTokenizer(config, VOCABULARY)
-    together = tokenizer(*flat(cells))
+    together = tokenizer(cells_of(cells))
     for row, cell in enumerate(cells):
-        alone = tokenizer(*flat([cell]))
+        alone = tokenizer(cells_of([cell]))
         width = alone["token_ids"].shape[1]
         for name in ("token_ids", "values", "bin_ids"):
             np.testing.assert_array_equal(together[name][row, :width], alone[name][0])
@@ -86,7 +89,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(cells, config) -> None:
 def test_bins_do_not_depend_on_what_is_cut(expression) -> None:
     cell = {gene: gene % 7 + 1 for gene in range(NUM_GENES)}
     whole, cut = (
-        CellTokenizer(TokensConfig(expression=expression, max_genes=most), VOCABULARY)(*flat([cell]))
+        CellTokenizer(TokensConfig(expression=expression, max_genes=most), VOCABULARY)(cells_of([cell]))
         for most in (NUM_GENES, 10)
     )
     bin_of = dict(zip(whole["token_ids"][0], whole["bin_ids"][0], strict=True))

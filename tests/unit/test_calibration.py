@@ -178,8 +178,8 @@ def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:
 
     sharp, soft = (Predictor.load(tmp_path / name, device="cpu") for name in ("plain", "model"))
     counts = np.random.default_rng(0).poisson(2.0, (30, 40))
-    match = sharp.match_genes(tiny_vocabulary().feature_ids)
-    one, other = sharp.predict_counts(counts, match), soft.predict_counts(counts, match)
+    match = sharp.genes.match(tiny_vocabulary().feature_ids)
+    one, other = sharp.predict(match.select(counts)), soft.predict(match.select(counts))
     root = np.sqrt(one.probabilities_nk.astype(np.float64))
     np.testing.assert_allclose(other.probabilities_nk, root / root.sum(axis=1, keepdims=True), atol=1e-5)
     assert not one.unknown.any() and other.unknown.any() and not other.unknown.all()

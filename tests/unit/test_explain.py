@@ -6,21 +6,17 @@ import pytest
 import torch
 
 from helpers.tiny_model import write_tiny_model
+from screformer.counts import CellCounts
 from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
 from screformer.layers import LINEAR_SCALE
 from screformer.predictor import Predictor
-from screformer.tokenizer import Panels
 
 
 def _cells(predictor: Predictor, num_cells: int, *, seed: int) -> list[CellTokens]:
     rng = np.random.default_rng(seed)
     counts = rng.poisson(2.0, (num_cells, 40)) * (rng.random((num_cells, 40)) < 0.6)
-    cells, genes = np.nonzero(counts)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(cells, minlength=num_cells))])
-    return cell_tokens(
-        predictor.tokenizer(genes.astype(np.int32), counts[cells, genes], offsets),
-        Panels.one(np.ones(40), num_cells),
-    )
+    cells = CellCounts.of(counts)
+    return cell_tokens(predictor.tokenizer(cells), cells.panels)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from data_ingest.h5ad import H5adFile, check_counts, read_symbol_table
+from data_ingest.h5ad import H5adFile, read_symbol_table
 from helpers.cells import cells, ensembl, write
 
 
@@ -122,11 +122,11 @@ def test_symbols_fill_in_what_has_no_id(tmp_path) -> None:
         "symbol\tfeature_id\nGENE101\tENSG00000000101.4\nGENE102\tENSG00000000102\nGENE102\tENSG00000000999\n"
     )
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
-        assert file.genes().joined_g.sum() == 28
+        assert (file.genes().feature_ids != "").sum() == 28
         genes = file.genes(symbols=read_symbol_table(table))
     # GENE102 has two ids in the table: which is meant cannot be known.
     assert (
-        genes.joined_g.sum() == 29
+        (genes.feature_ids != "").sum() == 29
         and genes.feature_ids[1] == "ENSG00000000101"
         and genes.feature_ids[2] == ""
     )
@@ -145,8 +145,8 @@ def test_duplicate_genes_are_refused_summed_or_dropped(tmp_path) -> None:
             ValueError, match="'GENE100' and 'GENE101' are both ENSG00000000100.*--duplicate-genes sum"
         ):
             file.genes()
-        assert file.genes(duplicates="sum").joined_g.sum() == 30
-        assert file.genes(duplicates="drop").joined_g.sum() == 28
+        assert (file.genes(duplicates="sum").feature_ids != "").sum() == 30
+        assert (file.genes(duplicates="drop").feature_ids != "").sum() == 28
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_duplicate_genes_are_refused_summed_or_dropped(tmp_path) -> None:
     [
         (-1.0, "-1 at cell 'cell_5', gene 'GENE110': it is negative"),
         (0.5, "0.5 at cell 'cell_5', gene 'GENE110': it is not a whole number"),
-        (np.nan, "nan at cell 'cell_5', gene 'GENE110': it is not a finite number"),
+        (np.nan, "nan at cell 'cell_5', gene 'GENE110': it is missing or infinite"),
         (np.inf, "inf at cell 'cell_5'"),
         (2.0**24 + 2, "larger than 2\\^24"),
     ],
@@ -168,8 +168,7 @@ def test_what_is_no_count_is_named(tmp_path, value: float, message: str) -> None
         H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
         pytest.raises(ValueError, match=message) as caught,
     ):
-        for start, block in file.chunks(4):
-            check_counts(block, file=file, start=start)
+        list(file.chunks(4))
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
@@ -182,5 +181,4 @@ def test_double_precision_fractions_do_not_round_to_counts(tmp_path) -> None:
         H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
         pytest.raises(ValueError, match="not a whole number"),
     ):
-        for start, block in file.chunks():
-            check_counts(block, file=file, start=start)
+        list(file.chunks())

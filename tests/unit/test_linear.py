@@ -6,9 +6,9 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import normalize
 
+from screformer.counts import Panels
 from screformer.layers import LINEAR_SCALE
 from screformer.start import INVERSE_PENALTY, logistic_start
-from screformer.tokenizer import Panels
 
 
 @pytest.mark.parametrize("num_labels", [2, 4])

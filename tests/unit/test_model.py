@@ -9,6 +9,7 @@ import torch
 from scipy import sparse
 
 from screformer.config import ModelConfig, TokensConfig
+from screformer.counts import CellCounts
 from screformer.layers import LINEAR_SCALE
 from screformer.model import ScReformer, classification_loss, expression_loss
 from screformer.start import svd_gene_embeddings
@@ -32,8 +33,7 @@ def counts_of_cells(num_cells: int, seed: int = 0) -> np.ndarray:
 
 
 def tokenize(counts_ng: np.ndarray, tokens: TokensConfig) -> dict[str, np.ndarray]:
-    matrix = sparse.csr_matrix(counts_ng)
-    return CellTokenizer(tokens, VOCABULARY)(matrix.indices, matrix.data.astype(np.float32), matrix.indptr)
+    return CellTokenizer(tokens, VOCABULARY)(CellCounts.of(counts_ng))
 
 
 def batch_of(counts_ng: np.ndarray, tokens: TokensConfig | None = None) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from scipy import sparse
 
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
-from screformer.genes import check_counts
+from screformer.counts import CellCounts, raw_counts
 from screformer.predictor import _TOKENS_PER_BATCH, Predictor
 
 
@@ -32,21 +32,21 @@ def counts() -> sparse.csr_matrix:
 def test_a_cell_gets_the_same_result_in_any_company(
     predictor: Predictor, counts: sparse.csr_matrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    match = predictor.match_genes(predictor.vocabulary.feature_ids)
-    whole = predictor.predict_counts(counts, match)
+    match = predictor.genes.match(predictor.vocabulary.feature_ids)
+    whole = predictor.predict(match.select(counts))
     assert len(set(whole.labels)) > 1, "a constant answer would test nothing"
-    again = predictor.predict_counts(counts, match)
+    again = predictor.predict(match.select(counts))
     np.testing.assert_array_equal(whole.probabilities_nk, again.probabilities_nk)
 
     order = np.random.default_rng(0).permutation(70)
-    shuffled = predictor.predict_counts(counts[order], match)
+    shuffled = predictor.predict(match.select(counts[order]))
     np.testing.assert_allclose(shuffled.probabilities_nk, whole.probabilities_nk[order], atol=1e-5)
     monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 50)
-    narrow = predictor.predict_counts(counts, match)
+    narrow = predictor.predict(match.select(counts))
     np.testing.assert_allclose(narrow.probabilities_nk, whole.probabilities_nk, atol=1e-5)
     np.testing.assert_allclose(narrow.embedding_nd, whole.embedding_nd, atol=1e-4)
     for cell in (0, 11, 69):
-        alone = predictor.predict_counts(counts[[cell]], match)
+        alone = predictor.predict(match.select(counts[[cell]]))
         np.testing.assert_allclose(alone.probabilities_nk[0], whole.probabilities_nk[cell], atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_batches_hold_each_cell_once_within_the_budget(
 
 
 def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -> None:
-    found = predictor.predict_counts(counts, predictor.match_genes(predictor.vocabulary.feature_ids))
+    found = predictor.predict(predictor.genes.match(predictor.vocabulary.feature_ids).select(counts))
     assert (
         len(found) == 70 and found.probabilities_nk.shape == (70, 4) and found.embedding_nd.shape == (70, 16)
     )
@@ -73,7 +73,7 @@ def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -
     names, cl_ids = LABELS["names"], [*LABELS["cl_ids"][:3], "unknown"]
     assert [names.index(label) for label in found.labels] == found.probabilities_nk.argmax(axis=1).tolist()
     assert [cl_ids[code] for code in found.label_codes] == found.cl_ids.tolist()
-    none = predictor.predict_counts(counts[:0], predictor.match_genes(predictor.vocabulary.feature_ids))
+    none = predictor.predict(predictor.genes.match(predictor.vocabulary.feature_ids).select(counts[:0]))
     assert len(none) == 0 and none.probabilities_nk.shape == (0, 4)
 
 
@@ -81,13 +81,13 @@ def test_the_library_size_counts_genes_that_the_model_does_not_know(
     predictor: Predictor, counts: sparse.csr_matrix
 ) -> None:
     ids = list(predictor.vocabulary.feature_ids)
-    alone = predictor.predict_counts(counts, predictor.match_genes(ids))
+    alone = predictor.predict(predictor.genes.match(ids).select(counts))
     more = sparse.hstack([np.full((70, 1), 500.0), counts]).tocsr()
-    match = predictor.match_genes(["ENSG99999999999", *ids])
-    diluted = predictor.predict_counts(more, match)
+    match = predictor.genes.match(["ENSG99999999999", *ids])
+    diluted = predictor.predict(match.select(more))
     assert np.abs(diluted.probabilities_nk - alone.probabilities_nk).max() > 1e-3
     total = np.asarray(counts.sum(axis=1)).ravel() + 500
-    flat = predictor.predict(counts.indices, counts.data, counts.indptr.astype(np.int64), total_counts=total)
+    flat = predictor.predict(CellCounts.of(counts, total_n=total))
     np.testing.assert_allclose(flat.probabilities_nk, diluted.probabilities_nk, atol=1e-6)
 
 
@@ -98,9 +98,9 @@ def test_genes_that_the_input_lacks_are_not_zeros(predictor: Predictor, counts: 
     skip.center.copy_(torch.linspace(0.1, 2.0, 40))
     without = counts.toarray()
     without[:, 5:9] = 0
-    zero = predictor.predict_counts(without, predictor.match_genes(ids))
+    zero = predictor.predict(predictor.genes.match(ids).select(without))
     kept = [*range(5), *range(9, 40)]
-    lacking = predictor.predict_counts(without[:, kept], predictor.match_genes([ids[gene] for gene in kept]))
+    lacking = predictor.predict(predictor.genes.match([ids[gene] for gene in kept]).select(without[:, kept]))
     with torch.no_grad():
         usual_k = (skip.center[5:9, None] * skip.weight.weight[7:11]).sum(0).numpy()
     ratio = np.log(lacking.probabilities_nk) - np.log(zero.probabilities_nk)
@@ -110,7 +110,7 @@ def test_genes_that_the_input_lacks_are_not_zeros(predictor: Predictor, counts: 
 
 def test_columns_in_any_order_and_type(predictor: Predictor, counts: sparse.csr_matrix) -> None:
     ids = np.array(predictor.vocabulary.feature_ids)
-    expected = predictor.predict_counts(counts, predictor.match_genes(ids.tolist())).probabilities_nk
+    expected = predictor.predict(predictor.genes.match(ids.tolist()).select(counts)).probabilities_nk
     order = np.random.default_rng(5).permutation(40)
     for matrix in (
         counts[:, order],
@@ -118,17 +118,17 @@ def test_columns_in_any_order_and_type(predictor: Predictor, counts: sparse.csr_
         counts[:, order].toarray().astype(np.int64),
         counts[:, order].astype(np.uint16),
     ):
-        found = predictor.predict_counts(matrix, predictor.match_genes(ids[order].tolist()))
+        found = predictor.predict(predictor.genes.match(ids[order].tolist()).select(matrix))
         np.testing.assert_allclose(found.probabilities_nk, expected, atol=1e-6)
 
 
 def test_columns_of_one_gene_are_summed(predictor: Predictor, counts: sparse.csr_matrix) -> None:
     ids = list(predictor.vocabulary.feature_ids)
-    expected = predictor.predict_counts(counts, predictor.match_genes(ids)).probabilities_nk
+    expected = predictor.predict(predictor.genes.match(ids).select(counts)).probabilities_nk
     part = counts.multiply(counts > 2).tocsr()
-    match = predictor.match_genes([*ids, *(f"{name}.3" for name in ids)])
+    match = predictor.genes.match([*ids, *(f"{name}.3" for name in ids)])
     assert match.num_by_id == 40 and match.expression_share == pytest.approx(1)
-    found = predictor.predict_counts(sparse.hstack([part, counts - part]).tocsr(), match)
+    found = predictor.predict(match.select(sparse.hstack([part, counts - part]).tocsr()))
     np.testing.assert_allclose(found.probabilities_nk, expected, atol=1e-6)
 
 
@@ -139,48 +139,48 @@ def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
     weight = vocabulary.mean_expression_g
 
     def index(ids: list[str], symbols: list[str] | None = None) -> list[int]:
-        return predictor.match_genes(ids, symbols).vocabulary_index.tolist()
+        return predictor.genes.match(ids, symbols).vocabulary_index.tolist()
 
     assert index(["ENSG00000000001.7", "ENSG00000000000", "other"]) == [1, 0, -1]
     assert index(["CD3D", "LYZ", "cd3d"]) == [0, 2, -1]
     assert index(["", "ENSG00000000002"], ["CD3D", "MS4A1"]) == [0, 2], "the id decides"
     assert index(["TWIN", "ENSG00000000003"]) == [-1, 3], "a name of two genes says nothing"
-    assert index(["CD3D", "CD3D", "LYZ"]) == [-1, -1, 2]
+    assert index(["CD3D", "CD3D", "LYZ"]) == [0, 0, 2], "columns of one name are one gene"
     assert index(["ENSG00000000000.1", "ENSG00000000000.2", "LYZ"]) == [0, 0, 2]
     assert index(["ENSG00000000000", "CD3D"]) == [0, -1], "a gene is taken once, by its id"
 
-    match = predictor.match_genes(["ENSG00000000001", "LYZ", "TWIN", "CD3D", "CD3D", "other"])
+    match = predictor.genes.match(["ENSG00000000001", "LYZ", "TWIN", "CD3D", "CD3D", "other"])
     assert (
         match.num_by_id,
         match.num_by_name,
         match.num_ambiguous,
         match.num_found,
         match.num_model_genes,
-    ) == (1, 1, 3, 2, 10)
-    assert match.expression_share == pytest.approx((weight[1] + weight[2]) / weight.sum())
+    ) == (1, 2, 1, 3, 10)
+    assert match.expression_share == pytest.approx(weight[:3].sum() / weight.sum())
     assert str(match).startswith(
-        "2 of the model's 10 genes found (1 by id, 1 by name, 3 ambiguous ones left out), "
+        "3 of the model's 10 genes found (1 by id, 2 by name, 1 ambiguous ones left out), "
     )
     match.require(0.2, source="input")
     with pytest.raises(
-        ValueError, match=r"input: too few genes: 2 of the model's 10 genes found .*at least 50.0% .*Ensembl"
+        ValueError, match=r"input: too few genes: 3 of the model's 10 genes found .*at least 90.0% .*Ensembl"
     ):
-        match.require(0.5, source="input")
+        match.require(0.9, source="input")
     with pytest.raises(
         ValueError, match="mouse.h5ad: too few genes: 0 of the model's 10 genes found .*another species"
     ):
-        predictor.match_genes(["ENSMUSG00000000001"], ["Cd3d"]).require(0.0, source="mouse.h5ad")
+        predictor.genes.match(["ENSMUSG00000000001"], ["Cd3d"]).require(0.0, source="mouse.h5ad")
     with pytest.raises(ValueError, match="2 ids but 1 names"):
-        predictor.match_genes(["a", "b"], ["a"])
+        predictor.genes.match(["a", "b"], ["a"])
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (-1.0, "value -1 is negative"),
-        (1.5, r"value 1.5 is fractional.*raw counts"),
-        (np.nan, "value nan is missing"),
-        (np.inf, "value inf is missing"),
+        (-1.0, "-1 at row 3, column 5: it is negative"),
+        (1.5, r"1.5 at row 3, column 5: it is not a whole number.*raw counts"),
+        (np.nan, "nan at row 3, column 5: it is missing"),
+        (np.inf, "inf at row 3, column 5: it is missing"),
     ],
 )
 def test_only_raw_counts_are_taken(
@@ -188,15 +188,16 @@ def test_only_raw_counts_are_taken(
 ) -> None:
     bad = counts.toarray()
     bad[3, 5] = value
-    with pytest.raises(ValueError, match=f"file: {message}"):
-        predictor.predict_counts(bad, predictor.match_genes(predictor.vocabulary.feature_ids), source="file")
+    with pytest.raises(ValueError, match=f"file holds {message}"):
+        predictor.predict(predictor.genes.match(predictor.vocabulary.feature_ids).select(bad, source="file"))
 
 
 def test_counts_must_be_numbers_and_fit_the_genes(predictor: Predictor, counts: sparse.csr_matrix) -> None:
-    with pytest.raises(ValueError, match="counts are of type object"):
-        check_counts(np.array(["a"], dtype=object), source="input")
+    for bad, kind in ((np.array([["a"]], dtype=object), "object"), (np.ones((1, 1), bool), "bool")):
+        with pytest.raises(ValueError, match=f"input: values are of type {kind}"):
+            raw_counts(bad, source="input")
     with pytest.raises(ValueError, match="counts have 40 columns, but genes were matched for 2"):
-        predictor.predict_counts(counts, predictor.match_genes(["a", "b"]))
+        predictor.predict(predictor.genes.match(["a", "b"]).select(counts))
 
 
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_other_kinds_of_models_predict(
     tmp_path: Path, counts: sparse.csr_matrix, overrides: dict[str, object]
 ) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **overrides), device="cpu")
-    match = predictor.match_genes(predictor.vocabulary.feature_ids)
-    whole = predictor.predict_counts(counts, match)
-    part = predictor.predict_counts(counts[60:], match)
+    match = predictor.genes.match(predictor.vocabulary.feature_ids)
+    whole = predictor.predict(match.select(counts))
+    part = predictor.predict(match.select(counts[60:]))
     np.testing.assert_allclose(part.probabilities_nk, whole.probabilities_nk[60:], atol=1e-5)

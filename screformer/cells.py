@@ -1,0 +1,147 @@
+"""Cells to be labelled or explained: what a source of them is, and the source in memory.
+
+Files and atlases are in `data_ingest.cells` and `data_ingest.atlas_cells`.
+
+Axes: n cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from screformer.counts import CellCounts, Panels
+from screformer.genes import GeneMatch
+from screformer.predictor import Predictions, Predictor
+
+CELLS_PER_READ = 4_096
+
+
+class CellSource(Protocol):
+    """Cells that can be read by position. Picklable and small; opens what it reads where it reads."""
+
+    @property
+    def num_cells(self) -> int:
+        """How many."""
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """Name of each cell, object (n,)."""
+
+    def labels(self, positions: np.ndarray) -> np.ndarray:
+        """Known label of each cell, object (n,), "" where none is known."""
+
+    def read(self, positions: np.ndarray) -> CellCounts:
+        """Raw counts over the model's genes of cells at increasing positions."""
+
+    def panels(self, positions: np.ndarray) -> Panels:
+        """Which of the model's genes were measured in which cells."""
+
+    def identity(self) -> dict[str, str]:
+        """What it is, as plain values that change with the cells."""
+
+    @property
+    def cells_per_read(self) -> int:
+        """How many cells are best read together."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnnDataCells:
+    """Cells of an AnnData in memory, or backed by a file."""
+
+    adata: Any
+    counts: Any
+    """The matrix of counts: X, a layer or raw.X."""
+    gene_names: Any
+    match: GeneMatch
+    source: str
+    """For messages."""
+
+    @classmethod
+    def open(
+        cls,
+        predictor: Predictor,
+        adata: Any,
+        *,
+        min_gene_overlap: float,
+        layer: str = "",
+        raw: bool = False,
+        source: str = "adata",
+    ) -> AnnDataCells:
+        """Find the model's genes in an AnnData.
+
+        Args:
+            predictor: The model.
+            adata: The cells.
+            min_gene_overlap: As `GeneMatch.require`.
+            layer: Counts are in this layer instead of X.
+            raw: Counts are in `raw.X` instead of X.
+            source: What it is called in messages.
+
+        Raises:
+            ValueError: No such layer or raw, no X, or too few genes.
+        """
+        layers = ", ".join(adata.layers) or "none"
+        if layer and layer not in adata.layers:
+            raise ValueError(f"{source} has no layer {layer!r}; it has {layers}")
+        if raw and adata.raw is None:
+            raise ValueError(f"{source} has no raw; leave raw=False to use X")
+        owner = adata.raw if raw else adata
+        counts = adata.layers[layer] if layer else owner.X
+        if counts is None:
+            raise ValueError(f"{source} has no X; name the layer with raw counts (it has {layers})")
+        match = predictor.genes.match_var(owner.var)
+        match.require(min_gene_overlap, source=source)
+        return cls(adata=adata, counts=counts, gene_names=owner.var_names, match=match, source=source)
+
+    @property
+    def num_cells(self) -> int:
+        """As `CellSource.num_cells`."""
+        return int(self.adata.n_obs)
+
+    @property
+    def cells_per_read(self) -> int:
+        """As `CellSource.cells_per_read`."""
+        return CELLS_PER_READ
+
+    def names(self, positions: np.ndarray) -> np.ndarray:
+        """As `CellSource.names`."""
+        return self.adata.obs_names.astype(str).to_numpy(dtype=object)[positions]
+
+    def labels(self, positions: np.ndarray) -> np.ndarray:
+        """As `CellSource.labels`: none is known."""
+        return np.full(len(positions), "", dtype=object)
+
+    def read(self, positions: np.ndarray) -> CellCounts:
+        """As `CellSource.read`.
+
+        Raises:
+            ValueError: Values that are no raw counts.
+        """
+        rows = slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
+        block = self.counts[rows] if rows.stop - rows.start == len(positions) else self.counts[positions]
+        places = [
+            f"layer={name!r}" for name in self.adata.layers if self.adata.layers[name] is not self.counts
+        ]
+
+        def place(row: int, column: int) -> str:
+            return f"cell {self.adata.obs_names[positions[row]]!r}, gene {self.gene_names[column]!r}"
+
+        return self.match.select(block, source=self.source, place=place, elsewhere=" or ".join(places))
+
+    def panels(self, positions: np.ndarray) -> Panels:
+        """As `CellSource.panels`: the genes that it has."""
+        return Panels.one(self.match.measured_g, len(positions))
+
+    def identity(self) -> dict[str, str]:
+        """As `CellSource.identity`: none, as nothing of it is kept."""
+        return {}
+
+
+def predictions(predictor: Predictor, source: CellSource) -> Iterator[Predictions]:
+    """Label all cells of a source, some thousands at a time; at least one, perhaps empty, part."""
+    for start in range(0, max(source.num_cells, 1), source.cells_per_read):
+        stop = min(start + source.cells_per_read, source.num_cells)
+        yield predictor.predict(source.read(np.arange(start, stop)))
