@@ -17,6 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
+from screformer.config import check_task_size, grad_accum_steps
+
 
 @dataclass(frozen=True)
 class ReadUnit:
@@ -53,11 +55,7 @@ class EpochPlan:
             min(self.num_cells, self.seed, self.epoch) >= 0
             and min(self.run_length, self.global_batch_size) >= 1
         )
-        if self.cells_per_task < self.global_batch_size:
-            raise ValueError(
-                f"stream.cells_per_task={self.cells_per_task} must hold at least one"
-                f" train.global_batch_size={self.global_batch_size}"
-            )
+        check_task_size(self.cells_per_task, self.global_batch_size)
 
     @property
     def steps_per_task(self) -> int:
@@ -130,12 +128,7 @@ class EpochPlan:
         Raises:
             ValueError: The global batch is not a multiple of the world size.
         """
-        lanes, rest = divmod(self.global_batch_size, world_size)
-        if rest:
-            raise ValueError(
-                f"train.global_batch_size={self.global_batch_size} is not a multiple of the world size"
-                f" {world_size}"
-            )
+        lanes = grad_accum_steps(self.global_batch_size, 1, world_size)
         assert 0 <= rank < world_size and 0 <= start_step <= self.num_steps
         if start_step == self.num_steps:
             return

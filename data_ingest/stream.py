@@ -21,7 +21,7 @@ from data_ingest.atlas import MEASUREMENT, open_atlas
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.tasks import map_tasks
-from screformer.config import AtlasConfig, StreamConfig, TokensConfig
+from screformer.config import AtlasConfig, StreamConfig, TokensConfig, grad_accum_steps
 from screformer.counts import CellCounts, Panels
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
 
@@ -164,15 +164,8 @@ class CellStream:
         Raises:
             ValueError: The global batch is not a multiple of micro-batch x world size.
         """
-        if self.global_batch_size % (micro_batch_size * world_size):
-            raise ValueError(
-                f"train.global_batch_size={self.global_batch_size} is not a multiple of micro_batch_size x"
-                f" world size"
-                f" ({micro_batch_size} x {world_size})"
-            )
-        num_batches = (self.steps_per_epoch - start_step) * (
-            self.global_batch_size // (micro_batch_size * world_size)
-        )
+        per_step = grad_accum_steps(self.global_batch_size, micro_batch_size, world_size)
+        num_batches = (self.steps_per_epoch - start_step) * per_step
         if num_batches <= 0:
             return
         blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)

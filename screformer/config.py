@@ -71,6 +71,19 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
     return size // unit
 
 
+def check_task_size(cells_per_task: int, global_batch_size: int) -> None:
+    """Refuse read tasks that hold less than one global batch.
+
+    Raises:
+        ValueError: `cells_per_task` is too small.
+    """
+    require(
+        cells_per_task >= global_batch_size,
+        f"stream.cells_per_task={cells_per_task} must hold at least one"
+        f" train.global_batch_size={global_batch_size}",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
     """Which atlas is read, and how TileDB reaches it. Hashable and picklable."""
@@ -198,18 +211,6 @@ class StreamConfig:
             self.cells_per_task >= self.run_length,
             f"stream.cells_per_task={self.cells_per_task} must be at least"
             f" stream.run_length={self.run_length}",
-        )
-
-    def check_holds(self, global_batch_size: int) -> None:
-        """Refuse read tasks that hold less than one global batch.
-
-        Raises:
-            ValueError: `cells_per_task` is too small.
-        """
-        require(
-            self.cells_per_task >= global_batch_size,
-            f"stream.cells_per_task={self.cells_per_task} must hold at least one"
-            f" train.global_batch_size={global_batch_size}",
         )
 
 
@@ -486,7 +487,7 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self.grad_accum_steps(self.cluster.num_workers)
-        self.stream.check_holds(self.train.global_batch_size)
+        check_task_size(self.stream.cells_per_task, self.train.global_batch_size)
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward passes per optimizer step on each of `world_size` ranks; raises as the function does."""
