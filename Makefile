@@ -6,13 +6,14 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format benchmark clean
+.PHONY: help install quickstart test lint format benchmark clean docs/settings.md
 
 help:
 	@echo "make install      .venv with screformer in it"
 	@echo "make quickstart   the whole chain on simulated cells, in ./quickstart (ARGS='--h5ad FILE' for yours)"
 	@echo "make test         the tests (ARGS='-k stream' for some)"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs/settings.md   the page of all settings, from screformer/config.py"
 	@echo "make benchmark    the stream and the attention against their peers"
 
 install: $(VENV)/installed
@@ -31,6 +32,9 @@ lint: $(VENV)/installed-for-tests
 format: $(VENV)/installed-for-tests
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+
+docs/settings.md: $(VENV)/installed
+	$(RUN) docs/make_settings.py > $@.part && mv $@.part $@
 
 benchmark: $(VENV)/installed-for-tests
 	$(RUN) -m jobs.benchmark stream

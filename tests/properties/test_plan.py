@@ -115,9 +115,7 @@ def test_a_task_that_cannot_hold_a_global_batch_is_refused():
 
 def test_a_world_size_that_does_not_divide_the_batch_is_refused():
     plan = EpochPlan(num_cells=100, seed=0, epoch=0, run_length=8, cells_per_task=64, global_batch_size=64)
-    with pytest.raises(
-        ValueError, match=r"global_batch_size=64 is not a multiple of .* \(1 x 3 = 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"global_batch_size=64 is not a multiple of .* \(1 x 3 = 3\)"):
         next(plan.units(0, 3))
 
 
