@@ -5,8 +5,10 @@ Axes: n cells, g genes, k classes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,18 +52,70 @@ class BaselineCells:
         return self.val if len(self.val.labels_n) else self.train
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Answer:
-    """What a method said of the test cells, and what it took."""
+class Labels(NamedTuple):
+    """What a method says of some cells."""
 
     predicted_n: np.ndarray
     """Class, int64."""
-    probabilities_nk: np.ndarray | None = None
+    probabilities_nk: np.ndarray | None
+    """float32; None for a method that has none."""
+
+
+class Candidate(NamedTuple):
+    """A method with one setting, fitted."""
+
+    setting: dict[str, Any]
+    label: Callable[[sparse.csr_matrix], Labels]
+    """From cells as in `Part.x_ng`."""
+    parameters: Callable[[], int]
+    """Numbers that were learned or kept."""
+
+
+Candidates = Generator[Candidate, None, None]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Answer:
+    """What the chosen candidate of a method says of the test cells."""
+
+    predicted_n: np.ndarray
+    """Class, int64."""
+    probabilities_nk: np.ndarray | None
     """float32; None for a method that has none."""
     chosen: dict[str, Any]
     """Settings that the validation cells chose."""
     parameters: int
     """Numbers that were learned or kept."""
+
+
+def choose(cells: BaselineCells, candidates: Candidates, *, patience: int = 0) -> Answer:
+    """Score candidates by macro-F1 on the validation cells, and let the best one label the test cells.
+
+    Args:
+        cells: The cells.
+        candidates: At least one, each fitted when it is asked for; the first of equally good ones wins.
+        patience: Ask for no more after so many candidates without a better one; 0 asks for all.
+    """
+    best: Candidate | None = None
+    best_score, worse = -1.0, 0
+    with contextlib.closing(candidates):
+        for candidate in candidates:
+            predicted_n = candidate.label(cells.chooser.x_ng).predicted_n
+            score = macro_f1(cells.chooser.labels_n, predicted_n, cells.num_classes)
+            if score > best_score:
+                best, best_score, worse = candidate, score, 0
+            else:
+                worse += 1
+            if patience and worse == patience:
+                break
+    assert best is not None
+    predicted_n, probabilities_nk = best.label(cells.test_x_ng)
+    return Answer(
+        predicted_n=predicted_n,
+        probabilities_nk=probabilities_nk,
+        chosen=best.setting,
+        parameters=best.parameters(),
+    )
 
 
 def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:

@@ -2,96 +2,88 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from scipy import sparse
-
-if TYPE_CHECKING:
-    pass
 from torch import Tensor, nn
 
-from jobs.studies.baseline_cells import Answer, BaselineCells, macro_f1, variable_genes
+from jobs.studies.baseline_cells import BaselineCells, Candidate, Candidates, Labels, variable_genes
+
+NUM_GENES, DIM, STEPS, BATCH, STEPS_PER_CANDIDATE = 200, 32, 150, 32, 50
 
 
-def scbert_baseline(cells: BaselineCells, seed: int) -> Answer:
-    """The architecture of scBERT, small and without its pre-trained weights.
+def scbert(cells: BaselineCells, seed: int) -> Candidates:
+    """The architecture of scBERT, small and without its pre-trained weights, after every 50 steps.
 
-    Performer over binned expression of the most variable genes.
-
-    Its classifier is a convolution over features, then two layers over all genes. Gene embeddings are fixed,
-    as its gene2vec ones are: the truncated SVD of the training cells.
+    Performer over binned expression of the most variable genes. Its classifier is a convolution over
+    features, then two layers over all genes. Gene embeddings are fixed, as its gene2vec ones are: the
+    truncated SVD of the training cells.
     """
     from screformer.start import svd_gene_embeddings
 
-    num_genes, dim, steps, batch = 200, 32, 150, 32
-    columns = variable_genes(cells.train.x_ng, num_genes)
-    train, chooser, test = (
-        x[:, columns].toarray() for x in (cells.train.x_ng, cells.chooser.x_ng, cells.test_x_ng)
-    )
+    columns = variable_genes(cells.train.x_ng, NUM_GENES)
+    train_ng = cells.train.x_ng[:, columns].toarray()
+    counts_k = np.bincount(cells.train.labels_n, minlength=cells.num_classes)
     rng = np.random.default_rng([seed, 14])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body = ScBert(len(columns), dim, 2, 2)
+        body = ScBert(len(columns), DIM, 2, 2)
         with torch.no_grad():
             body.gene.weight[: len(columns)] = torch.from_numpy(
-                svd_gene_embeddings(sparse.csr_array(sparse.csr_matrix(train)), dim, seed)
+                svd_gene_embeddings(sparse.csr_array(sparse.csr_matrix(train_ng)), DIM, seed)
             )
-        head = torch.nn.Sequential(
-            torch.nn.Linear(len(columns), 128), torch.nn.ReLU(), torch.nn.Linear(128, cells.num_classes)
-        )
-        conv = torch.nn.Linear(dim, 1)
-        network = torch.nn.ModuleList([body, conv, head])
+        head = nn.Sequential(nn.Linear(len(columns), 128), nn.ReLU(), nn.Linear(128, cells.num_classes))
+        conv = nn.Linear(DIM, 1)
+        network = nn.ModuleList([body, conv, head])
 
-        def logits(values: np.ndarray) -> torch.Tensor:
+        def logits(values_ng: np.ndarray) -> Tensor:
             # Bins of scBERT: whole part of log2(1 + counts per 10,000), the highest five in one.
-            bins = torch.from_numpy(np.clip(np.floor(values / np.log(2)), 0, NUM_BINS - 2).astype(np.int64))
-            return head(torch.relu(conv(body.encode(bins))).squeeze(-1))
+            bins = np.clip(np.floor(values_ng / np.log(2)), 0, NUM_BINS - 2).astype(np.int64)
+            return head(torch.relu(conv(body.encode(torch.from_numpy(bins))).squeeze(-1)))
 
-        def label(values: np.ndarray) -> np.ndarray:
-            network.eval()
-            with torch.no_grad():
-                found = [
-                    logits(values[start : start + 256]).softmax(1).numpy()
-                    for start in range(0, len(values), 256)
-                ]
-            network.train()
-            return np.concatenate(found) if found else np.zeros((0, cells.num_classes), np.float32)
-
-        counts_k = np.bincount(cells.train.labels_n, minlength=cells.num_classes)
         weights = torch.from_numpy((1 / np.sqrt(np.maximum(counts_k, 1))).astype(np.float32))
         trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        num_trained = sum(parameter.numel() for parameter in trained)
         optimizer = torch.optim.Adam(trained, lr=1e-3)
-        best: tuple[float, int, dict[str, torch.Tensor]] | None = None
-        for step in range(1, steps + 1):
-            rows = rng.choice(len(train), min(batch, len(train)), replace=False)
-            loss = torch.nn.functional.cross_entropy(
-                logits(train[rows]), torch.from_numpy(cells.train.labels_n[rows]), weight=weights
+        for step in range(1, STEPS + 1):
+            rows = rng.choice(len(train_ng), min(BATCH, len(train_ng)), replace=False)
+            loss = nn.functional.cross_entropy(
+                logits(train_ng[rows]), torch.from_numpy(cells.train.labels_n[rows]), weight=weights
             )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 50 == 0:
-                score = macro_f1(cells.chooser.labels_n, label(chooser).argmax(1), cells.num_classes)
-                if best is None or score > best[0]:
-                    best = (
-                        score,
-                        step,
-                        {name: weight.clone() for name, weight in network.state_dict().items()},
-                    )
-        assert best is not None
-        _, step, state = best
-        network.load_state_dict(state)
-        probabilities = label(test)
-    # A class without training cells still has an output; it must not be said.
-    probabilities[:, counts_k == 0] = 0
-    return Answer(
-        predicted_n=probabilities.argmax(1),
-        probabilities_nk=probabilities / np.maximum(probabilities.sum(1, keepdims=True), 1e-12),
-        chosen={"genes": len(columns), "steps": step},
-        parameters=sum(parameter.numel() for parameter in trained),
-    )
+            if step % STEPS_PER_CANDIDATE == 0:
+                state = {name: weight.clone() for name, weight in network.state_dict().items()}
+
+                def label(x_ng: sparse.csr_matrix, state: dict[str, Tensor] = state) -> Labels:
+                    network.load_state_dict(state)
+                    return _label(network, logits, x_ng[:, columns].toarray(), counts_k)
+
+                setting = {"genes": len(columns), "steps": step}
+                yield Candidate(setting, label, lambda: num_trained)
+
+
+def _label(
+    network: nn.Module,
+    logits: Callable[[np.ndarray], Tensor],
+    values_ng: np.ndarray,
+    counts_k: np.ndarray,
+) -> Labels:
+    network.eval()
+    with torch.no_grad():
+        found = [
+            logits(values_ng[start : start + 256]).softmax(1).numpy()
+            for start in range(0, len(values_ng), 256)
+        ]
+    network.train()
+    probabilities_nk = np.concatenate(found) if found else np.zeros((0, len(counts_k)), np.float32)
+    # A class without training cells still has an output; it must not be predicted.
+    probabilities_nk[:, counts_k == 0] = 0
+    share_nk = probabilities_nk / np.maximum(probabilities_nk.sum(1, keepdims=True), 1e-12)
+    return Labels(probabilities_nk.argmax(1), share_nk)
 
 
 NUM_BINS = 7

@@ -1,10 +1,12 @@
 """Every baseline on a few hundred made-up cells that are easy to tell apart."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import sparse
 
-from jobs.studies.baseline_cells import BaselineCells, Part
+from jobs.studies.baseline_cells import BaselineCells, Candidate, Labels, Part, choose
 from jobs.studies.baselines import BASELINES, check_names, run_baseline
 
 K, GENES = 4, 80
@@ -53,15 +55,40 @@ def test_baseline(name, cells):
 
 
 def test_settings_are_chosen_on_the_validation_cells_alone(cells):
-    """With validation labels shuffled another setting may win, but what is learned from the training cells
-    stays."""
     found, truth = cells
+    shuffled = np.random.default_rng(0).permutation(found.val.labels_n)
+    other = dataclasses.replace(found, val=Part(x_ng=found.val.x_ng, labels_n=shuffled))
+    answer, _ = run_baseline("logistic_l2", other, 0)
+    assert (answer.predicted_n == truth).mean() > 0.9, "shuffled validation labels teach nothing"
     empty = Part(x_ng=found.val.x_ng[:0], labels_n=found.val.labels_n[:0])
-    without = BaselineCells(
-        train=found.train, val=empty, test_x_ng=found.test_x_ng, num_classes=K, genes=found.genes
-    )
+    without = dataclasses.replace(found, val=empty)
     assert without.chooser is without.train and found.chooser is found.val
-    assert run_baseline("logistic_l2", found, 0)[0].chosen["C"] in (0.01, 0.1, 1.0, 10.0)
+
+
+def test_the_first_best_candidate_labels_the_test_cells_once(cells):
+    """Candidates label so many validation cells right; with patience, no more are fitted than needed."""
+    found, _ = cells
+    fitted, labelled = [], []
+
+    def candidates(rights):
+        for number, right in enumerate(rights):
+            fitted.append(number)
+
+            def label(x_ng, number=number, right=right):
+                if x_ng is found.test_x_ng:
+                    labelled.append(number)
+                    return Labels(np.full(x_ng.shape[0], number), None)
+                return Labels(np.where(np.arange(60) < right, found.val.labels_n, 3), None)
+
+            yield Candidate({"number": number}, label, lambda: 7)
+
+    rights = [10, 40, 40, 20, 50, 0]
+    answer = choose(found, candidates(rights))
+    assert (answer.chosen, answer.parameters, labelled) == ({"number": 4}, 7, [4]) and len(fitted) == 6
+    assert (answer.predicted_n == 4).all() and answer.probabilities_nk is None
+    fitted.clear()
+    assert choose(found, candidates(rights), patience=2).chosen == {"number": 1}
+    assert fitted == [0, 1, 2, 3]
 
 
 def test_names():
