@@ -25,6 +25,7 @@ from data_ingest.cells import H5adCells
 from jobs.explaining.checks import summary_lines
 from jobs.explaining.explanations import explain
 from jobs.explaining.shards import PLAN
+from jobs.reports.artifacts import log_explanations
 from jobs.tracking.models import pinned_model, resolve_model
 from jobs.tracking.runs import start_run
 from screformer.cells import CellSource
@@ -123,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "explain/correlation_random_weights": summary["correlation_random_weights"],
             }
             run.log_metrics(numbers, step=0)
-            for path in sorted(out.iterdir()):
-                run.log_file(path, folder="explanations")
+            log_explanations(run, out)
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

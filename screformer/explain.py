@@ -37,10 +37,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -299,15 +297,6 @@ def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
     kept = ~np.isin(cell.token_ids, np.asarray(genes) + NUM_SPECIAL)
     assert kept[cell.token_ids == CLS].all()
     return replace(cell, token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])
-
-
-def markers() -> pd.DataFrame:
-    """Canonical marker genes of major types, chosen by hand.
-
-    Columns `cell_type`, `cl_id`, `symbol`, `feature_id`.
-    """
-    with resources.files("screformer").joinpath("markers.tsv").open() as file:
-        return pd.read_csv(file, sep="\t", dtype=str)
 
 
 def _groups(pairs: Sequence[_Pair], num_nodes: int) -> list[list[_Pair]]:

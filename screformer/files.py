@@ -1,10 +1,18 @@
-"""Write files that other processes read."""
+"""Write files that other processes, or spreadsheets, read."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a cell of a spreadsheet begins that it would compute."""
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -25,3 +33,30 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV without its index.
+
+    Text that a spreadsheet would compute (`=1+1`, and names such as `-x`) starts with an apostrophe;
+    `read_csv` takes it off.
+    """
+    guarded = _with_text(table, lambda text: f"'{text}" if text.startswith(("'", *_FORMULA)) else text)
+    return guarded.to_csv(index=False)
+
+
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Read what `csv_text` wrote."""
+    import pandas as pd
+
+    return _with_text(
+        pd.read_csv(path, keep_default_na=False, na_values=[""]),
+        lambda text: text[1:] if text[:1] == "'" else text,
+    )
+
+
+def _with_text(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, str) else value
+
+    return table.map(changed).rename(columns=changed)

@@ -1,4 +1,4 @@
-"""Checks of explanations: additivity, deletion and insertion curves, markers, seeds.
+"""The summary of finished explanations: means, top genes, markers, and whether to believe them.
 
 Axes: n cells, m pairs of cell and class, g genes, k classes.
 """
@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from jobs.explaining.shards import GENES, SHARDS, MeasuredMeans, shards_of, tokens_of, values_matrix
-from jobs.reports.figures import bar_figure, beeswarm_figure, heat_figure, perturbation_figure
+from jobs.explaining.faithfulness import curves, sanity
+from jobs.explaining.pictures import draw
+from jobs.explaining.shards import GENES, MeasuredMeans, shards_of, values_matrix
+from jobs.reports.artifacts import write_explained
 from screformer.cells import CellSource
 from screformer.counts import Panels
-from screformer.explain import Attribution, CellTokens, Explainer, markers, without_genes
-from screformer.model import HASH_SEED, ScReformer
+from screformer.explain import CellTokens
+from screformer.markers import markers
 from screformer.predictor import Predictor
-from screformer.tokenizer import CLS, NUM_SPECIAL
 
 ADDITIVITY_BOUND = 0.05
 """Largest median additivity error, as a share of the distance of output and base, that passes without a loud
@@ -30,14 +31,8 @@ word."""
 
 TOP_GENES = 20
 
-
-_CHECKED_CELLS = 24
-
-
-_REPEATED_CELLS = 6
-
-
-_FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_DOT_GENES = 4
+"""Genes of each label in the dot plot."""
 
 
 def summarise(
@@ -105,7 +100,8 @@ def summarise(
             }
         )
     classes = pd.DataFrame(rows)
-    classes.to_csv(out / "classes.csv", index=False)
+    write_explained(out, "classes", classes)
+    write_explained(out, "dots", candidates.dots(top, names, gene_names))
     summary = {
         "cells": len(plan["cells"]),
         "background": len(plan["background"]),
@@ -115,11 +111,11 @@ def summarise(
             "bound": ADDITIVITY_BOUND,
             "holds": bool(np.median(errors) <= ADDITIVITY_BOUND),
         },
-        "curves": _curves(predictor, source, out),
-        **_sanity(predictor, source, out, background, num_nodes),
+        "curves": curves(predictor, source, out),
+        **sanity(predictor, source, out, background, num_nodes),
         "classes": [{key: value for key, value in row.items() if value == value} for row in rows],
     }
-    _draw(out, names, gene_names, mean_kg, top)
+    draw(out, names, gene_names, mean_kg, top)
     return summary
 
 
@@ -157,6 +153,23 @@ class _Candidates:
         others_kg = (mean_kg.sum(axis=0) - mean_kg) / np.maximum(seen_kg.sum(axis=0) - seen_kg, 1)
         return mean_kg > others_kg
 
+    def dots(self, top: dict[int, list[int]], names: list[str], gene_names: np.ndarray) -> pd.DataFrame:
+        """How the cells of each label express the first top genes of all labels, for a dot plot.
+
+        Returns:
+            One row per label and gene: `label`, `gene`, `share` of the label's cells that express it, and
+            `mean` of log1p of counts per 10,000.
+        """
+        genes = list(dict.fromkeys(gene for code in top for gene in top[code][:_DOT_GENES]))
+        rows = []
+        for code in top:
+            x_ng = self.x_ng[self.codes_n == code][:, genes]
+            share_g = np.asarray((x_ng > 0).mean(axis=0)).ravel()
+            mean_g = np.asarray(x_ng.mean(axis=0)).ravel()
+            for gene, share, mean in zip(genes, share_g, mean_g, strict=True):
+                rows.append({"label": names[code], "gene": gene_names[gene], "share": share, "mean": mean})
+        return pd.DataFrame(rows)
+
     def regression_top(self) -> dict[int, set[int]]:
         """Genes with the largest coefficients of a logistic regression that predicts the model's labels.
 
@@ -178,131 +191,6 @@ class _Candidates:
             int(code): set(np.argsort(-row)[:TOP_GENES].tolist())
             for code, row in zip(model.classes_, model.coef_, strict=True)
         }
-
-
-def _curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, Any]:
-    """Areas under the deletion and insertion curves.
-
-    A curve is the predicted label's probability over the share of genes taken away (deletion) or put in alone
-    (insertion). Genes go by their value, largest first, and in random order for comparison.
-    """
-    rng = np.random.default_rng(0)
-    every = np.ones(len(predictor.vocabulary), bool)
-    nothing = CellTokens(
-        token_ids=np.array([CLS]), values=np.zeros(1, np.float32), bin_ids=np.zeros(1, int), measured_g=every
-    )
-    explainer = Explainer(predictor.model, [nothing])
-    cells = _some_rows(out)
-    curves: dict[str, list[np.ndarray]] = {
-        "deletion": [],
-        "deletion, random": [],
-        "insertion": [],
-        "insertion, random": [],
-    }
-    for (_, row), tokens in zip(
-        cells.iterrows(), tokens_of(predictor, source, cells["position"].to_numpy()), strict=True
-    ):
-        code, own = predictor.label_names.tolist().index(row["class"]), tokens.token_ids[1:] - NUM_SPECIAL
-        value_of = dict(zip(row["genes"].tolist(), row["values"].tolist(), strict=True))
-        ranked = own[np.argsort([-value_of.get(gene, 0.0) for gene in own.tolist()], kind="stable")]
-        for suffix, order in (("", ranked), (", random", rng.permutation(own))):
-            steps = [round(fraction * len(order)) for fraction in _FRACTIONS]
-            for kind, removed in (
-                ("deletion", [order[:step] for step in steps]),
-                ("insertion", [order[step:] for step in steps]),
-            ):
-                logits = explainer.logits([without_genes(tokens, genes) for genes in removed])
-                curves[kind + suffix].append(predictor.calibration.probabilities(logits)[:, code])
-    means = {name: np.mean(values, axis=0) for name, values in curves.items()}
-    frame = pd.DataFrame(means, index=pd.Index(_FRACTIONS, name="share_of_genes"))
-    frame.to_csv(out / "curves.csv")
-    perturbation_figure(frame).savefig(out / "curves.png", dpi=120)
-    return {name: float(np.trapezoid(values, _FRACTIONS)) for name, values in means.items()}
-
-
-def _some_rows(out: Path) -> pd.DataFrame:
-    """Evenly chosen rows of cells with their predicted class.
-
-    Of the others only the positions are ever in memory.
-    """
-    positions = []
-    for path in sorted((out / SHARDS).glob("*.parquet")):
-        table = pd.read_parquet(path, columns=["position", "class", "predicted"])
-        positions.append(table["position"][table["class"] == table["predicted"]].to_numpy())
-    every = np.concatenate(positions)
-    wanted = set(every[np.unique(np.linspace(0, len(every) - 1, _CHECKED_CELLS).astype(int))].tolist())
-    kept = [
-        table[(table["class"] == table["predicted"]) & table["position"].isin(wanted)]
-        for table in shards_of(out)
-    ]
-    return pd.concat(kept, ignore_index=True).sort_values("position")
-
-
-def _sanity(
-    predictor: Predictor, source: CellSource, out: Path, background: list[CellTokens], num_nodes: int
-) -> dict[str, float]:
-    """Correlation of a few cells' values with those under another hash seed.
-
-    And with those of a network with random weights.
-
-    The first should be near 1, the second near 0.
-    """
-    table = next(shards_of(out))
-    positions = np.unique(table["position"])[:_REPEATED_CELLS]
-    tokens = tokens_of(predictor, source, positions)
-    config = predictor.config
-    untrained = ScReformer(
-        config.model,
-        config.tokens,
-        num_genes=len(predictor.vocabulary),
-        num_classes=len(predictor.label_names),
-        seed=config.train.seed + 1,
-    )
-    explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
-    other_hashes = Explainer(predictor.model, background, num_nodes=num_nodes, hash_seed=HASH_SEED + 1)
-    random_weights = Explainer(untrained.to(predictor.device).eval(), background, num_nodes=num_nodes)
-    hashes, weights = [], []
-    for cell in tokens:
-        code = int(explainer.logits([cell])[0].argmax())
-        own = explainer.attribute(cell, [code])[0]
-        hashes.append(_correlation(own, other_hashes.attribute(cell, [code])[0]))
-        weights.append(_correlation(own, random_weights.attribute(cell, [code])[0]))
-    return {
-        "correlation_other_hash_seed": float(np.mean(hashes)),
-        "correlation_random_weights": float(np.mean(weights)),
-    }
-
-
-def _correlation(one: Attribution, other: Attribution) -> float:
-    values = pd.concat([pd.Series(found.values, index=found.genes) for found in (one, other)], axis=1).fillna(
-        0
-    )
-    return float(np.corrcoef(values.to_numpy().T)[0, 1])
-
-
-def _draw(
-    out: Path, names: list[str], gene_names: np.ndarray, mean_kg: np.ndarray, top: dict[int, list[int]]
-) -> None:
-    """Beeswarm and bar picture of each class, heat map of classes by top genes."""
-    pictures = out / "pictures"
-    pictures.mkdir(exist_ok=True)
-    for code, genes in top.items():
-        rows = []
-        for table in shards_of(out):
-            own = table[(table["class"] == names[code]) & (table["predicted"] == names[code])]
-            if len(own):
-                rows.append(values_matrix(own, len(gene_names))[:, genes].toarray())
-        stem = "".join(letter if letter.isalnum() else "_" for letter in names[code])
-        bar_figure(gene_names[genes], mean_kg[code, genes], names[code]).savefig(
-            pictures / f"bar_{stem}.png", dpi=100
-        )
-        beeswarm_figure(gene_names[genes], np.concatenate(rows), names[code]).savefig(
-            pictures / f"beeswarm_{stem}.png", dpi=100
-        )
-    shown = list(dict.fromkeys(int(gene) for genes in top.values() for gene in genes[:8]))
-    heat_figure(mean_kg[np.ix_(list(top), shown)], [names[code] for code in top], gene_names[shown]).savefig(
-        pictures / "heat.png", dpi=100
-    )
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_ingest.tasks import map_tasks
-from jobs.explaining.checks import summarise, summary_lines
+from jobs.explaining.checks import summarise
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
+from jobs.reports.artifacts import EXPLAINED
 from screformer.cells import CellSource
 from screformer.cost import peak_memory_gb
 from screformer.counts import Panels
@@ -84,8 +85,7 @@ def explain(
     peaks = _run_tasks(model_dir, source, chosen, panels.panels_n, background_tokens, num_nodes, out)
     summary = summarise(predictor, source, out, background_tokens, plan, num_nodes)
     summary["memory_gb"] = {"task_peak": max(peaks, default=0.0), "driver_peak": peak_memory_gb()}
-    (out / "summary.md").write_text("\n\n".join(line.strip() for line in summary_lines(summary)) + "\n")
-    write_whole(out / "summary.json", json.dumps(summary, indent=2))
+    write_whole(out / EXPLAINED, json.dumps(summary, indent=2))
     return summary
 
 

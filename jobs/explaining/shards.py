@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+from jobs.reports.artifacts import EXPLAINED
 from screformer.cells import CellSource
 from screformer.explain import CellTokens, cell_tokens
 from screformer.predictor import Predictor
@@ -88,7 +89,7 @@ def load_explanations(out: str | Path) -> Explanations:
         ValueError: There is none, or it is not finished.
     """
     out = Path(out)
-    if not (out / "summary.json").is_file():
+    if not (out / EXPLAINED).is_file():
         raise ValueError(
             f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it"
             f" goes on where it stopped"

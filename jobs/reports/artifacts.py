@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,16 +22,15 @@ import yaml
 
 from jobs.reports.figures import confusion_figure, learning_figure, reliability_figure
 from jobs.tracking.runs import CONFIG, IDENTITY
+from screformer.files import csv_text, read_csv
 
 if TYPE_CHECKING:
     from jobs.reports.page import Report
     from jobs.tracking.logged import LoggedRun
     from jobs.tracking.runs import TrackedRun
 
-FOLDERS = {"explanations": "Marker genes", "annotated": "Annotated cells"}
-"""Artifact folders whose tables and pictures a report shows as they are, with the title of their section."""
-
-EXPLANATIONS, ANNOTATED = FOLDERS
+ANNOTATED = "annotated"
+"""Folder of tables of labelled files, which a report shows as they are."""
 
 _CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
     "confusion.csv",
@@ -40,6 +39,9 @@ _CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
     "test/baselines.csv",
 )
 _RELIABILITY = "calibration/reliability.csv"
+_EXPLANATIONS = "explanations"
+EXPLAINED = "summary.json"
+"""Written last into a folder of explanations."""
 _STUDY_PAGE, _STUDY_NUMBERS = "report.html", "report.json"
 
 
@@ -141,6 +143,33 @@ def log_curves(run: TrackedRun) -> None:
         run.log_figure(learning_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
 
 
+def write_explained(folder: Path, table: Literal["classes", "dots", "curves"], rows: pd.DataFrame) -> None:
+    """Write a table of explanations into their folder.
+
+    Args:
+        folder: The folder.
+        table: `classes` (genes and markers of each label), `dots` (expression of the top genes by label) or
+            `curves` (probability over the share of genes taken away or put in).
+        rows: The table.
+    """
+    (folder / f"{table}.csv").write_text(csv_text(rows))
+
+
+def log_explanations(run: TrackedRun, folder: Path) -> None:
+    """Log a folder of explanations: tables, values, pictures, and `summary.json`."""
+    for path in sorted(folder.iterdir()):
+        run.log_file(path, folder=_EXPLANATIONS)
+
+
+def read_explanations(run: LoggedRun) -> tuple[dict[str, Any], dict[str, pd.DataFrame]] | None:
+    """Summary and tables (by name) of a run's explanations; None where it has none."""
+    if f"{_EXPLANATIONS}/{EXPLAINED}" not in run.artifacts:
+        return None
+    summary = json.loads(run.file(f"{_EXPLANATIONS}/{EXPLAINED}").read_text())
+    found = {name: _read(run, f"{_EXPLANATIONS}/{name}.csv") for name in ("classes", "dots", "curves")}
+    return summary, {name: table for name, table in found.items() if table is not None}
+
+
 def write_study(report: Report, numbers: Mapping[str, Any], folder: Path) -> None:
     """Write the report of a study into its folder: the page, and its numbers as JSON."""
     report.write_html(folder / _STUDY_PAGE)
@@ -172,7 +201,7 @@ def _read(run: LoggedRun, path: str) -> pd.DataFrame | None:
     if path not in run.artifacts:
         return None
     file = run.file(path)
-    return pd.read_parquet(file) if path.endswith(".parquet") else pd.read_csv(file)
+    return pd.read_parquet(file) if path.endswith(".parquet") else read_csv(file)
 
 
 def _finite(tree: Any) -> Any:

@@ -185,6 +185,34 @@ def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, ti
     return figure
 
 
+def dot_figure(dots: pd.DataFrame) -> Figure:
+    """Genes (columns) by labels (rows): how many of the label's cells express the gene, and how strongly.
+
+    Args:
+        dots: `label`, `gene`, `share` in [0, 1] (the area of the dot) and `mean` (its colour).
+    """
+    labels, genes = list(dict.fromkeys(dots["label"])), list(dict.fromkeys(dots["gene"]))
+    figure = _figure(3.4 + 0.24 * len(genes), 1.6 + 0.34 * len(labels))
+    axes = figure.add_subplot()
+    places = axes.scatter(
+        dots["gene"].map(genes.index),
+        dots["label"].map(labels.index),
+        s=110 * dots["share"],
+        c=dots["mean"],
+        cmap="Reds",
+        vmin=0,
+        edgecolors="0.6",
+        linewidths=0.4,
+    )
+    axes.set_xticks(range(len(genes)), _plain(genes), rotation=90, fontsize=8)
+    axes.set_yticks(range(len(labels)), _plain(labels))
+    axes.set(xlim=(-0.7, len(genes) - 0.3), ylim=(len(labels) - 0.4, -0.6))
+    axes.grid(alpha=0.2)
+    axes.set_axisbelow(True)
+    figure.colorbar(places, ax=axes, label="mean of log1p(counts per 10,000)", shrink=0.9)
+    return figure
+
+
 def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[str] | np.ndarray) -> Figure:
     """Classes (rows) by genes, mean contributions, red for and blue against."""
     figure = _figure(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels))

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from jobs.reports.artifacts import (
-    FOLDERS,
+    ANNOTATED,
     read_baselines,
     read_config,
     read_confusion,
@@ -29,6 +29,7 @@ from jobs.reports.artifacts import (
     study_page,
 )
 from jobs.reports.cell_map import add_cell_map
+from jobs.reports.explained import add_explanations
 from jobs.reports.figures import (
     LEAST_CELLS,
     calibration_error,
@@ -41,6 +42,7 @@ from jobs.reports.provenance import add_provenance, listed, split_of
 from jobs.tracking.logged import LoggedRun
 from jobs.tracking.runs import TrackedRun
 from screformer.calibration import reliability_rows
+from screformer.files import read_csv
 
 OURS = "scReformer-BERT"
 
@@ -96,8 +98,8 @@ def run_report(run: LoggedRun, *others: LoggedRun) -> Report:
     if cells is not None:
         add_cell_map(report, cells)
     for source in (run, *others):
-        for folder, title in FOLDERS.items():
-            _add_folder(report, source, folder, title)
+        add_explanations(report, source)
+        _add_folder(report, source, ANNOTATED, "Annotated cells")
     add_provenance(report, run)
     return report
 
@@ -175,6 +177,10 @@ def _add_results(report: Report, run: LoggedRun) -> None:
             report.warning(f"F1 below 0.5: {listed(weak)}.")
         caption = "Test cells of each true type; a type without test cells has no recall."
         report.table("Each type", per_class, caption)
+    cells = read_test_cells(run)
+    if cells is not None:
+        for column, noun in (("donor_id", "donor"), ("dataset_id", "dataset")):
+            _add_groups(report, cells, column, noun)
     if confusion is not None:
         counts_kk, names = confusion
         report.figure(
@@ -184,6 +190,36 @@ def _add_results(report: Report, run: LoggedRun) -> None:
             " row, and below it the number of cells.",
             _confusion_alt(counts_kk, names),
         )
+
+
+def _add_groups(report: Report, cells: pd.DataFrame, column: str, noun: str) -> None:
+    """Scores of the test cells of each donor or dataset, the worst first; nothing where there is only one."""
+    rows = []
+    for name, own in cells.groupby(cells[column].astype(str), sort=True):
+        wrong = own[own["label"] != own["prediction"]]
+        mistakes = (wrong["label"].astype(str) + " as " + wrong["prediction"].astype(str)).value_counts()
+        recalls = (own["label"] == own["prediction"]).groupby(own["label"]).mean()
+        rows.append(
+            {
+                noun: name,
+                "cells": len(own),
+                "types": len(recalls),
+                "accuracy": 1 - len(wrong) / len(own),
+                "balanced accuracy": recalls.mean(),
+                "unsure": (own["said"] != own["prediction"]).mean(),
+                "most frequent mistake": f"{mistakes.index[0]} ({mistakes.iloc[0]})" if len(wrong) else "",
+            }
+        )
+    if len(rows) < 2:
+        return
+    table = pd.DataFrame(rows).sort_values("accuracy", kind="stable")
+    note = (
+        f"Of {len(cells):,} test cells whose predictions the run kept. Unsure is the share that is answered"
+        f" with unknown or a broader term."
+    )
+    if len(table) > _MOST_ROWS:
+        note += f" The {_MOST_ROWS} worst of {len(table):,}."
+    report.table(f"Each {noun}", table.head(_MOST_ROWS), note)
 
 
 def _add_curves(report: Report, run: LoggedRun) -> None:
@@ -236,23 +272,15 @@ def _add_calibration(report: Report, run: LoggedRun) -> None:
 
 
 def _add_folder(report: Report, run: LoggedRun, folder: str, title: str) -> None:
-    paths = [path for path in run.artifacts if path.startswith(f"{folder}/")]
-    shown = [path for path in paths if path.endswith((".csv", ".png", ".svg", ".md"))]
-    if not shown:
-        return
-    report.section(title)
-    pictures = (".png", ".svg")
-    for path in sorted(shown, key=lambda path: (not path.endswith(".md"), path.endswith(pictures), path)):
-        name = path.removeprefix(f"{folder}/").rpartition(".")[0].replace("_", " ").replace("/", ": ")
-        if path.endswith(".md"):
-            report.text(run.file(path).read_text(encoding="utf-8"))
-        elif path.endswith(pictures):
-            report.picture(name, run.file(path), "", f"{title}: {name}")
-        else:
-            table, note = pd.read_csv(run.file(path)), ""
-            if len(table) > _MOST_ROWS:
-                note = f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`."
-            report.table(name, table.head(_MOST_ROWS).map(_shortened), note)
+    paths = sorted(path for path in run.artifacts if path.startswith(f"{folder}/") and path.endswith(".csv"))
+    if paths:
+        report.section(title)
+    for path in paths:
+        name = path.removeprefix(f"{folder}/").removesuffix(".csv").replace("_", " ")
+        table, note = read_csv(run.file(path)), ""
+        if len(table) > _MOST_ROWS:
+            note = f"The first {_MOST_ROWS} of {len(table):,} rows; all are in the artifact `{path}`."
+        report.table(name, table.head(_MOST_ROWS).map(_shortened), note)
 
 
 def _shortened(value: Any) -> Any:

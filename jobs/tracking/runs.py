@@ -35,6 +35,7 @@ from jobs.tracking.client import (
 from jobs.tracking.entries import Entry, send_entry
 from jobs.tracking.identity import code_identity
 from jobs.tracking.outbox import outbox
+from screformer.files import csv_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -195,7 +196,7 @@ class TrackedRun:
 
     def log_table(self, table: pd.DataFrame, path: str) -> None:
         """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
-        self._log_text(path, table.to_csv(index=False))
+        self._log_text(path, csv_text(table))
 
     def log_figure(self, figure: Figure, path: str, *, dpi: int = 120) -> None:
         """Log a picture under `path`, such as `test/confusion.png`."""

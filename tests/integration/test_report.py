@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs.report import main
-from jobs.reports.artifacts import log_baselines, log_confusion, log_per_class, log_test_cells
+from jobs.reports.artifacts import ANNOTATED, log_baselines, log_confusion, log_per_class, log_test_cells
 from jobs.reports.cell_map import layout
 from jobs.reports.provenance import changed_settings
 from jobs.tracking.runs import TrackedRun, start_run
@@ -74,7 +74,7 @@ def _log_run(run: TrackedRun) -> None:
     cells["embedding"] = list((np.eye(5, 8)[labels] * 4 + rng.normal(size=(120, 8))).astype(np.float32))
     log_test_cells(run, cells)
     genes = pd.DataFrame(rng.random((60, 30)), columns=[f"gene{i}" for i in range(30)])
-    run.log_table(genes.assign(type="B cell"), "explanations/classes.csv")
+    run.log_table(genes.assign(type="B cell"), f"{ANNOTATED}/cells.csv")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,7 @@ def test_it_says_what_the_run_said(page: Path, run: TrackedRun) -> None:
         "Fine-tuning: blood",
         "120 cells of 2 donors",
         "logistic regression",
+        "Each donor",
         "plasma cell",
         "model.n_hashes",
         "s3://atlases/blood",

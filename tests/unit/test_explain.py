@@ -7,8 +7,9 @@ import torch
 
 from helpers.tiny_model import write_tiny_model
 from screformer.counts import CellCounts
-from screformer.explain import CellTokens, Explainer, cell_tokens, markers, without_genes
+from screformer.explain import CellTokens, Explainer, cell_tokens, without_genes
 from screformer.layers import LINEAR_SCALE
+from screformer.markers import markers
 from screformer.predictor import Predictor
 
 

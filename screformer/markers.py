@@ -1,0 +1,16 @@
+"""Canonical marker genes of major cell types."""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import pandas as pd
+
+
+def markers() -> pd.DataFrame:
+    """Canonical marker genes of major types, chosen by hand.
+
+    Columns `cell_type`, `cl_id`, `symbol`, `feature_id`.
+    """
+    with resources.files("screformer").joinpath("markers.tsv").open() as file:
+        return pd.read_csv(file, sep="\t", dtype=str)
