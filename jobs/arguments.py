@@ -16,7 +16,7 @@ import yaml
 from jobs.training.cells import describe, prepare_cells
 from jobs.training.run import run_training
 from jobs.training.run_folder import read_run
-from jobs.training.start import load_start, settled
+from jobs.training.start import load_start
 from screformer.config import Command, ExperimentConfig, Task
 
 
@@ -73,9 +73,8 @@ def train_command(task: Task, description: str, argv: Sequence[str] | None = Non
                 )
             start = load_start(config, init_from) if init_from else None
             cells = prepare_cells(config, task, start=start)
-            config, attention = settled(config, cells, start)
-            print(yaml.safe_dump(config.to_dict(task), sort_keys=False))
-            print(yaml.safe_dump(describe(config, cells), sort_keys=False) + attention)
+            print(yaml.safe_dump(cells.config.to_dict(task), sort_keys=False))
+            print(yaml.safe_dump(describe(cells), sort_keys=False) + cells.attention)
             return 0
         result = run_training(config, task, init_from=init_from, resume=arguments.resume, overrides=overrides)
     except (ValueError, ConnectionError, FileNotFoundError) as error:

@@ -76,7 +76,7 @@ def logistic_regression(cells: TrainingCells) -> Baseline:
         val=parts["val"],
         test_x_ng=parts["test"].x_ng,
         num_classes=k,
-        genes=cells.vocabulary.feature_ids,
+        genes=cells.genes.feature_ids,
     )
     answer, _ = run_baseline("logistic_l2", found, cells.config.train.seed)
     counts = LabelCounts(k)

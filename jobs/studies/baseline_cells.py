@@ -129,11 +129,11 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
         most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)
         if not len(positions):
             parts[part] = Part(
-                x_ng=sparse.csr_matrix((0, len(cells.vocabulary)), dtype=np.float32),
+                x_ng=sparse.csr_matrix((0, len(cells.genes)), dtype=np.float32),
                 labels_n=np.zeros(0, np.int64),
             )
             continue
-        found = cells.stream(part).sample(most, cells.config.train.seed)
+        found = cells.sample(part, most)
         # Of the 32-bit kind: scikit-learn's solvers take no other.
         values = sparse.csr_matrix(found.cells.normalised())
         values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)

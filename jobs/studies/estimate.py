@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ import torch
 
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.study import Study
-from screformer.attention import settle_attention
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer, classification_loss
 from screformer.tokenizer import NUM_SPECIAL
@@ -67,10 +65,8 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
             [config.model.__dict__, config.tokens.__dict__, config.train.micro_batch_size], default=str
         )
         if key not in measured:
-            config = dataclasses.replace(
-                config, model=settle_attention(config.model, config.tokens.most_slots(num_genes))[0]
-            )
-            measured[key] = train_seconds_per_cell(config, num_genes, k)
+            named = study.cells(config, "finetune", 0).config  # its attention is
+            measured[key] = train_seconds_per_cell(named, num_genes, k)
         steps = config.train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
         evaluations = config.train.max_steps // config.train.eval_every_steps + 2
         for size in sizes:

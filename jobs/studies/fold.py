@@ -16,19 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from data_ingest.ontology import lineage
 from jobs.studies.baseline_cells import BaselineCells, Part, baseline_parts
 from jobs.studies.baselines import run_baseline
 from jobs.studies.results import OURS, FoldResult
 from jobs.studies.study import Study
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
-from jobs.training.launch import train_on_cluster
-from jobs.training.start import initial_arrays, settled
-from jobs.training.worker import train_alone
-from screformer.calibration import fit_calibration
-from screformer.checkpoint import add_meta, load_model, save_model
-from screformer.config import ExperimentConfig, Task
+from jobs.training.launch import train
+from jobs.training.task import training_task
+from screformer.checkpoint import add_meta, load_model
+from screformer.config import Task
 from screformer.cost import reset_peak_memory
 from screformer.objective import label_prior
 from screformer.predictor import Predictor
@@ -57,7 +54,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         start_dir = _pretrained(study, settings, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
         begun_s = time.perf_counter()
-        model_dir, trained = train_fold(config, "finetune", cells, start_dir, run, folder / f"fold-{fold}")
+        model_dir, trained = train_fold("finetune", cells, start_dir, run, folder / f"fold-{fold}")
         train_s = time.perf_counter() - begun_s
         predictor = Predictor.load(model_dir, device=None if config.cluster.use_gpu else "cpu")
         known = study.known(cells)
@@ -67,7 +64,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         joinids, begun_s = np.zeros(len(positions), np.int64), time.perf_counter()
         for first in range(0, len(positions), _CELLS_AT_ONCE):
             rows = slice(first, first + _CELLS_AT_ONCE)
-            sample = study.test_stream(cells, positions[rows]).sample(_CELLS_AT_ONCE, 0)
+            sample = study.test_cells(cells, positions[rows]).sample("test", _CELLS_AT_ONCE)
             said = predictor.predict(sample.cells)
             probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
@@ -124,7 +121,7 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
         start_dir = _pretrained(study, settings, everything, run)
         cells = study.cells(config, "finetune", everything, start_dir)
-        model_dir, _ = train_fold(config, "finetune", cells, start_dir, run, study.run_dir / "final")
+        model_dir, _ = train_fold("finetune", cells, start_dir, run, study.run_dir / "final")
         add_meta(model_dir, {"folds": dict(folds)})
         version = run.register(model_dir, config.tracking.model_name)
     registered.write_text(json.dumps({"version": version, "settings": dict(settings)}))
@@ -150,7 +147,7 @@ def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndar
         val=parts["val"],
         test_x_ng=test.x_ng,
         num_classes=len(study.label_names),
-        genes=cells.vocabulary.feature_ids,
+        genes=cells.genes.feature_ids,
     )
     return found, joinids, test.labels_n, known
 
@@ -212,7 +209,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
         cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
     with start_run(config, "pretrain", parent=run) as own_run:
-        model_dir, _ = train_fold(config, "pretrain", cells, None, own_run, scratch)
+        model_dir, _ = train_fold("pretrain", cells, None, own_run, scratch)
     try:
         model_dir.rename(target)  # at once or not at all; another trial may have been faster
     except OSError:
@@ -223,46 +220,10 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
 
 
 def train_fold(
-    config: ExperimentConfig,
-    task: Task,
-    cells: TrainingCells,
-    start_dir: Path | None,
-    run: TrackedRun,
-    folder: Path,
-) -> tuple[Path, dict[str, Any]]:
-    """Train on a fold's cells; the folder of the best model, and cells/s, peak memory and best step."""
+    task: Task, cells: TrainingCells, start_dir: Path | None, run: TrackedRun, folder: Path
+) -> tuple[Path, dict[str, float]]:
+    """Train on a fold's cells: the folder of the best model, and what the training took."""
     start = load_model(start_dir) if start_dir else None
-    config, _ = settled(config, cells, start)
-    cells, arrays = initial_arrays(cells, start, None)
-    meta = {"task": task, **cells.identity(), "run_id": run.run_id}
-    history: dict[str, list[float]] = {}
-    if config.cluster.num_workers > 1:
-        result = train_on_cluster(config, task, cells, arrays, run, str(folder / task), None)
-        with result.checkpoint.as_directory() as found:
-            shutil.copytree(Path(found) / "model", folder / "model", dirs_exist_ok=True)
-        wanted = run.histories(("train/cells_per_s", "mem/peak_gb", "best_step"))
-        history |= {name: [value for _, value in points] for name, points in wanted.items()}
-    else:
-
-        def report(metrics: dict[str, float], step: int) -> None:
-            run.log_metrics(metrics, step=step)
-            for name, value in metrics.items():
-                history.setdefault(name, []).append(value)
-
-        streams = {part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)}
-        outcome = train_alone(config, task, streams, cells.labels, cells.class_counts_k, arrays, report)
-        calibration = None
-        if outcome.val_outputs is not None and len(outcome.val_outputs):
-            prior_k = label_prior(cells.class_counts_k, config.train.class_weighting)
-            calibration = fit_calibration(
-                outcome.val_outputs, lineage(cells.labels["cl_ids"]), prior_k=prior_k
-            )
-        save_model(
-            folder / "model", outcome.weights, config, cells.vocabulary, cells.labels, meta, calibration
-        )
-    speeds = history.get("train/cells_per_s", [0.0])
-    return folder / "model", {
-        "cells_per_s": float(np.median(speeds)),
-        "peak_memory_gb": max(history.get("mem/peak_gb", [0.0])),
-        "best_step": int(history.get("best_step", [0])[-1]),
-    }
+    training = training_task(task, cells, run, model=start)
+    trained = train(training, str(folder), in_process=cells.config.cluster.num_workers == 1)
+    return trained.model_dir, trained.account

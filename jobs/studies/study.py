@@ -23,7 +23,6 @@ from cluster.connect import connect
 from data_ingest.folds import FILE, Folds, load_folds, make_folds
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, sample_cells
-from data_ingest.stream import CellStream
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.layout import check_study_layout, num_cpus, search_space
 from jobs.tracking.identity import code_identity
@@ -126,10 +125,9 @@ class Study:
         start = load_model(model_dir) if model_dir else None
         return prepare_cells(config, task, start=start, query=self.query, split=split)
 
-    def test_stream(self, cells: TrainingCells, positions: np.ndarray) -> CellStream:
-        """Given cells with their class among all k, read over the genes of a fold's model."""
-        whole = dataclasses.replace(cells, codes_n=self.labels_n, parts={**cells.parts, "test": positions})
-        return whole.stream("test")
+    def test_cells(self, cells: TrainingCells, positions: np.ndarray) -> TrainingCells:
+        """A fold's cells with given ones to test, in their class among all k."""
+        return dataclasses.replace(cells, codes_n=self.labels_n, parts={**cells.parts, "test": positions})
 
     def known(self, cells: TrainingCells) -> list[int]:
         """The classes of a fold's training cells, in the order of its model's."""

@@ -1,20 +1,21 @@
 """The cells of a training run: query, split, classes, genes.
 
-Axes: n cells of the query, g genes of the vocabulary, k classes.
+Axes: n cells of the query, g genes, k classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
-from data_ingest.stream import CellStream, gene_of_var
+from data_ingest.stream import CellStream, Sample, gene_of_var
+from screformer.attention import settle_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel
 from screformer.config import ExperimentConfig, Task
 from screformer.cost import activation_bytes, state_bytes
@@ -22,22 +23,19 @@ from screformer.counts import Panels
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
 
-SAMPLE_CELLS = 4096
-"""Training cells, at most, from which mean expression and the SVD start are taken."""
-
-
 MIN_OVERLAP = 0.5
 """Least share of a given model's expected expression that the query's genes must carry."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingCells:
-    """Cells, labels and parts of a run.
+    """Cells, labels, genes and parts of a run.
 
     The parts of one configuration are the same for pre-training and fine-tuning.
     """
 
     config: ExperimentConfig
+    """The run's settings, with the atlas pinned and the attention named."""
     query: QueryResult
     labels: dict[str, Any]
     """`column`, `names` of the k classes, `cl_ids`; without names for pre-training."""
@@ -46,7 +44,10 @@ class TrainingCells:
     parts: dict[str, np.ndarray]
     """Positions among the query's cells of `train`, `val` and `test`, increasing; a part may be empty,
     `train` is not."""
-    vocabulary: GeneVocabulary
+    genes: GeneVocabulary
+    """Which genes the model knows. Their mean expression is read later, by `starting_point`."""
+    attention: str
+    """Which attention was taken and why, for the log."""
     notes: tuple[str, ...]
     """What a reader of the results must know: cells left out, a split that could not be as wished."""
 
@@ -56,28 +57,23 @@ class TrainingCells:
         codes = self.codes_n[self.parts["train"]]
         return np.bincount(codes[codes >= 0], minlength=len(self.labels["names"]))
 
-    def stream(self, part: str) -> CellStream:
-        """The cells of one part as batches; those of `train` shuffled."""
-        positions, config = self.parts[part], self.config
-        return CellStream(
-            self.query.atlas,
-            self.query.obs_joinids[positions],
-            self.codes_n[positions],
-            self.vocabulary,
-            config.tokens,
-            config.stream,
-            global_batch_size=config.train.global_batch_size,
-            seed=config.train.seed,
-            panels=self._panels.take(positions),
-            shuffle=part == "train",
-            read_cpus=config.cluster.cpus_per_read_task,
-        )
+    def streams(self, vocabulary: GeneVocabulary) -> dict[str, CellStream]:
+        """Part to its cells as batches of tokens; those of `train` shuffled; without empty parts.
+
+        Args:
+            vocabulary: `genes` with their mean expression, which chooses the tokens of a long cell.
+        """
+        return {part: self._stream(part, vocabulary) for part, cells in self.parts.items() if len(cells)}
+
+    def sample(self, part: str, most_cells: int, *, even_labels: bool = False) -> Sample:
+        """Raw counts of at most `most_cells` cells of a part, as `CellStream.sample`. Ray must be running."""
+        stream = self._stream(part, self.genes)
+        return stream.sample(most_cells, self.config.train.seed, even_labels=even_labels)
 
     def groups(self, part: str) -> list[str]:
         """The split's groups (such as donors) in a part."""
-        return sorted(
-            set(self.query.obs[self.config.split.group_by].astype(str).to_numpy()[self.parts[part]])
-        )
+        groups_n = self.query.obs[self.config.split.group_by].astype(str).to_numpy()
+        return sorted(set(groups_n[self.parts[part]]))
 
     def identity(self) -> dict[str, Any]:
         """What has to be kept with a model of these cells."""
@@ -94,15 +90,23 @@ class TrainingCells:
     @cached_property
     def _panels(self) -> Panels:
         """Which genes were measured in which cells of the query."""
-        return self.query.panels(gene_of_var(self.query.atlas, self.vocabulary), len(self.vocabulary))
+        return self.query.panels(gene_of_var(self.query.atlas, self.genes), len(self.genes))
 
-    @cached_property
-    def sample(self) -> sparse.csr_array:
-        """log1p of counts per 10,000 of at most `SAMPLE_CELLS` training cells, float32 (cells, g).
-
-        Ray must be running.
-        """
-        return self.stream("train").sample(SAMPLE_CELLS, self.config.train.seed).cells.normalised()
+    def _stream(self, part: str, vocabulary: GeneVocabulary) -> CellStream:
+        positions, config = self.parts[part], self.config
+        return CellStream(
+            self.query.atlas,
+            self.query.obs_joinids[positions],
+            self.codes_n[positions],
+            vocabulary,
+            config.tokens,
+            config.stream,
+            global_batch_size=config.train.global_batch_size,
+            seed=config.train.seed,
+            panels=self._panels.take(positions),
+            shuffle=part == "train",
+            read_cpus=config.cluster.cpus_per_read_task,
+        )
 
 
 def prepare_cells(
@@ -113,16 +117,15 @@ def prepare_cells(
     query: QueryResult | None = None,
     split: Split | None = None,
 ) -> TrainingCells:
-    """Run the query, split its cells, and choose classes and genes. Ray is not needed.
+    """Run the query, split its cells, choose classes and genes, and settle the attention.
 
     All cells of the query are split, labelled or not, so that pre-training and fine-tuning of one
-    configuration hold out the same groups. For fine-tuning, cells without a label, and labels with fewer than
-    `labels.min_cells` training cells, are then left out.
+    configuration hold out the same groups. Ray is not needed.
 
     Args:
         config: The run's settings.
         task: `finetune` needs labels.
-        start: A model to start from, whose vocabulary is kept.
+        start: A model to start from, whose genes and attention are kept.
         query: The query's result, where it is known.
         split: Parts of the query's cells, such as those of a fold; None splits as `config.split` says.
 
@@ -133,115 +136,132 @@ def prepare_cells(
     if task == "pretrain" and config.tokens.expression == "binary":
         raise ValueError(
             "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the"
-            " same expression; choose"
-            " another encoding, or fine-tune without pre-training"
+            " same expression; choose another encoding, or fine-tune without pre-training"
         )
     query = query or run_query(config)
-    label_codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
-    all_names = [str(name) for name in query.obs["label"].cat.categories]
+    config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
+    codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     if split is None:
-        split = split_cells(
-            query.obs[config.split.group_by].astype(str).to_numpy(),
-            label_codes_n,
-            config.split,
-            config.train.seed,
-        )
+        groups_n = query.obs[config.split.group_by].astype(str).to_numpy()
+        split = split_cells(groups_n, codes_n, config.split, config.train.seed)
     parts, notes = dict(split), list(split.notes)
-
-    labels, codes_n = dict(NO_LABELS), np.full(len(label_codes_n), -1, dtype=np.int64)
     if task == "finetune":
-        counts = np.bincount(
-            label_codes_n[parts["train"]][label_codes_n[parts["train"]] >= 0], minlength=len(all_names)
-        )
-        kept = [code for code in range(len(all_names)) if counts[code] >= config.labels.min_cells]
-        rare = {all_names[code]: int(counts[code]) for code in range(len(all_names)) if code not in kept}
-        if len(kept) < 2:
-            listed = (
-                ", ".join(f"{name} ({count})" for name, count in zip(all_names, counts.tolist(), strict=True))
-                or "none"
-            )
-            raise ValueError(
-                f"fine-tuning needs at least 2 labels with labels.min_cells={config.labels.min_cells}"
-                f" training cells; labels.column="
-                f"{config.labels.column!r} has {listed}; widen the query or lower labels.min_cells"
-            )
-        if rare:
-            notes.append(
-                f"labels with fewer than {config.labels.min_cells} training cells are left out: {rare}"
-            )
-        new_code = np.full(len(all_names) + 1, -1, dtype=np.int64)
-        new_code[kept] = np.arange(len(kept))
-        codes_n = new_code[label_codes_n]
-        names = [all_names[code] for code in kept]
-        labels = {
-            "column": config.labels.column,
-            "names": names,
-            "cl_ids": [query.label_cl_ids.get(name, "") for name in names],
-        }
-        for part, positions in parts.items():
-            parts[part] = positions[codes_n[positions] >= 0]
-        unlabelled = int((label_codes_n < 0).sum())
-        if unlabelled:
-            notes.append(f"{unlabelled} cells without a label are left out")
-    for part in ("val", "test"):
-        if not len(parts[part]):
-            notes.append(f"no {part} cells")
-    if start is None:
-        share_g = query.measured_share(parts["train"])
-        measured_g = (share_g > 0) & (share_g >= config.query.min_measured)
-        if not measured_g.any():
-            raise ValueError(
-                f"no gene was measured for query.min_measured={config.query.min_measured} of the training"
-                f" cells; lower it, or query"
-                " datasets that have genes in common"
-            )
-        if not measured_g.all():
-            notes.append(
-                f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, which were not measured"
-                f" for any training cell, or for"
-                f" less than {config.query.min_measured:.0%} of them (query.min_measured)"
-            )
-        vocabulary = query.vocabulary(measured_g)
+        labels, codes_n, label_notes = _classes(config, query, parts["train"], codes_n)
+        notes += label_notes
+        parts = {part: positions[codes_n[positions] >= 0] for part, positions in parts.items()}
     else:
-        vocabulary = start.vocabulary
+        labels, codes_n = dict(NO_LABELS), np.full(len(codes_n), -1, dtype=np.int64)
+    notes += [f"no {part} cells" for part in ("val", "test") if not len(parts[part])]
+    if start is None:
+        genes, gene_notes = _measured_genes(config, query, parts["train"])
+        notes += gene_notes
+    else:
+        genes = start.vocabulary
         check_overlap(query, start)
-        theirs = start.meta.get("split", {})
-        seen = set(theirs["groups"]["train"]) if theirs.get("group_by") == config.split.group_by else set()
-        held_out = query.obs[config.split.group_by].astype(str).to_numpy()[parts["test"]]
-        leaked = sorted(seen & set(held_out))
-        if leaked:
-            notes.append(
-                f"the start model was trained on {len(leaked)} of the test groups ({', '.join(leaked[:5])}):"
-                f" the test flatters it"
-            )
+        notes += _leaks(config, query, parts["test"], start)
+        if config.model.attention == "auto":  # its weights fit no other
+            config = config.merge({"model.attention": start.config.model.attention})
+    model, attention = settle_attention(config.model, config.tokens.most_slots(len(genes)))
     return TrainingCells(
-        config=config,
+        config=dataclasses.replace(config, model=model),
         query=query,
         labels=labels,
         codes_n=codes_n,
         parts=parts,
-        vocabulary=vocabulary,
+        genes=genes,
+        attention=attention,
         notes=tuple(notes),
     )
 
 
-def describe(config: ExperimentConfig, cells: TrainingCells) -> dict[str, Any]:
+def _classes(
+    config: ExperimentConfig, query: QueryResult, train: np.ndarray, codes_n: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray, list[str]]:
+    """Labels with at least `labels.min_cells` training cells; each cell's class among them; notes."""
+    all_names = [str(name) for name in query.obs["label"].cat.categories]
+    train_codes = codes_n[train]
+    counts = np.bincount(train_codes[train_codes >= 0], minlength=len(all_names))
+    kept = [code for code in range(len(all_names)) if counts[code] >= config.labels.min_cells]
+    rare = {all_names[code]: int(counts[code]) for code in range(len(all_names)) if code not in kept}
+    if len(kept) < 2:
+        listed = ", ".join(
+            f"{name} ({count})" for name, count in zip(all_names, counts.tolist(), strict=True)
+        )
+        raise ValueError(
+            f"fine-tuning needs at least 2 labels with labels.min_cells={config.labels.min_cells}"
+            f" training cells; labels.column={config.labels.column!r} has {listed or 'none'}; widen the query"
+            f" or lower labels.min_cells"
+        )
+    notes = []
+    if rare:
+        notes.append(f"labels with fewer than {config.labels.min_cells} training cells are left out: {rare}")
+    unlabelled = int((codes_n < 0).sum())
+    if unlabelled:
+        notes.append(f"{unlabelled} cells without a label are left out")
+    new_code = np.full(len(all_names) + 1, -1, dtype=np.int64)
+    new_code[kept] = np.arange(len(kept))
+    names = [all_names[code] for code in kept]
+    labels = {
+        "column": config.labels.column,
+        "names": names,
+        "cl_ids": [query.label_cl_ids.get(name, "") for name in names],
+    }
+    return labels, new_code[codes_n], notes
+
+
+def _measured_genes(
+    config: ExperimentConfig, query: QueryResult, train: np.ndarray
+) -> tuple[GeneVocabulary, list[str]]:
+    """Genes that enough training cells measured, and notes."""
+    share_g = query.measured_share(train)
+    measured_g = (share_g > 0) & (share_g >= config.query.min_measured)
+    if not measured_g.any():
+        raise ValueError(
+            f"no gene was measured for query.min_measured={config.query.min_measured} of the training"
+            f" cells; lower it, or query datasets that have genes in common"
+        )
+    notes = []
+    if not measured_g.all():
+        notes.append(
+            f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, which were not measured"
+            f" for any training cell, or for less than {config.query.min_measured:.0%} of them"
+            f" (query.min_measured)"
+        )
+    return query.vocabulary(measured_g), notes
+
+
+def _leaks(config: ExperimentConfig, query: QueryResult, test: np.ndarray, start: LoadedModel) -> list[str]:
+    """A note, where the start model was trained on test groups."""
+    theirs = start.meta.get("split", {})
+    if theirs.get("group_by") != config.split.group_by:
+        return []
+    held_out = set(query.obs[config.split.group_by].astype(str).to_numpy()[test])
+    leaked = sorted(set(theirs["groups"]["train"]) & held_out)
+    if not leaked:
+        return []
+    return [
+        f"the start model was trained on {len(leaked)} of the test groups ({', '.join(leaked[:5])}):"
+        f" the test flatters it"
+    ]
+
+
+def describe(cells: TrainingCells) -> dict[str, Any]:
     """What a run will take: cells, steps, parameters, and a rough estimate of memory per worker in GB."""
-    tokens, model, train = config.tokens, config.model, config.train
+    config, train = cells.config, cells.config.train
     network = ScReformer(
-        model,
-        tokens,
-        num_genes=len(cells.vocabulary),
+        config.model,
+        config.tokens,
+        num_genes=len(cells.genes),
         num_classes=len(cells.labels["names"]),
         seed=train.seed,
     )
     num_parameters = sum(param.numel() for param in network.parameters())
-    slots = tokens.most_slots(len(cells.vocabulary))
+    slots = config.tokens.most_slots(len(cells.genes))
     num_train = len(cells.parts["train"])
     return {
         "cells": {part: len(positions) for part, positions in cells.parts.items()},
         "groups": {part: len(cells.groups(part)) for part in cells.parts},
-        "genes": len(cells.vocabulary),
+        "genes": len(cells.genes),
         "labels": dict(zip(cells.labels["names"], cells.class_counts_k.tolist(), strict=True)),
         "steps": {
             "max": train.max_steps,

@@ -1,22 +1,25 @@
-"""Launch a training on a cluster with Ray Train."""
+"""Launch a training with Ray Train: on workers, or in this process."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train.torch
+from ray.train.torch import TorchConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from data_ingest.ontology import lineage
-from jobs.tracking.identity import code_identity
-from jobs.tracking.runs import TrackedRun
-from jobs.training.cells import TrainingCells
 from jobs.training.run_folder import attempts
+from jobs.training.task import TrainingTask
 from jobs.training.worker import train_loop_per_worker
-from screformer.config import ExperimentConfig, Task
+from screformer.config import ExperimentConfig
 
 
 def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> None:
@@ -61,51 +64,65 @@ def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> N
         )
 
 
-def train_on_cluster(
-    config: ExperimentConfig,
-    task: Task,
-    cells: TrainingCells,
-    start_arrays: dict[str, Any],
-    run: TrackedRun,
-    run_dir: str,
-    checkpoint: ray.train.Checkpoint | None,
-) -> ray.train.Result:
-    """Train with a group of Ray Train workers.
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a training leaves."""
 
-    The result holds the last checkpoint, with the best model in its folder `model`.
+    model_dir: Path
+    """The best model, on this machine."""
+    metrics: dict[str, float]
+    """`best_val/...` and `test/...` of that model."""
+    account: dict[str, float]
+    """`best_step`, `cells_per_s` (median) and `peak_memory_gb` (largest)."""
+
+
+def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Trained:
+    """Train with Ray Train.
+
+    Args:
+        task: What to train.
+        folder: Path or URI where attempts and their checkpoints are kept, and the model, if it is a path.
+        in_process: Train in this process, the only rank, and keep no checkpoints. It starts in milliseconds,
+            so it is for trainings shorter than the start of workers. The configuration has one worker.
+
+    Raises:
+        ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
     """
-    from ray.train.torch import TorchConfig
+    model_dir = Path(tempfile.mkdtemp(prefix="screformer-model-") if "://" in folder else folder) / "model"
+    if in_process:
+        # Not a TorchTrainer: in local mode that ends the process group, which DeepSpeed holds on to.
+        local = DataParallelTrainer(
+            train_loop_per_worker,
+            train_loop_config={"task": task, "model_dir": str(model_dir)},
+            scaling_config=ray.train.ScalingConfig(num_workers=0),
+        )
+        result = local.fit()
+    else:
+        result = _on_workers(task, folder)
+        with result.checkpoint.as_directory() as kept:
+            shutil.copytree(Path(kept) / "model", model_dir, dirs_exist_ok=True)
+    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
+    return Trained(model_dir=model_dir, metrics=metrics, account=result.return_value or {})
 
+
+def _on_workers(task: TrainingTask, folder: str) -> ray.train.Result:
     # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the
     # next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    cluster = config.cluster
+    cluster = task.config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(
         train_loop_per_worker,
-        train_loop_config={
-            "config": config.to_dict(),
-            "task": task,
-            "streams": {
-                part: cells.stream(part) for part, positions in cells.parts.items() if len(positions)
-            },
-            "labels": cells.labels,
-            "lineage": lineage(cells.labels["cl_ids"]).to_json(),
-            "class_counts": cells.class_counts_k.tolist(),
-            "start": ray.put(start_arrays),
-            "meta": {"task": task, **cells.identity(), "code": code_identity(), "run_id": run.run_id},
-            "run": run,
-            "resume": checkpoint,
-        },
+        train_loop_config={"task": task, "model_dir": ""},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
-            # A name of its own for each attempt: which checkpoint to go on from is ours to say, by the
+            # A name of its own for each attempt: which checkpoint to resume from is ours to say, by the
             # manifest that is written last.
-            name=f"attempt-{len(attempts(run_dir)):03d}",
-            storage_path=run_dir,
+            name=f"attempt-{len(attempts(folder)):03d}",
+            storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),

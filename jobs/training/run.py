@@ -6,8 +6,6 @@ Axes: n cells of the query, g genes of the vocabulary, k classes.
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +17,13 @@ import ray
 import ray.train.torch
 
 from cluster.connect import connect
-from data_ingest.query import QueryResult
 from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, prepare_cells
-from jobs.training.launch import check_layout, train_on_cluster
+from jobs.training.launch import check_layout, train
 from jobs.training.run_folder import new_run_dir, newest_checkpoint, read_run, write_run
-from jobs.training.start import initial_arrays, load_start, settled
+from jobs.training.start import load_start
+from jobs.training.task import training_task
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
@@ -86,7 +84,7 @@ def run_training(
     check_layout(config, ray.nodes())
     start = load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    config, attention = settled(_pinned(config, cells.query), cells, start)
+    config = cells.config
     run = TrackedRun(**saved["run"]) if saved else start_run(config, task)
     run_dir = resume or new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
@@ -108,30 +106,25 @@ def run_training(
             }
             write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
             run.log_identity(cells.identity())
-        print(attention, flush=True)
+        print(cells.attention, flush=True)
         for note in cells.notes:
             print(f"note: {note}", flush=True)
-        cells, start_arrays = initial_arrays(cells, start, checkpoint)
-        print(f"{task} in {run_dir} (go on after an interruption with --resume {run_dir})", flush=True)
-        result = train_on_cluster(config, task, cells, start_arrays, run, run_dir, checkpoint)
-        metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
-        with result.checkpoint.as_directory() as folder:
-            model_dir = _keep_model(Path(folder) / "model", run_dir)
-            version = None
-            if task == "finetune":
-                _log_test_cells(run, cells, model_dir)
-                version = run.register(model_dir, config.tracking.model_name)
-            else:
-                run.log_file(model_dir)
+        print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
+        trained = train(training_task(task, cells, run, model=start, checkpoint=checkpoint), run_dir)
+        version = None
+        if task == "finetune":
+            _log_test_cells(run, cells, trained.model_dir)
+            version = run.register(trained.model_dir, config.tracking.model_name)
+        else:
+            run.log_file(trained.model_dir)
         log_curves(run)
     return TrainingResult(
-        run_id=run.run_id, run_dir=run_dir, model_dir=str(model_dir), metrics=metrics, model_version=version
+        run_id=run.run_id,
+        run_dir=run_dir,
+        model_dir=str(trained.model_dir),
+        metrics=trained.metrics,
+        model_version=version,
     )
-
-
-def _pinned(config: ExperimentConfig, query: QueryResult) -> ExperimentConfig:
-    """The configuration that finds the same cells again at any time."""
-    return config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
@@ -142,8 +135,8 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
     if not len(cells.parts["test"]):
         return
     predictor = Predictor.load(model_dir)
-    most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.vocabulary)))
-    found = cells.stream("test").sample(most_cells, cells.config.train.seed)
+    most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.genes)))
+    found = cells.sample("test", most_cells)
     said = predictor.predict(found.cells)
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
     groups = {
@@ -161,17 +154,3 @@ def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> N
         }
     )
     log_test_cells(run, table)
-
-
-def _keep_model(source: Path, run_dir: str) -> Path:
-    """Copy the model to where it outlives the checkpoints.
-
-    The run folder, or a temporary one where that is remote.
-    """
-    target = (
-        Path(tempfile.mkdtemp(prefix="screformer-model-")) / "model"
-        if "://" in run_dir
-        else Path(run_dir) / "model"
-    )
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    return target

@@ -167,6 +167,10 @@ def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
     )
     assert np.mean(meta["folds"]["metrics"]["macro_f1"]) == pytest.approx(result["scores"]["macro_f1"])
     assert meta["split"]["cells"]["test"] == 0
+    # As every registered model: which code made it, what it scored, and at which step.
+    assert meta["code"]["screformer"] and meta["code"]["git"]
+    assert 0 < meta["best_step"] <= 4 and 0 <= meta["metrics"]["best_val/macro_f1"] <= 1
+    assert "best_val/ece" in meta["metrics"]
     assert "2 donor folds" in model_card(model_dir, name="screformer", run_id=result["run_id"])
 
 

@@ -77,8 +77,8 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     all_genes, shared = (
         prepare_cells(config.merge({"query.min_measured": share}), "finetune") for share in (0, 1)
     )
-    assert all_genes.vocabulary.feature_ids == whole.feature_ids
-    assert shared.vocabulary.feature_ids == tuple(np.array(whole.feature_ids)[everywhere])
+    assert all_genes.genes.feature_ids == whole.feature_ids
+    assert shared.genes.feature_ids == tuple(np.array(whole.feature_ids)[everywhere])
     assert any(
         f"{(~everywhere).sum()} of {len(everywhere)} genes are left out" in note for note in shared.notes
     )

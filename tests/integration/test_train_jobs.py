@@ -125,6 +125,8 @@ def test_finetuning_learns_and_registers(
     )
     assert 0 <= run.data.metrics["test/ece"] <= 1 and "test/unknown_share" in run.data.metrics
     assert len(after.calibration.logit_mean_k) == len(after.labels["names"])
+    assert after.meta["code"]["screformer"] and after.meta["code"]["git"]
+    assert after.meta["metrics"] == result["metrics"] and 0 < after.meta["best_step"] <= 30
 
 
 def test_a_killed_job_resumes_to_the_same_result(

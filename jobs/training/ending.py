@@ -1,0 +1,86 @@
+"""The one ending of a training: calibrate, score, log, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from jobs.reports.artifacts import log_confusion, log_per_class, log_reliability
+from jobs.training.task import TrainingTask
+from screformer.calibration import (
+    Calibration,
+    CellOutputs,
+    expected_calibration_error,
+    fit_calibration,
+    reliability,
+)
+from screformer.checkpoint import save_model
+from screformer.objective import label_prior
+from screformer.training import Outcome
+
+
+def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, float]:
+    """Leave the model of a finished training; rank 0 alone calls it.
+
+    Args:
+        task: What was trained.
+        outcome: What `fit` gave.
+        folder: Where the model directory is written.
+
+    Returns:
+        `best_val/...` and `test/...`: scores of the best weights, and of their calibration.
+    """
+    scores = outcome.scores()
+    calibration = None
+    if outcome.val_outputs is not None and len(outcome.val_outputs):
+        prior_k = label_prior(task.class_counts_k, task.config.train.class_weighting)
+        calibration = fit_calibration(outcome.val_outputs, task.lineage, prior_k=prior_k)
+        found = calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
+        task.run.log_metrics(found, step=task.config.train.max_steps)
+        scores |= found
+        log_reliability(task.run, _reliability(calibration, outcome.val_outputs, outcome.test_outputs))
+    if task.task == "finetune":
+        names = task.labels["names"]
+        for part, counts in (("val", outcome.val), ("test", outcome.test)):
+            if counts is not None:
+                log_confusion(task.run, counts.confusion_kk, names, part)
+                log_per_class(task.run, counts.table(names), part)
+    meta = {**task.meta, "best_step": outcome.progress.best_step, "metrics": scores}
+    save_model(folder, outcome.weights, task.config, task.vocabulary, task.labels, meta, calibration)
+    return scores
+
+
+def calibration_scores(
+    calibration: Calibration, val: CellOutputs, test: CellOutputs | None
+) -> dict[str, float]:
+    """Metrics of a calibration.
+
+    `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` of known types, for `best_val` and `test`.
+    """
+    scores: dict[str, float] = {}
+    for part, outputs in (("best_val", val), ("test", test)):
+        if outputs is None or not len(outputs):
+            continue
+        unknown = calibration.unknown_scores(outputs.logits_nk) > calibration.unknown_threshold
+        scores |= {
+            f"{part}/ece_uncalibrated": expected_calibration_error(
+                Calibration().probabilities(outputs.logits_nk), outputs.labels_n
+            ),
+            f"{part}/ece": expected_calibration_error(
+                calibration.probabilities(outputs.logits_nk), outputs.labels_n
+            ),
+            f"{part}/unknown_share": float(unknown.mean()),
+        }
+    return scores
+
+
+def _reliability(calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> pd.DataFrame:
+    """Confidence against accuracy before and after calibration, of validation and test cells."""
+    tables = []
+    for part, outputs in (("validation", val), ("test", test)):
+        for state, used in (("before", Calibration()), ("after", calibration)):
+            if outputs is not None and len(outputs):
+                rows = pd.DataFrame(reliability(used.probabilities(outputs.logits_nk), outputs.labels_n))
+                tables.append(rows.assign(part=part, calibration=state))
+    return pd.concat(tables, ignore_index=True)
