@@ -6,7 +6,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format benchmark clean docs/settings.md
+.PHONY: help install quickstart test lint format site benchmark clean docs/settings.md
 
 help:
 	@echo "make install      .venv with screformer in it"
@@ -14,6 +14,7 @@ help:
 	@echo "make test         the tests (ARGS='-k stream' for some)"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs/settings.md   the page of all settings, from screformer/config.py"
+	@echo "make site      the documentation site, in ./site"
 	@echo "make benchmark    the stream and the attention against their peers"
 
 install: $(VENV)/installed
@@ -41,8 +42,11 @@ benchmark: $(VENV)/installed-for-tests
 	$(RUN) -m jobs.benchmark attention
 	$(RUN) -m jobs.benchmark step
 
+site: $(VENV)/installed-for-tests
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(RUN):
 	@test -n "$(PYTHON)" && $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
@@ -54,5 +58,5 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(RUN)
 	@touch $@
 
 $(VENV)/installed-for-tests: pyproject.toml constraints.txt | $(RUN)
-	$(PIP) --quiet -e ".[test,dev,baselines]"
+	$(PIP) --quiet -e ".[test,dev,docs,baselines]"
 	@touch $@ $(VENV)/installed
