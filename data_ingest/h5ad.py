@@ -6,13 +6,11 @@ dense. Axes: `n` cells, `g` genes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,31 +19,9 @@ from anndata.io import read_elem
 from scipy import sparse
 
 from screformer.counts import raw_counts, sum_dtype
-from screformer.genes import Symbols, find_genes_of_var
-
-Duplicates = Literal["error", "sum", "drop"]
 
 _ELEMENTS_PER_READ = 1 << 24
 """Most values held at once while a dense or CSC matrix is turned into CSR rows: 64 MiB of float32."""
-_ENSEMBL = re.compile(r"(ENSG\d{11})(\.\d+)?")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Genes:
-    """The genes of one file, in the order of its columns.
-
-    Attributes:
-        feature_ids: Ensembl gene ids without version, shape (g,); empty where the gene could not be joined.
-        names: Symbols, shape (g,); the feature id where the file has none.
-        source: Where the ids came from, for reports.
-        num_repeated: Genes whose id another gene of the file has too: their counts are to be added (`sum`) or
-            were left out (`drop`).
-    """
-
-    feature_ids: np.ndarray
-    names: np.ndarray
-    source: str
-    num_repeated: int
 
 
 class H5adFile:
@@ -187,72 +163,6 @@ class H5adFile:
         table.index = table.index.map(str)
         return table
 
-    def genes(
-        self,
-        *,
-        feature_id_column: str | None = None,
-        symbols: dict[str, str] | None = None,
-        duplicates: Duplicates = "error",
-    ) -> Genes:
-        """Find each gene's Ensembl id.
-
-        Taken from `feature_id_column`, else from a column of a usual name, else from the gene names
-        themselves. What is left is looked up by symbol, where a symbol table is given. Version suffixes are
-        removed.
-
-        Args:
-            feature_id_column: var column of Ensembl ids; an error if it is not there.
-            symbols: Symbol to feature id, from `read_symbol_table`.
-            duplicates: When several genes have one id (old and new symbols of one gene, as a rule): `error`
-                refuses the file, `sum` lets all keep the id, so that the caller adds up their counts, `drop`
-                treats them as not joined.
-
-        Raises:
-            ValueError: No gene can be joined, the column is missing, genes are of another species, or two
-                genes have one id.
-        """
-        var, path = self.var, self.path
-        if feature_id_column is not None and feature_id_column not in var.columns:
-            raise ValueError(
-                f"{path}: var has no column {feature_id_column!r} (--feature-id-column); it has:"
-                f" {listing(var.columns)}"
-            )
-        pairs = Symbols(list((symbols or {}).items()))
-        columns, source = find_genes_of_var(var, pairs, id_column=feature_id_column or "")
-        feature_ids = columns.feature_ids
-        if columns.species:
-            raise ValueError(
-                f"{path}: its genes are of another species, {columns.species}; atlases hold one species"
-                " (Homo sapiens): map the genes to human orthologs, or leave the file out"
-            )
-        if columns.by_name.any():
-            source = "symbol table" if columns.by_name.all() else f"{source} and symbol table"
-        if not (feature_ids != "").any():
-            raise ValueError(
-                f"{path}: no gene can be joined: {source} holds no Ensembl gene ids (its names are"
-                f" {columns.examples}, ...); name their column with --feature-id-column (var has:"
-                f" {listing(var.columns)}), or bring --symbol-table TABLE"
-            )
-        repeated = pd.Series(feature_ids).duplicated(keep=False).to_numpy() & (feature_ids != "")
-        if repeated.any() and duplicates == "error":
-            first = np.flatnonzero(repeated)[0]
-            pair = np.flatnonzero(feature_ids == feature_ids[first])[:2]
-            raise ValueError(
-                f"{path}: genes {var.index[pair[0]]!r} and {var.index[pair[1]]!r} are both"
-                f" {feature_ids[first]} "
-                f"({repeated.sum()} such genes); add up their counts with --duplicate-genes sum, leave them"
-                f" out with "
-                "--duplicate-genes drop, or correct the file"
-            )
-        if duplicates == "drop":
-            feature_ids[repeated] = ""
-        return Genes(
-            feature_ids=feature_ids,
-            names=np.where(columns.names == "", feature_ids, columns.names).astype(object),
-            source=source,
-            num_repeated=int(repeated.sum()),
-        )
-
     def chunks(
         self, cells_per_chunk: int = 4096, *, start: int = 0, stop: int | None = None
     ) -> Iterator[tuple[int, sparse.csr_matrix]]:
@@ -361,60 +271,6 @@ class H5adFile:
         return values.astype(sum_dtype(values.dtype, source=f"{self.path}: {self.source}"), copy=False)
 
 
-def read_symbol_table(path: str | Path) -> dict[str, str]:
-    """Read a table of gene symbols and Ensembl ids.
-
-    Args:
-        path: Tab-separated (may be .gz), with columns `symbol` and `feature_id` (or `ensembl_id`).
-
-    Returns:
-        Symbol to feature id. Symbols with several ids are left out: which gene is meant cannot be known.
-
-    Raises:
-        ValueError: The file or a column is missing, or it holds no Ensembl gene id.
-    """
-    table = read_table(path, "--symbol-table", ("symbol",))
-    column = next((name for name in ("feature_id", "ensembl_id") if name in table.columns), None)
-    if column is None:
-        raise ValueError(
-            f"{path} (--symbol-table) has no column 'feature_id'; it has: {listing(table.columns)}"
-        )
-    table = table[(table["symbol"] != "") & (table[column] != "")]
-    feature_ids = table[column].str.replace(r"\.\d+$", "", regex=True)
-    human = feature_ids.str.fullmatch(_ENSEMBL.pattern)
-    if not human.any():
-        raise ValueError(
-            f"{path} (--symbol-table): column {column!r} holds no human Ensembl gene id such as"
-            f" ENSG00000156738; "
-            f"it begins with {table[column].head(1).tolist()}"
-        )
-    table, feature_ids = table[human], feature_ids[human]
-    pairs = pd.DataFrame({"symbol": table["symbol"], "feature_id": feature_ids}).drop_duplicates()
-    pairs = pairs[~pairs["symbol"].duplicated(keep=False)]
-    return dict(zip(pairs["symbol"], pairs["feature_id"], strict=True))
-
-
-def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a tab-separated table of strings, and check that it has these columns.
-
-    Raises:
-        ValueError: The file is missing, unreadable, or lacks a column; the message names `option`.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} ({option}) does not exist or is not a file")
-    try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
-    except (ValueError, OSError) as e:
-        raise ValueError(f"{path} ({option}) is not a tab-separated table: {e}") from e
-    missing = [name for name in columns if name not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path} ({option}) has no column {missing[0]!r}; it has: {listing(table.columns)}; it must be"
-            f" tab-separated with a header"
-        )
-    return table
-
-
 def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int, int]]:
     if isinstance(matrix, h5py.Dataset):
         if matrix.ndim != 2:
@@ -436,9 +292,3 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
     shape = matrix.attrs.get("shape", matrix.attrs.get("h5sparse_shape"))
     sum_dtype(matrix["data"].dtype, source=f"{path}: {source}")
     return kind, (int(shape[0]), int(shape[1]))
-
-
-def listing(names: Sequence[str] | pd.Index, limit: int = 30) -> str:
-    """Some names, for messages."""
-    shown = ", ".join(str(name) for name in list(names)[:limit])
-    return (shown + (", ..." if len(names) > limit else "")) or "none"

@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from data_ingest import schema
-from data_ingest.h5ad import read_symbol_table
 from data_ingest.ingest_files import (
     CheckedFile,
     IngestOptions,
@@ -32,6 +31,7 @@ from data_ingest.ingest_labels import label, read_labels
 from data_ingest.ingest_plan import Base, NewCells, Plan, plan_ingest, read_base, refuse_unrelated_genes
 from data_ingest.ingest_write import write
 from data_ingest.ontology import MajorTypes
+from data_ingest.tables import read_symbol_table
 from data_ingest.tasks import map_tasks
 
 

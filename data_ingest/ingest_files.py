@@ -17,7 +17,8 @@ import numpy as np
 import pandas as pd
 
 from data_ingest import schema
-from data_ingest.h5ad import Duplicates, H5adFile
+from data_ingest.file_genes import Duplicates, find_file_genes
+from data_ingest.h5ad import H5adFile
 from data_ingest.ontology import UNKNOWN, Outcome, is_cell_term
 
 _SOURCES: dict[str, tuple[str, ...]] = {"dataset_id": ("dataset_id", "dataset")}
@@ -114,8 +115,11 @@ def distinct_paths(files: Sequence[str | Path]) -> list[str]:
 def check_file(path: str, *, options: IngestOptions, symbols: dict[str, str] | None) -> CheckedFile:
     """Read everything of a file but its counts, and check it."""
     with H5adFile.open(path, layer=options.layer, raw=options.use_raw) as file:
-        genes = file.genes(
-            feature_id_column=options.feature_id_column, symbols=symbols, duplicates=options.duplicate_genes
+        genes = find_file_genes(
+            file,
+            feature_id_column=options.feature_id_column,
+            symbols=symbols,
+            duplicates=options.duplicate_genes,
         )
         obs = _standard_obs(file, options)
         lengths = (

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_ingest.h5ad import read_table
 from data_ingest.ingest_files import CheckedFile
 from data_ingest.ontology import MajorTypes, Outcome, is_cell_term
+from data_ingest.tables import read_table
 
 
 def read_labels(path: Path) -> dict[tuple[str, str], str]:

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from data_ingest.h5ad import read_table
-from screformer.calibration import Lineage, Term
+from data_ingest.tables import read_table
+from screformer.lineage import Lineage, Term
 
 UNKNOWN = "unknown"
 Outcome = Literal["mapped", "none", "ambiguous", "missing"]

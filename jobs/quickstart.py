@@ -28,11 +28,12 @@ import torch
 
 from cluster.connect import connect
 from data_ingest.atlas import MEASUREMENT, X_LAYER, measured_genes, open_atlas
-from data_ingest.h5ad import H5adFile, read_table
+from data_ingest.h5ad import H5adFile
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
 from data_ingest.ontology import UNKNOWN, MajorTypes, is_cell_term
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
+from data_ingest.tables import read_table
 from jobs.arguments import split_overrides
 from jobs.labelling.h5ad_copy import annotate
 from jobs.reports.artifacts import ANNOTATED, log_baselines

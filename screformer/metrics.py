@@ -1,4 +1,4 @@
-"""Counts of a classifier's hits and misses that add up over batches and ranks, and the scores made of them.
+"""What a classifier said of labelled cells, and the scores made of it; adds up over batches and ranks.
 
 Axes: n cells, k classes.
 """
@@ -6,10 +6,17 @@ Axes: n cells, k classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from screformer.splitmix import GOLDEN
+
+MOST_CELLS = 50_000
+"""Cells, at most, whose outputs are kept for calibration; it learns a few numbers."""
+_BINS = 15
 
 
 class LabelCounts:
@@ -137,3 +144,101 @@ def sum_over_ranks(device: torch.device | str, *values: float) -> list[float]:
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros(len(below)), where=below > 0)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CellOutputs:
+    """What the network said of labelled cells."""
+
+    logits_nk: np.ndarray
+    """float32."""
+    labels_n: np.ndarray
+    """True class, int64, in [0, k)."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+
+class OutputSample:
+    """Outputs of at most `MOST_CELLS` labelled cells of a stream.
+
+    The same ones however the cells are spread over ranks and batches.
+    """
+
+    def __init__(self, num_classes: int, most_cells: int = MOST_CELLS) -> None:
+        self._most = most_cells
+        self._keys = np.zeros(0, dtype=np.uint64)
+        self._labels = np.zeros(0, dtype=np.int64)
+        self._logits = np.zeros((0, num_classes), dtype=np.float32)
+
+    def add(self, joinids_n: torch.Tensor, labels_n: torch.Tensor, logits_nk: torch.Tensor) -> None:
+        """Keep a batch; cells with label -1 are left out."""
+        labels = labels_n.cpu().numpy()
+        known = labels >= 0
+        # Scattered, and unique as the joinids are.
+        keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(GOLDEN)
+        self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
+
+    def gather(self) -> CellOutputs:
+        """The sample of all ranks, on every rank, in an order that does not depend on their number.
+
+        Every rank calls it.
+        """
+        own = (self._keys, self._labels, self._logits)
+        parts = [own] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, own)
+        whole = OutputSample(self._logits.shape[1], self._most)
+        for part in parts:
+            whole._join(*part)
+        order = np.argsort(whole._keys)
+        return CellOutputs(logits_nk=whole._logits[order], labels_n=whole._labels[order])
+
+    def _join(self, keys: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
+        self._keys = np.concatenate([self._keys, keys])
+        self._labels = np.concatenate([self._labels, labels])
+        self._logits = np.concatenate([self._logits, logits])
+        if len(self._keys) > self._most:
+            kept = np.argpartition(self._keys, self._most)[: self._most]
+            self._keys, self._labels, self._logits = self._keys[kept], self._labels[kept], self._logits[kept]
+
+
+def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
+    """Confidence against accuracy of best labels; see `reliability_rows`."""
+    return reliability_rows(probabilities_nk.max(axis=1), probabilities_nk.argmax(axis=1) == labels_n)
+
+
+def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict[str, float]]:
+    """Confidence against accuracy.
+
+    One row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`.
+
+    Args:
+        confidence_n: Probability of each cell's best label.
+        right_n: Whether that label is right, bool.
+    """
+    bins = np.minimum((confidence_n * _BINS).astype(np.int64), _BINS - 1)
+    rows = []
+    for index in np.unique(bins):
+        inside = bins == index
+        rows.append(
+            {
+                "from": index / _BINS,
+                "to": (index + 1) / _BINS,
+                "cells": int(inside.sum()),
+                "confidence": float(confidence_n[inside].mean()),
+                "accuracy": float(right_n[inside].mean()),
+            }
+        )
+    return rows
+
+
+def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
+    """Mean distance of confidence and accuracy over 15 bins of equal width, weighted by their cells.
+
+    In [0, 1].
+    """
+    rows = reliability(probabilities_nk, labels_n)
+    return float(
+        sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows)
+        / max(sum(row["cells"] for row in rows), 1)
+    )

@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from screformer.calibration import CellOutputs, OutputSample
 from screformer.config import ExperimentConfig, Task
 from screformer.cost import peak_memory_gb
 from screformer.engine import learning_rate, set_learning_rate
 from screformer.engine_state import gather_weights, load_weights
-from screformer.metrics import LabelCounts, sum_over_ranks
+from screformer.metrics import CellOutputs, LabelCounts, OutputSample, sum_over_ranks
 from screformer.model import HASH_SEED, classification_loss, expression_loss
 from screformer.objective import EVALUATION_STEP, Batch, Objective
 

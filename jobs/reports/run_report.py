@@ -41,8 +41,8 @@ from jobs.reports.page import Report
 from jobs.reports.provenance import add_provenance, listed, split_of
 from jobs.tracking.logged import LoggedRun
 from jobs.tracking.runs import TrackedRun
-from screformer.calibration import reliability_rows
 from screformer.files import read_csv
+from screformer.metrics import reliability_rows
 
 OURS = "scReformer-BERT"
 

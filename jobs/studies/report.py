@@ -14,8 +14,7 @@ from jobs.reports.page import Report
 from jobs.studies.results import OURS, FoldResult
 from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, spread_text, summary
 from jobs.studies.study import Study
-from screformer.calibration import reliability
-from screformer.metrics import LabelCounts
+from screformer.metrics import LabelCounts, reliability
 
 
 def verdict(tree: Mapping[str, Any]) -> str:

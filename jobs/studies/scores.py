@@ -14,8 +14,8 @@ from data_ingest.ontology import is_at_or_below
 from jobs.studies.baselines import baseline_title
 from jobs.studies.results import FoldResult
 from jobs.studies.study import Study
-from screformer.calibration import expected_calibration_error, present_labels
-from screformer.metrics import LabelCounts
+from screformer.calibration import present_labels
+from screformer.metrics import LabelCounts, expected_calibration_error
 
 if TYPE_CHECKING:
     pass

@@ -8,14 +8,9 @@ import pandas as pd
 
 from jobs.reports.artifacts import log_confusion, log_per_class, log_reliability
 from jobs.training.task import TrainingTask
-from screformer.calibration import (
-    Calibration,
-    CellOutputs,
-    expected_calibration_error,
-    fit_calibration,
-    reliability,
-)
+from screformer.calibration import Calibration, fit_calibration
 from screformer.checkpoint import save_model
+from screformer.metrics import CellOutputs, expected_calibration_error, reliability
 from screformer.objective import label_prior
 from screformer.training import Outcome
 

@@ -19,9 +19,9 @@ from jobs.tracking.identity import code_identity
 from jobs.tracking.runs import TrackedRun
 from jobs.training.cells import TrainingCells
 from jobs.training.start import starting_point
-from screformer.calibration import Lineage
 from screformer.checkpoint import LoadedModel
 from screformer.config import ExperimentConfig, Task
+from screformer.lineage import Lineage
 from screformer.tokenizer import GeneVocabulary
 
 

@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "gene index outside": (edited(wild_index), "X is damaged: an index lies outside 0 to 29"),
     "pointers broken": (edited(broken_pointers), "X is damaged: indptr"),
     "unknown storage": (edited(strange_matrix), "stored as 'ell'; it must be a dense, csr or csc matrix"),
-    "text for counts": (edited(text_counts), r"X holds \|S4, not numbers"),
+    "text for counts": (edited(text_counts), r"X: values are of type \|S4, not numbers"),
     "obs too short": (edited(short_obs), "obs has 50 rows but X has 60"),
     "duplicate cells": (
         var_change(duplicate_cells),
@@ -199,12 +199,12 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
         "'GENE100' and 'GENE101' are both ENSG00000000101",
     ),
     "mouse genes": (
-        var_change(set_ids({2: "ENSMUSG00000000102"})),
-        "gene 'ENSMUSG00000000102' in var column feature_id is not human",
+        var_change(set_ids({i: f"ENSMUSG{100 + i:011d}" for i in range(30)})),
+        r"genes are of another species, ids such as ENSMUSG00000000100 \(mouse\)",
     ),
     "no gene ids": (
         var_change(no_ids),
-        r"no gene can be joined: the var index holds no Ensembl gene ids \(first value 'GENE100'\)",
+        r"no gene can be joined: var index holds no Ensembl gene ids \(its names are 'GENE100', ",
     ),
     "gene column missing": (
         lambda tmp: one(tmp, feature_id_column="ensg"),

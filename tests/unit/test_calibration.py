@@ -7,20 +7,10 @@ import torch
 
 from data_ingest.ontology import lineage
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
-from screformer.calibration import (
-    LEVELS,
-    Calibration,
-    CellOutputs,
-    Lineage,
-    OutputSample,
-    Term,
-    composition,
-    expected_calibration_error,
-    fit_calibration,
-    present_labels,
-    reliability,
-)
+from screformer.calibration import LEVELS, Calibration, composition, fit_calibration, present_labels
 from screformer.checkpoint import load_model, save_model
+from screformer.lineage import Lineage, Term
+from screformer.metrics import CellOutputs, OutputSample, expected_calibration_error, reliability
 from screformer.predictor import Predictor
 
 BLOOD = ["CL:0000236", "CL:0000084", "CL:0000623", "CL:0000576", ""]

@@ -2,10 +2,13 @@ import pickle
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import sparse
 
-from data_ingest.h5ad import H5adFile, read_symbol_table
+from data_ingest.file_genes import find_file_genes
+from data_ingest.h5ad import H5adFile
+from data_ingest.tables import read_symbol_table
 from helpers.cells import cells, ensembl, write
 
 
@@ -62,7 +65,7 @@ def test_layer_and_raw_are_read_with_their_own_genes(tmp_path) -> None:
     assert np.array_equal(read_all(path, layer="counts"), counts[:, :10])
     assert np.array_equal(read_all(path, raw=True), counts)
     with H5adFile.open(path, raw=True) as file:
-        assert file.n_genes == 30 and list(file.genes().feature_ids) == ensembl(range(100, 130))
+        assert file.n_genes == 30 and list(find_file_genes(file).feature_ids) == ensembl(range(100, 130))
 
 
 def test_chunks_from_the_middle(tmp_path) -> None:
@@ -110,7 +113,7 @@ def test_gene_ids_lose_their_version_and_come_from_the_index(tmp_path) -> None:
     sample.var = sample.var[[]]
     sample.var_names = [f"{name}.{k}" for k, name in enumerate(ensembl(range(100, 130)))]
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
-        genes = file.genes()
+        genes = find_file_genes(file)
     assert list(genes.feature_ids) == ensembl(range(100, 130)) and genes.source == "var index"
 
 
@@ -122,8 +125,8 @@ def test_symbols_fill_in_what_has_no_id(tmp_path) -> None:
         "symbol\tfeature_id\nGENE101\tENSG00000000101.4\nGENE102\tENSG00000000102\nGENE102\tENSG00000000999\n"
     )
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
-        assert (file.genes().feature_ids != "").sum() == 28
-        genes = file.genes(symbols=read_symbol_table(table))
+        assert (find_file_genes(file).feature_ids != "").sum() == 28
+        genes = find_file_genes(file, symbols=read_symbol_table(table))
     # GENE102 has two ids in the table: which is meant cannot be known.
     assert (
         (genes.feature_ids != "").sum() == 29
@@ -144,9 +147,9 @@ def test_duplicate_genes_are_refused_summed_or_dropped(tmp_path) -> None:
         with pytest.raises(
             ValueError, match="'GENE100' and 'GENE101' are both ENSG00000000100.*--duplicate-genes sum"
         ):
-            file.genes()
-        assert (file.genes(duplicates="sum").feature_ids != "").sum() == 30
-        assert (file.genes(duplicates="drop").feature_ids != "").sum() == 28
+            find_file_genes(file)
+        assert (find_file_genes(file, duplicates="sum").feature_ids != "").sum() == 30
+        assert (find_file_genes(file, duplicates="drop").feature_ids != "").sum() == 28
 
 
 @pytest.mark.parametrize(
@@ -182,3 +185,26 @@ def test_double_precision_fractions_do_not_round_to_counts(tmp_path) -> None:
         pytest.raises(ValueError, match="not a whole number"),
     ):
         list(file.chunks())
+
+
+def test_a_file_of_which_hardly_anything_can_be_joined_is_refused(tmp_path) -> None:
+    sample = cells()
+    sample.var = pd.DataFrame(index=[f"{k}" for k in range(30)])
+    table = tmp_path / "symbols.tsv"
+    table.write_text("symbol\tfeature_id\n7\tENSG00000000107\n")
+    with (
+        H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
+        pytest.raises(
+            ValueError, match=r"only 1 of 30 columns can be joined.*9\d\.\d% of the counts.*'0', '1'"
+        ),
+    ):
+        find_file_genes(file, symbols=read_symbol_table(table))
+
+
+def test_a_few_foreign_genes_are_left_out_and_reported(tmp_path) -> None:
+    sample = cells()
+    sample.var.iloc[3, 0] = "ENSSASG00005000002"
+    sample.var.iloc[4, 0] = ""
+    with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
+        genes = find_file_genes(file)
+    assert (genes.feature_ids != "").sum() == 28 and genes.feature_ids[3] == ""

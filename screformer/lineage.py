@@ -1,0 +1,46 @@
+"""The terms of the Cell Ontology above a model's labels.
+
+Axes: k classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A term of the Cell Ontology above several of a model's labels."""
+
+    cl_id: str
+    name: str
+    labels: tuple[int, ...]
+    """Classes at or below it, increasing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """The terms above each label that hold more than the label and not every label.
+
+    Made at training time (`data_ingest.ontology.lineage`), so that prediction needs no ontology.
+    """
+
+    terms: tuple[Term, ...] = ()
+    above_k: tuple[tuple[int, ...], ...] = ()
+    """Of each class, indices of its terms, nearest first: those with the fewest labels."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the inverse of `from_json`."""
+        terms = [{"cl_id": term.cl_id, "name": term.name, "labels": list(term.labels)} for term in self.terms]
+        return {"terms": terms, "above": [list(indices) for indices in self.above_k]}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Lineage:
+        """Read what `to_json` wrote."""
+        terms = tuple(
+            Term(cl_id=term["cl_id"], name=term["name"], labels=tuple(term["labels"]))
+            for term in tree["terms"]
+        )
+        return cls(terms=terms, above_k=tuple(tuple(indices) for indices in tree["above"]))
