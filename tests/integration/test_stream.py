@@ -322,7 +322,7 @@ def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
     }
     rows, genes = np.nonzero(counts_of(np.arange(NUM_CELLS)))
     values = counts_of(np.arange(NUM_CELLS))[rows, genes]
-    with tiledbsoma.open(path, "w") as layers:
+    with tiledbsoma.open(path, "d") as layers:
         del layers["raw"]
     shutil.rmtree(f"{path}/raw")
     with tiledbsoma.open(path, "w") as layers:
