@@ -37,7 +37,7 @@ from data_ingest.tables import read_table
 from jobs.arguments import split_overrides
 from jobs.labelling.h5ad_copy import annotate
 from jobs.reports.artifacts import ANNOTATED, log_baselines
-from jobs.reports.run_report import OURS, SCORES, write_report
+from jobs.reports.run_report import SCORES, write_report
 from jobs.studies.baseline_cells import BaselineCells, baseline_parts
 from jobs.studies.baselines import run_baseline
 from jobs.tracking.client import tracking_uri
@@ -46,7 +46,7 @@ from jobs.tracking.runs import TrackedRun
 from jobs.training.cells import TrainingCells, prepare_cells
 from jobs.training.run import run_training
 from screformer.config import ExperimentConfig
-from screformer.metrics import LabelCounts
+from screformer.metrics import OURS, LabelCounts
 from screformer.predictor import Predictor
 
 # Axes: n cells, g genes, k classes.
@@ -57,7 +57,7 @@ _MOST_EXPORTED = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baseline:
+class TunedRegression:
     """A logistic regression and what it scored on the held-out cells."""
 
     c: float
@@ -65,7 +65,7 @@ class Baseline:
     test: LabelCounts
 
 
-def logistic_regression(cells: TrainingCells) -> Baseline:
+def logistic_regression(cells: TrainingCells) -> TunedRegression:
     """Fit `logistic_l2` of `jobs.baselines` on the cells and genes that the model gets.
 
     Ray must be running.
@@ -82,7 +82,7 @@ def logistic_regression(cells: TrainingCells) -> Baseline:
     answer, _ = run_baseline("logistic_l2", found, cells.config.train.seed)
     counts = LabelCounts(k)
     counts.add(torch.from_numpy(parts["test"].labels_n), torch.from_numpy(answer.predicted_n))
-    return Baseline(c=answer.chosen["C"], test=counts)
+    return TunedRegression(c=answer.chosen["C"], test=counts)
 
 
 class _Clock:
@@ -311,7 +311,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> pd.DataFrame:
+def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: TunedRegression) -> pd.DataFrame:
     """Test scores of the model, the logistic regression and the most frequent type.
 
     A row each with `model` and the names of `SCORES`.
@@ -325,7 +325,7 @@ def _scores(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline)
     return pd.DataFrame(rows)
 
 
-def _table(cells: TrainingCells, metrics: dict[str, float], baseline: Baseline) -> str:
+def _table(cells: TrainingCells, metrics: dict[str, float], baseline: TunedRegression) -> str:
     donors = ", ".join(cells.groups("test"))
     lines = [
         "",

@@ -42,9 +42,7 @@ from jobs.reports.provenance import add_provenance, listed, split_of
 from jobs.tracking.logged import LoggedRun
 from jobs.tracking.runs import TrackedRun
 from screformer.files import read_csv
-from screformer.metrics import reliability_rows
-
-OURS = "scReformer-BERT"
+from screformer.metrics import OURS, reliability_rows
 
 SCORES = {
     "accuracy": "accuracy",

@@ -12,10 +12,11 @@ from data_ingest.folds import FILE
 from jobs.reports.artifacts import write_study
 from jobs.studies.ablation_report import ablation_report, conclusions, text_table
 from jobs.studies.exactness import exact_lines, exactness
+from jobs.studies.opening import opened
 from jobs.studies.report import log_report
 from jobs.studies.results import FoldResult, results_of
 from jobs.studies.scores import mean_interval, scores
-from jobs.studies.study import Study, open_study, opened, settings_key
+from jobs.studies.study import Study, open_study, settings_key
 from jobs.studies.trials import run_trials
 from jobs.studies.variants import REFERENCE, Variant, by_folds, variants
 from screformer.config import ExperimentConfig

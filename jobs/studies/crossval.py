@@ -12,12 +12,14 @@ import ray
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_fold
 from jobs.studies.layout import BASELINE_CPUS, fold_bundle, search_space
+from jobs.studies.opening import opened
 from jobs.studies.report import log_report, verdict, write_crossval_report
-from jobs.studies.results import OURS, results_of
+from jobs.studies.results import results_of
 from jobs.studies.scores import fold_scores, scores
-from jobs.studies.study import Study, opened
+from jobs.studies.study import Study
 from jobs.studies.trials import run_trials
 from screformer.config import ExperimentConfig
+from screformer.metrics import OURS
 
 
 def run_crossval(
@@ -74,7 +76,7 @@ def run_crossval(
         best, ours = max(whole, key=lambda pair: np.mean([_macro_f1(result, study) for result in pair[1]]))
         if len(trials) > 1:
             notes.append(
-                f"scReformer-BERT is the best of {len(trials)} configurations, chosen on these test folds:"
+                f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds:"
                 f" its score flatters ({best})"
             )
         methods = {OURS: ours} | {

@@ -18,7 +18,7 @@ import numpy as np
 
 from jobs.studies.baseline_cells import BaselineCells, Part, baseline_parts
 from jobs.studies.baselines import run_baseline
-from jobs.studies.results import OURS, FoldResult
+from jobs.studies.results import FoldResult
 from jobs.studies.study import Study
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
@@ -27,6 +27,7 @@ from jobs.training.task import training_task
 from screformer.checkpoint import add_meta, load_model
 from screformer.config import Task
 from screformer.cost import reset_peak_memory
+from screformer.metrics import OURS
 from screformer.objective import label_prior
 from screformer.predictor import Predictor
 

@@ -11,10 +11,10 @@ import pandas as pd
 from jobs.reports.artifacts import log_study, write_study
 from jobs.reports.figures import LEAST_CELLS, confusion_figure, reliability_figure, scores_figure
 from jobs.reports.page import Report
-from jobs.studies.results import OURS, FoldResult
+from jobs.studies.results import FoldResult
 from jobs.studies.scores import COMPARED, METRICS, counts, difference_text, spread_text, summary
 from jobs.studies.study import Study
-from screformer.metrics import LabelCounts, reliability
+from screformer.metrics import OURS, LabelCounts, reliability
 
 
 def verdict(tree: Mapping[str, Any]) -> str:

@@ -19,16 +19,13 @@ import pyarrow.parquet as pq
 
 from screformer.files import write_whole
 
-OURS = "scReformer-BERT"
-"""Our method, next to the names of baselines."""
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FoldResult:
     """What a method predicted for the test cells of one fold, and what it cost."""
 
     method: str
-    """`OURS`, or the name of a baseline."""
+    """`screformer.metrics.OURS`, or the name of a baseline."""
     fold: int
     joinids_n: np.ndarray
     labels_n: np.ndarray

@@ -21,13 +21,15 @@ from jobs.studies.ablation import run_ablation
 from jobs.studies.baselines import BASELINES
 from jobs.studies.fold import register_final, run_fold
 from jobs.studies.layout import check_study_layout, num_cpus
-from jobs.studies.results import OURS, results_of
-from jobs.studies.study import open_study, read_study
+from jobs.studies.opening import read_study
+from jobs.studies.results import results_of
+from jobs.studies.study import open_study
 from jobs.studies.trials import run_trials
 from jobs.tracking.model_card import model_card
 from jobs.tracking.models import resolve_model
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
+from screformer.metrics import OURS
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
@@ -299,6 +301,14 @@ def test_dry_run_says_what_will_happen(
     assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 1
     assert "there is no axis 'atention'; there is attention" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_models_of_dataset_folds_record_what_was_held_out(settings: list[str]) -> None:
+    config = ExperimentConfig.from_file(SMOKE).merge([*settings, "crossval.group_by=dataset_id"])
+    study = open_study(config)
+    split = study.cells(study.config, "finetune", 0).identity()["split"]
+    assert split["group_by"] == "dataset_id"
+    assert study.folds.names[0] not in split["groups"]["train"]
 
 
 def test_a_subset_of_the_ablation_runs(

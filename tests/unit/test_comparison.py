@@ -5,11 +5,11 @@ from scipy import stats
 
 from jobs.studies.layout import count_trials, search_space
 from jobs.studies.report import verdict
-from jobs.studies.results import OURS, FoldResult
+from jobs.studies.results import FoldResult
 from jobs.studies.scores import difference_text, mean_interval, scores
 from jobs.studies.study import Study
 from screformer.config import ExperimentConfig
-from screformer.metrics import LabelCounts
+from screformer.metrics import OURS, LabelCounts
 
 
 def make_result(labels, predicted, *, known=(0, 1, 2), probabilities=None):

@@ -1,0 +1,108 @@
+"""Begin a study or resume it: its folder, its MLflow run, and room for it on the cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.connect import connect
+from data_ingest.folds import FILE
+from jobs.studies.layout import check_study_layout, num_cpus, search_space
+from jobs.studies.study import Study, open_study
+from jobs.tracking.identity import code_identity
+from jobs.tracking.runs import TrackedRun, start_run
+from screformer.config import Command, ExperimentConfig
+
+STUDY = "study.json"
+FORMAT = 2
+"""Of the study's folder; 2 names the folders of trials by what differs from the study's settings."""
+
+
+@contextmanager
+def opened(
+    config: ExperimentConfig, job: Command, *, folds_from: str | None = None, resume: str | None = None
+) -> Iterator[Study]:
+    """A running study: Ray connected, the layout checked, folder and parent run made or taken up again.
+
+    Args:
+        config: The recipe; when resuming, that of the interrupted study is taken instead.
+        job: `crossval` or `ablate`.
+        folds_from: As `open_study`.
+        resume: Folder of the interrupted study.
+
+    Raises:
+        ValueError: Settings, cells, folds or cluster do not allow it.
+    """
+    saved = read_study(resume) if resume else {}
+    config = ExperimentConfig.from_saved(saved["config"], resume=True) if saved else config
+    storage = config.cluster.storage_path or "runs"
+    if "://" in storage:
+        raise ValueError(
+            f"cluster.storage_path={storage!r}: a study needs a folder that all nodes see, not a URI"
+        )
+    connect(num_cpus=num_cpus(config))
+    check_study_layout(config, ray.nodes())
+    search_space(config)
+    run_dir = Path(
+        resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
+    ).resolve()
+    study = open_study(config, run_dir=run_dir, folds_from=folds_from, resume=bool(saved))
+    if saved and saved["query_hash"] != study.query.hash:
+        raise ValueError(
+            f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now"
+            f" {study.query.hash[:12]})"
+        )
+    run = TrackedRun(**saved["run"]) if saved else start_run(study.config, job)
+    study = dataclasses.replace(study, run=run)
+    with run:
+        if not saved:
+            _begin(study, run, job)
+        print(f"{job} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
+        yield study
+
+
+def _begin(study: Study, run: TrackedRun, job: Command) -> None:
+    """Write what a resumed study reads, and log what the study is about."""
+    study.run_dir.mkdir(parents=True, exist_ok=True)
+    study.folds.save(study.run_dir / FILE, study.query.obs_joinids)
+    tree = {
+        "format": FORMAT,
+        "code": code_identity(),
+        "job": job,
+        "config": study.config.to_dict(),
+        "query_hash": study.query.hash,
+        "run": dataclasses.asdict(run),
+    }
+    (study.run_dir / STUDY).write_text(json.dumps(tree, indent=2))
+    run.log_identity({"query": study.query.identity(), "split": {"group_by": study.folds.group_by}})
+    run.log_file(study.run_dir / FILE)
+
+
+def read_study(run_dir: str) -> dict[str, Any]:
+    """What a study wrote into its folder when it started.
+
+    Raises:
+        ValueError: There is none, or another version wrote it.
+    """
+    try:
+        tree: dict[str, Any] = json.loads((Path(run_dir) / STUDY).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--resume {run_dir}: no {STUDY} there ({error}); give the folder that the study printed when it"
+            f" started"
+        ) from error
+    if tree.get("format") != FORMAT:
+        writer = tree.get("code", {}).get("git", "commit 2dc0365 or earlier")
+        raise ValueError(
+            f"--resume {run_dir}: its format is {tree.get('format', 1)}, this version resumes {FORMAT};"
+            f" resume it with git {writer}, or start a new study on the same folds with --folds {run_dir}"
+        )
+    return tree
