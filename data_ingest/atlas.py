@@ -25,6 +25,11 @@ MEASUREMENT, X_LAYER = "RNA", "raw"
 """Where raw counts are, as in Census."""
 _CENSUS = re.compile(r"census(?::(?P<release>.*))?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+END_OF_TIME_MS = 2**62
+CLOCK_AHEAD = (
+    "was written by a machine whose clock is ahead of this one's, and what is written later than now is"
+    " invisible; correct the clocks, then wait until this clock has reached the time of that write"
+)
 
 
 def located(atlas: AtlasConfig) -> AtlasConfig:
@@ -120,6 +125,15 @@ def open_atlas(
         root.close()
 
 
+def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
+    """Why an atlas is not found: a machine whose clock is ahead of this one's wrote it. Empty if none did."""
+    try:
+        tiledbsoma.open(uri, context=context, tiledb_timestamp=END_OF_TIME_MS).close()
+    except tiledbsoma.SOMAError:
+        return ""
+    return f"{uri} {CLOCK_AHEAD}"
+
+
 def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
     """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
 
@@ -190,6 +204,8 @@ def _open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
     try:
         return tiledbsoma.open(atlas.uri, context=context)
     except (tiledbsoma.SOMAError, OSError) as error:
+        if not atlas.timestamp_ms and (ahead := written_ahead(atlas.uri, context)):
+            raise ValueError(f"atlas.uri: {ahead}") from error
         when = f" at timestamp_ms={atlas.timestamp_ms}" if atlas.timestamp_ms else ""
         remedy = (
             ""

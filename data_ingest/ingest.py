@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from data_ingest import schema
+from data_ingest.atlas_lock import locked
 from data_ingest.ingest_files import (
     CheckedFile,
     IngestOptions,
@@ -110,7 +112,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
 
     Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by
     (dataset_id, obs_id): those that the atlas already has are left as they are, so that running twice adds
-    nothing. One ingest at a time per atlas.
+    nothing. One ingest at a time: a second one of the same atlas is refused.
 
     Args:
         files: .h5ad files, visible to every node.
@@ -122,24 +124,19 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     """
     started = time.monotonic()
     options = options or IngestOptions()
-    target = _target(atlas_uri, options)
+    uri = schema.atlas_place(atlas_uri)
+    target = Target(uri, schema.soma_context(options.tiledb_config, threads=os.cpu_count() or 1))
     labels = read_labels(options.labels) if options.labels else {}
     majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
-    base = read_base(target, options)
 
-    checked = _check_files(files, base, options)
-    labelled = [label(file, labels, majors) for file in checked]
-    plan = plan_ingest(target, labelled, labels, base, options)
-    if not options.dry_run:
-        write(plan)
+    with nullcontext() if options.dry_run else locked(uri, options.tiledb_config):
+        base = read_base(target, options)
+        checked = _check_files(files, base, options)
+        labelled = [label(file, labels, majors) for file in checked]
+        plan = plan_ingest(target, labelled, labels, base, options)
+        if not options.dry_run:
+            write(plan)
     return _report(plan, atlas_uri, time.monotonic() - started)
-
-
-def _target(atlas_uri: str, options: IngestOptions) -> Target:
-    context = schema.soma_context(options.tiledb_config, threads=os.cpu_count() or 1)
-    if schema.is_remote(atlas_uri):
-        return Target(atlas_uri.rstrip("/"), context)
-    return Target(os.path.abspath(atlas_uri.removeprefix("file://")), context)
 
 
 def _check_files(files: Sequence[str | Path], base: Base, options: IngestOptions) -> list[CheckedFile]:

@@ -26,9 +26,9 @@ class Target:
     uri: str
     context: soma.SOMATileDBContext
 
-    def root(self, mode: str = "r") -> soma.Collection:
-        """Open the collection that holds everything."""
-        return soma.Collection.open(self.uri, mode, context=self.context)
+    def root(self, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.Collection:
+        """Open the collection that holds everything, as it was at a time."""
+        return soma.Collection.open(self.uri, mode, context=self.context, tiledb_timestamp=timestamp_ms)
 
     def table(self, place: str, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.DataFrame:
         """Open a table, such as `schema.OBS`, as it was at a time."""
@@ -58,9 +58,9 @@ class Journal:
     """Ingests since the fragments of obs and var were last merged."""
 
 
-def read_journal(target: Target) -> Journal:
+def read_journal(target: Target, *, timestamp_ms: int | None = None) -> Journal:
     """The journal of an atlas; empty where nothing was ever ingested."""
-    with target.root() as root:
+    with target.root(timestamp_ms=timestamp_ms) as root:
         return Journal(**json.loads(root.metadata.get(_JOURNAL, "{}")))
 
 

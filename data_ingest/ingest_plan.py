@@ -16,13 +16,15 @@ import numpy as np
 import pandas as pd
 
 from data_ingest import schema
+from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS
 from data_ingest.ingest_counts import Counts, count_files
 from data_ingest.ingest_files import CheckedFile, IngestOptions, file_sha256, ids_of
-from data_ingest.ingest_journal import Journal, Target, close_ingest, obs_ids, read_journal
+from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
 
 FEWEST_VALUES = 1 << 21
 """Stored counts that are worth a task and a fragment of their own."""
 _PARTS_AT_LEAST = 8
+_CLOCKS_DIFFER_MS = 60_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,8 @@ def read_base(target: Target, options: IngestOptions) -> Base:
     )
     if not schema.find_atlas(target.uri, target.context):
         return empty
+    if read_journal(target, timestamp_ms=END_OF_TIME_MS).timestamp_ms > now_ms() + _CLOCKS_DIFFER_MS:
+        raise ValueError(f"--atlas {target.uri} {CLOCK_AHEAD}")
     journal = read_journal(target)
     if journal.writing and obs_ids(target, f"soma_joinid >= {journal.first_joinid}", ()).num_rows:
         # Killed after its cells became visible: only bookkeeping is left of it.

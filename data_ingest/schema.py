@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import tiledbsoma as soma
 
-from data_ingest.atlas import MEASUREMENT, X_LAYER
+from data_ingest.atlas import MEASUREMENT, X_LAYER, written_ahead
 
 EXPERIMENT = "census_data/homo_sapiens"
 OBS = f"{EXPERIMENT}/obs"
@@ -105,6 +105,26 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def atlas_place(text: str) -> str:
+    """Where an atlas is: an absolute path, or the address in an object store without a slash at its end.
+
+    Args:
+        text: A path, which may begin with `~`, `file://...` or `s3://...`.
+
+    Raises:
+        ValueError: A path that TileDB takes for something else.
+    """
+    if is_remote(text):
+        return text.rstrip("/")
+    path = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+    odd = next((character for character in "#?;%" if character in path), None)
+    if odd:
+        raise ValueError(
+            f"--atlas {text}: TileDB cannot open a path with {odd!r} in it; choose a folder of another name"
+        )
+    return path
+
+
 def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
     """Whether an atlas of this schema is there; False if nothing is, or an interrupted creation.
 
@@ -123,6 +143,8 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
                 set(found) if hasattr(found, "keys") else {"?"},
             )
     except soma.DoesNotExistError as e:
+        if ahead := written_ahead(uri, context):
+            raise ValueError(f"--atlas {ahead}") from e
         if is_remote(uri) or not os.listdir(uri):
             return False
         raise ValueError(

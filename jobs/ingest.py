@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_ingest.ingest import IngestReport, ingest
 from data_ingest.ingest_files import IngestOptions
+from data_ingest.verify import verify_atlas
 from jobs.arguments import parse_pairs
 
 
@@ -36,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         from cluster.connect import connect
 
         connect(arguments.address)
-        print(summary(ingest(arguments.h5ad, arguments.atlas, options)))
+        if arguments.h5ad or not arguments.verify:
+            print(summary(ingest(arguments.h5ad, arguments.atlas, options)))
+        if arguments.verify:
+            num_cells = verify_atlas(arguments.atlas, options.tiledb_config)
+            print(f"{arguments.atlas}: the counts of all {num_cells} cells are as ingested")
     except ValueError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         return 2
@@ -74,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--h5ad",
         nargs="+",
-        required=True,
+        default=[],
         metavar="FILE",
         help=".h5ad files; cells that the atlas already has are left as they are",
     )
@@ -136,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=VALUE",
         help="TileDB settings: vfs.s3.region=eu-west-1",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all counts of the atlas and compare each cell's sum with obs, after the ingest or, without"
+        " --h5ad, alone",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="Ray cluster; a local one by default")
     parser.add_argument(
