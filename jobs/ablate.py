@@ -1,32 +1,22 @@
-"""Vary one thing at a time over the same folds, and say what each part of the model is worth.
+"""Vary one thing at a time over the same folds, to measure what each part of the model is worth.
 
 The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out
-(`jobs.crossval` has them), and variants that pre-train alike share their pre-training. A variant that changes
-the cells, their labels or the folds runs on folds of its own, and is set beside the reference without a
-paired difference.
+(`crossval` has them), and variants with the same pre-training share it. A variant that changes the cells,
+their labels or the folds runs on folds of its own and is reported without a paired difference. The last line
+on stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
 
-from jobs.arguments import add_study_arguments, run_study_command
-from jobs.studies.ablation import run_ablation, without_extras
-from jobs.studies.estimate import describe_study
-from jobs.studies.study import open_study
-from jobs.studies.variants import by_folds, variants
-from screformer.config import ExperimentConfig
+from jobs.arguments import Command, Parser, Result, add_study, check_study
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the last line on stdout is one JSON object."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.ablate", description=(__doc__ or "").partition("\n")[0]
-    )
-    add_study_arguments(parser)
+def arguments(parser: Parser) -> None:
+    """The arguments of the command."""
+    add_study(parser)
     parser.add_argument(
         "--axes",
         nargs="+",
@@ -34,25 +24,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help="groups of variants to run; default: all of the recipe's",
     )
-    arguments = parser.parse_intermixed_args(argv)
 
-    def dry_run(config: ExperimentConfig) -> dict[str, Any]:
-        listed = variants(config, arguments.axes)
-        described = []
-        for changed, group in by_folds(listed):
-            study = open_study(
-                without_extras(config).merge(changed), folds_from=None if changed else arguments.folds
-            )
-            configs = [study.config.merge(variant.settings) for variant in group]
-            described.append(describe_study(study, configs, repeats=config.ablation.num_seeds))
-        minutes = round(sum(part["minutes"]["ours"] for part in described), 1)
-        return described[0] | {"variants": [variant.name for variant in listed], "minutes": minutes}
 
-    def run(config: ExperimentConfig, *, folds_from: str | None, resume: str | None) -> dict[str, Any]:
-        return run_ablation(config, folds_from=folds_from, resume=resume, axes=arguments.axes)
+def work(args: argparse.Namespace) -> Result:
+    """Run the variants, or describe them."""
+    from jobs.studies.ablation import describe_ablation, run_ablation
 
-    return run_study_command("ablate", parser, arguments, [], dry_run, run)
+    if args.dry_run:
+        return describe_ablation(args.settings, args.axes, folds_from=args.folds)
+    return run_ablation(args.settings, folds_from=args.folds, resume=args.resume, axes=args.axes)
 
+
+main = Command(
+    name="ablate",
+    doc=__doc__,
+    arguments=arguments,
+    work=work,
+    check=check_study,
+    recipe="",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,69 +1,73 @@
-"""The `screformer` command: one name for all jobs.
+"""The `screformer` command: one name for all commands.
 
-`screformer NAME ...` is `python -m jobs.NAME ...`, which is also what goes after `ray job submit
+`screformer NAME ...` is `python -m jobs.NAME ...`, which is also what follows `ray job submit
 --working-dir . --`.
 """
 
 from __future__ import annotations
 
-import ast
 import difflib
 import importlib
-import pkgutil
+import importlib.util
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
-JOBS = Path(__file__).parent
+from jobs.arguments import DONE, USER, program
+from screformer import __version__
 
-
-def commands(package: Path = JOBS) -> dict[str, str]:
-    """What can be run in a folder of modules.
-
-    Those with a `main(argv)`, by name, with the first line of their docstring.
-
-    The files are parsed and not imported: help must not wait for torch and Ray.
-    """
-    found = {}
-    for module in pkgutil.iter_modules([str(package)]):
-        path = package / module.name / "__main__.py" if module.ispkg else package / f"{module.name}.py"
-        if path.exists() and path != JOBS / "cli.py":
-            tree = ast.parse(path.read_text())
-            mains = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
-            if any(node.args.args and node.args.args[0].arg == "argv" for node in mains):
-                found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return found
-
-
-def dispatch(program: str, package: Path, prefix: str, argv: Sequence[str]) -> int:
-    """Run `PREFIX.NAME` for `NAME ...`, or print the names.
-
-    Returns:
-        The exit status: that of the job, 0 for `--help`, 2 for no or an unknown name.
-    """
-    known = commands(package)
-    name, *rest = argv or [""]
-    if name not in known:
-        wants_help = name in ("-h", "--help")
-        out = sys.stdout if wants_help else sys.stderr
-        if name and not wants_help:
-            near = difflib.get_close_matches(name, known, n=1)
-            print(
-                f"{program}: no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), file=out
-            )
-        width = max(map(len, known), default=0)
-        print(f"usage: {program} COMMAND ...   (COMMAND --help says more)\n", file=out)
-        print("\n".join(f"  {command:<{width}}  {line}" for command, line in known.items()), file=out)
-        return 0 if wants_help else 2
-    is_package = (package / name).is_dir()
-    module = importlib.import_module(f"{prefix}.{name}.__main__" if is_package else f"{prefix}.{name}")
-    sys.argv[0] = f"{program} {name}"  # argparse names the program by it
-    return module.main(rest) or 0
+COMMANDS = {
+    "quickstart": "Run the whole chain in one command: ingest, train, test, register, annotate, report.",
+    "ingest": "Make an atlas from .h5ad files, or add files to one.",
+    "query": "Count the cells of a query, and save it for other commands.",
+    "pretrain": "Pre-train a network on unlabelled cells.",
+    "finetune": "Train a cell-type classifier, test it on held-out groups and register it.",
+    "crossval": "Cross-validate next to baselines on the same folds, or search for settings.",
+    "ablate": "Vary one thing at a time over the same folds.",
+    "annotate": "Label the cells of .h5ad files or of an atlas query.",
+    "explain": "Show which genes drive each label.",
+    "promote": "Make the candidate the champion if it is better.",
+    "report": "Make the report of a run.",
+    "sync": "Send what an unreachable tracking server missed.",
+    "benchmark": "Measure attention, training steps or the stream next to their peers.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the installed command."""
-    return dispatch("screformer", JOBS, "jobs", sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(f"screformer {__version__}")
+        return DONE
+    return dispatch("", COMMANDS, words)
+
+
+def dispatch(group: str, table: Mapping[str, str], words: Sequence[str]) -> int:
+    """Run the command that the first word names, or print the names.
+
+    Args:
+        group: What the names belong to: nothing, or `benchmark`.
+        table: Names, and a line on each.
+        words: The name and its arguments.
+
+    Returns:
+        The command's exit status; 0 for `--help`, 2 for no name or an unknown one.
+    """
+    name, *rest = words or [""]
+    if name in table:
+        module = ".".join(filter(None, ["jobs", group, name]))
+        spec = importlib.util.find_spec(module)
+        is_group = spec is not None and spec.submodule_search_locations is not None
+        return importlib.import_module(f"{module}.__main__" if is_group else module).main(rest)
+    called = program(group).strip()
+    wants_help = name in ("-h", "--help")
+    out = sys.stdout if wants_help else sys.stderr
+    if name and not wants_help:
+        near = difflib.get_close_matches(name, table, n=1)
+        print(f"{called}: no command {name!r}" + (f"; did you mean {near[0]}?" if near else ""), file=out)
+    width = max(map(len, table))
+    print(f"usage: {called} COMMAND ...   (COMMAND --help lists its arguments)\n", file=out)
+    print("\n".join(f"  {command:<{width}}  {line}" for command, line in table.items()), file=out)
+    return DONE if wants_help else USER
 
 
 if __name__ == "__main__":

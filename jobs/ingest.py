@@ -1,81 +1,23 @@
-"""`python -m jobs.ingest --h5ad FILE... --atlas URI`: make an atlas from .h5ad files, or append to one."""
+"""Make an atlas from .h5ad files, or add files to one.
+
+`screformer ingest --h5ad FILE... --atlas URI`. An interrupted ingest is completed by the same command.
+"""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data_ingest.ingest import IngestReport, ingest
-from data_ingest.ingest_files import IngestOptions
-from data_ingest.verify import verify_atlas
-from jobs.arguments import parse_pairs
+from jobs.arguments import Command, Pairs, Parser, Result, add_counts, add_tiledb
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 for something that the user can fix."""
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
-    try:
-        options = IngestOptions(
-            obs_map=parse_pairs("--obs-map", arguments.obs_map),
-            constants=parse_pairs("--set", arguments.set),
-            layer=arguments.layer,
-            use_raw=arguments.use == "raw",
-            feature_id_column=arguments.feature_id_column,
-            symbol_table=arguments.symbol_table,
-            duplicate_genes=arguments.duplicate_genes,
-            labels=arguments.labels,
-            major_types=arguments.major_types,
-            tiledb_config=parse_pairs("--tiledb", arguments.tiledb),
-            dry_run=arguments.dry_run,
-        )
-        from cluster.connect import connect
-
-        connect(arguments.address)
-        if arguments.h5ad or not arguments.verify:
-            print(summary(ingest(arguments.h5ad, arguments.atlas, options)))
-        if arguments.verify:
-            num_cells = verify_atlas(arguments.atlas, options.tiledb_config)
-            print(f"{arguments.atlas}: the counts of all {num_cells} cells are as ingested")
-    except ValueError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return 2
-    return 0
+if TYPE_CHECKING:
+    from data_ingest.ingest import IngestReport
 
 
-def summary(report: IngestReport) -> str:
-    """The report in words, file by file, the totals last."""
-    lines = [line for file in report.files for line in file.lines()]
-    if report.took_back:
-        lines.append(
-            "an unfinished ingest of other files was taken back first"
-            if not report.dry_run
-            else "an unfinished ingest would be taken back"
-        )
-    if report.resumed:
-        lines.append(
-            "this completed an unfinished ingest"
-            if not report.dry_run
-            else "this would complete an unfinished ingest"
-        )
-    verb = "would add" if report.dry_run else "added"
-    lines.append(
-        f"{verb} {report.cells_added} cells and {report.genes_added} genes; {report.atlas_uri}"
-        f" {'would have' if report.dry_run else 'has'} "
-        f"{report.cells_total} cells and {report.genes_total} genes ({report.seconds:.1f} s)"
-    )
-    if report.dry_run:
-        lines.append("dry run: all checks passed, nothing was written")
-    return "\n".join(lines)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.ingest", description=__doc__)
+def arguments(parser: Parser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "--h5ad",
         nargs="+",
@@ -84,7 +26,11 @@ def _parser() -> argparse.ArgumentParser:
         help=".h5ad files; cells that the atlas already has are left as they are",
     )
     parser.add_argument(
-        "--atlas", required=True, metavar="URI", help="a path or s3://bucket/prefix; made if there is none"
+        "--atlas",
+        dest="atlas.uri",
+        required=True,
+        metavar="URI",
+        help="a path or s3://bucket/prefix; made if there is none",
     )
     parser.add_argument(
         "--labels",
@@ -95,22 +41,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--obs-map",
         nargs="+",
-        action="extend",
-        default=[],
+        action=Pairs,
+        default={},
         metavar="NAME=COLUMN",
         help="obs columns under other names: donor_id=patient",
     )
     parser.add_argument(
         "--set",
         nargs="+",
-        action="extend",
-        default=[],
+        action=Pairs,
+        default={},
         metavar="NAME=VALUE",
         help="values for files that lack a column: tissue_general=blood",
     )
-    counts = parser.add_mutually_exclusive_group()
-    counts.add_argument("--layer", metavar="NAME", help="take counts from this layer instead of X")
-    counts.add_argument("--use", choices=("X", "raw"), default="X", help="take counts from X or from raw.X")
+    add_counts(parser)
     parser.add_argument(
         "--feature-id-column",
         metavar="COLUMN",
@@ -134,13 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TABLE",
         help="tab-separated name, cl_id, also, before: replaces the default major cell types",
     )
+    add_tiledb(parser)
     parser.add_argument(
-        "--tiledb",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="NAME=VALUE",
-        help="TileDB settings: vfs.s3.region=eu-west-1",
+        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
     )
     parser.add_argument(
         "--verify",
@@ -148,12 +88,62 @@ def _parser() -> argparse.ArgumentParser:
         help="read all counts of the atlas and compare each cell's sum with obs, after the ingest or, without"
         " --h5ad, alone",
     )
-    parser.add_argument("--address", metavar="HOST:PORT", help="Ray cluster; a local one by default")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
-    )
-    return parser
 
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a command that does nothing."""
+    if not args.h5ad and not args.verify:
+        raise ValueError("--h5ad is missing; name at least one .h5ad file, or add --verify")
+
+
+def work(args: argparse.Namespace) -> Result:
+    """Write the atlas, verify it, and report what was added."""
+    from cluster.connect import connect
+    from data_ingest.ingest import ingest
+    from data_ingest.ingest_files import IngestOptions
+    from data_ingest.verify import verify_atlas
+
+    options = IngestOptions(
+        obs_map=args.obs_map,
+        constants=args.set,
+        layer=args.layer,
+        use_raw=args.use == "raw",
+        feature_id_column=args.feature_id_column,
+        symbol_table=args.symbol_table,
+        duplicate_genes=args.duplicate_genes,
+        labels=args.labels,
+        major_types=args.major_types,
+        tiledb_config=args.settings.atlas.tiledb_config,
+        dry_run=args.dry_run,
+    )
+    connect()
+    uri = args.settings.atlas.uri
+    lines = [summary(ingest(args.h5ad, uri, options))] if args.h5ad else []
+    if args.verify:
+        num_cells = verify_atlas(uri, options.tiledb_config)
+        lines.append(f"{uri}: the counts of all {num_cells} cells are as ingested")
+    return "\n".join(lines)
+
+
+def summary(report: IngestReport) -> str:
+    """The report in words, file by file, the totals last."""
+    would = "would " if report.dry_run else ""
+    lines = [line for file in report.files for line in file.lines()]
+    if report.took_back:
+        lines.append(f"an unfinished ingest of other files {would + 'be' if would else 'was'} removed first")
+    if report.resumed:
+        lines.append(f"this {would + 'complete' if would else 'completed'} an unfinished ingest")
+    lines.append(
+        f"{would + 'add' if would else 'added'} {report.cells_added} cells and {report.genes_added} genes;"
+        f" {report.atlas_uri} {would + 'have' if would else 'has'}"
+        f" {report.cells_total} cells and {report.genes_total} genes ({report.seconds:.1f} s)"
+    )
+    if report.dry_run:
+        lines.append("dry run: all checks passed, nothing was written")
+    return "\n".join(lines)
+
+
+main = Command(name="ingest", doc=__doc__, arguments=arguments, work=work, check=check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,17 +1,33 @@
-"""Pre-train a network on unlabelled cells: hide the expression of some genes and learn to tell it."""
+"""Pre-train a network on unlabelled cells: it learns to predict the expression of genes that are hidden.
+
+The last line on stdout is one JSON object.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
 
-from jobs.arguments import train_command
+from jobs.arguments import Command, Parser, Result, add_training
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; the last line on stdout is one JSON object."""
-    return train_command("pretrain", __doc__ or "", argv)
+def arguments(parser: Parser) -> None:
+    """The arguments of the command."""
+    add_training(parser)
 
+
+def work(args: argparse.Namespace) -> Result:
+    """Train, or describe the training."""
+    from jobs.training.run import describe_training, run_training
+
+    if args.dry_run:
+        return describe_training(args.settings, "pretrain", resume=args.resume, overrides=args.overrides)
+    result = run_training(args.settings, "pretrain", resume=args.resume, overrides=args.overrides)
+    return dataclasses.asdict(result)
+
+
+main = Command(name="pretrain", doc=__doc__, arguments=arguments, work=work, recipe="")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,51 +1,47 @@
-"""Send what a run could not log while its tracking server was away, its model included.
+"""Send what a run could not log while its tracking server did not answer, its model included.
 
-The last line on stdout is one JSON object; the command fails while something is left.
+The last line on stdout is one JSON object. The command fails (status 1) while something is left to send.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Sequence
 
-from jobs.reports.artifacts import log_curves
-from jobs.tracking.runs import TrackedRun
-from jobs.training.run_folder import read_run
+from jobs.arguments import Command, Parser, Result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jobs.sync", description=(__doc__ or "").partition("\n")[0]
-    )
+def arguments(parser: Parser) -> None:
+    """The arguments of the command."""
     parser.add_argument(
         "--run-dir",
         required=True,
         metavar="RUN_DIR",
         help="folder or URI that the run printed when it started",
     )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("jobs.tracking").setLevel(logging.INFO)  # says which version was registered
-    try:
-        run = TrackedRun(**read_run(args.run_dir, option="--run-dir")["run"]).kept_in(args.run_dir)
-        sent, left = run.send_kept()
-        if left:
-            raise ConnectionError(
-                f"{left} entries of run {run.run_id} are left in {run.outbox}; {run.tracking_uri} does not"
-                f" take them yet"
-            )
-        if sent:
-            log_curves(run)
-    except (ValueError, ConnectionError) as error:
-        print(f"{parser.prog}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps({"run_id": run.run_id, "sent": sent}))
-    return 0
 
+
+def work(args: argparse.Namespace) -> Result:
+    """Send everything that is kept."""
+    from jobs.reports.artifacts import log_curves
+    from jobs.tracking.runs import TrackedRun
+    from jobs.training.run_folder import read_run
+
+    logging.getLogger("jobs.tracking").setLevel(logging.INFO)  # reports which version was registered
+    run = TrackedRun(**read_run(args.run_dir, option="--run-dir")["run"]).kept_in(args.run_dir)
+    sent, left = run.send_kept()
+    if sent:
+        log_curves(run)
+    if left:
+        raise ConnectionError(
+            f"{left} entries of run {run.run_id} are left in {run.outbox}; {run.tracking_uri} does not"
+            f" accept them yet; try again later"
+        )
+    return {"run_id": run.run_id, "sent": sent}
+
+
+main = Command(name="sync", doc=__doc__, arguments=arguments, work=work)
 
 if __name__ == "__main__":
     sys.exit(main())

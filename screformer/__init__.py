@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from screformer.labelling import annotate
 
-__all__ = ["annotate"]
+__all__ = ["__version__", "annotate"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -1,22 +1,22 @@
-"""Measure our parts beside their peers, in one run on one machine: `benchmark NAME ...`."""
+"""Measure our parts next to their peers, in one run on one machine."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jobs.cli import dispatch
+
+PARTS = {
+    "attention": "LSH attention, next to reformer-pytorch's and to full attention.",
+    "step": "A training step, next to scBERT's and with LSH and full attention.",
+    "stream": "The stream of cells from an atlas, next to tiledbsoma-ml and a plain scan.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `jobs.benchmark.NAME`."""
-    return dispatch(
-        "python -m jobs.benchmark",
-        Path(__file__).parent,
-        "jobs.benchmark",
-        sys.argv[1:] if argv is None else argv,
-    )
+    return dispatch("benchmark", PARTS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

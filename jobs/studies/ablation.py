@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import yaml
 
 from data_ingest.folds import FILE
 from jobs.reports.artifacts import write_study
 from jobs.studies.ablation_report import ablation_report, conclusions, text_table
+from jobs.studies.estimate import describe_study
 from jobs.studies.exactness import exact_lines, exactness
 from jobs.studies.opening import opened
 from jobs.studies.report import log_report
@@ -90,6 +92,22 @@ def run_ablation(
                 row["variant"]: {"macro_f1": row["mean"], "difference": row["difference"]} for row in rows
             },
         }
+
+
+def describe_ablation(
+    config: ExperimentConfig, axes: Sequence[str] = (), *, folds_from: str | None = None
+) -> str:
+    """What `run_ablation` would do, as YAML: its settings, then folds, notes, variants and minutes."""
+    listed = variants(config, axes)
+    described = []
+    for changed, group in by_folds(listed):
+        study = open_study(without_extras(config).merge(changed), folds_from=None if changed else folds_from)
+        configs = [study.config.merge(variant.settings) for variant in group]
+        described.append(describe_study(study, configs, repeats=config.ablation.num_seeds))
+    minutes = round(sum(part["minutes"]["ours"] for part in described), 1)
+    whole = described[0] | {"variants": [variant.name for variant in listed], "minutes": minutes}
+    parts = (config.to_dict("ablate"), whole)
+    return "\n".join(yaml.safe_dump(part, sort_keys=False).rstrip() for part in parts)
 
 
 def without_extras(config: ExperimentConfig) -> ExperimentConfig:

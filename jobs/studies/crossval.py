@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import ray
+import yaml
 
 from jobs.studies.baselines import BASELINES, check_names
+from jobs.studies.estimate import describe_study
 from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_fold
-from jobs.studies.layout import BASELINE_CPUS, fold_bundle, search_space
+from jobs.studies.layout import BASELINE_CPUS, count_trials, fold_bundle, search_space
 from jobs.studies.opening import opened
 from jobs.studies.report import log_report, verdict, write_crossval_report
 from jobs.studies.results import results_of
 from jobs.studies.scores import fold_scores, scores
-from jobs.studies.study import Study
+from jobs.studies.study import Study, open_study
 from jobs.studies.trials import run_trials
 from screformer.config import ExperimentConfig
 from screformer.metrics import OURS
@@ -102,6 +104,14 @@ def run_crossval(
             "skipped": sorted(skipped),
             "model_version": version,
         }
+
+
+def describe_crossval(config: ExperimentConfig, *, folds_from: str | None = None) -> str:
+    """What `run_crossval` would do, as YAML: its settings, then folds, notes and minutes."""
+    study = open_study(config, folds_from=folds_from)
+    described = describe_study(study, [config] * count_trials(config))
+    parts = (config.to_dict("crossval"), described)
+    return "\n".join(yaml.safe_dump(part, sort_keys=False).rstrip() for part in parts)
 
 
 class _Beside:

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import ray
 import ray.train.torch
+import yaml
 
 from cluster.connect import connect
 from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
-from jobs.training.cells import TrainingCells, prepare_cells
+from jobs.training.cells import TrainingCells, describe, prepare_cells
 from jobs.training.launch import check_layout, train
 from jobs.training.run_folder import new_run_dir, newest_checkpoint, read_run, write_run
 from jobs.training.start import load_start
@@ -125,6 +126,27 @@ def run_training(
         metrics=trained.metrics,
         model_version=version,
     )
+
+
+def describe_training(
+    config: ExperimentConfig,
+    task: Task,
+    *,
+    init_from: str | None = None,
+    resume: str | None = None,
+    overrides: Sequence[str] = (),
+) -> str:
+    """What `run_training` would do, as YAML: its settings, then cells, steps, memory and notes.
+
+    Args and errors are those of `run_training`; nothing is written, and Ray is not started.
+    """
+    if resume is not None:
+        saved = ExperimentConfig.from_saved(read_run(resume)["config"], resume=True)
+        config = saved.merge(overrides, command=task)
+    start = load_start(config, init_from) if init_from else None
+    cells = prepare_cells(config, task, start=start)
+    parts = (cells.config.to_dict(task), describe(cells))
+    return "\n".join(yaml.safe_dump(part, sort_keys=False) for part in parts) + cells.attention
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:

@@ -293,7 +293,7 @@ def test_bad_requests_stop_with_what_to_do(
     (tmp_path / "cut.h5ad").write_bytes(good.read_bytes()[:5000])
 
     def message(*words: str) -> str:
-        assert main(["--model", str(model_dir), *words]) == 1
+        assert main(["--model", str(model_dir), *words]) == 2
         return capsys.readouterr().err
 
     out = str(tmp_path / "out.h5ad")
@@ -317,7 +317,7 @@ def test_bad_requests_stop_with_what_to_do(
     assert "two inputs are called good.h5ad" in message(
         "--h5ad", str(good), str(good), "--out", str(tmp_path / "folder")
     )
-    assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 1
+    assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 2
     assert "is no directory with weights.safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.h5ad*"))
 
@@ -372,12 +372,12 @@ def test_parquet_is_the_same_table_and_is_resumed(
     assert main([*command, "--probabilities", "--embedding"]) == 0
     assert shards[0].stat().st_mtime_ns == before and shards[1].exists(), "only what was missing is made"
     pd.testing.assert_frame_equal(pd.read_parquet(out).set_index("cell"), made)
-    assert main(command) == 1
+    assert main(command) == 2
     assert "holds labels of other cells, another model or other columns" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert "embedding_0" not in pd.read_parquet(out)
     (tmp_path / "mine.parquet").mkdir()
-    assert main([*command[:-1], str(tmp_path / "mine.parquet"), "--overwrite"]) == 1
+    assert main([*command[:-1], str(tmp_path / "mine.parquet"), "--overwrite"]) == 2
     assert "was not made by this command" in capsys.readouterr().err
 
 

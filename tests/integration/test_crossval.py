@@ -266,13 +266,13 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
         (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must lie between 0 and 1"),
         (["crossval.num_fold=3"], "unknown setting crossval.num_fold; did you mean crossval.num_folds?"),
         (["--dry-run", "--folds", "nowhere"], "has no artifact folds.parquet"),
-        (["--resume", "nowhere"], "give nothing beside it"),
+        (["--resume", "nowhere"], "give nothing else"),
     ],
 )
 def test_bad_input_is_said_in_one_line(
     settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 1
+    assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -298,7 +298,7 @@ def test_dry_run_says_what_will_happen(
         and "- model.pooling=cls" in printed
         and "- model.dim=64" not in printed
     )
-    assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 1
+    assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 2
     assert "there is no axis 'atention'; there is attention" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing is written"
 

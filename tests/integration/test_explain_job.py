@@ -182,7 +182,7 @@ def test_what_is_refused(
 ) -> None:
     command = ["--model", str(model_dir), "--h5ad", str(h5ad), "--out", str(tmp_path / "out")]
     assert main([*command, "--cells", "0"]) == 2
-    assert "--cells 0 must be at least 1" in capsys.readouterr().err
+    assert "argument --cells: 0 must be at least 1" in capsys.readouterr().err
     assert main([*command, "--background", "500"]) == 2
     assert "120 cells are too few for a background of 500" in capsys.readouterr().err
     assert main([*command[:2], "--h5ad", str(tmp_path / "none.h5ad"), "--out", str(tmp_path / "out")]) == 2

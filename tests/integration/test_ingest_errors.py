@@ -341,4 +341,4 @@ def test_contradicting_pairs_are_refused() -> None:
 def test_command_ends_with_status_2_and_the_message(tmp_path: Path, capsys, ray_local) -> None:
     status = main(["--h5ad", str(tmp_path / "gone.h5ad"), "--atlas", str(tmp_path / "atlas")])
     assert status == 2
-    assert capsys.readouterr().err.startswith(f"ValueError: {tmp_path}/gone.h5ad does not exist")
+    assert capsys.readouterr().err.startswith(f"screformer ingest: {tmp_path}/gone.h5ad does not exist")

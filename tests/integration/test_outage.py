@@ -91,7 +91,7 @@ def test_a_server_that_goes_away_loses_nothing(
     assert f"`{command}` registers it as blood" in caplog.text and f"`{command}` sends them" in caplog.text
 
     assert sync.main(["--run-dir", str(run_dir)]) == 1
-    assert capsys.readouterr().err.startswith("python -m jobs.sync: ConnectionError: 3 entries of run")
+    assert capsys.readouterr().err.startswith("screformer sync: 3 entries of run")
     server.start()
     assert sync.main(["--run-dir", str(run_dir)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 3}
@@ -125,5 +125,5 @@ def test_a_refused_entry_stays_and_holds_nothing_up(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sync.main(["--run-dir", str(tmp_path)]) == 1
-    assert f"ValueError: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err
+    assert sync.main(["--run-dir", str(tmp_path)]) == 2
+    assert f"screformer sync: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err

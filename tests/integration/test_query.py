@@ -284,4 +284,6 @@ def test_the_command_prints_counts_and_saves(small_atlas, tmp_path, capsys):
 
 def test_the_command_tells_a_user_error_in_one_line(small_atlas, capsys):
     assert main(["--atlas", small_atlas, "--obs-filter", "organ == 'x'"]) == 2
-    assert capsys.readouterr().err.startswith("ValueError: query.obs_filter: the atlas has no column 'organ'")
+    assert capsys.readouterr().err.startswith(
+        "screformer query: query.obs_filter: the atlas has no column 'organ'"
+    )

@@ -227,9 +227,9 @@ def test_a_run_that_logged_little_has_a_report_too(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "report": str(out)}
     text = out.read_text()
     assert "<h1>Pre-training: screformer</h1>" in text and "RuntimeError: out of memory" in text
-    assert main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 1
-    assert "ValueError: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
-    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 1
+    assert main(["--run", "0" * 32, "--tracking-uri", run.tracking_uri]) == 2
+    assert "screformer report: run '" + "0" * 32 + "' is not in sqlite:" in capsys.readouterr().err
+    assert main(["--run", run.run_id, "--tracking-uri", run.tracking_uri, "--out", "report.pdf"]) == 2
     assert "--out report.pdf must end in .html" in capsys.readouterr().err
 
 

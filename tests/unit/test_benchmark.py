@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jobs.benchmark import attention, step
+from jobs.benchmark.__main__ import main
 from jobs.benchmark.timing import peak_flops, utilisation
 from screformer.config import ModelConfig
 from screformer.cost import step_flops
@@ -20,7 +20,8 @@ def last_line(capsys) -> dict:
 
 def test_attention_prints_its_ratios(capsys):
     assert (
-        attention.main(["--lengths", "96", "128", "--bucket-size", "16", "--memory-length", "0", *SMALL]) == 0
+        main(["attention", "--lengths", "96", "128", "--bucket-size", "16", "--memory-length", "0", *SMALL])
+        == 0
     )
     found = last_line(capsys)
     for name in ("lsh_vs_reformer_pytorch", "lsh_vs_full", "model_flops_utilisation", "seconds"):
@@ -44,7 +45,7 @@ def test_step_prints_both_parts(capsys):
         "--bucket-size",
         "16",
     ]
-    assert step.main([*sizes, "--base-lengths", "32", "--base-tokens", "64", *SMALL]) == 0
+    assert main(["step", *sizes, "--base-lengths", "32", "--base-tokens", "64", *SMALL]) == 0
     found = last_line(capsys)
     assert (
         found["seconds"].keys()

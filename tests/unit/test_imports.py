@@ -49,7 +49,10 @@ HEAVY = {"ray", "mlflow", "tiledbsoma"}
 OTHERS = HEAVY | {"deepspeed", "anndata", "reformer_pytorch"}
 STEPS = {
     # what is done, in this order in one process; what that must not load
-    "list the commands": ("from jobs.cli import main; main(['--help'])", HEAVY | {"torch"}),
+    "parse every command line": (
+        "from helpers.commands import parse_everything; parse_everything()",
+        OTHERS | {"torch", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib"},
+    ),
     "import the model library": (
         "; ".join(f"import {name}" for name in MODULES if name.split(".")[0] == "screformer"),
         OTHERS | {"data_ingest", "jobs", "cluster"},
@@ -58,7 +61,10 @@ STEPS = {
         "from screformer.predictor import Predictor; Predictor.load(sys.argv[1], device='cpu')",
         OTHERS | {"data_ingest", "jobs", "cluster"},
     ),
-    "measure attention and step": ("import jobs.benchmark.attention, jobs.benchmark.step", HEAVY),
+    "measure attention and step": (
+        "import jobs.benchmark.measure_attention, jobs.benchmark.measure_step",
+        HEAVY,
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""The whole chain in one process: what the command `quickstart` runs."""

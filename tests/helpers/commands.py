@@ -1,0 +1,54 @@
+"""The commands by name, and the words that each cannot do without. Loads nothing heavy."""
+
+import contextlib
+import importlib
+import io
+import runpy
+import sys
+
+from jobs.arguments import Command
+from jobs.benchmark.__main__ import PARTS
+from jobs.cli import COMMANDS, main
+
+MODULES = {name: f"jobs.{name}" for name in COMMANDS if name != "benchmark"} | {
+    f"benchmark {name}": f"jobs.benchmark.{name}" for name in PARTS
+}
+NEEDED = {
+    "ingest": ["--h5ad", "a.h5ad", "--atlas", "a"],
+    "annotate": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b.h5ad"],
+    "explain": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b"],
+    "promote": ["--model", "m"],
+    "report": ["--run", "r"],
+    "sync": ["--run-dir", "r"],
+}
+
+
+def command(name: str) -> Command:
+    """The command of a name such as `benchmark step`."""
+    found = importlib.import_module(MODULES[name]).main
+    assert isinstance(found, Command)
+    return found
+
+
+def parse_everything() -> None:
+    """Each command's help, what it cannot do without, a mistyped option and a mistyped setting."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(["--help"]) == 0 and main(["benchmark", "--help"]) == 0
+        for name in MODULES:
+            needed = NEEDED.get(name, [])
+            with contextlib.suppress(SystemExit):
+                main([*name.split(), "--help"])
+            assert f"usage: screformer {name}" in out.getvalue(), name
+            command(name).parse(needed)
+            for words in (["--mistyped"], ["mistyped.setting=1"]):
+                try:
+                    command(name).parse([*words, *needed])
+                except ValueError:
+                    continue
+                raise AssertionError(f"{name} takes {words}")
+        del sys.modules["jobs.query"]
+        words, sys.argv = sys.argv, ["query.py", "--help"]
+        with contextlib.suppress(SystemExit):
+            runpy.run_module("jobs.query", run_name="__main__", alter_sys=True)
+        sys.argv = words
+        assert "usage: python -m jobs.query" in out.getvalue()
