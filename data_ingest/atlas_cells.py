@@ -15,7 +15,8 @@ import numpy as np
 
 from data_ingest.atlas import MEASUREMENT, located, open_atlas, pinned
 from data_ingest.datasource import read_cells
-from data_ingest.query import MAJOR, QueryResult, find_cells
+from data_ingest.query import QueryResult, find_cells
+from data_ingest.query_labels import MAJOR
 from screformer.cells import CELLS_PER_READ
 from screformer.config import AtlasConfig, QueryConfig
 from screformer.counts import CellCounts, Panels

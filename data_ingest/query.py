@@ -5,13 +5,10 @@ Axes: `n` cells of the query, `g` genes of the query.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
-import tiledbsoma
 
 from data_ingest.atlas import (
     MEASUREMENT,
@@ -32,19 +26,16 @@ from data_ingest.atlas import (
     pinned,
     saved_atlas,
 )
-from data_ingest.ontology import MajorTypes, is_cell_term
+from data_ingest.filters import check_filter, full_obs_filter, read_filtered, require_column
+from data_ingest.query_labels import MAJOR, count_values, labels_of
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 from screformer.counts import Panels
 from screformer.settings import plain
 from screformer.tokenizer import GeneVocabulary
 
-UNKNOWN = ("", "unknown", "na", "nan")
-"""Values of a label column that tell no label; `unknown` is what Census writes."""
 OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
-MAJOR = "cell_type_major"
 FILTERS = ("obs_filter", "var_filter", "is_primary_data")
 """Settings of a query that say which cells and genes it finds."""
-_MOST_LISTED = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +79,9 @@ class QueryResult:
             "genes": len(self.var_joinids),
             "donors": int(self.obs["donor_id"].nunique()),
             "datasets": int(self.obs["dataset_id"].nunique()),
-            "labels": _counts(self.obs["label"]),
+            "labels": count_values(self.obs["label"]),
             "unmapped_cells": int(unmapped.sum()),
-            "unmapped_cell_types": _counts(self.obs["cell_type"][unmapped]),
+            "unmapped_cell_types": count_values(self.obs["cell_type"][unmapped]),
         }
 
     def identity(self) -> dict[str, Any]:
@@ -229,33 +220,33 @@ def find_cells(
             wanted |= {label_column} | ({f"{label_column}_ontology_term_id"} & names)
         for column in sorted(wanted):
             field = "labels.column" if column == label_column else "obs column"
-            _require_column(column, obs_table, field)
+            require_column(column, obs_table, field)
         if query.is_primary_data:
-            _require_column(
+            require_column(
                 "is_primary_data", obs_table, "query.is_primary_data=false would leave it out; obs column"
             )
-        _check_filter(query.obs_filter, obs_table, "query.obs_filter")
-        _check_filter(query.var_filter, var_table, "query.var_filter")
-        obs = _read(
+        check_filter(query.obs_filter, obs_table, "query.obs_filter")
+        check_filter(query.var_filter, var_table, "query.var_filter")
+        obs = read_filtered(
             obs_table,
-            _full_obs_filter(query),
+            full_obs_filter(query),
             ["soma_joinid", *sorted(wanted)],
             f"query.obs_filter={query.obs_filter!r}",
         )
-        var = _read(
+        var = read_filtered(
             var_table,
             query.var_filter,
             ["soma_joinid", "feature_id", "feature_name"],
             f"query.var_filter={query.var_filter!r}",
         )
-    for rows, what, text in ((obs, "cell", _full_obs_filter(query)), (var, "gene", query.var_filter)):
+    for rows, what, text in ((obs, "cell", full_obs_filter(query)), (var, "gene", query.var_filter)):
         if rows.empty:
             raise ValueError(
                 f"no {what} of the atlas {atlas.uri} fulfils {text!r}"
                 if text
                 else f"the atlas {atlas.uri} has no {what}"
             )
-    labels, label_cl_ids = _labels(obs, label_column)
+    labels, label_cl_ids = labels_of(obs, label_column)
     result = QueryResult(
         atlas=atlas,
         query=query,
@@ -275,13 +266,6 @@ def find_cells(
             f" save the query anew"
         )
     return result
-
-
-def _full_obs_filter(query: QueryConfig) -> str:
-    primary, given = "is_primary_data == True", query.obs_filter.strip()
-    if not query.is_primary_data:
-        return given
-    return f"({given}) and {primary}" if given else primary
 
 
 def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, str]:
@@ -313,145 +297,3 @@ def run_query(config: ExperimentConfig) -> QueryResult:
     atlas, query, expected_hash = resolve_query(config)
     columns = (config.split.group_by,)
     return find_cells(atlas, query, config.labels.column, columns, expected_hash=expected_hash)
-
-
-def _read(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:
-    try:
-        rows = table.read(column_names=columns, value_filter=value_filter or None).concat()
-    except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}: SOMA does not take it: {str(error).splitlines()[0]}") from error
-    for index, column in enumerate(rows.column_names):
-        if _is_string(rows.schema.field(column).type):
-            rows = rows.set_column(index, column, rows[column].dictionary_encode())
-    return rows.select(columns).to_pandas().sort_values("soma_joinid", ignore_index=True)
-
-
-def _check_filter(value_filter: str, table: Any, field: str) -> None:
-    """Find what SOMA would not tell: columns that do not exist, and strings that their column never holds."""
-    if not value_filter.strip():
-        return
-    try:
-        tree = ast.parse(value_filter, mode="eval")
-    except SyntaxError as error:
-        raise ValueError(
-            f"{field}={value_filter!r}: SOMA does not take it: {error.msg} at character {error.offset}; write"
-            f" such as"
-            " \"tissue_general == 'blood' and assay in ['10x 3\\' v3']\""
-        ) from error
-    for node in ast.walk(tree):
-        column = _column(node)
-        if column is not None:
-            _require_column(column, table, field)
-    for column, value in _string_comparisons(tree):
-        known = _strings_of(table, column)
-        if known is not None and value not in known:
-            near = difflib.get_close_matches(value, known, n=_MOST_LISTED, cutoff=0.6)
-            listed = near + [item for item in sorted(known, key=_natural) if item not in near]
-            more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
-            raise ValueError(
-                f"{field}: {column} never is {value!r}; there is"
-                f" {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}"
-            )
-
-
-def _column(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Name) and node.id not in ("attr", "val"):
-        return node.id
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "attr"
-        and len(node.args) == 1
-    ):
-        return (
-            node.args[0].value
-            if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
-            else None
-        )
-    return None
-
-
-def _string_comparisons(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            columns = [column for column in map(_column, sides) if column is not None]
-            exact = all(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
-            values = [
-                item for side in sides for item in (side.elts if isinstance(side, ast.List) else [side])
-            ]
-            if len(columns) == 1 and exact:
-                yield from (
-                    (columns[0], item.value)
-                    for item in values
-                    if isinstance(item, ast.Constant) and isinstance(item.value, str)
-                )
-
-
-def _require_column(column: str, table: Any, field: str) -> None:
-    names = [name for name in table.schema.names if not name.startswith("soma_")]
-    if column not in table.schema.names:
-        near = difflib.get_close_matches(column, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"{field}: the atlas has no column {column!r}; {hint}there is {', '.join(sorted(names))}"
-        )
-
-
-def _strings_of(table: Any, column: str) -> list[str] | None:
-    """The strings that a column holds, None where it holds no strings."""
-    kind = table.schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        return (
-            table.get_enumeration_values([column])[column].to_pylist()
-            if _is_string(kind.value_type)
-            else None
-        )
-    if not _is_string(kind):
-        return None
-    found = [pc.unique(part[column]) for part in table.read(column_names=[column])]
-    return pc.unique(pa.chunked_array(found, type=kind)).to_pylist()
-
-
-def _natural(text: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
-
-
-def _is_string(kind: Any) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _labels(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
-    if column in obs:
-        names = obs[column].astype("category")
-        companion = f"{column}_ontology_term_id"
-        cl_ids: dict[str, str] = {}
-        if companion in obs:
-            pairs = obs[[column, companion]].drop_duplicates().dropna()
-            cl_ids = dict(zip(pairs[column].astype(str), pairs[companion].astype(str), strict=True))
-        of_category = {category: str(category) for category in names.cat.categories}
-    else:
-        names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
-        # A release of Census may know terms that the ontology shipped here does not.
-        rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
-        of_category = {
-            term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories
-        }
-        cl_ids = {found.name: found.cl_id for found in rolled.values()}
-    known = sorted({name for name in of_category.values() if name.lower() not in UNKNOWN})
-    code_of = {name: code for code, name in enumerate(known)}
-    codes_of_category = np.array(
-        [code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1]
-    )
-    codes = codes_of_category[names.cat.codes.to_numpy()]
-    used = np.unique(codes[codes >= 0])
-    renumbered = np.searchsorted(used, codes)
-    labels = pd.Categorical.from_codes(
-        np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used]
-    )
-    return labels, {name: cl_ids.get(name, "") for name in labels.categories}
-
-
-def _counts(values: pd.Series) -> dict[str, int]:
-    counts = values.value_counts()
-    return {str(name): int(count) for name, count in counts.items() if count}

@@ -175,6 +175,10 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
             QueryConfig(obs_filter="nnz > 'many'"),
             "query.obs_filter=\"nnz > 'many'\": SOMA does not take it: .*Cannot cast `many`",
         ),
+        (
+            QueryConfig(obs_filter="donor_id == 3"),
+            "query.obs_filter: donor_id holds text; write donor_id == '3', with quotes",
+        ),
         (QueryConfig(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
         (
             QueryConfig(obs_filter="nnz < 0"),

@@ -1,0 +1,55 @@
+"""The labels of a query's cells, from a column of obs or rolled up to major types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from data_ingest.ontology import MajorTypes, is_cell_term
+
+MAJOR = "cell_type_major"
+UNKNOWN = ("", "unknown", "na", "nan")
+"""Values of a label column that tell no label; `unknown` is what Census writes."""
+
+
+def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
+    """The label of each cell, without unused ones, and the Cell Ontology id of each label.
+
+    Args:
+        obs: Cells with the column, or with `cell_type_ontology_term_id` to roll up.
+        column: Column of labels.
+    """
+    if column in obs:
+        names = obs[column].astype("category")
+        companion = f"{column}_ontology_term_id"
+        cl_ids: dict[str, str] = {}
+        if companion in obs:
+            pairs = obs[[column, companion]].drop_duplicates().dropna()
+            cl_ids = dict(zip(pairs[column].astype(str), pairs[companion].astype(str), strict=True))
+        of_category = {category: str(category) for category in names.cat.categories}
+    else:
+        names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
+        # A release of Census may know terms that the ontology shipped here does not.
+        rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
+        of_category = {
+            term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories
+        }
+        cl_ids = {found.name: found.cl_id for found in rolled.values()}
+    known = sorted({name for name in of_category.values() if name.lower() not in UNKNOWN})
+    code_of = {name: code for code, name in enumerate(known)}
+    codes_of_category = np.array(
+        [code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1]
+    )
+    codes = codes_of_category[names.cat.codes.to_numpy()]
+    used = np.unique(codes[codes >= 0])
+    renumbered = np.searchsorted(used, codes)
+    labels = pd.Categorical.from_codes(
+        np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used]
+    )
+    return labels, {name: cl_ids.get(name, "") for name in labels.categories}
+
+
+def count_values(values: pd.Series) -> dict[str, int]:
+    """How often each value occurs, most frequent first; values that do not occur are left out."""
+    counts = values.value_counts()
+    return {str(name): int(count) for name, count in counts.items() if count}
