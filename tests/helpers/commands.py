@@ -14,7 +14,7 @@ MODULES = {name: f"jobs.{name}" for name in COMMANDS if name != "benchmark"} | {
     f"benchmark {name}": f"jobs.benchmark.{name}" for name in PARTS
 }
 NEEDED = {
-    "ingest": ["--h5ad", "a.h5ad", "--atlas", "a"],
+    "ingest": ["--atlas", "a", "--h5ad", "a.h5ad"],
     "annotate": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b.h5ad"],
     "explain": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b"],
     "promote": ["--model", "m"],
