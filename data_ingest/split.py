@@ -1,4 +1,4 @@
-"""Which cells train, which choose the model, which are only looked at in the end.
+"""Which cells train, which choose the model, and which are used only for the final test.
 
 Axes: `n` cells, `d` groups (such as donors), `k` labels.
 """
@@ -22,7 +22,7 @@ _LARGEST_MISS = 0.5
 class Split(dict[str, np.ndarray]):
     """Indices of the cells of `train`, `val` and `test`, increasing, int64.
 
-    `notes` says what could not be as asked.
+    `notes` lists what could not be done as asked.
     """
 
     def __init__(self, parts: dict[str, np.ndarray], notes: Sequence[str]) -> None:

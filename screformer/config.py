@@ -102,23 +102,23 @@ class AtlasConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
-    """Which cells and genes of the atlas take part, in SOMA's value-filter language."""
+    """Which cells and genes of the atlas are used, in SOMA's value-filter language."""
 
     obs_filter: str = setting("", "cells")
-    """Such as `tissue_general == 'blood' and assay != 'Smart-seq2'`; empty takes every cell."""
+    """For example `tissue_general == 'blood' and assay != 'Smart-seq2'`; empty takes every cell."""
     var_filter: str = setting("", "cells")
-    """Such as `feature_id in ['ENSG00000156738']`; empty takes every gene."""
+    """For example `feature_id in ['ENSG00000156738']`; empty takes every gene."""
     is_primary_data: bool = setting(True, "cells")
     """Drop cells that Census marks as copies of cells in another dataset."""
     min_measured: float = setting(0.0, "pretraining")
-    """Least share of the training cells whose dataset measured a gene, for the gene to take part; 0 takes
-    every gene that any did. Near 1 a small panel among large ones makes training and prediction faster, at
-    the cost of the genes that it lacks."""
+    """Least share of the training cells whose dataset measured a gene, for the gene to be used; 0 uses
+    every gene that any dataset measured. Near 1 a small panel among large ones makes training and prediction
+    faster, at the cost of the genes that it lacks."""
     file: str = setting("", "cells")
     """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must lie in [0, 1]")
+        require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must be in [0, 1]")
         require(
             not (self.file and (self.obs_filter or self.var_filter)),
             f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or"
@@ -159,7 +159,7 @@ class SplitConfig:
     def __post_init__(self) -> None:
         for name in ("test_fraction", "val_fraction"):
             value = getattr(self, name)
-            require(0.0 <= value < 1.0, f"split.{name}={value} must lie in [0, 1)")
+            require(0.0 <= value < 1.0, f"split.{name}={value} must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class TokensConfig:
     """`detected`: one token per detected gene; `all`: one per gene of the vocabulary, zeros included."""
     max_genes: int = setting(1024, "pretraining")
     """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the
-    gene's mean expression over the training cells, and the run says how many were cut."""
+    gene's mean expression over the training cells, and the run reports how many were cut."""
     expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = setting(
         "continuous", "pretraining", "weights"
     )
@@ -184,7 +184,7 @@ class TokensConfig:
         require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
         require(
             2 <= self.num_bins <= 1024,
-            f"tokens.num_bins={self.num_bins} must lie in [2, 1024]; bin 0 means not detected",
+            f"tokens.num_bins={self.num_bins} must be in [2, 1024]; bin 0 means not detected",
         )
 
     def most_slots(self, num_genes: int) -> int:
@@ -255,9 +255,9 @@ class ModelConfig:
     linear_skip: bool = setting(True)
     """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
     linear_start_cells: int = setting(8192)
-    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be the
-    `linear_skip`: the network begins as good as that, and trains the rest beside it (trained on, it lost on
-    other data sets). 0 starts at zero and trains it."""
+    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be
+    the `linear_skip`: the network starts as good as that, and trains the rest next to it (trained further,
+    it lost on other data sets). 0 starts at zero and trains it."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
@@ -270,7 +270,7 @@ class ModelConfig:
             f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; try"
             f" model.dim={-(-self.dim // self.heads) * self.heads}",
         )
-        require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must lie in [0, 1)")
+        require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +324,7 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "gradient_clipping", "patience_evals", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
-        require(0.0 <= self.mask_rate < 1.0, f"train.mask_rate={self.mask_rate} must lie in [0, 1)")
+        require(0.0 <= self.mask_rate < 1.0, f"train.mask_rate={self.mask_rate} must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +380,7 @@ class TrackingConfig:
     experiment: str = setting("screformer")
     """MLflow experiment."""
     run_name: str = setting("")
-    """Name of the run; empty lets MLflow choose."""
+    """Name of the run; if empty, MLflow chooses."""
     model_name: str = setting("screformer")
     """Registered model that fine-tuning adds a version to."""
 
@@ -419,7 +419,7 @@ class CrossvalConfig:
         require(self.num_folds >= 2, f"crossval.num_folds={self.num_folds} must be at least 2")
         require(
             0 < self.val_fraction < 1,
-            f"crossval.val_fraction={self.val_fraction} must lie between 0 and 1: something has to choose the"
+            f"crossval.val_fraction={self.val_fraction} must be between 0 and 1: something has to choose the"
             f" step",
         )
         require(
@@ -528,7 +528,7 @@ class ExperimentConfig:
             resume: The training will continue, so a dropped setting must have the value that is now fixed.
 
         Raises:
-            ValueError: Another value; says which version has that setting.
+            ValueError: Another value; the message names the version that has that setting.
         """
         tree = {section: dict(fields) for section, fields in tree.items()}
         for path, fixed in _REMOVED.items():

@@ -1,6 +1,6 @@
 """Trees of settings: how they are declared, read, checked, varied and written.
 
-`screformer.config` says which settings there are; nothing here knows one of them.
+`screformer.config` declares the settings; nothing here depends on any of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOUCHES = typing.get_args(Touch)
 
 
 def setting(default: Any, *touches: Touch) -> Any:
-    """A field of a section: its default, and what it touches beyond the run that reads it."""
+    """A field of a section: its default, and what it touches."""
     metadata = {"touches": touches}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -104,7 +104,7 @@ def plain(value: Any) -> Any:
 
 
 def _checked(kind: Any, value: Any, path: str) -> Any:
-    """The value in the field's own type; YAML's `1e-3` is a string and its `4` may stand for a float."""
+    """The value in the field's own type; YAML's `1e-3` is a string and its `4` may be meant as a float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)

@@ -64,7 +64,7 @@ def run_ablation(
         seeds = range(study.config.train.seed, study.config.train.seed + study.config.ablation.num_seeds)
         found: dict[str, dict[str, Any]] = {}
         for changed, group in by_folds(listed):
-            part = _beside(study, changed) if changed else study
+            part = _own_study(study, changed) if changed else study
             run_trials(
                 part,
                 {
@@ -115,8 +115,8 @@ def without_extras(config: ExperimentConfig) -> ExperimentConfig:
     return config.merge({"crossval.baselines": []})
 
 
-def _beside(study: Study, changed: Mapping[str, Any]) -> Study:
-    """The study on other cells, labels or folds, in a folder of its own; begun, or taken up again."""
+def _own_study(study: Study, changed: Mapping[str, Any]) -> Study:
+    """The study on other cells, labels or folds, in its own folder; new, or resumed."""
     folder = study.run_dir / "folds" / settings_key(changed)
     begun = (folder / FILE).is_file()
     part = dataclasses.replace(

@@ -16,33 +16,33 @@ from jobs.studies.variants import REFERENCE
 
 
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table says of each axis, plainly: what helps, what harms, what the folds do not tell."""
-    said = []
+    """What the table shows for each variant: whether the reference's choice helps, harms, or neither."""
+    lines = []
     for row in rows[1:]:
         difference = row["difference"]
         if difference is None:
-            said.append(
-                f"{row['variant']}: {spread_text(row)} on folds of its own, the reference has"
+            lines.append(
+                f"{row['variant']}: {spread_text(row)} on its own folds, the reference has"
                 f" {spread_text(rows[0])}; not paired."
             )
         elif row["identical"]:
-            said.append(f"{row['variant']}: gives the very same predictions as the reference.")
+            lines.append(f"{row['variant']}: gives exactly the same predictions as the reference.")
         elif difference["low"] > 0:
-            said.append(
+            lines.append(
                 f"{row['variant']}: better than the reference ({difference_text(difference)}): **what the"
                 f" latter does here harms.**"
             )
         elif difference["high"] < 0:
-            said.append(
+            lines.append(
                 f"{row['variant']}: the reference is better ({difference_text(difference)}): what it does"
                 f" here helps."
             )
         else:
-            said.append(
-                f"{row['variant']}: not told apart from the reference ({difference_text(difference)}): no"
-                f" sign here that it helps."
+            lines.append(
+                f"{row['variant']}: not distinguishable from the reference ({difference_text(difference)}):"
+                f" no sign here that it helps."
             )
-    return said
+    return lines
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

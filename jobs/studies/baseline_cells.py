@@ -53,7 +53,7 @@ class BaselineCells:
 
 
 class Labels(NamedTuple):
-    """What a method says of some cells."""
+    """A method's labels of some cells."""
 
     predicted_n: np.ndarray
     """Class, int64."""
@@ -76,7 +76,7 @@ Candidates = Generator[Candidate, None, None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Answer:
-    """What the chosen candidate of a method says of the test cells."""
+    """The test cells' labels by the chosen candidate of a method."""
 
     predicted_n: np.ndarray
     """Class, int64."""

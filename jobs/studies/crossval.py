@@ -16,7 +16,7 @@ from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_
 from jobs.studies.layout import BASELINE_CPUS, count_trials, fold_bundle, search_space
 from jobs.studies.opening import opened
 from jobs.studies.report import log_report, verdict, write_crossval_report
-from jobs.studies.results import results_of
+from jobs.studies.results import FoldResult, results_of
 from jobs.studies.scores import fold_scores, scores
 from jobs.studies.study import Study, open_study
 from jobs.studies.trials import run_trials
@@ -38,8 +38,7 @@ def run_crossval(
 
     Returns:
         `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1
-        by name), `skipped`,
-        `model_version` (of `crossval.register`, else None).
+        by name), `skipped`, `model_version` (of `crossval.register`, else None).
 
     Raises:
         ValueError: Settings, cells, folds or cluster do not allow it.
@@ -58,24 +57,10 @@ def run_crossval(
         for note in notes:
             print(f"note: {note}", flush=True)
         wanted = [name for name in check_names(config.crossval.baselines) if name not in skipped]
-        beside = _Beside(lambda: _run_baselines(study, wanted))
-        drawn = config.search.algorithm != "grid" and bool(config.search.space)
-        settings = run_trials(
-            study, search_space(config), num_samples=config.search.num_samples if drawn else 1
-        )
-        beside.join()
-        found = [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
-        trials = [
-            {
-                "settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's",
-                "folds": len(results),
-            }
-            | {"macro-F1": float(np.mean([_macro_f1(result, study) for result in results]))}
-            for setting, results in found
-            if results
-        ]
+        found = _run_all(study, wanted)
+        trials = [_trial_row(study, setting, results) for setting, results in found if results]
         whole = [(setting, results) for setting, results in found if len(results) == len(study.folds)]
-        best, ours = max(whole, key=lambda pair: np.mean([_macro_f1(result, study) for result in pair[1]]))
+        best, ours = max(whole, key=lambda pair: _mean_macro_f1(study, pair[1]))
         if len(trials) > 1:
             notes.append(
                 f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds:"
@@ -87,13 +72,7 @@ def run_crossval(
         tree = write_crossval_report(study, methods, trials, notes)
         log_report(study, tree["methods"])
         print(verdict(tree["methods"]), flush=True)
-        version = None
-        if config.crossval.register:
-            bundle = fold_bundle(config)
-            task = ray.remote(register_final).options(
-                num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0)
-            )
-            version = ray.get(task.remote(study, best, fold_scores(study, ours)))
+        version = _register(study, best, ours) if config.crossval.register else None
         macro_f1 = {name: entry["metrics"]["macro_f1"]["mean"] for name, entry in tree["methods"].items()}
         return {
             "run_id": study.run.run_id,
@@ -114,8 +93,44 @@ def describe_crossval(config: ExperimentConfig, *, folds_from: str | None = None
     return "\n".join(yaml.safe_dump(part, sort_keys=False).rstrip() for part in parts)
 
 
+def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any], list[FoldResult]]]:
+    """Run the configurations, and next to them the baselines.
+
+    Returns:
+        Settings of each configuration, in the order they were started, with its finished folds.
+    """
+    search = study.config.search
+    beside = _Beside(lambda: _run_baselines(study, baselines))
+    drawn = search.algorithm != "grid" and bool(search.space)
+    space = search_space(study.config)
+    settings = run_trials(study, space, num_samples=search.num_samples if drawn else 1)
+    beside.join()
+    return [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
+
+
+def _trial_row(study: Study, setting: dict[str, Any], results: Sequence[FoldResult]) -> dict[str, Any]:
+    """A configuration in the report's table of a search."""
+    return {
+        "settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's",
+        "folds": len(results),
+        "macro-F1": _mean_macro_f1(study, results),
+    }
+
+
+def _mean_macro_f1(study: Study, results: Sequence[FoldResult]) -> float:
+    return float(np.mean([scores(result, study)["macro_f1"] for result in results]))
+
+
+def _register(study: Study, settings: dict[str, Any], results: Sequence[FoldResult]) -> int | None:
+    """`register_final` in a process with a fold's resources."""
+    bundle = fold_bundle(study.config)
+    task = ray.remote(register_final).options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))
+    version: int | None = ray.get(task.remote(study, settings, fold_scores(study, results)))
+    return version
+
+
 class _Beside:
-    """Something that runs in a thread beside the trials; `join` gives its exception."""
+    """Something that runs in a thread next to the trials; `join` raises its exception."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._error: BaseException | None = None
@@ -138,7 +153,7 @@ class _Beside:
 def _run_baselines(study: Study, names: Sequence[str]) -> None:
     """Fit the baselines of all folds, one at a time.
 
-    A fold's cells are read once and lie in the object store meanwhile.
+    A fold's cells are read once and are kept in the object store meanwhile.
     """
     task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
     shared = ray.put(study)
@@ -160,7 +175,3 @@ def _run_baselines(study: Study, names: Sequence[str]) -> None:
                 failed.append(f"{name} in fold {study.folds.names[fold]}: {error.cause or error}")
     if failed:
         raise RuntimeError(f"{len(failed)} baselines failed, the others' results are kept: {failed[0]}")
-
-
-def _macro_f1(result: Any, study: Study) -> float:
-    return scores(result, study)["macro_f1"]

@@ -116,7 +116,7 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     if registered.exists():  # a study that is resumed after its end registers nothing twice
         version: int | None = json.loads(registered.read_text())["version"]
         return version
-    everything = len(study.folds)  # no cell is tested there, so all take part
+    everything = len(study.folds)  # no cell is tested there, so all are used
     config = study.config.merge({**settings, "tracking.run_name": "all folds"})
     with start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})

@@ -22,8 +22,8 @@ def verdict(tree: Mapping[str, Any]) -> str:
 
     And with absent types dropped on both sides.
     """
-    said = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
-    return "\n\n".join(dict.fromkeys(said))
+    text = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
+    return "\n\n".join(dict.fromkeys(text))
 
 
 def _verdict(tree: Mapping[str, Any], metric: str) -> str:
@@ -37,15 +37,15 @@ def _verdict(tree: Mapping[str, Any], metric: str) -> str:
     best = max(others, key=lambda name: others[name]["metrics"][metric]["mean"])
     difference, title = others[best]["metrics"][metric]["difference"], others[best]["title"]
     ours, theirs = tree[OURS]["metrics"][metric]["mean"], others[best]["metrics"][metric]["mean"]
-    said = f"{OURS} has {METRICS[metric]} {ours:.3f}; the best baseline, {title}, has {theirs:.3f}."
-    said += f" The paired difference is {difference_text(difference)}: "
+    text = f"{OURS} has {METRICS[metric]} {ours:.3f}; the best baseline, {title}, has {theirs:.3f}."
+    text += f" The paired difference is {difference_text(difference)}: "
     if difference["low"] > 0:
-        return said + f"{OURS} is better."
+        return text + f"{OURS} is better."
     if difference["high"] < 0:
-        return said + f"**{OURS} is worse than {title}.**"
+        return text + f"**{OURS} is worse than {title}.**"
     return (
-        said
-        + "the folds do not tell them apart"
+        text
+        + "the folds do not separate them"
         + (", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
     )
 

@@ -101,7 +101,7 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     )
     shared, num_folds = ray.put(study), len(study.folds)
     workers = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, num_folds))]
-    # Folds are reported in their order, so that each report stands for the same folds in every trial.
+    # Folds are reported in their order, so that each report covers the same folds in every trial.
     values: list[float] = []
     for macro_f1 in ActorPool(workers).map(
         lambda actor, fold: actor.run.remote(settings, fold), range(num_folds)

@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     @property
     def of_the_study(self) -> dict[str, Any]:
-        """Its settings that call for folds of its own."""
+        """Its settings that need their own folds."""
         own = touching("cells")
         return {name: value for name, value in self.settings.items() if setting_name(name) in own}
 
@@ -62,7 +62,7 @@ def variants(config: ExperimentConfig, axes: Sequence[str] = ()) -> list[Variant
 
 
 def by_folds(listed: Sequence[Variant]) -> list[tuple[dict[str, Any], list[Variant]]]:
-    """The variants by the settings that call for folds of their own.
+    """The variants by the settings that need their own folds.
 
     None first, which is the reference's folds.
     """

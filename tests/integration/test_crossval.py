@@ -263,7 +263,7 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
     ("words", "message"),
     [
         (["crossval.baselines=[logistic]"], "crossval.baselines has no 'logistic'; there is all, majority"),
-        (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must lie between 0 and 1"),
+        (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must be between 0 and 1"),
         (["crossval.num_fold=3"], "unknown setting crossval.num_fold; did you mean crossval.num_folds?"),
         (["--dry-run", "--folds", "nowhere"], "has no artifact folds.parquet"),
         (["--resume", "nowhere"], "give nothing else"),
