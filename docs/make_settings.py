@@ -78,7 +78,8 @@ def _value(default: Any) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return " and ".join(f"`{name}`" for name in names)
+    words = [f"`{name}`" for name in names]
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 if __name__ == "__main__":

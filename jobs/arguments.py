@@ -305,13 +305,18 @@ def add_study(parser: Parser) -> None:
 
 
 def check_study(args: argparse.Namespace) -> None:
-    """Refuse settings next to `--resume`: a study continues as it began.
+    """Refuse settings next to `--resume`, which continues a study as it began, and what `--folds` fixes.
 
     Raises:
         ValueError: There are some.
     """
-    if args.resume and (args.overrides or args.config or args.folds or args.dry_run):
+    given = {text.partition("=")[0] for text in args.overrides}
+    given |= {name for name, value in vars(args).items() if "." in name and value is not None}
+    if args.resume and (given or args.config or args.folds or args.dry_run):
         raise ValueError("--resume continues a study with the settings it began with; give nothing else")
+    fixed = sorted(given & {"crossval.group_by", "crossval.num_folds"})
+    if args.folds and fixed:
+        raise ValueError(f"{fixed[0]} has no effect with --folds {args.folds}, which fixes it; remove one")
 
 
 def add_device(parser: Parser, *, rounds: int) -> None:

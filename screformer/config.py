@@ -28,13 +28,14 @@ from screformer.settings import (
 )
 
 Task = Literal["pretrain", "finetune"]
-Command = Literal["pretrain", "finetune", "crossval", "ablate"]
+Command = Literal["pretrain", "finetune", "quickstart", "crossval", "ablate"]
 GroupBy = Literal["donor_id", "dataset_id", "none"]
 """What a fold keeps together: an obs column, or nothing."""
 
 WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("crossval", "search", "ablation"),
     "finetune": ("crossval", "search", "ablation"),
+    "quickstart": ("crossval", "search", "ablation"),
     "crossval": ("split", "ablation"),
     "ablate": ("split", "search", "crossval.baselines", "crossval.register"),
 }

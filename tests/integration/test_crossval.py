@@ -265,7 +265,7 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
         (["crossval.baselines=[logistic]"], "crossval.baselines has no 'logistic'; there is all, majority"),
         (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must be between 0 and 1"),
         (["crossval.num_fold=3"], "unknown setting crossval.num_fold; did you mean crossval.num_folds?"),
-        (["--dry-run", "--folds", "nowhere"], "has no artifact folds.parquet"),
+        (["--folds", "nowhere"], "crossval.num_folds has no effect with --folds nowhere"),
         (["--resume", "nowhere"], "give nothing else"),
     ],
 )
@@ -274,6 +274,12 @@ def test_bad_input_is_said_in_one_line(
 ) -> None:
     assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_folds_that_are_nowhere_are_named(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", str(SMOKE), settings[0], "labels.min_cells=2", "--dry-run", "--folds", "nowhere"]
+    assert crossval.main(words) == 2
+    assert "has no artifact folds.parquet" in capsys.readouterr().err
 
 
 def test_dry_run_says_what_will_happen(

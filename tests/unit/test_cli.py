@@ -158,6 +158,20 @@ def test_pairs_are_read_and_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--resume", "runs/1", "--group-by", "none"], "give nothing else"),
+        (["--folds", "runs/1", "--group-by", "none"], "crossval.group_by has no effect with --folds runs/1"),
+        (["--folds", "runs/1", "crossval.num_folds=3"], "crossval.num_folds has no effect with --folds"),
+        (["split.group_by=donor_id"], "split.group_by has no effect in crossval"),
+    ],
+)
+def test_a_study_refuses_what_has_no_effect(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        command("crossval").parse(words)
+
+
 def test_a_resumed_run_has_its_own_settings() -> None:
     args = command("finetune").parse(["--resume", "runs/1", "cluster.num_workers=3"])
     assert (args.resume, args.overrides) == ("runs/1", ["cluster.num_workers=3"])
