@@ -29,6 +29,9 @@ UNKNOWN = "unknown"
 LABEL, BROADER = "label", "broader term"
 LEVELS = (LABEL, BROADER, UNKNOWN)
 """At which level an answer stands: the best label, a more general term that holds it, or neither."""
+FEW_COUNTS, UNLIKE, UNSURE = "too few counts", "unlike the training cells", "no label likely enough"
+REASONS = ("", FEW_COUNTS, UNLIKE, UNSURE)
+"""Why a cell is unknown."""
 FALSE_ALARM_RATE = 0.05
 """Share of validation cells, all of known types, that the threshold of the unknown score calls unknown."""
 MIN_PROBABILITY = 0.5
@@ -51,9 +54,11 @@ class Answers:
     """int64."""
     probability_n: np.ndarray
     """Calibrated probability of the label, or of all labels below the term; of an unknown cell that of its
-    best label. float32."""
+    best label, 0 with too few counts. float32."""
     levels_n: np.ndarray
     """Index into `LEVELS`, int8."""
+    reasons_n: np.ndarray
+    """Why a cell is unknown: index into `REASONS`, int8."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +115,15 @@ class Calibration:
         The labels, then the terms that are no label themselves, then "unknown".
         """
         new = [term for term in self.lineage.terms if term.cl_id not in cl_ids]
-        more = [UNKNOWN] if self.measured is not None else []
-        return [*names, *(term.name for term in new), *more], [*cl_ids, *(term.cl_id for term in new), *more]
+        names = [*names, *(term.name for term in new), UNKNOWN]
+        return names, [*cl_ids, *(term.cl_id for term in new), UNKNOWN]
 
     def answer(
-        self, probabilities_nk: np.ndarray, unknown_score_n: np.ndarray, cl_ids: Sequence[str]
+        self,
+        probabilities_nk: np.ndarray,
+        unknown_score_n: np.ndarray,
+        cl_ids: Sequence[str],
+        informative_n: np.ndarray | None = None,
     ) -> Answers:
         """Say the best label, else the nearest term above it that is likely enough, else "unknown".
 
@@ -122,13 +131,20 @@ class Calibration:
             probabilities_nk: Of `probabilities`.
             unknown_score_n: Of `unknown_scores`.
             cl_ids: Of the labels.
+            informative_n: Cells with enough counts; the others are unknown, whatever the network says. None:
+                all are.
         """
         num_cells = len(probabilities_nk)
         codes = probabilities_nk.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
         probability = probabilities_nk[np.arange(num_cells), codes]
         levels = np.zeros(num_cells, dtype=np.int8)
         _, all_ids = self.answer_names([""] * len(cl_ids), cl_ids)
-        unknown = unknown_score_n > self.unknown_threshold
+        reasons = np.zeros(num_cells, dtype=np.int8)
+        reasons[unknown_score_n > self.unknown_threshold] = REASONS.index(UNLIKE)
+        if informative_n is not None:
+            reasons[~informative_n] = REASONS.index(FEW_COUNTS)
+            probability[~informative_n] = 0.0
+        unknown = reasons > 0
         for cell in np.flatnonzero((probability < self.min_probability) & ~unknown):
             for index in self.lineage.above_k[codes[cell]] if self.lineage.above_k else ():
                 term = self.lineage.terms[index]
@@ -141,9 +157,10 @@ class Calibration:
                     )
                     break
             else:
-                unknown[cell] = True
+                reasons[cell] = REASONS.index(UNSURE)
+        unknown = reasons > 0
         codes[unknown], levels[unknown] = len(all_ids) - 1, LEVELS.index(UNKNOWN)
-        return Answers(codes_n=codes, probability_n=probability, levels_n=levels)
+        return Answers(codes_n=codes, probability_n=probability, levels_n=levels, reasons_n=reasons)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the inverse of `from_json`."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from screformer.calibration import present_labels
+from screformer.calibration import FEW_COUNTS, present_labels
 from screformer.cells import AnnDataCells, predictions
 from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
 from screformer.predictor import Predictions, Predictor
@@ -98,7 +98,8 @@ def answers(
     labels = {}
     if clusters_n is not None:
         best_n = table["best_label"].cat.codes.to_numpy().astype(np.int64)
-        labels[MAJORITY_COLUMN] = majority(best_n, clusters_n, len(predictor.label_names))
+        votes_n = np.array(table["unknown_reason"] != FEW_COUNTS)
+        labels[MAJORITY_COLUMN] = majority(best_n, clusters_n, len(predictor.label_names), votes_n)
     if probabilities_nk is not None:
         labels[PRESENT_COLUMN] = present_labels(probabilities_nk, predictor.calibration.prior_k)
     for name, codes_n in labels.items():
@@ -154,14 +155,14 @@ def provenance(predictor: Predictor, table: pd.DataFrame, *, match: GeneMatch, c
     }
 
 
-def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int) -> np.ndarray:
+def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int, votes_n: np.ndarray) -> np.ndarray:
     """The most frequent label code of each cell's cluster (ties: the first label).
 
-    A cell without cluster (-1) keeps its own.
+    A cell without cluster (-1) keeps its own. Cells outside `votes_n` get the cluster's, but do not vote.
     """
     inside = clusters_n >= 0
     votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
-    np.add.at(votes, (clusters_n[inside], codes_n[inside]), 1)
+    np.add.at(votes, (clusters_n[inside & votes_n], codes_n[inside & votes_n]), 1)
     voted = codes_n.copy()
     voted[inside] = votes.argmax(axis=1)[clusters_n[inside]]
     return voted

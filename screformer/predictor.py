@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from screformer.calibration import LEVELS, UNKNOWN
+from screformer.calibration import LEVELS, REASONS, UNKNOWN
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.counts import CellCounts, Panels
 from screformer.genes import GeneMatcher
@@ -30,6 +30,7 @@ ANSWER_COLUMNS = (
     "unknown",
     "unknown_score",
     "best_label",
+    "unknown_reason",
 )
 """What is said of a cell, as columns: made by `Predictions.table`."""
 
@@ -62,6 +63,7 @@ class AnswerNames:
             "cell_type_ontology_term_id": np.unique(self.cl_ids.astype(str)),
             "label_level": LEVELS,
             "best_label": self.labels,
+            "unknown_reason": REASONS,
         }
         return {
             name: pd.CategoricalDtype([str(text) for text in texts]) for name, texts in categories.items()
@@ -81,12 +83,14 @@ class Predictions:
     where no label is likely enough, or `unknown`."""
     confidence: np.ndarray
     """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, of an
-    unknown cell's best label."""
+    unknown cell's best label; 0 of a cell with too few counts."""
     level_codes: np.ndarray
     """Index into `screformer.calibration.LEVELS`: whether a label, a broader term or `unknown` is said, int8
     (n,)."""
     unknown_score: np.ndarray
     """How unlike the training cells, float32 (n,); above the calibration's threshold a cell is unknown."""
+    reason_codes: np.ndarray
+    """Why a cell is unknown, as an index of `screformer.calibration.REASONS`, int8 (n,)."""
     label_codes: np.ndarray
     """The best label, whatever is said, as an index of `names.labels`, int64 (n,)."""
     probabilities_nk: np.ndarray
@@ -128,6 +132,7 @@ class Predictions:
             self.unknown,
             self.unknown_score,
             self.best_labels,
+            np.array(REASONS, dtype=object)[self.reason_codes],
         )
         return pd.DataFrame(dict(zip(ANSWER_COLUMNS, columns, strict=True))).astype(self.names.dtypes)
 
@@ -189,13 +194,14 @@ class Predictor:
             logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
         probabilities = self.calibration.probabilities(logits)
         scores = self.calibration.unknown_scores(logits)
-        answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids))
+        answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids), cells.informative_n)
         return Predictions(
             names=self.names,
             answer_codes=answers.codes_n,
             confidence=answers.probability_n,
             level_codes=answers.levels_n,
             unknown_score=scores,
+            reason_codes=answers.reasons_n,
             label_codes=probabilities.argmax(axis=1),
             probabilities_nk=probabilities,
             embedding_nd=embedding,

@@ -47,7 +47,7 @@ class Annotation:
     num_cells: int
     """Cells labelled."""
     num_empty: int
-    """Cells without a count in any gene that the model knows; their label means nothing."""
+    """Cells with too few counts to say anything of them."""
     moved: Mapping[str, str]
     """Columns of the input with a name of ours, and the names under which they are kept."""
     seconds: float
@@ -227,5 +227,5 @@ def _matrix(labelled: LabelledCells, prefix: str) -> np.ndarray:
 
 
 def empty_cells_text(count: int) -> str:
-    """A line about cells without a known gene."""
-    return f"  {count:,} cells have no count in any gene that the model knows; their labels mean nothing"
+    """A line about cells that are unknown for want of counts."""
+    return f"  {count:,} cells have too few counts to tell their type, and are unknown"

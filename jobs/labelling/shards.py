@@ -23,6 +23,7 @@ from cluster.connect import connect
 from data_ingest.atlas import census_release, open_atlas
 from data_ingest.atlas_cells import AtlasCells
 from data_ingest.tasks import map_tasks
+from screformer.calibration import FEW_COUNTS
 from screformer.cells import CellSource
 from screformer.files import write_whole
 from screformer.predictor import ANSWER_COLUMNS, Predictor, loaded_predictor
@@ -36,10 +37,6 @@ OBS_PREFIX = "screformer_"
 """Of the obs columns in an atlas, whose own columns are never touched."""
 
 
-EMPTY = "empty"
-"""Column of cells without a count in any gene that the model knows; their label means nothing."""
-
-
 PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
 
 
@@ -51,7 +48,7 @@ class LabelledCells:
     table: pd.DataFrame
     """One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
     num_empty: int
-    """Cells without a count in any gene that the model knows."""
+    """Cells with too few counts to say anything of them."""
 
     def shards(self) -> Iterator[pd.DataFrame]:
         """The cells in their order, some thousands at a time."""
@@ -206,7 +203,6 @@ def _label_shard(
     parts = [
         pd.DataFrame({"cell": source.names(cells).astype(str)}),
         found.table(),
-        pd.DataFrame({EMPTY: counts.lengths_n == 0}),
     ]
     if probabilities:
         parts.append(
@@ -236,8 +232,8 @@ def _summary(predictor: Predictor, folder: Path) -> LabelledCells:
     confidence: dict[str, float] = {}
     num_empty = 0
     for path in _files(folder):
-        shard = pd.read_parquet(path, columns=["predicted_labels", "conf_score", EMPTY])
-        num_empty += int(shard[EMPTY].sum())
+        shard = pd.read_parquet(path, columns=["predicted_labels", "conf_score", "unknown_reason"])
+        num_empty += int((shard["unknown_reason"] == FEW_COUNTS).sum())
         part = shard.groupby(shard["predicted_labels"].astype(str))["conf_score"]
         for label, count in part.size().items():
             cells[label] = cells.get(label, 0) + int(count)

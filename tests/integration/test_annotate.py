@@ -123,7 +123,7 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
 
     given, made = anndata.read_h5ad(source), anndata.read_h5ad(target)
     assert made.obs.columns.tolist() == ["donor_id", "depth", *ANSWER_COLUMNS]
-    assert made.obs["predicted_labels"].cat.categories.tolist() == LABELS["names"]
+    assert made.obs["predicted_labels"].cat.categories.tolist() == [*LABELS["names"], "unknown"]
     _check(made.obs, _expected(predictor, given))
     assert made.obs["predicted_labels"].nunique() > 1, "a constant answer would test nothing"
     pd.testing.assert_frame_equal(made.obs[["donor_id", "depth"]], given.obs)
@@ -140,7 +140,9 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
     )
     assert provenance["labels"].tolist() == LABELS["names"]
     np.testing.assert_array_equal(made.obsm["X_pca"], given.obsm["X_pca"])
-    np.testing.assert_allclose(made.obsm["screformer_probabilities"].max(axis=1), made.obs["conf_score"])
+    sure = ~made.obs["unknown"].to_numpy()
+    highest = made.obsm["screformer_probabilities"].max(axis=1)
+    np.testing.assert_allclose(highest[sure], made.obs["conf_score"][sure])
     assert made.obsm["X_screformer"].shape == (60, 16)
     shares = made.obs["predicted_labels"].value_counts(normalize=True)
     assert all(
@@ -267,8 +269,12 @@ def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: 
     adata.X = sparse.csr_matrix(dense)
     adata.write_h5ad(tmp_path / "in.h5ad")
     done = label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model")
-    assert done.num_empty == 3 and "3 cells have no count in any gene that the model knows" in str(done)
+    assert done.num_empty == 3 and "3 cells have too few counts" in str(done)
     assert done.table["cells"].sum() == 20
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert (obs["predicted_labels"].iloc[4:7] == "unknown").all() and obs["unknown"].iloc[4:7].all()
+    assert (obs["unknown_reason"].iloc[4:7] == "too few counts").all()
+    assert (obs["conf_score"].iloc[4:7] == 0).all() and not obs["unknown"].iloc[:4].any()
     counted = anndata.read_h5ad(tmp_path / "out.h5ad").obs.groupby("predicted_labels", observed=True)[
         "conf_score"
     ]

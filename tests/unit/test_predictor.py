@@ -69,10 +69,19 @@ def test_results_fit_together(predictor: Predictor, counts: sparse.csr_matrix) -
         len(found) == 70 and found.probabilities_nk.shape == (70, 4) and found.embedding_nd.shape == (70, 16)
     )
     np.testing.assert_allclose(found.probabilities_nk.sum(axis=1), 1, rtol=1e-5)
-    np.testing.assert_array_equal(found.confidence, found.probabilities_nk.max(axis=1))
+    enough = np.asarray(counts.sum(axis=1)).ravel() >= 2  # one count in twenty of the 40 genes
+    np.testing.assert_array_equal(found.unknown, ~enough)
+    np.testing.assert_array_equal(found.confidence[enough], found.probabilities_nk.max(axis=1)[enough])
+    assert (found.confidence[~enough] == 0).all() and (~enough).any()
+    table = found.table()
+    assert set(table["unknown_reason"][~enough]) == {"too few counts"} and set(table["unknown_reason"]) == {
+        "",
+        "too few counts",
+    }
     names, cl_ids = LABELS["names"], [*LABELS["cl_ids"][:3], "unknown"]
-    assert [names.index(label) for label in found.labels] == found.probabilities_nk.argmax(axis=1).tolist()
-    assert [cl_ids[code] for code in found.label_codes] == found.cl_ids.tolist()
+    best = found.probabilities_nk.argmax(axis=1)
+    assert [names[code] for code in best[enough]] == found.labels[enough].tolist()
+    assert [cl_ids[code] for code in best[enough]] == found.cl_ids[enough].tolist()
     none = predictor.predict(predictor.genes.match(predictor.vocabulary.feature_ids).select(counts[:0]))
     assert len(none) == 0 and none.probabilities_nk.shape == (0, 4)
 
@@ -89,6 +98,18 @@ def test_the_library_size_counts_genes_that_the_model_does_not_know(
     total = np.asarray(counts.sum(axis=1)).ravel() + 500
     flat = predictor.predict(CellCounts.of(counts, total_n=total))
     np.testing.assert_allclose(flat.probabilities_nk, diluted.probabilities_nk, atol=1e-6)
+
+
+def test_droplets_with_few_counts_of_many_genes_are_unknown(tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary([f"ENSG{i:011d}" for i in range(3_000)])
+    predictor = Predictor.load(write_tiny_model(tmp_path, vocabulary), device="cpu")
+    rng = np.random.default_rng(0)
+    sizes = np.array([0, 1, 5, 20, 50, 99, 100, 1_000])
+    droplets = np.array([rng.multinomial(size, np.full(3_000, 1 / 3_000)) for size in sizes])
+    found = predictor.predict(predictor.genes.match(vocabulary.feature_ids).select(droplets))
+    assert found.unknown.tolist() == (sizes < 100).tolist()
+    panel = predictor.genes.match(vocabulary.feature_ids[:100]).select(droplets[:, :100] + 1)
+    assert not predictor.predict(panel).unknown.any(), "a panel of 100 genes has few counts"
 
 
 def test_genes_that_the_input_lacks_are_not_zeros(predictor: Predictor, counts: sparse.csr_matrix) -> None:
