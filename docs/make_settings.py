@@ -5,15 +5,9 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import typing
-from typing import Any
+from collections.abc import Sequence
 
-from screformer import config
-from screformer.config import WITHOUT_EFFECT, sections
-from screformer.settings import plain
+from screformer.setting_docs import described, listed
 
 HEAD = """# Settings
 
@@ -28,58 +22,20 @@ keeps its default. A command refuses settings that have no effect in it.
 def page() -> str:
     """The text of docs/settings.md."""
     parts = [HEAD]
-    for section, cls in sections().items():
-        about, meanings = _docstrings(cls)
-        unused = [command for command, names in WITHOUT_EFFECT.items() if section in names]
-        parts.append(
-            f"## {section}\n\n{about}" + (f" Refused by {_listed(unused)}." if unused else "") + "\n"
-        )
+    for section in described():
+        parts.append(f"## {section.name}\n\n{section.about}{_refused(section.refused_by)}\n")
         parts.append("| Setting | Values | Default | Meaning |\n|---|---|---|---|")
-        hints, default = typing.get_type_hints(cls), plain(cls())
-        for item in dataclasses.fields(cls):
-            name = f"{section}.{item.name}"
-            refused = [command for command, names in WITHOUT_EFFECT.items() if name in names]
-            meaning = meanings[item.name] + (f" Refused by {_listed(refused)}." if refused else "")
-            row = (f"`{name}`", _values(hints[item.name]), f"`{_value(default[item.name])}`", meaning)
+        for setting in section.settings:
+            values = ", ".join(f"`{choice}`" for choice in setting.values) or setting.kind
+            meaning = setting.meaning + _refused(setting.refused_by)
+            row = (f"`{setting.name}`", values, f"`{setting.default}`", meaning)
             parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
         parts.append("")
     return "\n".join(parts)
 
 
-def _docstrings(cls: type) -> tuple[str, dict[str, str]]:
-    """Docstring of a section, and that of each of its fields."""
-    (tree,) = (
-        node
-        for node in ast.parse(inspect.getsource(config)).body
-        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
-    )
-    meanings = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name) and isinstance(text.value, ast.Constant)
-            meanings[field.target.id] = " ".join(str(text.value.value).split())
-    return " ".join((ast.get_docstring(tree) or "").split()), meanings
-
-
-def _values(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(f"`{choice}`" for choice in typing.get_args(hint))
-    origin = typing.get_origin(hint)
-    words = {bool: "true or false", int: "integer", float: "number", str: "text", tuple: "list"}
-    return words.get(origin or hint, "mapping")
-
-
-def _value(default: Any) -> str:
-    if isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, list):
-        return f"[{', '.join(default)}]"
-    return f"{default:g}" if isinstance(default, float) else str(default) or '""'
-
-
-def _listed(names: list[str]) -> str:
-    words = [f"`{name}`" for name in names]
-    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+def _refused(commands: Sequence[str]) -> str:
+    return f" Refused by {listed([f'`{name}`' for name in commands])}." if commands else ""
 
 
 if __name__ == "__main__":

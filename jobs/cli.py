@@ -28,6 +28,7 @@ COMMANDS = {
     "promote": "Make the candidate the champion if it is better.",
     "report": "Make the report of a run.",
     "sync": "Send what an unreachable tracking server missed.",
+    "settings": "List the settings with their values and meanings, and the recipes.",
     "benchmark": "Measure attention, training steps or the stream next to their peers.",
 }
 

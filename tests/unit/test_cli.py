@@ -204,6 +204,25 @@ def test_recipes_have_names(tmp_path: Path) -> None:
         recipe_path(tmp_path / "xyz.yaml")
 
 
+def test_settings_are_listed_explained_and_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert main(["settings", *words]) == 0
+        return capsys.readouterr().out
+
+    assert all(
+        any(line.startswith(f"{name} = ") for line in said().splitlines())
+        for name in ("train.lr", "crossval.register")
+    )
+    assert said("model.pooling").splitlines()[0] == "model.pooling = attention   (cls, mean, attention)"
+    assert "train.warmup_steps = 50" in said("train") and "model.dim" not in said("train")
+    assert " ".join(said("crossval.baselines").split()).endswith("Refused by ablate.")
+    assert said("--config", "smoke", "tokens") == "tokens.max_genes = 64   (default 1024)\n"
+    listed = said("--recipes").splitlines()
+    assert [line.split()[0] for line in listed] == recipes() and all(len(line) <= 110 for line in listed)
+    assert main(["settings", "modle"]) == 2
+    assert "no section or setting 'modle'; did you mean model?" in capsys.readouterr().err
+
+
 def test_the_names_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "usage: screformer COMMAND" in capsys.readouterr().err

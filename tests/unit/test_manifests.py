@@ -138,6 +138,15 @@ def test_the_job_is_a_command_that_fits_its_cluster() -> None:
     check_layout(config, [{"Alive": True, "Resources": {"CPU": cpus}}] * group["minReplicas"])
 
 
+def test_before_a_commit_runs_what_make_lint_runs() -> None:
+    makefile = (REPO_ROOT / "Makefile").read_text()
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe
+    lint = [line.strip().replace("$(RUN)", ".venv/bin/python") for line in recipe[1].splitlines()]
+    config = yaml.safe_load((REPO_ROOT / ".pre-commit-config.yaml").read_text())
+    assert [hook["entry"] for hook in config["repos"][0]["hooks"]] == lint
+
+
 @pytest.mark.parametrize("path", re.findall(r"cluster/\w+(?:\.yaml)?", README))
 def test_files_of_the_readme_exist(path: str) -> None:
     assert (REPO_ROOT / path).exists()
