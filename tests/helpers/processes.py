@@ -1,12 +1,15 @@
 """Processes that tests start: our commands as users start them, and an end that leaves nothing running."""
 
 import contextlib
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,14 @@ def environment(**values: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(TESTS)]), **values}
 
 
-def start_python(*words: str | Path, **options: Any) -> subprocess.Popen[str]:
+def start_python(*words: object, **options: Any) -> subprocess.Popen[str]:
     """Start Python with these words and return at once; options as for `Popen`."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)], text=True, **{"env": environment(), **options}
     )
 
 
-def run_python(
-    *words: str | Path, timeout_s: float = 550, **options: Any
-) -> subprocess.CompletedProcess[str]:
+def run_python(*words: object, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run Python with these words, which must end well; options as for `subprocess.run`."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
@@ -44,7 +45,7 @@ def run_python(
     return done
 
 
-def start_command(*words: str | Path, cwd: Path) -> subprocess.Popen[str]:
+def start_command(*words: object, cwd: Path) -> subprocess.Popen[str]:
     """Start `python -m` with these words in a folder; both outputs are in `stdout`."""
     return start_python("-m", *words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -79,3 +80,14 @@ def end_group(process: subprocess.Popen[Any], *, grace_s: float = 0) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def run_here(
+    main: Callable[[Sequence[str]], int | None], *words: object, cwd: Path
+) -> tuple[dict[str, Any], str]:
+    """Run a command in this process, with the Ray that it has: its last line, and all that it printed."""
+    printed = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        status = main([str(word) for word in words])
+    assert not status, printed.getvalue()
+    return json.loads(printed.getvalue().splitlines()[-1]), printed.getvalue()

@@ -1,7 +1,5 @@
 import hashlib
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from scipy import sparse
 import screformer
 from data_ingest.atlas import open_atlas
 from data_ingest.cells import H5adCells
+from helpers.processes import run_python
 from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
 from jobs.labelling.h5ad_copy import Annotation, annotate
@@ -24,8 +23,6 @@ from jobs.tracking.runs import start_run
 from screformer.calibration import present_labels
 from screformer.config import AtlasConfig, ExperimentConfig, TrackingConfig
 from screformer.predictor import ANSWER_COLUMNS, Predictor
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -592,15 +589,9 @@ def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> Non
     peaks_mib = []
     for num_cells in (2_000, 20_000):
         _write_wide(tmp_path / f"{num_cells}.h5ad", num_cells)
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            str(model_dir),
-            str(tmp_path / f"{num_cells}.h5ad"),
-            str(tmp_path / f"{num_cells}.out.h5ad"),
-        ]
-        done = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, check=True, timeout=300)
+        done = run_python(
+            "-c", code, model_dir, tmp_path / f"{num_cells}.h5ad", tmp_path / f"{num_cells}.out.h5ad"
+        )
         labelled, peak = done.stdout.split()
         assert int(labelled) == num_cells
         peaks_mib.append(float(peak))

@@ -1,21 +1,18 @@
 """Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with models of
 seconds."""
 
-import contextlib
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.processes import REPO_ROOT, kill_tree, read_until, run_here, start_command
 from jobs import ablate, crossval
 from jobs.studies.ablation import run_ablation
 from jobs.studies.baselines import BASELINES
@@ -31,18 +28,9 @@ from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
 from screformer.metrics import OURS
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
 QUICK = ["majority", "logistic_l2"]
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for two commands, one of them killed
-
-
-def command(*words: str) -> list[str]:
-    return [sys.executable, "-m", *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPO_ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -59,42 +47,22 @@ def settings(small_atlas: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed(
-    settings: list[str], tmp_path_factory: pytest.TempPathFactory
+    settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
     """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of
-    the first fold's files."""
+    the first fold's files, and what the resumed one printed."""
     folder = tmp_path_factory.mktemp("crossval")
-    words = command(
-        "jobs.crossval",
-        "--config",
-        str(SMOKE),
-        *settings,
-        f"crossval.baselines=[{', '.join(QUICK)}]",
-        "crossval.register=true",
-    )
-    job = subprocess.Popen(
-        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert job.stdout is not None
-    run_dir, deadline = Path(), time.monotonic() + 500
-    for line in job.stdout:
-        assert time.monotonic() < deadline
-        if found := re.search(r"--resume (\S+)\)", line):
-            run_dir = Path(found[1])
-            break
+    words = ["--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]"]
+    job = start_command("jobs.crossval", *words, "crossval.register=true", cwd=folder)
+    run_dir, deadline = Path(read_until(job, r"--resume (\S+)\)")[1]), time.monotonic() + 500
     while not list(run_dir.glob("trials/*/fold-0.json")):
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.1)
-    for process in [*psutil.Process(job.pid).children(recursive=True), job]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    job.wait()
+    kill_tree(job)
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("*/*/fold-*")}
     assert not list(run_dir.glob("trials/*/fold-1.json"))
-    resumed = command("jobs.crossval", "--resume", str(run_dir))
-    done = subprocess.run(resumed, cwd=folder, env=environment(), capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir, json.loads(done.stdout.splitlines()[-1]), before, done.stdout
+    result, printed = run_here(crossval.main, "--resume", run_dir, cwd=folder)
+    return run_dir, result, before, printed
 
 
 def test_a_killed_cross_validation_goes_on_without_repeating_folds(killed: Any) -> None:

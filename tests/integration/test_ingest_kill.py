@@ -2,10 +2,7 @@
 killed."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,9 +12,7 @@ from data_ingest import schema
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
 from helpers.cells import atlas_content, cells, differences, write
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{REPO_ROOT}{os.pathsep}{REPO_ROOT / 'tests'}"}
+from helpers.processes import run_python, start_python
 
 
 def three_files(folder: Path) -> None:
@@ -39,18 +34,8 @@ def test_killed_at_any_operation(
     tmp_path: Path, base: str, files: str, other: str, stride: int, start: int, at_least: int
 ) -> None:
     three_files(tmp_path)
-    command = [
-        sys.executable,
-        Path(__file__).parent / "ingest_kills.py",
-        tmp_path,
-        str(stride),
-        str(start),
-        base,
-        files,
-        other,
-    ]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
+    program = Path(__file__).parent / "ingest_kills.py"
+    done = run_python(program, tmp_path, str(stride), str(start), base, files, other)
     result = json.loads(done.stdout.splitlines()[-1])
     assert not result["wrong"], "\n".join([*result["wrong"], done.stderr])
     assert len(result["tried"]) >= at_least
@@ -69,7 +54,7 @@ def test_command_on_ray_killed_while_it_writes(tmp_path: Path, ray_local) -> Non
         " cells_per_chunk=256))\n"
     )
     atlas = tmp_path / "atlas"
-    job = subprocess.Popen([sys.executable, "-c", program, path, atlas], env=ENVIRONMENT, cwd=REPO_ROOT)
+    job = start_python("-c", program, path, atlas)
     fragments = atlas / schema.X / "__commits"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (fragments.is_dir() and len(list(fragments.iterdir())) >= 3):

@@ -2,10 +2,8 @@
 ZeRO stage."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import numpy as np
 import pytest
 
 from helpers import toy_training
+from helpers.processes import environment, start_python
 from helpers.toy_training import toy_config
 from screformer.config import ExperimentConfig
 from screformer.training_checkpoint import is_complete, read_position
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
 STEPS = {
     "train.max_steps": 12,
     "train.eval_every_steps": 3,
@@ -33,32 +31,18 @@ def _start(
     save_in: Path,
     resume: Path | None = None,
     delay_s: float = 0.0,
-) -> list[subprocess.Popen[bytes]]:
+) -> list[subprocess.Popen[str]]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     # Without any program on the PATH: no compiler and no ninja, which DeepSpeed must not ask for.
-    environment = {**os.environ, "PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1", "PATH": str(folder)}
+    bare = environment(OMP_NUM_THREADS="1", PATH=str(folder))
+    words = [folder / "store", folder / "config.json", save_in, folder / "out.json", resume or "-", delay_s]
     return [
-        subprocess.Popen(
-            [
-                sys.executable,
-                toy_training.__file__,
-                str(rank),
-                str(world_size),
-                str(folder / "store"),
-                str(folder / "config.json"),
-                str(save_in),
-                str(folder / "out.json"),
-                str(resume or "-"),
-                str(delay_s),
-            ],
-            env=environment,
-        )
-        for rank in range(world_size)
+        start_python(toy_training.__file__, rank, world_size, *words, env=bare) for rank in range(world_size)
     ]
 
 
-def _finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> dict[str, Any]:
+def _finish(folder: Path, processes: list[subprocess.Popen[str]]) -> dict[str, Any]:
     for process in processes:
         assert process.wait(timeout=300) == 0
     return json.loads((folder / "out.json").read_text())

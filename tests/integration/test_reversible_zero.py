@@ -1,8 +1,5 @@
-"""The encoder alone on two gloo workers: reversible and not, ZeRO 0 to 3 with really partitioned parameters.
-
-All learn the same, with their own hashes and dropout; and with equal hashes they learn what
-reformer_pytorch's network learns.
-"""
+"""The encoder alone on two gloo workers, reversible and not, whole and with really partitioned parameters
+(ZeRO 3): with equal hashes it learns what reformer_pytorch's network learns."""
 
 import json
 import os
@@ -20,7 +17,7 @@ from screformer.config import ModelConfig
 from screformer.engine import import_deepspeed
 from screformer.reversible import ReversibleEncoder
 
-CASES = [(stage, reversible) for stage in range(4) for reversible in (True, False)]
+CASES = [(stage, reversible) for stage in (0, 3) for reversible in (True, False)]
 LENGTH, WIDTH, STEPS = 45, 16, 3
 CONFIG = ModelConfig(dim=WIDTH, depth=2, heads=2, attention="lsh", bucket_size=4, n_hashes=2)
 
@@ -44,12 +41,12 @@ def our_network(config: ModelConfig) -> Regression:
     return Regression(ReversibleEncoder(config))
 
 
-def draw_cells(step: int, rank: int, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_cells(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank))
-    return x, torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    return x, torch.ones(2, LENGTH, dtype=torch.bool)
 
 
-def train(stage: int, config: ModelConfig, rank: int, world_size: int, lengths: list[int]) -> dict[str, Any]:
+def train(stage: int, config: ModelConfig, rank: int, world_size: int) -> dict[str, Any]:
     """The loss of all ranks in each step, and the gradients of the encoder in the first step, by name."""
     deepspeed = import_deepspeed("cpu")
     from deepspeed.utils import safe_get_full_grad
@@ -72,7 +69,7 @@ def train(stage: int, config: ModelConfig, rank: int, world_size: int, lengths: 
     )
     losses, gradients = [], {}
     for step in range(STEPS):
-        loss = engine(*draw_cells(step, rank, lengths), step)
+        loss = engine(*draw_cells(step, rank), step)
         engine.backward(loss)
         if step == 0:
             gradients = {
@@ -96,12 +93,7 @@ def train_library(world_size: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(library.parameters(), lr=1e-2)
     losses, gradients = [], {}
     for step in range(STEPS):
-        x, mask = (
-            torch.cat(parts)
-            for parts in zip(
-                *(draw_cells(step, rank, [LENGTH] * 2) for rank in range(world_size)), strict=True
-            )
-        )
+        x, mask = map(torch.cat, zip(*(draw_cells(step, rank) for rank in range(world_size)), strict=True))
         loss = library(x.requires_grad_(), mask, step)  # else the library's reversible blocks do not learn
         loss.backward()
         if step == 0:
@@ -123,16 +115,10 @@ def work(rank: int, world_size: int, folder: str) -> None:
     store = torch.distributed.FileStore(f"{folder}/store", world_size)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     found = {}
-    for stage, reversible in CASES:
-        config = replace(CONFIG, reversible=reversible, dropout=0.1)
-        found[f"own hashes, {stage} {reversible}"] = train(
-            stage, config, rank, world_size, [LENGTH, 20 + rank]
-        )
     give_equal_hashes(setattr, LENGTH, CONFIG)
     for stage, reversible in CASES:
-        found[f"equal hashes, {stage} {reversible}"] = train(
-            stage, replace(CONFIG, reversible=reversible), rank, world_size, [LENGTH] * 2
-        )
+        config = replace(CONFIG, reversible=reversible)
+        found[f"{stage} {reversible}"] = train(stage, config, rank, world_size)
     found["library"] = train_library(world_size)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
@@ -148,19 +134,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("stage", "reversible"), CASES)
-def test_stages_and_reversibility_give_the_same_losses(
-    found: dict[str, Any], stage: int, reversible: bool
-) -> None:
-    reference = found["own hashes, 0 False"]["losses"]
-    assert reference[-1] < reference[0]
-    np.testing.assert_allclose(found[f"own hashes, {stage} {reversible}"]["losses"], reference, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("stage", "reversible"), CASES)
 def test_two_workers_learn_what_the_library_learns_from_equal_hashes(
     found: dict[str, Any], stage: int, reversible: bool
 ) -> None:
-    ours, library = found[f"equal hashes, {stage} {reversible}"], found["library"]
+    ours, library = found[f"{stage} {reversible}"], found["library"]
     assert ours["gradients"].keys() == library["gradients"].keys()
     for name, gradient in library["gradients"].items():
         difference = np.subtract(ours["gradients"][name], gradient)

@@ -1,7 +1,6 @@
 import json
 import pickle
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from helpers.processes import REPO_ROOT, run_python
 from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.identity import code_identity, git_revision
 from jobs.tracking.models import pinned_model, resolve_model
 from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
-
-REPO_ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -97,15 +95,9 @@ def test_another_process_logs_into_the_run_and_is_quiet(
             "    other.log_metrics({'train/loss': 1.0}, step=0)\n"
             "    other.log_identity({})\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "run.pkl")],
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(REPO_ROOT), "PATH": "/nowhere"},  # without a git executable too
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": "/nowhere"}  # without a git executable too
+        done = run_python("-c", code, tmp_path / "run.pkl", cwd=tmp_path, env=environment)
+    assert (done.stdout, done.stderr) == ("", "")
     point = MlflowClient(store).get_metric_history(run.run_id, "train/loss")[0]
     assert (point.step, point.value) == (9, 0.25)
     assert (tmp_path / "mlartifacts").is_dir() and (tmp_path / "fresh.db").is_file()

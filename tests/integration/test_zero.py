@@ -2,6 +2,7 @@
 number of workers."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ import torch
 
 from helpers.toy_training import join_group, toy_config, train
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "toy_training.json"
+DROPOUT = {"model.dropout": 0.1}
+"""Stages and reversibility must also draw the same."""
 TWO_WORKERS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"zero{stage}": ("finetune", {"zero.stage": stage}) for stage in range(4)},
-    "irreversible": ("finetune", {"model.reversible": False}),
-    "irreversible_zero3": ("finetune", {"model.reversible": False, "zero.stage": 3}),
+    "finetune_zero0": ("finetune", {}),
+    **{f"zero{stage}": ("finetune", {"zero.stage": stage, **DROPOUT}) for stage in range(4)},
+    "irreversible": ("finetune", {"model.reversible": False, **DROPOUT}),
+    "irreversible_zero3": ("finetune", {"model.reversible": False, "zero.stage": 3, **DROPOUT}),
     "pretrain_zero0": ("pretrain", {}),
     "pretrain_zero3": ("pretrain", {"zero.stage": 3}),
 }
@@ -56,9 +61,12 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each case reported, and its weights. Processes of their own: DeepSpeed knows one process group per
-    process."""
-    folder = tmp_path_factory.mktemp("zero")
+    """What each case reported, and its weights."""
+    return run_all(tmp_path_factory.mktemp("zero"))
+
+
+def run_all(folder: Path) -> dict[str, Any]:
+    """In processes of their own: DeepSpeed knows one process group per process."""
     started = [
         torch.multiprocessing.spawn(
             _work,
@@ -87,7 +95,7 @@ def _assert_same(found: dict[str, Any], reference: dict[str, Any]) -> None:
             np.testing.assert_allclose(found["weights"][key], weights, rtol=1e-3, atol=NOISE, err_msg=key)
 
 
-@pytest.mark.parametrize("name", [name for name in TWO_WORKERS if not name.startswith("pretrain")])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "irreversible", "irreversible_zero3"])
 def test_stages_and_reversibility_learn_the_same(runs: dict[str, Any], name: str) -> None:
     _assert_same(runs[name], runs["zero0"])
 
@@ -96,7 +104,9 @@ def test_stage_3_pretrains_the_same(runs: dict[str, Any]) -> None:
     _assert_same(runs["pretrain_zero3"], runs["pretrain_zero0"])
 
 
-@pytest.mark.parametrize(("alone", "together"), [("finetune", "zero0"), ("pretrain", "pretrain_zero0")])
+@pytest.mark.parametrize(
+    ("alone", "together"), [("finetune", "finetune_zero0"), ("pretrain", "pretrain_zero0")]
+)
 def test_one_worker_equals_two(runs: dict[str, Any], alone: str, together: str) -> None:
     _assert_same(runs[alone], runs[together])
     losses = runs[alone]["losses"]
@@ -110,3 +120,19 @@ def test_micro_batches_do_not_change_the_result(runs: dict[str, Any]) -> None:
 
 def test_a_run_repeats_to_the_bit(runs: dict[str, Any]) -> None:
     assert runs["again"] == runs["finetune"]
+
+
+def curves(runs: dict[str, Any]) -> dict[str, Any]:
+    """Losses of each step, and the scores at the end."""
+    return {name: {key: runs[name][key] for key in ("losses", "final")} for name in ("finetune", "pretrain")}
+
+
+def test_golden_curves(runs: dict[str, Any]) -> None:
+    for name, expected in json.loads(GOLDEN.read_text()).items():
+        np.testing.assert_allclose(runs[name]["losses"], expected["losses"], rtol=1e-6)
+        assert runs[name]["final"] == pytest.approx(expected["final"], rel=1e-6), name
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        GOLDEN.write_text(json.dumps(curves(run_all(Path(scratch))), indent=1) + "\n")
