@@ -15,7 +15,7 @@ import ray
 from cluster.quiet import quiet
 
 _GIB = 2**30
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
@@ -47,7 +47,7 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 
 
 def _start_local(num_cpus: float) -> None:
-    cores, memory = _machine()
+    cores, memory = machine()
     packages = str(Path(__file__).resolve().parents[1])
     # In the environment of Ray's processes and not in a `runtime_env`: for that Ray would drop the worker
     # processes that it starts ahead, and every job would begin some seconds later.
@@ -59,7 +59,7 @@ def _start_local(num_cpus: float) -> None:
         # One process less in each training; nobody takes this machine away
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
-    with _environment(inherited):
+    with environment(inherited):
         ray.init(
             address="local",
             num_cpus=max(cores, math.ceil(num_cpus)),
@@ -70,7 +70,8 @@ def _start_local(num_cpus: float) -> None:
 
 
 @contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for the time being."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -114,21 +115,20 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _machine() -> tuple[int, float]:
+def machine(cgroup: Path = CGROUP) -> tuple[int, float]:
     """Cores and bytes of memory that this process may use.
 
-    As the scheduler and the container (cgroup v2) limit them.
+    As the scheduler and the container (cgroup v2, in this folder) limit them.
     """
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    quota, _, period = _cgroup("cpu.max").partition(" ")
+    quota, _, period = _limit(cgroup / "cpu.max").partition(" ")
     if quota.isdecimal():
         cores = min(cores, int(quota) / int(period))
-    if (limit := _cgroup("memory.max")).isdecimal():
+    if (limit := _limit(cgroup / "memory.max")).isdecimal():
         memory = min(memory, int(limit))
     return max(1, int(cores)), memory
 
 
-def _cgroup(name: str) -> str:
-    path = _CGROUP / name
+def _limit(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else ""

@@ -47,11 +47,14 @@ def test_models_of_the_same_folds_are_compared_by_them(
                 write_tiny_model(tmp_path / "model"), {"folds": {**folds, "metrics": {"macro_f1": macro_f1}}}
             )
             register_model(run.tracking_uri, run.run_id, tmp_path / "model", "blood")
-            main(["--model", "blood", "--tracking-uri", tracking.uri])
-    first, second, third = (
+            for margin in ("0.05", "0"):
+                main(["--model", "blood", "--tracking-uri", tracking.uri, "--margin", margin])
+    first, _, short, second, _, third = (
         json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
     )
     assert first["reason"] == "there was no champion"
+    assert not short["promoted"] and short["comparison"] == second["comparison"], "better, but by less"
+    assert "the interval must lie above +0.0500" in short["reason"]
     assert (
         second["promoted"]
         and second["comparison"]["difference"] == pytest.approx(0.05)

@@ -137,17 +137,18 @@ def test_the_sample_does_not_depend_on_batches() -> None:
         torch.from_numpy(rng.integers(-1, 3, 500)),
         torch.from_numpy(rng.normal(size=(500, 3))),
     )
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     kept = []
     for size in (7, 500):
         sample = OutputSample(3, most_cells=60)
         for start in range(0, 500, size):
             rows = slice(start, start + size)
             sample.add(joinids[rows], labels[rows], logits[rows])
-        order = np.argsort(sample._keys)
-        assert len(order) == 60 and (sample._labels >= 0).all()
-        kept.append((sample._keys[order], sample._labels[order], sample._logits[order]))
-    for one, other in zip(*kept, strict=True):
-        np.testing.assert_array_equal(one, other)
+        kept.append(sample.gather())
+    torch.distributed.destroy_process_group()
+    assert len(kept[0].labels_n) == 60 and (kept[0].labels_n >= 0).all()
+    np.testing.assert_array_equal(kept[0].labels_n, kept[1].labels_n)
+    np.testing.assert_array_equal(kept[0].logits_nk, kept[1].logits_nk)
 
 
 def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:

@@ -39,21 +39,18 @@ def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "old")
     monkeypatch.delenv("ADDED", raising=False)
-    with pytest.raises(RuntimeError), door._environment({"KEPT": "new", "ADDED": "1"}):
+    with pytest.raises(RuntimeError), door.environment({"KEPT": "new", "ADDED": "1"}):
         assert (os.environ["KEPT"], os.environ["ADDED"]) == ("new", "1")
         raise RuntimeError
     assert os.environ["KEPT"] == "old" and "ADDED" not in os.environ
 
 
-def test_machine_is_what_scheduler_and_container_allow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(door, "_CGROUP", tmp_path)
-    cores, memory = door._machine()
+def test_machine_is_what_scheduler_and_container_allow(tmp_path: Path) -> None:
+    cores, memory = door.machine(tmp_path)
     assert 1 <= cores <= len(os.sched_getaffinity(0))
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     (tmp_path / "memory.max").write_text("1073741824\n")
-    assert door._machine() == (1, 2**30)
+    assert door.machine(tmp_path) == (1, 2**30)
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert door._machine() == (cores, memory)
+    assert door.machine(tmp_path) == (cores, memory)
