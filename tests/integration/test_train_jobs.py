@@ -159,7 +159,7 @@ def test_dry_run_prints_and_stops(
 def test_bad_input_is_said_in_one_line(
     settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune.main([*settings, *words]) == 1
+    assert finetune.main([*settings, *words]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -181,7 +181,7 @@ def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
         finetune.main(
             ["--from", pretrained[0]["model_dir"], *settings, "model.attention=full", "--dry-run"],
         )
-        == 1
+        == 2
     )
     assert "model.attention='full', but the model" in capsys.readouterr().err
 
@@ -189,10 +189,10 @@ def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
 def test_another_architecture_than_the_start_model_is_refused(
     pretrained: tuple[dict[str, Any], str], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune.main(["--from", pretrained[0]["model_dir"], *settings, "model.dim=32", "--dry-run"]) == 1
+    assert finetune.main(["--from", pretrained[0]["model_dir"], *settings, "model.dim=32", "--dry-run"]) == 2
     assert "model.dim=32, but the model" in capsys.readouterr().err
     few = "query.var_filter=feature_id == 'ENSG00000156738'"
-    assert finetune.main(["--from", pretrained[0]["model_dir"], *settings, few, "--dry-run"]) == 1
+    assert finetune.main(["--from", pretrained[0]["model_dir"], *settings, few, "--dry-run"]) == 2
     assert re.search(
         r"1 of the start model's \d+ genes are in the query .* fewer than 50%", capsys.readouterr().err
     )
