@@ -14,7 +14,6 @@ from scipy import sparse
 from data_ingest.ingest import ingest
 from data_ingest.ingest_files import IngestOptions
 from helpers.cells import cells, write
-from jobs.arguments import parse_pairs
 from jobs.ingest import main
 
 Made = tuple[list[Path], dict]
@@ -322,20 +321,6 @@ def test_a_place_that_is_no_atlas_is_refused(tmp_path: Path, make, message: str)
         ingest([write(tmp_path / "in.h5ad", cells())], str(tmp_path / "atlas"))
     (tmp_path / "in.h5ad").unlink()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("donor_id", "must be NAME=VALUE"), ("=x", "must be NAME=VALUE"), ("a=", "must be NAME=VALUE")],
-)
-def test_malformed_pairs_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"--obs-map '{text}' {message}"):
-        parse_pairs("--obs-map", [text])
-
-
-def test_contradicting_pairs_are_refused() -> None:
-    with pytest.raises(ValueError, match="--set gives 'sex' twice: 'male' and 'female'"):
-        parse_pairs("--set", ["sex=male", "sex=female"])
 
 
 def test_command_ends_with_status_2_and_the_message(tmp_path: Path, capsys, ray_local) -> None:
