@@ -23,7 +23,7 @@ quickstart: install
 	$(RUN) -m jobs.quickstart $(ARGS)
 
 test: $(VENV)/installed-for-tests
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/installed-for-tests
 	$(RUN) -m ruff check .

@@ -5,6 +5,7 @@ Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h
 small.
 """
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,11 +66,48 @@ def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
-    """URI of an atlas with the cells of `sim_h5ads`, ingested once; read it only."""
+    """URI of an atlas with the cells of `sim_h5ads`, ingested once for all xdist workers; read it only."""
     from data_ingest.ingest import ingest
     from helpers.local_ray import some_ray
 
-    uri = str(tmp_path_factory.mktemp("atlas") / "atlas")
-    with some_ray():
-        ingest(sim_h5ads, uri)
-    return uri
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    atlas, done = shared / "small-atlas", shared / "small-atlas.done"
+    with (shared / "small-atlas.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            with some_ray():
+                ingest(sim_h5ads, str(atlas))
+            done.touch()
+    return str(atlas)
+
+
+LONGEST_FIRST = (
+    "test_crossval.py",
+    "test_train_jobs.py",
+    "test_quickstart.py",
+    "test_ray_job.py",
+    "test_registry.py",
+    "test_ingest_kill.py",
+    "test_stream.py",
+    "test_zero.py",
+    "test_resume.py",
+    "test_outage.py",
+    "test_annotate.py",
+    "test_explain_job.py",
+    "test_ingest.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Integration tests first and the longest files first: then two workers end at about the same time, and
+    Ray ends once. The makefile keeps this order by `--no-loadscope-reorder`."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    items.sort(
+        key=lambda item: (
+            "integration" not in item.path.parts,
+            ranks.get(item.path.name, len(ranks)),
+            item.path.name,
+        )
+    )
