@@ -58,16 +58,9 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         model_dir, trained = train_fold("finetune", cells, start_dir, run, folder / f"fold-{fold}")
         train_s = time.perf_counter() - begun_s
         predictor = Predictor.load(model_dir, device=None if config.cluster.use_gpu else "cpu")
+        begun_s = time.perf_counter()
+        positions, joinids, probabilities = _label_test_cells(study, cells, predictor, fold)
         known = study.known(cells)
-        positions = study.split(fold)["test"]
-        positions = positions[study.labels_n[positions] >= 0]
-        probabilities = np.zeros((len(positions), len(study.label_names)), np.float32)
-        joinids, begun_s = np.zeros(len(positions), np.int64), time.perf_counter()
-        for first in range(0, len(positions), _CELLS_AT_ONCE):
-            rows = slice(first, first + _CELLS_AT_ONCE)
-            sample = study.test_cells(cells, positions[rows]).sample("test", _CELLS_AT_ONCE)
-            said = predictor.predict(sample.cells)
-            probabilities[rows, known], joinids[rows] = said.probabilities_nk, sample.joinids_n
         prior = np.zeros(len(study.label_names))
         prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)
         account = {
@@ -94,10 +87,29 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         )
         result.save_predictions(folder)
         run.log_file(folder / f"fold-{fold}.parquet")
-    result.finish(
-        folder
-    )  # after its run has ended, so that a kill between the two leaves no finished fold with an open run
+    # After its run has ended, so that a kill between the two leaves no finished fold with an open run.
+    result.finish(folder)
     return result
+
+
+def _label_test_cells(
+    study: Study, cells: TrainingCells, predictor: Predictor, fold: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Label the test cells of a fold that have a label.
+
+    Returns:
+        Their positions among the query's cells, joinids, and probabilities float32 (n, k).
+    """
+    known, positions = study.known(cells), study.split(fold)["test"]
+    positions = positions[study.labels_n[positions] >= 0]
+    probabilities_nk = np.zeros((len(positions), len(study.label_names)), np.float32)
+    joinids = np.zeros(len(positions), np.int64)
+    for first in range(0, len(positions), _CELLS_AT_ONCE):
+        rows = slice(first, first + _CELLS_AT_ONCE)
+        sample = study.test_cells(cells, positions[rows]).sample("test", _CELLS_AT_ONCE)
+        joinids[rows] = sample.joinids_n
+        probabilities_nk[rows, known] = predictor.predict(sample.cells).probabilities_nk
+    return positions, joinids, probabilities_nk
 
 
 def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str, Any]) -> int | None:
