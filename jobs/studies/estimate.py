@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +18,15 @@ from screformer.tokenizer import NUM_SPECIAL
 def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes: int) -> float:
     """Seconds that a training step takes per cell on this machine.
 
-    Measured on two steps of one micro-batch of full length.
+    The fastest of three steps, of one micro-batch of the longest cells each.
     """
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     model = ScReformer(config.model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=0)
-    slots = num_genes if config.tokens.input_mode == "all" else min(config.tokens.max_genes, num_genes)
-    size, generator = config.train.micro_batch_size, torch.Generator().manual_seed(0)
-    genes = (
-        torch.rand(size, num_genes, generator=generator).argsort(1)[:, :slots].sort(1).values + NUM_SPECIAL
-    )
+    slots, size = config.tokens.most_slots(num_genes) - 1, config.train.micro_batch_size
+    generator = torch.Generator().manual_seed(0)
+    genes = torch.rand(size, num_genes, generator=generator).argsort(1)[:, :slots].sort(1).values
     batch = {
-        "token_ids": genes,
+        "token_ids": genes + NUM_SPECIAL,
         "values": torch.rand(size, slots, generator=generator) * 4,
         "bin_ids": torch.ones(size, slots, dtype=torch.int64),
         "labels": torch.zeros(size, dtype=torch.int64),
@@ -44,35 +41,28 @@ def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes
 
 
 def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats: int = 1) -> dict[str, Any]:
-    """What a study will take.
+    """What a study will take: folds, notes, and minutes.
 
-    Folds, notes, and hours by a measured training step and the baselines' known speed.
-
-    The step is measured with as many tokens as a cell can have, so cells with fewer detected genes take less.
+    Minutes follow from a measured training step and the baselines' known speed. The step is measured with as
+    many tokens as a cell can have, so cells with fewer detected genes take less.
 
     Args:
         study: Opened, not begun.
-        configs: Its configurations; at most three different steps are measured.
+        configs: Its configurations; each network among them is measured once.
         repeats: How often each runs, such as once per seed.
     """
     crossval, folds = study.config.crossval, len(study.folds)
     sizes = [{part: len(positions) for part, positions in study.split(fold).items()} for fold in range(folds)]
     num_genes, k = len(study.query.feature_ids), len(study.label_names)
-    measured: dict[str, float] = {}
+    measured: dict[Any, float] = {}
     seconds = 0.0
     for config in configs:
-        key = json.dumps(
-            [config.model.__dict__, config.tokens.__dict__, config.train.micro_batch_size], default=str
-        )
-        if key not in measured:
+        network = (config.model, config.tokens, config.train.micro_batch_size)
+        if network not in measured:
             named = study.cells(config, "finetune", 0).config  # its attention is
-            measured[key] = train_seconds_per_cell(named, num_genes, k)
-        steps = config.train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
-        evaluations = config.train.max_steps // config.train.eval_every_steps + 2
-        for size in sizes:
-            # A forward pass alone is about a third of a step.
-            cells = steps * config.train.global_batch_size + (evaluations * size["val"] + size["test"]) / 3
-            seconds += repeats * cells * measured[key] / config.cluster.num_workers
+            measured[network] = train_seconds_per_cell(named, num_genes, k)
+        num_cells = sum(_cells_per_fold(config, size) for size in sizes)
+        seconds += repeats * num_cells * measured[network] / config.cluster.num_workers
     parallel = crossval.concurrent_trials * crossval.concurrent_folds
     names = [name for name in check_names(crossval.baselines) if not BASELINES[name].missing]
     baselines_s = sum(
@@ -87,6 +77,14 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
         "configurations": len(configs) * repeats,
         "minutes": {
             "ours": round(seconds / parallel / 60, 1),
-            "baselines, beside": round(baselines_s / 60, 1),
+            "baselines, in parallel": round(baselines_s / 60, 1),
         },
     }
+
+
+def _cells_per_fold(config: ExperimentConfig, size: Mapping[str, int]) -> float:
+    """Cells that pass through a training step in one fold; a forward pass alone is about a third of one."""
+    crossval, train = config.crossval, config.train
+    steps = train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
+    evaluations = train.max_steps // train.eval_every_steps + 2
+    return steps * train.global_batch_size + (evaluations * size["val"] + size["test"]) / 3
