@@ -146,6 +146,13 @@ class H5adFile:
             self._var = self._table(self._axis_var, self.n_genes)
         return self._var
 
+    def uns(self, name: str) -> Any:
+        """What the file keeps in `uns` under a name; None where there is nothing, or nothing readable."""
+        try:
+            return read_elem(self._handle["uns"][name])
+        except (OSError, KeyError, ValueError, TypeError):
+            return None
+
     def _table(self, key: str, length: int) -> pd.DataFrame:
         try:
             table = read_elem(self._handle[key])

@@ -23,13 +23,13 @@ from data_ingest import schema
 from data_ingest.atlas_lock import locked
 from data_ingest.ingest_files import (
     CheckedFile,
-    IngestOptions,
     check_file,
     distinct_paths,
     refuse_shared_cells,
 )
 from data_ingest.ingest_journal import Target
 from data_ingest.ingest_labels import label, read_labels
+from data_ingest.ingest_options import IngestOptions
 from data_ingest.ingest_plan import Base, NewCells, Plan, plan_ingest, read_base, refuse_unrelated_genes
 from data_ingest.ingest_write import write
 from data_ingest.ontology import MajorTypes
@@ -55,14 +55,18 @@ class FileReport:
     major_types: dict[str, int]
     """Cells per major type, `unknown` included."""
     unmapped: dict[str, dict[str, int]]
-    """Why labels have no major type: `missing` (no term), `none` (broader than every major type), `ambiguous`
-    -> label -> cells."""
+    """Why labels have no major type: `missing` (no term), `none` (broader than every major type),
+    `ambiguous`, `newer` (than the ontology here) -> label -> cells."""
+    empty_cells: int
+    """Cells without any count, left out."""
+    notes: tuple[str, ...]
+    """What else a user should know."""
 
     def lines(self) -> list[str]:
         """The report in words."""
         known = (
-            f", {self.cells - self.new_cells} of them already in the atlas"
-            if self.new_cells < self.cells
+            f", {self.cells - self.new_cells - self.empty_cells} of them already in the atlas"
+            if self.new_cells + self.empty_cells < self.cells
             else ""
         )
         repeated = f", {self.genes_repeated} of them share an id" if self.genes_repeated else ""
@@ -80,13 +84,16 @@ class FileReport:
             "missing": "no Cell Ontology term",
             "none": "a term broader than every major type",
             "ambiguous": "several major types",
+            "newer": "a term that the ontology here does not know yet",
         }
         for outcome, labels in self.unmapped.items():
             shown = ", ".join(f"{label} ({count})" for label, count in list(labels.items())[:8]) + (
                 ", ..." if len(labels) > 8 else ""
             )
             text.append(f"  {sum(labels.values())} cells stay unknown, {reasons[outcome]}: {shown}")
-        return text
+        if self.empty_cells:
+            text.append(f"  {self.empty_cells} cells have no count and were left out")
+        return text + [f"  {note}" for note in self.notes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,5 +186,7 @@ def _file_report(new: NewCells) -> FileReport:
         major_types={
             str(name): int(count) for name, count in file.obs["cell_type_major"].value_counts().items()
         },
+        empty_cells=new.num_empty,
+        notes=file.notes,
         unmapped={str(outcome): dict(labels.most_common()) for outcome, labels in file.unmapped.items()},
     )

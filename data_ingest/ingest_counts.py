@@ -13,7 +13,8 @@ import numpy as np
 from scipy import sparse
 
 from data_ingest.h5ad import H5adFile
-from data_ingest.ingest_files import CheckedFile, IngestOptions, ids_of
+from data_ingest.ingest_files import CheckedFile, ids_of
+from data_ingest.ingest_options import IngestOptions
 from data_ingest.tasks import map_tasks
 
 

@@ -11,8 +11,11 @@ import numpy as np
 import pandas as pd
 
 from data_ingest.ingest_files import CheckedFile
-from data_ingest.ontology import MajorTypes, Outcome, is_cell_term
+from data_ingest.ingest_obs import is_newer_term
+from data_ingest.ontology import UNKNOWN, MajorTypes, Outcome, RollUp, is_cell_term
 from data_ingest.tables import read_table
+
+_NEWER = RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="newer", candidates=())
 
 
 def read_labels(path: Path) -> dict[tuple[str, str], str]:
@@ -22,7 +25,8 @@ def read_labels(path: Path) -> dict[tuple[str, str], str]:
     for line, (dataset, label, cl_id) in enumerate(
         zip(table["dataset"], table["cell_type"], table["cl_id"], strict=True), start=2
     ):
-        if cl_id and not is_cell_term(cl_id):
+        dataset, label = " ".join(dataset.split()), " ".join(label.split())
+        if cl_id and not is_cell_term(cl_id) and not is_newer_term(cl_id):
             raise ValueError(
                 f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as"
                 f" CL:0000084; "
@@ -50,14 +54,23 @@ def label(file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: Majo
     sizes = np.bincount(codes, minlength=len(triples))
     terms, names, ids = [], [], []
     unmapped: dict[Outcome, Counter[str]] = {}
+    terms_of: dict[str, Counter[str]] = {}
     for (dataset, name, own_term), size in zip(triples, sizes, strict=True):
         term = labels.get((dataset, name)) or own_term
-        major = majors.roll_up(term)
+        major = _NEWER if is_newer_term(term) else majors.roll_up(term)
         terms.append(term)
         names.append(major.name)
         ids.append(major.cl_id)
         if major.outcome != "mapped":
             unmapped.setdefault(major.outcome, Counter())[name] += int(size)
+        if term != UNKNOWN and name != UNKNOWN:
+            terms_of.setdefault(name, Counter())[term] += int(size)
+    notes = [
+        f"cell_type {name!r} has several terms: "
+        + ", ".join(f"{term} ({size} cells)" for term, size in found.most_common())
+        for name, found in terms_of.items()
+        if len(found) > 1
+    ]
     columns = {
         "cell_type_ontology_term_id": terms,
         "cell_type_major": names,
@@ -69,4 +82,4 @@ def label(file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: Majo
             for column, values in columns.items()
         }
     )
-    return replace(file, obs=obs, unmapped=unmapped)
+    return replace(file, obs=obs, unmapped=unmapped, notes=(*file.notes, *notes))

@@ -18,8 +18,9 @@ import pandas as pd
 from data_ingest import schema
 from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS
 from data_ingest.ingest_counts import Counts, count_files
-from data_ingest.ingest_files import CheckedFile, IngestOptions, file_sha256, ids_of
+from data_ingest.ingest_files import CheckedFile, file_sha256, ids_of
 from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
+from data_ingest.ingest_options import IngestOptions
 
 FEWEST_VALUES = 1 << 21
 """Stored counts that are worth a task and a fragment of their own."""
@@ -36,6 +37,8 @@ class NewCells:
     """Their rows in the file, increasing; may be empty."""
     counts: Counts
     """Of all cells of the file; empty where none is new."""
+    num_empty: int
+    """Cells without any count, which are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +99,19 @@ def plan_ingest(
 ) -> Plan:
     """Find the new cells, check and sum up their counts, and join the genes."""
     new_rows = _new_rows(target, files, base)
-    counts = iter(
+    counted = iter(
         count_files([file for file, rows in zip(files, new_rows, strict=True) if len(rows)], options)
     )
-    new = tuple(
-        NewCells(file=file, rows=rows, counts=next(counts) if len(rows) else Counts.none())
-        for file, rows in zip(files, new_rows, strict=True)
-    )
+    new = []
+    for file, rows in zip(files, new_rows, strict=True):
+        counts = next(counted) if len(rows) else Counts.none()
+        full = rows[counts.nnz_n[rows] > 0] if len(rows) else rows
+        new.append(NewCells(file=file, rows=full, counts=counts, num_empty=len(rows) - len(full)))
     return Plan(
         target=target,
         options=options,
         base=base,
-        files=new,
+        files=tuple(new),
         var=_joined_var(new, base),
         digest=_digest(new, labels, options, base),
     )

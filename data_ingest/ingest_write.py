@@ -21,7 +21,7 @@ import pyarrow as pa
 from data_ingest import schema
 from data_ingest.h5ad import H5adFile
 from data_ingest.ingest_counts import gene_targets, join_genes
-from data_ingest.ingest_files import IngestOptions, ids_of
+from data_ingest.ingest_files import ids_of
 from data_ingest.ingest_journal import (
     Journal,
     Target,
@@ -32,6 +32,7 @@ from data_ingest.ingest_journal import (
     write_journal,
     write_table,
 )
+from data_ingest.ingest_options import IngestOptions
 from data_ingest.ingest_plan import FEWEST_VALUES, NewCells, Part, Plan, parts_of
 from data_ingest.tasks import map_tasks
 

@@ -18,7 +18,7 @@ from data_ingest.tables import read_table
 from screformer.lineage import Lineage, Term
 
 UNKNOWN = "unknown"
-Outcome = Literal["mapped", "none", "ambiguous", "missing"]
+Outcome = Literal["mapped", "none", "ambiguous", "missing", "newer"]
 
 
 @dataclass(frozen=True, kw_only=True)

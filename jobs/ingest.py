@@ -100,7 +100,7 @@ def work(args: argparse.Namespace) -> Result:
     """Write the atlas, verify it, and report what was added."""
     from cluster.connect import connect
     from data_ingest.ingest import ingest
-    from data_ingest.ingest_files import IngestOptions
+    from data_ingest.ingest_options import IngestOptions
     from data_ingest.verify import verify_atlas
 
     options = IngestOptions(

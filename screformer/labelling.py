@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from screformer.answers import PROVENANCE
 from screformer.calibration import FEW_COUNTS, present_labels
 from screformer.cells import AnnDataCells, predictions
 from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
@@ -23,7 +24,6 @@ from screformer.predictor import Predictions, Predictor
 MAJORITY_COLUMN, PRESENT_COLUMN = "majority_label", "present_label"
 PROBABILITIES_KEY, EMBEDDING_KEY = "screformer_probabilities", "X_screformer"
 """In obsm."""
-PROVENANCE = "screformer"
 """In uns: which model wrote which columns."""
 
 logger = logging.getLogger(__name__)

@@ -15,25 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from screformer.answers import ANSWER_COLUMNS
 from screformer.calibration import LEVELS, REASONS, UNKNOWN
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.counts import CellCounts, Panels
 from screformer.genes import GeneMatcher
 from screformer.model import HASH_SEED
 from screformer.tokenizer import CellTokenizer, GeneVocabulary
-
-ANSWER_COLUMNS = (
-    "predicted_labels",
-    "conf_score",
-    "cell_type_ontology_term_id",
-    "label_level",
-    "unknown",
-    "unknown_score",
-    "best_label",
-    "unknown_reason",
-)
-"""What is said of a cell, as columns: made by `Predictions.table`."""
-
 
 _TOKENS_PER_BATCH = {
     "cpu": 8_192,

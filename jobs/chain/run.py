@@ -13,7 +13,7 @@ import ray
 from cluster.connect import connect
 from data_ingest.cells import H5adCells
 from data_ingest.ingest import ingest
-from data_ingest.ingest_files import IngestOptions
+from data_ingest.ingest_options import IngestOptions
 from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from jobs.chain.scores import logistic_regression, score_table, score_text
 from jobs.chain.unseen import agreement_text, write_test_cells

@@ -16,7 +16,7 @@ import tiledbsoma
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
-from data_ingest.ingest_files import IngestOptions
+from data_ingest.ingest_options import IngestOptions
 from helpers.cells import atlas_content, differences
 
 OPTIONS = IngestOptions(values_per_fragment=400, cells_per_chunk=16)

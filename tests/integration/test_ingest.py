@@ -15,7 +15,7 @@ from scipy import sparse
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
-from data_ingest.ingest_files import IngestOptions
+from data_ingest.ingest_options import IngestOptions
 from helpers.cells import atlas_content, cells, differences, ensembl, write
 from helpers.servers import S3
 from jobs.ingest import main
@@ -166,9 +166,9 @@ def test_genes_join_by_id_symbol_and_sum(tmp_path: Path) -> None:
     options = IngestOptions(symbol_table=table, duplicate_genes="sum")
     report = ingest([write(tmp_path / "a.h5ad", by_id), write(tmp_path / "b.h5ad", by_symbol)], uri, options)
     assert (report.genes_total, report.files[1].genes_joined, report.files[1].genes_repeated) == (30, 29, 2)
-    assert (
-        "29 of 30 joined by symbol table, 2 of them share an id; 1 not joined" in report.files[1].lines()[1]
-    )
+    genes = report.files[1].lines()[1]
+    assert "29 of 30 joined by var index and symbol table; 2.3% of the counts" in genes
+    assert genes.endswith("2 of them share an id; 1 not joined")
     got = counts_frame(from_census(uri, obs_value_filter="dataset_id == 'symbols'"))
     dense = by_symbol.X.toarray()
     assert np.array_equal(got["ENSG00000000100"], dense[:, 0] + dense[:, 28])

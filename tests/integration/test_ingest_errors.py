@@ -12,7 +12,7 @@ import tiledbsoma
 from scipy import sparse
 
 from data_ingest.ingest import ingest
-from data_ingest.ingest_files import IngestOptions
+from data_ingest.ingest_options import IngestOptions
 from helpers.cells import cells, write
 from jobs.ingest import main
 
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "obs too short": (edited(short_obs), "obs has 50 rows but X has 60"),
     "duplicate cells": (
         var_change(duplicate_cells),
-        r"cell 'cell_7' stands twice in obs \(rows 7 and 9\).*obs_names_make_unique",
+        r"cell 'cell_7' appears twice in obs \(rows 7 and 9\).*obs_names_make_unique",
     ),
     "duplicate genes": (
         var_change(set_ids({1: "ENSG00000000100"})),

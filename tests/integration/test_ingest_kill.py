@@ -10,7 +10,7 @@ import pytest
 
 from data_ingest import schema
 from data_ingest.ingest import ingest
-from data_ingest.ingest_files import IngestOptions
+from data_ingest.ingest_options import IngestOptions
 from helpers.cells import atlas_content, cells, differences, write
 from helpers.processes import run_python, start_python
 
@@ -47,7 +47,8 @@ def test_command_on_ray_killed_while_it_writes(tmp_path: Path, ray_local) -> Non
     options = IngestOptions(values_per_fragment=50_000, cells_per_chunk=256)
     ingest([path], str(tmp_path / "whole"), options)
     program = (
-        "import sys, ray; from pathlib import Path; from data_ingest.ingest import IngestOptions, ingest\n"
+        "import sys, ray; from pathlib import Path; from data_ingest.ingest import ingest\n"
+        "from data_ingest.ingest_options import IngestOptions\n"
         "ray.init(address='local', num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False,"
         " log_to_driver=False)\n"
         "ingest([Path(sys.argv[1])], sys.argv[2], IngestOptions(values_per_fragment=50_000,"

@@ -1,0 +1,106 @@
+"""Files as people bring them: what is valid is taken, the rest is reported, nothing is lost in silence."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from data_ingest import schema
+from data_ingest.ingest import ingest
+from data_ingest.ingest_obs import look_alikes
+from data_ingest.ingest_options import IngestOptions
+from helpers.cells import atlas_content, cells, write
+from screformer.answers import ANSWER_COLUMNS
+
+TERM = "cell_type_ontology_term_id"
+
+
+def predicted(sample, *, keep_original: bool, record: bool):
+    """As `annotate` leaves it: our columns, and the author's term under another name."""
+    if keep_original:
+        sample.obs[f"{TERM}_original"] = sample.obs[TERM]
+    for name in ANSWER_COLUMNS:
+        sample.obs[name] = "CL:0000084" if name == TERM else "T cell"
+    if record:
+        sample.uns["screformer"] = {"columns": dict.fromkeys(ANSWER_COLUMNS, "fingerprint")}
+    return sample
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_predictions_are_never_taken_for_labels(tmp_path: Path, record: bool) -> None:
+    report = ingest(
+        [write(tmp_path / "a.h5ad", predicted(cells(), keep_original=True, record=record))],
+        str(tmp_path / "kept"),
+    )
+    assert "holds predictions of a model" in "\n".join(report.files[0].lines())
+    obs = atlas_content(str(tmp_path / "kept"))[schema.OBS]
+    assert obs[TERM].tolist() == cells().obs[TERM].tolist()
+    ingest(
+        [write(tmp_path / "b.h5ad", predicted(cells(terms=False), keep_original=False, record=record))],
+        str(tmp_path / "none"),
+    )
+    assert set(atlas_content(str(tmp_path / "none"))[schema.OBS][TERM]) == {"unknown"}
+    with pytest.raises(ValueError, match="holds predictions of a model, not labels"):
+        options = IngestOptions(obs_map={"cell_type": "predicted_labels"})
+        ingest([tmp_path / "a.h5ad"], str(tmp_path / "c"), options)
+
+
+def test_texts_lose_needless_blanks_and_look_alikes_are_reported(tmp_path: Path) -> None:
+    sample = cells()
+    kinds = np.array(["NK cell", " NK  cell", "NK cells", "nk cell"])
+    sample.obs["cell_type"] = kinds[np.arange(60) % 4]
+    sample.obs[TERM] = np.where(np.arange(60) % 8 == 0, "CL:0000938", "CL:0000623")
+    report = ingest([write(tmp_path / "a.h5ad", sample)], str(tmp_path / "atlas"))
+    text = "\n".join(report.files[0].lines())
+    assert "cell_type: 'NK cell', 'NK cells', 'nk cell' are different values" in text
+    assert "cell_type 'NK cell' has several terms: CL:0000623 (22 cells), CL:0000938 (8 cells)" in text
+    assert set(atlas_content(str(tmp_path / "atlas"))[schema.OBS]["cell_type"]) == {
+        "NK cell",
+        "NK cells",
+        "nk cell",
+    }
+
+
+def test_values_that_differ_in_more_than_writing_are_no_look_alikes() -> None:
+    assert look_alikes(["CD4 T", "CD8 T", "B", "donor_1", "donor_2"]) == []
+    assert len(look_alikes(["T-cell", "T cell", "B"])) == 1
+
+
+def test_terms_that_are_newer_or_not_applicable_stay_unknown(tmp_path: Path) -> None:
+    sample = cells()
+    sample.obs[TERM] = np.array(["na", "CL:9999999", "CL:0000236"])[np.arange(60) % 3]
+    report = ingest([write(tmp_path / "a.h5ad", sample)], str(tmp_path / "atlas"))
+    assert report.files[0].unmapped == {"missing": {"T": 20}, "newer": {"B": 20}}
+    obs = atlas_content(str(tmp_path / "atlas"))[schema.OBS]
+    assert obs[TERM].tolist()[:3] == ["unknown", "CL:9999999", "CL:0000236"]
+
+
+def test_empty_cells_are_counted_and_left_out(tmp_path: Path) -> None:
+    sample = cells()
+    dense = sample.X.toarray()
+    dense[::6] = 0
+    sample.X = sparse.csr_matrix(dense)
+    path, uri = write(tmp_path / "a.h5ad", sample), str(tmp_path / "atlas")
+    report = ingest([path], uri)
+    assert (report.cells_added, report.files[0].empty_cells) == (50, 10)
+    assert "10 cells have no count and were left out" in "\n".join(report.files[0].lines())
+    assert (atlas_content(uri)[schema.OBS]["raw_sum"] > 0).all()
+    again = ingest([path], uri)
+    assert again.cells_added == 0 and "50 of them already in the atlas" in again.files[0].lines()[0]
+
+
+def test_genes_of_a_virus_and_spike_ins_are_left_out(tmp_path: Path) -> None:
+    sample = cells()
+    var = pd.concat(
+        [sample.var, pd.DataFrame({"feature_id": ["ENSSASG00005000002", "ERCC-00002"], "gene_symbol": "x"})]
+    )
+    sample = type(sample)(
+        sparse.csr_matrix(sparse.hstack([sample.X, np.ones((60, 2))]), dtype=np.float32),
+        obs=sample.obs,
+        var=var,
+    )
+    sample.var_names = [*cells().var_names, "virus", "spike"]
+    report = ingest([write(tmp_path / "a.h5ad", sample)], str(tmp_path / "atlas"))
+    assert (report.genes_total, report.files[0].genes_joined) == (30, 30)
