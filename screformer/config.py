@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from screformer.secrets import refuse_secret_address, refuse_secrets
 from screformer.settings import (
     Touch,
     build,
@@ -52,6 +53,10 @@ _REMOVED: Mapping[str, Any] = {
     "zero.stage3_param_persistence_threshold": None,
 }
 """Settings of earlier versions with the value that is now fixed; None where no result depends on it."""
+_KEYS_BELONG = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the variables of your store, in the environment (for"
+    " Ray jobs: runtime_env env_vars)"
+)
 _LAST_WITH_REMOVED = "git commit 2dc0365"
 
 
@@ -95,7 +100,11 @@ class AtlasConfig:
     """Atlas version, in milliseconds since 1970; 0 takes the newest one and pins it in all that is saved."""
     tiledb_config: Mapping[str, str] = setting({}, "cells")
     """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the
-    environment."""
+    environment and are refused here."""
+
+    def __post_init__(self) -> None:
+        refuse_secret_address("atlas.uri", self.uri, _KEYS_BELONG)
+        refuse_secrets("atlas.tiledb_config", self.tiledb_config, _KEYS_BELONG)
 
     def __hash__(self) -> int:
         return hash((self.uri, self.timestamp_ms, *sorted(self.tiledb_config.items())))
@@ -362,6 +371,7 @@ class ClusterConfig:
     """Restarts from the last checkpoint after a lost worker; -1 never gives up."""
 
     def __post_init__(self) -> None:
+        refuse_secret_address("cluster.storage_path", self.storage_path, _KEYS_BELONG)
         require(self.num_workers >= 1, f"cluster.num_workers={self.num_workers} must be at least 1")
         require(self.cpus_per_worker > 0, f"cluster.cpus_per_worker={self.cpus_per_worker} must be positive")
         require(
@@ -377,13 +387,21 @@ class TrackingConfig:
 
     uri: str = setting("")
     """Tracking server; empty takes MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the working
-    directory."""
+    directory. One with a password belongs in MLFLOW_TRACKING_URI and is refused here."""
     experiment: str = setting("screformer")
     """MLflow experiment."""
     run_name: str = setting("")
-    """Name of the run; if empty, MLflow chooses."""
+    """Name of the run; if empty, the command, the atlas and the date."""
     model_name: str = setting("screformer")
     """Registered model that fine-tuning adds a version to."""
+
+    def __post_init__(self) -> None:
+        refuse_secret_address(
+            "tracking.uri",
+            self.uri,
+            "put the whole address into the environment as MLFLOW_TRACKING_URI, or user and password as"
+            " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for Ray jobs: runtime_env env_vars)",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

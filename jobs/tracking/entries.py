@@ -5,6 +5,7 @@ Sending an entry twice does no harm, because nobody knows whether a server that 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ Entry = dict[str, Any]
 
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
 """The most that the store takes in one request."""
+
+_DATASET_NAME = 500
+"""The longest name of a dataset that MLflow keeps."""
 
 
 def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any:
@@ -36,6 +40,9 @@ def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any
     """
     kind = entry["kind"]
     if kind == "register":
+        for version in mlflow_client(uri).search_model_versions(f"run_id='{run_id}'"):
+            if version.name == entry["name"]:  # sent before, by a process that was killed after it
+                return int(version.version)
         return register_model(uri, run_id, entry["model_dir"], entry["name"])
     if kind not in _SENDERS:
         raise ValueError(f"entries of the kind {kind!r} are of another version of screformer; sync with that")
@@ -77,6 +84,19 @@ def _file(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
         client.log_artifact(run_id, str(content), entry["folder"] or None)
 
 
+def _dataset(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
+    entities = mlflow_package().entities
+    dataset = entities.Dataset(
+        name=entry["name"][:_DATASET_NAME],
+        digest=entry["digest"],
+        source_type="screformer",
+        source=json.dumps(entry["source"]),
+        profile=json.dumps(entry["profile"]),
+    )
+    tags = [entities.InputTag("mlflow.data.context", "query")]
+    client.log_inputs(run_id, [entities.DatasetInput(dataset, tags)])
+
+
 def _running(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
     if client.get_run(run_id).info.status != "RUNNING":  # a resumed job
         client.update_run(run_id, status="RUNNING")
@@ -95,6 +115,7 @@ _SENDERS: Mapping[str, Callable[[Any, str, Entry, Path | None], None]] = {
     "tags": _tags,
     "text": _text,
     "file": _file,
+    "dataset": _dataset,
     "running": _running,
     "end": _end,
 }

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.tracking.client import (
+    existing_store,
     metric_points,
     mlflow_client,
     mlflow_package,
-    probe,
     scratch_folder,
-    tracking_uri,
 )
 from jobs.tracking.models import MODEL_FOLDER
 from screformer.config import TrackingConfig
@@ -55,8 +54,7 @@ def logged_run(run_id: str, tracking: TrackingConfig) -> LoggedRun:
         ValueError: There is no such run.
         ConnectionError: The tracking server does not answer.
     """
-    store, run_id = tracking_uri(tracking), run_id.removeprefix("runs:/")
-    probe(store)
+    store, run_id = existing_store(tracking), run_id.removeprefix("runs:/")
     client = mlflow_client(store)
     try:
         run = client.get_run(run_id)
@@ -89,8 +87,7 @@ def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
         ValueError: No such run or artifact.
         ConnectionError: The tracking server does not answer.
     """
-    store = tracking_uri(tracking)
-    probe(store)
+    store = existing_store(tracking)
     try:
         return Path(mlflow_client(store).download_artifacts(run_id, name, scratch_folder()))
     except (mlflow_package().exceptions.MlflowException, OSError) as error:

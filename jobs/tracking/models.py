@@ -13,7 +13,14 @@ from typing import Any
 
 import data_ingest
 import screformer
-from jobs.tracking.client import mlflow_client, mlflow_package, probe, scratch_folder, tracking_uri
+from jobs.tracking.client import (
+    existing_store,
+    mlflow_client,
+    mlflow_package,
+    scratch_folder,
+    store_address,
+    tracking_uri,
+)
 from jobs.tracking.identity import package_version
 from screformer.config import TrackingConfig
 
@@ -138,8 +145,7 @@ def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str
     Raises:
         ValueError: There is no such model.
     """
-    store = tracking_uri(tracking or TrackingConfig())
-    probe(store)
+    store = existing_store(tracking or TrackingConfig())
     client = mlflow_client(store)
     try:
         aliases = client.get_registered_model(name).aliases
@@ -169,8 +175,7 @@ def pinned_model(uri: str, tracking: TrackingConfig | None = None) -> str:
     """
     if not uri.startswith("models:/"):
         return uri
-    store = tracking_uri(tracking or TrackingConfig())
-    probe(store)
+    store = existing_store(tracking or TrackingConfig())
     name, version = _registered(uri, store)
     return f"models:/{name}/{version.version}"
 
@@ -195,8 +200,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     is_run = uri.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", uri)
     if not uri.startswith("models:/") and not is_run:
         return _model_directory(Path(uri.removeprefix("file://")), uri)
-    store = tracking_uri(tracking or TrackingConfig())
-    probe(store)
+    store = existing_store(tracking or TrackingConfig())
     location = _run_model(uri.removeprefix("runs:/"), store) if is_run else _version_location(uri, store)
     target: str | None = None
     if not location.startswith(("/", "file:")):  # files are read where they lie
@@ -204,7 +208,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     return _model_directory(
         Path(
             mlflow_package().artifacts.download_artifacts(
-                artifact_uri=location, dst_path=target, tracking_uri=store
+                artifact_uri=location, dst_path=target, tracking_uri=store_address(store)
             )
         ),
         uri,

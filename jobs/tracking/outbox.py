@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import platform
+import queue
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -36,6 +38,10 @@ _RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
 at least once a minute."""
 
 
+_PATIENCE_S = 30.0
+"""For the thread that posts, before what it has not begun goes into the folder."""
+
+
 _ENTRY = "entry.json"
 
 
@@ -53,8 +59,57 @@ class Outbox:
         self._files, self._path = pyarrow.fs.FileSystem.from_uri(
             folder if "://" in folder else Path(folder).resolve().as_uri()
         )
+        self._is_local = "://" not in folder
         self._waiting = bool(self.names())
+        self._is_away = False
         self._next_try = 0.0
+        self._sending = threading.RLock()
+        self._queue: queue.Queue[tuple[Entry, Send]] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def post(self, entry: Entry, send: Send) -> None:
+        """Hand an entry to a thread of this process that delivers it, and return at once.
+
+        However slow the server is, whoever logs does not wait for it. While the thread is busy, entries go
+        into the folder, if that is on this machine, so that a killed process loses none of them.
+
+        Args:
+            entry: Plain values of JSON.
+            send: How to send it, and those before it.
+        """
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._post_all, name="screformer-log", daemon=True)
+            self._thread.start()
+        if self._queue.unfinished_tasks and self._is_local:
+            self._put(entry, None)
+        else:
+            self._queue.put((entry, send))
+
+    def _post_all(self) -> None:
+        while True:
+            entry, send = self._queue.get()
+            try:
+                self.deliver(entry, send)
+                if self._waiting and time.monotonic() >= self._next_try:  # what was posted meanwhile
+                    self.flush(send)
+            except Exception as error:  # noqa: BLE001 - no refusal of one entry may end the thread
+                logger.warning("metrics were refused and are kept: %s: %s", type(error).__name__, error)
+                self._put(entry, None)
+            finally:
+                self._queue.task_done()
+
+    def settle(self) -> None:
+        """Wait until what was posted is sent or kept; what takes longer than `_PATIENCE_S` is kept."""
+        deadline = time.monotonic() + _PATIENCE_S
+        with self._queue.all_tasks_done:
+            while self._queue.unfinished_tasks and time.monotonic() < deadline:
+                self._queue.all_tasks_done.wait(deadline - time.monotonic())
+        with contextlib.suppress(queue.Empty):
+            while True:
+                entry, _ = self._queue.get_nowait()
+                self._put(entry, None)
+                self._queue.task_done()
+        self._queue.join()
 
     def deliver(self, entry: Entry, send: Send, content: Path | None = None) -> Any:
         """Send an entry after those that wait, or keep it; never waits for a server that is away.
@@ -67,23 +122,19 @@ class Outbox:
         Returns:
             What `send` returned, or None where the entry was kept.
         """
-        if not self._waiting:
-            began = time.monotonic()
-            try:
-                return send(entry, content)
-            except ConnectionError as error:
-                self._put(entry, content)
-                self._later(began)
-                logger.warning(
-                    "%s; the job goes on, what it logs is kept in %s and sent when the server is back",
-                    error,
-                    self.folder,
-                )
+        with self._sending:
+            if not self._waiting:
+                began = time.monotonic()
+                try:
+                    return send(entry, content)
+                except ConnectionError as error:
+                    self._put(entry, content)
+                    self._away(error, began)
+                return None
+            self._put(entry, content)
+            if time.monotonic() >= self._next_try:
+                self.flush(send)
             return None
-        self._put(entry, content)
-        if time.monotonic() >= self._next_try:
-            self.flush(send)
-        return None
 
     def flush(self, send: Send) -> tuple[int, int]:
         """Send what waits, oldest first, until the server is away again.
@@ -93,7 +144,12 @@ class Outbox:
         Returns:
             Entries sent, and entries left.
         """
+        with self._sending:
+            return self._flush(send)
+
+    def _flush(self, send: Send) -> tuple[int, int]:
         began, num_sent, num_refused = time.monotonic(), 0, 0
+        self._waiting = False  # what is put from now on waits again
         names = self.names()
         for name in names:
             try:
@@ -101,8 +157,8 @@ class Outbox:
                     send(entry, content)
             except FileNotFoundError:  # another process of the run has just sent it
                 continue
-            except ConnectionError:
-                self._later(began)
+            except ConnectionError as error:
+                self._away(error, began)
                 return num_sent, len(names) - num_sent
             except Exception as error:  # noqa: BLE001 - whatever the server says to one entry must not hold up the others
                 logger.warning("%s/%s was refused: %s: %s", self.folder, name, type(error).__name__, error)
@@ -111,9 +167,9 @@ class Outbox:
             with contextlib.suppress(FileNotFoundError):
                 self._files.delete_dir(f"{self._path}/{name}")
             num_sent += 1
-        if num_sent:
+        if num_sent and self._is_away:
             logger.warning("the tracking server is back: %d kept entries were sent", num_sent)
-        self._waiting = False
+            self._is_away = False
         return num_sent, num_refused
 
     def names(self) -> list[str]:
@@ -149,7 +205,15 @@ class Outbox:
             pyarrow.fs.copy_files(f"{folder}/{tree['content']}", str(target), source_filesystem=self._files)
             yield tree["entry"], target
 
-    def _later(self, began: float) -> None:
+    def _away(self, error: ConnectionError, began: float) -> None:
+        """Report once that the server is away, and do not ask it again for a while."""
+        if not self._is_away:
+            logger.warning(
+                "%s; the job continues, what it logs is kept in %s and sent when the server is back",
+                error,
+                self.folder,
+            )
+        self._is_away = True
         now = time.monotonic()
         self._next_try = now + min(_MOST_RETRY_S, max(_RETRY_S, (now - began) / _SHARE))
         self._waiting = True

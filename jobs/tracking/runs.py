@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import re
 import tempfile
 import time
@@ -25,15 +24,17 @@ from typing import TYPE_CHECKING, Any
 from jobs.tracking.client import (
     PATIENCE_S,
     answering,
-    is_away,
     metric_points,
     mlflow_client,
+    mlflow_package,
     probe,
+    require_here,
     sqlite_path,
     tracking_uri,
 )
 from jobs.tracking.entries import Entry, send_entry
 from jobs.tracking.identity import code_identity
+from jobs.tracking.naming import dataset, flat, run_name
 from jobs.tracking.outbox import outbox
 from screformer.files import csv_text
 
@@ -67,17 +68,6 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
     """
     uri = tracking_uri(config.tracking)
     probe(uri)
-    client = mlflow_client(uri)
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    if experiment is None:
-        # A server chooses its own artifact store; a SQLite file has none, and MLflow would take the working
-        # directory of each process.
-        artifacts = sqlite_path(uri).parent / "mlartifacts" if uri.startswith("sqlite:") else None
-        experiment_id = client.create_experiment(
-            config.tracking.experiment, artifact_location=artifacts.as_uri() if artifacts else None
-        )
-    else:
-        experiment_id = experiment.experiment_id
     tags = {
         "job": job,
         "mlflow.source.name": f"jobs.{job}",
@@ -86,13 +76,33 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
     }
     if parent is not None:
         tags["mlflow.parentRunId"] = parent.run_id
-    info = client.create_run(experiment_id, tags=tags, run_name=config.tracking.run_name or None).info
-    run = TrackedRun(tracking_uri=uri, run_id=info.run_id)
-    run.log_config(config.to_dict(job))
-    logger.info(
-        "run %s (%s) in experiment %s of %s", info.run_id, info.run_name, config.tracking.experiment, uri
-    )
+    name = config.tracking.run_name or run_name(config, job)
+    with answering(uri):
+        experiment_id = _experiment(uri, config.tracking.experiment)
+        info = mlflow_client(uri).create_run(experiment_id, tags=tags, run_name=name).info
+        run = TrackedRun(tracking_uri=uri, run_id=info.run_id)
+        run.log_config(config.to_dict(job))
+    logger.info("run %s (%s) in experiment %s of %s", info.run_id, name, config.tracking.experiment, uri)
     return run
+
+
+def _experiment(uri: str, name: str) -> str:
+    """The id of an experiment, which is made where it does not exist."""
+    client = mlflow_client(uri)
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server chooses its own artifact store; a SQLite file has none, and MLflow would take the working
+        # directory of each process.
+        artifacts = sqlite_path(uri).parent / "mlartifacts" if uri.startswith("sqlite:") else None
+        try:
+            created: str = client.create_experiment(name, artifacts.as_uri() if artifacts else None)
+            return created
+        except mlflow_package().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another job was faster
+    found: str = experiment.experiment_id
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +161,13 @@ class TrackedRun:
 
     def send_kept(self) -> tuple[int, int]:
         """Send what waits in the outbox; gives how many entries were sent and how many are left."""
+        self.settle()
         return outbox(self.outbox).flush(self._send) if self.outbox else (0, 0)
+
+    def settle(self) -> None:
+        """Wait until the metrics that this process logged are sent or kept; before a process ends."""
+        if self.outbox:
+            outbox(self.outbox).settle()
 
     def log_config(self, tree: Mapping[str, Any]) -> None:
         """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`.
@@ -180,19 +196,26 @@ class TrackedRun:
                 `identity.json`.
         """
         whole = {**identity, "code": code_identity()}
-        tags = {name: value for name, value in _flat(whole).items() if not name.startswith("code.packages.")}
+        tags = {name: value for name, value in flat(whole).items() if not name.startswith("code.packages.")}
         if re.fullmatch(r"[0-9a-f]{40}.*", whole["code"]["git"]):
             tags["mlflow.source.git.commit"] = whole["code"]["git"][:40]
         self.set_tags(tags)
+        query = identity.get("query")
+        if isinstance(query, Mapping) and "hash" in query:
+            self._deliver({"kind": "dataset", **dataset(query)})
         self._log_text(IDENTITY, json.dumps(whole, indent=2, default=str))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log scalars, such as `{"train/loss": 0.3}`, in one request.
+        """Log scalars, such as `{"train/loss": 0.3}`; with an outbox, a thread sends them.
 
         Characters that MLflow refuses become `_`.
         """
         named = {re.sub(r"[^\w\-. :/]", "_", name): float(value) for name, value in metrics.items()}
-        self._deliver({"kind": "metrics", "metrics": named, "step": step, "time_ms": int(time.time() * 1000)})
+        entry = {"kind": "metrics", "metrics": named, "step": step, "time_ms": int(time.time() * 1000)}
+        if self.outbox:
+            outbox(self.outbox).post(entry, self._send)
+        else:
+            self._deliver(entry)
 
     def log_table(self, table: pd.DataFrame, path: str) -> None:
         """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
@@ -212,7 +235,7 @@ class TrackedRun:
         Raises:
             ConnectionError: The tracking server does not answer.
         """
-        self._require_store()
+        require_here(self.tracking_uri)
         with answering(self.tracking_uri):
             logged = mlflow_client(self.tracking_uri).get_run(self.run_id).data.metrics
             wanted = logged if names is None else [name for name in names if name in logged]
@@ -228,7 +251,7 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; nested mappings are flattened with dots."""
         self._deliver(
-            {"kind": "tags", "tags": {name: str(value)[:5000] for name, value in _flat(tags).items()}}
+            {"kind": "tags", "tags": {name: str(value)[:5000] for name, value in flat(tags).items()}}
         )
 
     def register(self, model_dir: str | Path, name: str) -> int | None:
@@ -257,38 +280,17 @@ class TrackedRun:
 
     def _deliver(self, entry: Entry, content: Path | None = None) -> Any:
         if self.outbox:
+            self.settle()
             return outbox(self.outbox).deliver(entry, self._send, content)
-        self._require_store()
+        require_here(self.tracking_uri)
         return send_entry(self.tracking_uri, self.run_id, entry, content)
 
     def _send(self, entry: Entry, content: Path | None) -> Any:
         """Raises `ConnectionError` when the server is away, quickly."""
-        try:
+        with answering(self.tracking_uri):
             probe(self.tracking_uri, timeout_s=PATIENCE_S)
             return send_entry(self.tracking_uri, self.run_id, entry, content)
-        except Exception as error:
-            if is_away(error):
-                raise ConnectionError(f"the tracking server {self.tracking_uri} is away") from error
-            raise
 
     @property
     def _sync_command(self) -> str:
         return f"python -m jobs.sync --run-dir {self.outbox.removesuffix('/outbox')}"
-
-    def _require_store(self) -> None:
-        if self.tracking_uri.startswith("sqlite:") and not sqlite_path(self.tracking_uri).is_file():
-            raise ValueError(
-                f"run {self.run_id} is kept in {self.tracking_uri}, a file that this machine"
-                f" ({platform.node()}) does not have;"
-                " for a job on several nodes set tracking.uri to an MLflow server (http://HOST:PORT)"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -99,6 +99,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
             position = {**outcome.progress.to_dict(), "finished": True}
             (folder / POSITION).write_text(json.dumps(position, indent=2))
             _hand_over(folder, finish(task, outcome, folder / "model") if rank == 0 else {})
+    task.run.settle()
     return {
         "best_step": outcome.progress.best_step,
         "cells_per_s": statistics.median(speeds) if speeds else 0.0,

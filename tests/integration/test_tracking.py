@@ -55,7 +55,7 @@ def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(
     logged = MlflowClient(store).get_run(run.run_id)
     assert logged.info.status == "FINISHED"
     assert logged.data.params["model.n_hashes"] == "2"
-    assert len(logged.data.params) == sum(len(section) for section in config.to_dict().values())
+    assert len(logged.data.params) == sum(len(section) for section in config.to_dict("finetune").values())
     assert ExperimentConfig.from_dict(yaml.safe_load(_artifact(run, "config.yaml").read_text())) == config
     tags = logged.data.tags
     assert (tags["job"], tags["atlas.uri"], tags["atlas.timestamp_ms"], tags["query.hash"]) == (

@@ -1,0 +1,52 @@
+"""How a run, its dataset and its tags are called in MLflow."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from screformer.config import ExperimentConfig
+
+_DIGEST = 36
+"""The longest digest of a dataset that MLflow keeps."""
+
+
+def run_name(config: ExperimentConfig, job: str) -> str:
+    """What ran, on what, when: `finetune blood, tissue_general == 'lung', 2026-11-26 17:40`."""
+    atlas, query = config.atlas.uri.rstrip("/"), config.query.file or config.query.obs_filter
+    parts = [
+        f"{job} {atlas.rpartition('/')[2]}".strip(),
+        textwrap.shorten(query.rpartition("/")[2] if config.query.file else query, 60, placeholder=" ..."),
+        datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values with dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def dataset(query: Mapping[str, Any]) -> dict[str, Any]:
+    """What MLflow shows as the run's dataset: the atlas and its version, and the query's hash as digest."""
+    atlas = query.get("atlas", {})
+    uri = str(atlas.get("uri", ""))
+    version = f"@{atlas['timestamp_ms']}" if atlas.get("timestamp_ms") else ""
+    return {
+        "name": f"{uri.rstrip('/').rpartition('/')[2] or 'atlas'}{version}",
+        "digest": str(query["hash"])[:_DIGEST],
+        "source": {
+            "uri": uri,
+            **{name: query[name] for name in ("obs_filter", "var_filter") if name in query},
+        },
+        "profile": {"cells": query.get("num_cells"), "timestamp_ms": atlas.get("timestamp_ms")},
+    }
