@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import tiledbsoma
 
-from data_ingest import atlas_lock, schema
+from data_ingest import claims, schema
 from data_ingest.atlas import open_atlas
 from data_ingest.atlas_lock import locked
 from data_ingest.ingest import ingest
@@ -87,7 +87,7 @@ def test_two_at_once_leave_a_right_atlas(tmp_path: Path) -> None:
 def test_a_claim_of_another_machine_lives_as_long_as_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atlas_lock, "RENEW_S", 0.2)
+    monkeypatch.setattr(claims, "RENEW_S", 0.2)
     folder = tmp_path / "atlas.writing"
     folder.mkdir()
     claim = {"user": "ada", "host": "elsewhere pid:[1]", "pid": 7, "process": "1", "since": time.time()}
