@@ -13,6 +13,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,7 +58,7 @@ def log_confusion(run: TrackedRun, counts_kk: np.ndarray, names: Sequence[str], 
     table = pd.DataFrame(counts_kk, columns=list(names))
     table.insert(0, "true_label", list(names))
     run.log_table(table, f"{part}/{_CONFUSION}")
-    run.log_figure(confusion_figure(np.asarray(counts_kk), names), f"{part}/confusion.png")
+    run.log_figure(lambda: confusion_figure(np.asarray(counts_kk), names), f"{part}/confusion.png")
 
 
 def read_confusion(run: LoggedRun, part: str = "test") -> tuple[np.ndarray, list[str]] | None:
@@ -87,7 +88,7 @@ def log_reliability(run: TrackedRun, table: pd.DataFrame) -> None:
             (before, after).
     """
     run.log_table(table, _RELIABILITY)
-    run.log_figure(reliability_figure(table), "calibration/reliability.png")
+    run.log_figure(lambda: reliability_figure(table), "calibration/reliability.png")
 
 
 def read_reliability(run: LoggedRun) -> pd.DataFrame | None:
@@ -140,7 +141,8 @@ def log_curves(run: TrackedRun) -> None:
         if len(points) > 1:
             groups.setdefault(key.rpartition("/")[2], {})[key] = points
     for name, curves in groups.items():
-        run.log_figure(learning_figure(name, curves), f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png")
+        path = f"curves/{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.png"
+        run.log_figure(partial(learning_figure, name, curves), path)
 
 
 def write_explained(folder: Path, table: Literal["classes", "dots", "curves"], rows: pd.DataFrame) -> None:

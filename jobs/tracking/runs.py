@@ -15,7 +15,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -221,12 +221,19 @@ class TrackedRun:
         """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
         self._log_text(path, csv_text(table))
 
-    def log_figure(self, figure: Figure, path: str, *, dpi: int = 120) -> None:
-        """Log a picture under `path`, such as `test/confusion.png`."""
+    def log_figure(self, draw: Callable[[], Figure], path: str, *, dpi: int = 120) -> None:
+        """Log a picture under `path`, such as `test/confusion.png`.
+
+        A picture that cannot be drawn is left out with a warning: it never ends a run.
+        """
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / name
-            figure.savefig(file, dpi=dpi)
+            try:
+                draw().savefig(file, dpi=dpi)
+            except Exception as error:  # noqa: BLE001 - whatever a name or a number in it makes of it
+                logger.warning("the picture %s cannot be drawn and is left out: %s", path, str(error).strip())
+                return
             self.log_file(file, folder=folder)
 
     def histories(self, names: Sequence[str] | None = None) -> dict[str, list[tuple[int, float]]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from helpers.processes import REPO_ROOT, run_python
@@ -75,6 +76,26 @@ def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(
     assert pd.read_csv(_artifact(run, "test/per_class.csv"))["f1"].tolist() == [0.5]
     for picture in ("test/confusion.png", "curves/loss.png"):
         assert _artifact(run, picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_never_ends_a_run(
+    config: ExperimentConfig, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names come from files; what matplotlib cannot draw is left out."""
+    counts_kk = np.array([[3, 1], [0, 2]])
+
+    def broken() -> Figure:
+        figure = Figure()
+        figure.text(0, 0, r"$\bad$")
+        return figure
+
+    with start_run(config, "finetune") as run:
+        log_confusion(run, counts_kk, [r"$\bad$", "$"], "test")
+        run.log_figure(broken, "broken.png")
+    assert "the picture broken.png cannot be drawn and is left out" in caplog.text
+    found = MlflowClient(store).list_artifacts(run.run_id, "test")
+    assert {entry.path for entry in found} == {"test/confusion.csv", "test/confusion.png"}
+    assert MlflowClient(store).get_run(run.run_id).info.status == "FINISHED"
 
 
 def test_another_process_logs_into_the_run_and_is_quiet(
