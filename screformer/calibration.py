@@ -176,6 +176,25 @@ class Calibration:
             "measured": dict(self.measured or {}),
         }
 
+    def check_classes(self, num_classes: int) -> None:
+        """Refuse a calibration of another number of classes, or with numbers that answer nothing.
+
+        Raises:
+            ValueError: Says what does not fit.
+        """
+        for name in ("logit_mean_k", "logit_std_k", "prior_k"):
+            values = getattr(self, name)
+            if len(values) not in (0, num_classes) or not np.isfinite(values).all():
+                raise ValueError(f"{name} must hold {num_classes} finite numbers")
+        if not (np.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature {self.temperature} must be positive")
+        named = [label for term in self.lineage.terms for label in term.labels]
+        above = [index for indices in self.lineage.above_k for index in indices]
+        if not all(0 <= label < num_classes for label in named) or not all(
+            0 <= index < len(self.lineage.terms) for index in above
+        ):
+            raise ValueError(f"its lineage names a label or term beyond the {num_classes} labels")
+
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Calibration:
         """Read what `to_json` wrote.

@@ -6,9 +6,10 @@ fine-tuning with validation cells `calibration.json`. Reading one says what is w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from screformer.calibration import Calibration
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
+from screformer.model_checks import check_finite, check_sizes, check_weights, checked_labels
 from screformer.tokenizer import GeneVocabulary
 
 FORMAT = "1"
@@ -32,6 +34,8 @@ WEIGHTS, CONFIG, VOCABULARY, LABELS, META = (
     "meta.json",
 )
 CALIBRATION = "calibration.json"
+WEIGHTS_HASH = "weights_sha256"
+"""Entry of the meta data; models of earlier versions have none."""
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
 """Labels of a model that was only pre-trained."""
 
@@ -72,11 +76,14 @@ def save_model(
         meta: Plain values of JSON.
         calibration: How its logits become answers; None where there were no validation cells to learn it
             from.
+
+    Raises:
+        ValueError: A weight is NaN or infinite.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary.save(directory / VOCABULARY)
-    for name, tree in ((CONFIG, config.to_dict()), (LABELS, dict(labels)), (META, dict(meta))):
+    for name, tree in ((CONFIG, config.to_dict()), (LABELS, dict(labels))):
         (directory / name).write_text(json.dumps(tree, indent=2, default=str))
     hashed = [CONFIG, VOCABULARY, LABELS]
     (directory / CALIBRATION).unlink(missing_ok=True)  # of weights that lay here before
@@ -90,12 +97,15 @@ def save_model(
         .contiguous()
         for name, tensor in state.items()
     }
+    check_finite(weights, source=f"model for {directory}")
     metadata = {
         "kind": "screformer model",
         "format": FORMAT,
         **{name: sha256(directory / name) for name in hashed},
     }
     save_file(weights, directory / WEIGHTS, metadata=metadata)
+    whole_meta = {**meta, WEIGHTS_HASH: sha256(directory / WEIGHTS)}
+    (directory / META).write_text(json.dumps(whole_meta, indent=2, default=str))
 
 
 def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
@@ -112,9 +122,12 @@ def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
 def load_model(directory: str | Path) -> LoadedModel:
     """Read a model directory onto the CPU, in eval mode.
 
+    The directory may come from anywhere: nothing in it is unpickled, and sizes are compared before a network
+    of that size is built.
+
     Raises:
-        ValueError: A missing or unreadable file, another format, a file that was changed since, or weights of
-            other shapes; says which.
+        ValueError: A missing or unreadable file, another format, a file that was changed since, weights of
+            other shapes, or weights that are NaN or infinite; says which.
     """
     directory = Path(directory)
     for name in (WEIGHTS, CONFIG, VOCABULARY, LABELS, META):
@@ -141,9 +154,17 @@ def load_model(directory: str | Path) -> LoadedModel:
                 f"{directory / name} is not the file that was saved with these weights; restore it, or train"
                 f" again"
             )
-    config = ExperimentConfig.from_saved(read_json(directory / CONFIG))
-    vocabulary = GeneVocabulary.load(directory / VOCABULARY)
-    labels = read_json(directory / LABELS)
+    meta = read_json(directory / META)
+    if WEIGHTS_HASH in meta and meta.pop(WEIGHTS_HASH) != sha256(directory / WEIGHTS):
+        raise ValueError(f"{directory / WEIGHTS} was changed since it was saved; restore it, or train again")
+    check_finite(weights, source=str(directory / WEIGHTS))
+    with _content_of(directory / CONFIG):
+        config = ExperimentConfig.from_saved(read_json(directory / CONFIG))
+    with _content_of(directory / VOCABULARY):
+        vocabulary = GeneVocabulary.load(directory / VOCABULARY)
+    with _content_of(directory / LABELS):
+        labels = checked_labels(read_json(directory / LABELS))
+    check_sizes(config, len(vocabulary), len(labels["names"]), weights, source=str(directory))
     model = ScReformer(
         config.model,
         config.tokens,
@@ -157,16 +178,15 @@ def load_model(directory: str | Path) -> LoadedModel:
     model.load_state_dict(weights)
     calibration = Calibration()
     if CALIBRATION in hashed:
-        try:
+        with _content_of(directory / CALIBRATION):
             calibration = Calibration.from_json(read_json(directory / CALIBRATION))
-        except ValueError as error:
-            raise ValueError(f"model directory {directory}: {error}") from error
+            calibration.check_classes(len(labels["names"]))
     return LoadedModel(
         model=model.eval(),
         config=config,
         vocabulary=vocabulary,
         labels=labels,
-        meta=read_json(directory / META),
+        meta=meta,
         calibration=calibration,
     )
 
@@ -176,21 +196,14 @@ def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
     return read_tensors(Path(directory) / WEIGHTS)[0]
 
 
-def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        ValueError: A weight is missing, too many, or of another shape; names the first one.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{source}: weight {name} has shape {found.get(name, 'none')}, but the network of this"
-                f" configuration has"
-                f" {expected.get(name, 'none')}; use the configuration that the weights were trained with"
-            )
+@contextlib.contextmanager
+def _content_of(path: Path) -> Iterator[None]:
+    """Name the file whose content cannot be used."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be used: {text}; restore it, or train again") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

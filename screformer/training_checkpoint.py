@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from screformer import engine_state as engines
-from screformer.checkpoint import FORMAT, read_json, read_tensors
+from screformer.checkpoint import FORMAT, read_json, read_tensors, sha256
 from screformer.files import write_whole
 
 TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
@@ -78,34 +78,40 @@ def read_position(directory: str | Path) -> dict[str, Any]:
 
 
 def seal(directory: str | Path) -> None:
-    """Declare a checkpoint complete: rank 0 lists all ranks' files with their sizes.
+    """Declare a checkpoint complete: rank 0 lists all ranks' files with their SHA-256.
 
     Every rank calls it, once its files are written.
     """
     directory = Path(directory)
     own = {
-        str(path.relative_to(directory)): path.stat().st_size
+        str(path.relative_to(directory)): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in directory.rglob("*")
         if path.is_file()
     }
-    parts: list[dict[str, int]] = [{}] * torch.distributed.get_world_size()
+    parts: list[dict[str, Any]] = [{}] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     if torch.distributed.get_rank() == 0:
-        files = {name: size for part in parts for name, size in part.items()}
-        write_whole(directory / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2))
+        files = {name: entry for part in parts for name, entry in part.items()}
+        write_whole(directory / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=2).encode())
 
 
-def is_complete(directory: str | Path) -> bool:
-    """Whether every file of a checkpoint is there in its full size.
+def damage(directory: str | Path) -> str:
+    """What is wrong with a checkpoint, naming the file; empty for a whole one.
 
-    A run killed while it wrote, or copied, leaves one that is not.
+    A run killed while it wrote leaves one without a manifest. Manifests of earlier versions know sizes only.
     """
     directory = Path(directory)
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == size
-        for name, size in files.items()
-    )
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no whole {MANIFEST}"
+    for name, entry in files.items():
+        path = directory / name
+        size = entry["size"] if isinstance(entry, dict) else entry
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if isinstance(entry, dict) and sha256(path) != entry["sha256"]:
+            return f"{name} was changed: its SHA-256 differs"
+    return ""

@@ -12,7 +12,7 @@ import ray
 import ray.train.torch
 
 from screformer.config import ExperimentConfig, Task
-from screformer.training_checkpoint import is_complete, read_position
+from screformer.training_checkpoint import damage, read_position
 
 RUN_FILE = "run.json"
 
@@ -78,12 +78,13 @@ def newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
         folders = [
             info
             for info in files.get_file_info(pyarrow.fs.FileSelector(attempt))
-            if info.base_name.startswith("checkpoint_")
+            if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_")
         ]
         for info in sorted(folders, key=lambda info: info.base_name, reverse=True):
             checkpoint = ray.train.Checkpoint(info.path, filesystem=files)
             with checkpoint.as_directory() as folder:
-                if not is_complete(folder):
+                if fault := damage(folder):
+                    print(f"{info.path} is left out: {fault}", flush=True)
                     continue
                 if read_position(folder)["finished"]:
                     raise ValueError(

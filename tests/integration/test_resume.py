@@ -15,7 +15,7 @@ from helpers import toy_training
 from helpers.processes import environment, start_python
 from helpers.toy_training import toy_config
 from screformer.config import ExperimentConfig
-from screformer.training_checkpoint import is_complete, read_position
+from screformer.training_checkpoint import damage, read_position
 
 STEPS = {
     "train.max_steps": 12,
@@ -71,14 +71,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     whole = _finish(root / "whole", _start(root / "whole", config, 2, save_in=root / "whole-saves"))
     first, second = (root / "twin-saves" / f"step-{step:03d}" for step in (3, 6))
     deadline = time.monotonic() + 240
-    while not is_complete(second):
+    while damage(second):
         assert time.monotonic() < deadline and all(process.poll() is None for process in twin)
         time.sleep(0.02)
     for process in twin:
         process.send_signal(signal.SIGKILL)
     assert [process.wait() for process in twin] == [-signal.SIGKILL] * 2
     assert not (root / "twin" / "out.json").exists(), "it was killed before its end"
-    assert is_complete(first)
+    assert not damage(first)
     position = read_position(second)
     assert (
         position["global_step"],

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from screformer.checkpoint import NO_LABELS, load_model, save_model
+from screformer.checkpoint import NO_LABELS, load_model, read_weights, save_model
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
 from screformer.tokenizer import GeneVocabulary
-from screformer.training_checkpoint import is_complete
+from screformer.training_checkpoint import damage
 
 LABELS = {"column": "cell_type", "names": ["B cell", "T cell"], "cl_ids": ["CL:0000236", ""]}
 CONFIG = ExperimentConfig().merge(
@@ -46,12 +47,8 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
 
 
 def test_a_model_from_before_panels_takes_genes_that_were_not_measured_as_zeros(saved: Path) -> None:
-    with safe_open(saved / "weights.safetensors", framework="pt") as file:
-        weights, metadata = (
-            {name: file.get_tensor(name) for name in file.keys() if not name.endswith(".center")},
-            file.metadata(),
-        )
-    save_file(weights, saved / "weights.safetensors", metadata=metadata)
+    weights = read_weights(saved)
+    _resave(saved, drop="linear_skip.center")
     loaded = load_model(saved).model
     assert loaded.linear_skip is not None and not loaded.linear_skip.center.any()
     assert torch.equal(loaded.linear_skip.weight.weight, weights["linear_skip.weight.weight"])
@@ -63,13 +60,21 @@ def test_weights_of_a_bf16_run_are_kept_in_fp32(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in load_model(tmp_path).model.state_dict().values()} == {torch.float32}
 
 
-def _resave(folder: Path, metadata: dict[str, str] | None = None, drop: str = "", cut: str = "") -> None:
+def _resave(
+    folder: Path, metadata: dict[str, str] | None = None, drop: str = "", cut: str = "", spoil: str = ""
+) -> None:
+    """Other weights in a directory that knows no digest of them, as those of earlier versions."""
     path = folder / "weights.safetensors"
+    meta = json.loads((folder / "meta.json").read_text())
+    meta.pop("weights_sha256", None)
+    (folder / "meta.json").write_text(json.dumps(meta))
     with safe_open(path, framework="pt") as file:
         tensors, old = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     tensors.pop(drop, None)
     if cut:
         tensors[cut] = tensors[cut][:-1].clone()
+    if spoil:
+        tensors[spoil][1] = float("nan")
     save_file(tensors, path, metadata={**old, **(metadata or {})})
 
 
@@ -92,8 +97,8 @@ def _resave(folder: Path, metadata: dict[str, str] | None = None, drop: str = ""
             r"weight pooling.norm.bias has shape none, but .* has \(8,\)",
         ),
         (
-            lambda d: _resave(d, cut="classification_head.bias"),
-            r"classification_head.bias has shape \(1,\), but .* has \(2,\)",
+            lambda d: _resave(d, cut="pooling.score.bias"),
+            r"pooling.score.bias has shape \(1,\), but .* has \(2,\)",
         ),
         (
             lambda d: (d / "vocabulary.json").write_text(
@@ -114,15 +119,75 @@ def test_what_is_wrong_is_said(saved: Path, spoil: Callable[[Path], object], mes
         load_model(saved)
 
 
-def test_a_checkpoint_is_complete_only_with_every_byte(tmp_path: Path) -> None:
-    assert not is_complete(tmp_path)
-    (tmp_path / "part.bin").write_bytes(b"12345")
-    assert not is_complete(tmp_path), "no manifest: killed before it was sealed"
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": "1", "files": {"part.bin": 5}}))
-    assert is_complete(tmp_path)
-    (tmp_path / "part.bin").write_bytes(b"1234")
-    assert not is_complete(tmp_path), "a file that was cut"
-    (tmp_path / "part.bin").unlink()
-    assert not is_complete(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    assert not is_complete(tmp_path)
+def test_a_checkpoint_is_whole_only_with_every_byte(tmp_path: Path) -> None:
+    part, manifest = tmp_path / "part.bin", tmp_path / "manifest.json"
+
+    def sealed(entry: object) -> None:
+        manifest.write_text(json.dumps({"format": "1", "files": {"part.bin": entry}}))
+
+    part.write_bytes(b"12345")
+    assert damage(tmp_path) == "it has no whole manifest.json", "killed before it was sealed"
+    sealed({"size": 5, "sha256": hashlib.sha256(b"12345").hexdigest()})
+    assert damage(tmp_path) == ""
+    part.write_bytes(b"12349")
+    assert damage(tmp_path) == "part.bin was changed: its SHA-256 differs"
+    part.write_bytes(b"1234")
+    assert damage(tmp_path) == "part.bin has 4 bytes, not 5"
+    part.unlink()
+    assert damage(tmp_path) == "part.bin is missing"
+    manifest.write_text("{")
+    assert damage(tmp_path)
+    sealed(5)  # manifests of earlier versions know sizes only
+    part.write_bytes(b"12349")
+    assert damage(tmp_path) == ""
+
+
+def test_weights_that_predict_nothing_are_neither_saved_nor_loaded(saved: Path, tmp_path: Path) -> None:
+    loaded = load_model(saved)
+    weights = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    weights["pooling.norm.bias"][1] = float("nan")
+    with pytest.raises(ValueError, match="weight pooling.norm.bias is NaN or infinite"):
+        save_model(tmp_path / "other", weights, loaded.config, loaded.vocabulary, loaded.labels, {})
+    assert not (tmp_path / "other" / "weights.safetensors").exists()
+    _resave(saved, spoil="pooling.norm.bias")
+    with pytest.raises(ValueError, match="weight pooling.norm.bias is NaN or infinite"):
+        load_model(saved)
+
+
+def test_a_flipped_byte_in_the_weights_is_found(saved: Path) -> None:
+    path = saved / "weights.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="weights.safetensors was changed since it was saved"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("config.json", {"model": {"dim": 200_000}}, r"model.dim is 200000, but the weights have 8"),
+        ("config.json", {"model": {"depth": 1_000_000}}, r"model.depth is 1000000, but the weights have 1"),
+        ("config.json", {"model": {"ff_mult": 10**9}}, r"model.dim x model.ff_mult is"),
+        ("config.json", {"model": 3}, r"config.json cannot be used"),
+        ("labels.json", {"names": ["a"] * 10**6}, r"labels.json cannot be used: names and cl_ids must be"),
+        ("labels.json", {"names": 7}, r"labels.json cannot be used"),
+        (
+            "labels.json",
+            {"names": ["a"], "cl_ids": [""]},
+            r"the number of labels is 1, but the weights have 2",
+        ),
+        ("vocabulary.json", {"feature_ids": None}, r"vocabulary.json cannot be used"),
+    ],
+)
+def test_a_directory_from_anywhere_is_refused_before_a_network_is_built(
+    saved: Path, name: str, change: dict[str, object], message: str
+) -> None:
+    """Files and hashes fit each other, as who made them can see to, but not the weights."""
+    tree = json.loads((saved / name).read_text())
+    for key, value in change.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    (saved / name).write_text(json.dumps(tree))
+    _resave(saved, {name: hashlib.sha256((saved / name).read_bytes()).hexdigest()})
+    with pytest.raises(ValueError, match=message):
+        load_model(saved)

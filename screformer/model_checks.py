@@ -1,0 +1,81 @@
+"""What the parts of a model directory must satisfy before a network is built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from screformer.config import ExperimentConfig
+from screformer.tokenizer import NUM_SPECIAL
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        ValueError: A weight is missing, too many, or of another shape; names the first one.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in [*expected, *found]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{source}: weight {name} has shape {found.get(name, 'none')}, but the network of this"
+                f" configuration has"
+                f" {expected.get(name, 'none')}; use the configuration that the weights were trained with"
+            )
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], *, source: str) -> None:
+    """Refuse weights that predict nothing.
+
+    Raises:
+        ValueError: A weight is NaN or infinite; names the first one.
+    """
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{source}: weight {name} is NaN or infinite; use an earlier model")
+
+
+def check_sizes(
+    config: ExperimentConfig,
+    num_genes: int,
+    num_classes: int,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    source: str,
+) -> None:
+    """Compare what decides the size of a network with its weights, before it is built.
+
+    Raises:
+        ValueError: The configuration asks for another size; names the setting.
+    """
+    model = config.model
+    blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
+    genes = 1 if model.gene_embedding == "none" else num_genes
+    found: dict[str, tuple[int, int]] = {"model.depth": (model.depth, len(blocks))}
+    for setting, wanted, name in (
+        ("model.dim", model.dim, "pooling.norm.weight"),
+        ("model.dim x model.ff_mult", model.dim * model.ff_mult, "encoder.blocks.0.g.w1.bias"),
+        ("the size of the vocabulary", genes + NUM_SPECIAL, "gene_embedding.weight"),
+        ("the number of labels", num_classes, "classification_head.bias"),
+    ):
+        found[setting] = (wanted, len(weights[name]) if name in weights and weights[name].ndim else 0)
+    for setting, (wanted, has) in found.items():
+        if wanted != has:
+            raise ValueError(
+                f"{source}: {setting} is {wanted}, but the weights have {has}; use the configuration that the"
+                f" weights were trained with"
+            )
+
+
+def checked_labels(labels: dict[str, Any]) -> dict[str, Any]:
+    """The labels as they are; a ValueError says what is wrong with them."""
+    names, cl_ids = labels["names"], labels["cl_ids"]
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in [*names, *cl_ids])
+    if not texts or len(names) != len(cl_ids) or len(set(names)) != len(names):
+        raise ValueError("names and cl_ids must be two lists of text of one length, names without repeats")
+    return labels
