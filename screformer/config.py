@@ -331,7 +331,13 @@ class TrainConfig:
             value = getattr(self, name)
             require(value >= 1, f"train.{name}={value} must be at least 1")
         require(self.lr > 0, f"train.lr={self.lr} must be positive")
-        for name in ("warmup_steps", "weight_decay", "gradient_clipping", "patience_evals", "seed"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "gradient_clipping",
+            "patience_evals",
+            "seed",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
         require(0.0 <= self.mask_rate < 1.0, f"train.mask_rate={self.mask_rate} must be in [0, 1)")
@@ -401,6 +407,11 @@ class TrackingConfig:
             self.uri,
             "put the whole address into the environment as MLFLOW_TRACKING_URI, or user and password as"
             " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for Ray jobs: runtime_env env_vars)",
+        )
+        require(
+            self.model_name.strip() != "" and not set(self.model_name) & set("/:@"),
+            f"tracking.model_name={self.model_name!r} must be a name without '/', ':' and '@', such as"
+            f" screformer",
         )
 
 

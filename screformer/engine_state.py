@@ -1,6 +1,6 @@
 """Weights and optimizer state of a DeepSpeed engine: whole out of any ZeRO stage and back, or as shards.
 
-Every rank calls each function.
+Every rank calls each function but `weights_norm`.
 """
 
 from __future__ import annotations
@@ -58,6 +58,12 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     for name, buffer in engine.module.named_buffers():
         dtype = buffer.dtype
         buffer.copy_(_broadcast(weights.get(name), engine.device, tuple(buffer.shape), dtype))
+
+
+def weights_norm(engine: Any) -> float:
+    """Norm of the weights that this rank holds: not finite as soon as one of them is not."""
+    held = [param.ds_tensor if _is_partitioned(param) else param for param in engine.module.parameters()]
+    return float(nn.utils.get_total_norm([part.detach() for part in held]))
 
 
 def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:

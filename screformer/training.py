@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from screformer.config import ExperimentConfig, Task
-from screformer.cost import peak_memory_gb
 from screformer.engine import learning_rate, set_learning_rate
-from screformer.engine_state import gather_weights, load_weights
+from screformer.engine_state import gather_weights, load_weights, weights_norm
 from screformer.metrics import CellOutputs, LabelCounts, OutputSample, sum_over_ranks
 from screformer.model import HASH_SEED, classification_loss, expression_loss
+from screformer.not_finite import non_finite
 from screformer.objective import EVALUATION_STEP, Batch, Objective
+from screformer.window import Window
 
 Weights = dict[str, torch.Tensor]
 
@@ -93,6 +94,14 @@ class Outcome:
         }
 
 
+class Stopped(Exception):
+    """Training ended early because it was asked to, after a checkpoint; raised on every rank."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
 def fit(
     config: ExperimentConfig,
     engine: Any,
@@ -103,6 +112,8 @@ def fit(
     report: Callable[[dict[str, float], int], None],
     save_checkpoint: Callable[[Progress, Weights, dict[str, float]], None],
     resume: tuple[Progress, Weights] | None = None,
+    checkpoint_due: Callable[[], bool] = lambda: False,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train, keep the best step, evaluate it. Every rank calls it.
 
@@ -114,14 +125,20 @@ def fit(
         class_counts_k: For `finetune`, training cells of each label, which `train.class_weighting` weighs.
         report: Takes metrics and the step, on every rank alike.
         save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank
-            0) and the metrics.
+            0; before the first evaluation the present ones) and the metrics.
         resume: Progress and best weights (rank 0) of the checkpoint that the engine's state comes from.
+        checkpoint_due: Asked after each step; if any rank says so, a checkpoint is saved there too.
+        stop_asked: Asked after each step; if any rank says so, a checkpoint is saved and training ends.
+
+    Raises:
+        NonFiniteError: The loss, or a weight after the step, is not finite. Nothing is saved after that.
+        Stopped: As `stop_asked` wished.
     """
     train, world_size = config.train, torch.distributed.get_world_size()
     accumulation = config.grad_accum_steps(world_size)
     objective = Objective(config, engine, task, class_counts_k)
     progress, best_weights = resume or (Progress(seed=train.seed), {})
-    window = _Window(engine.device)
+    window = Window(engine.device)
     engine.module.train()
 
     steps = _steps(parts, progress, accumulation)
@@ -147,6 +164,13 @@ def fit(
         progress.cells_consumed += train.global_batch_size
         num_cells = sum(int((batch["joinids"] >= 0).sum()) for batch in micro_batches)
         window.add(step_loss, wait_s, num_cells)
+        # Weights show what gradients were: AdamW makes them NaN where a gradient is not finite.
+        healthy = math.isfinite(step_loss.item()) and math.isfinite(weights_norm(engine))
+        # Summed, so that all ranks do the same.
+        sick, due, stops = sum_over_ranks(engine.device, not healthy, checkpoint_due(), stop_asked())
+        if sick:
+            what = "the weights" if math.isfinite(step_loss.item()) else "the loss"
+            raise non_finite(what, micro_batches, progress.global_step, train)
 
         evaluates = (
             progress.global_step % train.eval_every_steps == 0 or progress.global_step == train.max_steps
@@ -160,13 +184,21 @@ def fit(
             }
         if evaluates:
             metrics |= _choose(config, engine, parts, objective, progress)
+            if not math.isfinite(metrics.get("val/loss", 0.0)):
+                raise non_finite("the validation loss", micro_batches, progress.global_step, train)
             if progress.best_step == progress.global_step:
                 best_weights = gather_weights(engine)
         if metrics:
             report(metrics, progress.global_step)
+        if evaluates or due or stops:
+            with window.left_out():
+                known = progress.best_step > 0
+                save_checkpoint(progress, best_weights if known else gather_weights(engine), metrics)
         if evaluates:
-            save_checkpoint(progress, best_weights, metrics)
             window.reset()
+        if stops:
+            steps.close()
+            raise Stopped(progress.global_step)
     steps.close()
 
     if progress.best_step != progress.global_step:
@@ -213,41 +245,6 @@ def evaluate(
     engine.module.train()
     counts.all_reduce(engine.device)
     return counts
-
-
-class _Window:
-    """What happened since the last log line; tensors are read only when it closes."""
-
-    def __init__(self, device: Any) -> None:
-        self.device = device
-        self.reset()
-
-    def reset(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
-        self.wait_s = 0.0
-        self.num_cells = 0
-        self.num_steps = 0
-        self.start = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, wait_s: float, num_cells: int) -> None:
-        self.loss += loss
-        self.wait_s += wait_s
-        self.num_cells += num_cells
-        self.num_steps += 1
-
-    def close(self) -> dict[str, float]:
-        elapsed_s = time.perf_counter() - self.start
-        loss, wait_s, num_cells = sum_over_ranks(self.device, self.loss.item(), self.wait_s, self.num_cells)
-        wait_s /= torch.distributed.get_world_size()
-        metrics = {
-            "train/loss": loss / self.num_steps,
-            "train/cells_per_s": num_cells / elapsed_s,
-            "data/wait_s": wait_s,
-            "data/wait_share": wait_s / elapsed_s,
-            "mem/peak_gb": peak_memory_gb(self.device),
-        }
-        self.reset()
-        return metrics
 
 
 def _steps(

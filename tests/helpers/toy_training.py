@@ -116,9 +116,10 @@ def train(
     save_in: Path | None = None,
     resume: Path | None = None,
     delay_s: float = 0.0,
+    **wishes: Any,
 ) -> tuple[Outcome, list[dict[str, float]]]:
-    """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. Returns also what was
-    reported."""
+    """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. `wishes` go to `fit`.
+    Returns also what was reported."""
     labels = LABELS if task == "finetune" else NO_LABELS
     model = ScReformer(
         config.model,
@@ -160,6 +161,7 @@ def train(
         report=report,
         save_checkpoint=save,
         resume=start,
+        **wishes,
     )
     return outcome, lines
 

@@ -1,0 +1,38 @@
+"""Losses and weights that became NaN or infinite: the error that ends a training."""
+
+from __future__ import annotations
+
+import torch
+
+from screformer.config import TrainConfig
+from screformer.engine import learning_rate
+from screformer.objective import Batch
+
+
+class NonFiniteError(ValueError):
+    """A loss or a weight is NaN or infinite; raised on every rank after the same step."""
+
+    def __init__(self, message: str, joinids: list[int]) -> None:
+        super().__init__(message)
+        self.joinids = joinids
+        """Cells of the step, of all ranks."""
+
+
+def non_finite(what: str, micro_batches: list[Batch], step: int, train: TrainConfig) -> NonFiniteError:
+    """The error, with the cells of all ranks; every rank calls it.
+
+    Args:
+        what: What is not finite.
+        micro_batches: This rank's part of the step.
+        step: Steps taken so far, this one included.
+        train: The run's settings.
+    """
+    own = torch.cat([batch["joinids"] for batch in micro_batches]).tolist()
+    parts: list[list[int]] = [[]] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, own)
+    return NonFiniteError(
+        f"{what} became NaN or infinite at step {step}, at a learning rate of"
+        f" {learning_rate(step - 1, train):.3g}; lower train.lr={train.lr}, or raise"
+        f" train.warmup_steps={train.warmup_steps}",
+        sorted(joinid for part in parts for joinid in part if joinid >= 0),
+    )
