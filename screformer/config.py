@@ -92,7 +92,7 @@ def check_task_size(cells_per_task: int, global_batch_size: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
-    """Which atlas is read, and how TileDB reaches it. Hashable and picklable."""
+    """Which atlas is read, and how TileDB reaches it."""
 
     uri: str = setting("", "cells")
     """A path, `s3://bucket/prefix`, `census` (latest long-term release) or `census:YYYY-MM-DD`."""
@@ -152,10 +152,7 @@ class LabelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which cells train, which choose the model, which are only looked at in the end.
-
-    No group is on two sides.
-    """
+    """Which cells train, which choose the model, and which only test it. No group is on two sides."""
 
     group_by: str = setting("donor_id", "cells")
     """obs column whose groups stay together, such as `donor_id` or `dataset_id`."""
