@@ -21,6 +21,7 @@ from data_ingest.atlas import MEASUREMENT, open_atlas
 from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.tasks import map_tasks
+from screformer.augmentation import Augmentation
 from screformer.config import AtlasConfig, StreamConfig, TokensConfig, grad_accum_steps
 from screformer.counts import CellCounts, Panels
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
@@ -65,6 +66,8 @@ class CellStream:
         global_batch_size: int,
         seed: int,
         panels: Panels | None = None,
+        weights: np.ndarray | None = None,
+        augmentation: Augmentation | None = None,
         shuffle: bool = True,
         read_cpus: float = 0.5,
     ) -> None:
@@ -80,6 +83,8 @@ class CellStream:
             global_batch_size: Cells per step over all ranks.
             seed: Of the order.
             panels: Which genes were measured in which cells, in the order of `joinids`; None is all in all.
+            weights: Weight of each cell in the loss, in the order of `joinids`; None gives none.
+            augmentation: What happens to cells before they become tokens; None: nothing.
             shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
             read_cpus: CPUs that one read task counts as, when the free CPUs are shared out over ranks.
 
@@ -100,6 +105,8 @@ class CellStream:
             shuffle,
             read_cpus,
         )
+        self.weights = None if weights is None else np.asarray(weights, np.float32)[order]
+        self.augmentation = augmentation
         self.num_cells = len(joinids)
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
@@ -159,7 +166,8 @@ class CellStream:
         Yields:
             `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for
             none; `joinids` int64 (n,), -1 for padding rows, which hold PAD only; `measured` bool (p, g) and
-            `panels` int64 (n,): which genes were measured in which cells.
+            `panels` int64 (n,): which genes were measured in which cells; and where the stream has weights,
+            `weights` float32 (n,), 0 for padding rows.
 
         Raises:
             ValueError: The global batch is not a multiple of micro-batch x world size.
@@ -170,7 +178,7 @@ class CellStream:
             return
         blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)
         delivered = 0
-        for batch in _ahead(self._tokenized(blocks, micro_batch_size), _PREFETCHED_BATCHES):
+        for batch in _ahead(self._tokenized(blocks, micro_batch_size, epoch), _PREFETCHED_BATCHES):
             delivered += 1
             yield batch
         assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"
@@ -254,17 +262,19 @@ class CellStream:
             self._reference = ray.put(self._arrays)
         return self._reference
 
-    def _tokenized(self, blocks: Iterable[pa.Table], size: int) -> Iterator[Batch]:
+    def _tokenized(self, blocks: Iterable[pa.Table], size: int, epoch: int) -> Iterator[Batch]:
         tokenizer = CellTokenizer(self.tokens, self.vocabulary)
         for table in _micro_batches(blocks, size):
             columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
             joinids, labels, total_n = columns
             cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
             counts = CellCounts(self._matrix(table), total_n, self.arrays.panels.take(cells))
+            if self.augmentation is not None:
+                counts = self.augmentation(counts, joinids, epoch)
             tokens = tokenizer(counts)
             self.num_cut += tokens["num_cut"]
             tokens["token_ids"][joinids < 0] = PAD
-            yield {
+            batch = {
                 "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
                 "values": torch.from_numpy(tokens["values"]),
                 "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
@@ -273,6 +283,9 @@ class CellStream:
                 "measured": torch.from_numpy(counts.panels.measured_pg),
                 "panels": torch.from_numpy(counts.panels.panels_n),
             }
+            if self.weights is not None:
+                batch["weights"] = torch.from_numpy(np.where(joinids >= 0, self.weights[cells], 0))
+            yield batch
 
     def _matrix(self, table: pa.Table) -> csr_array:
         """The counts of a table in the schema of `datasource.SCHEMA`."""

@@ -728,6 +728,8 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
         The architecture with its attention named, and a line for the log, which also names settings that have
         no effect with it.
     """
+    if config.encoder == "additive":
+        return replace(config, attention="none"), "encoder: additive, without attention"
     why = ""
     if config.attention == "auto":
         config = replace(config, attention="lsh" if most_slots >= CROSSOVER_TOKENS else "full")

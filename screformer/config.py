@@ -145,9 +145,16 @@ class LabelsConfig:
     other obs column works."""
     min_cells: int = setting(10)
     """Labels with fewer training cells are left out of training and counted in the run."""
+    max_cells: int = setting(0)
+    """Fine-tuning trains on at most so many cells of each label in each data set, chosen at random, so that
+    large ones do not crowd out the rest; 0 takes all."""
 
     def __post_init__(self) -> None:
         require(self.min_cells >= 1, f"labels.min_cells={self.min_cells} must be at least 1")
+        require(
+            self.max_cells == 0 or self.max_cells >= self.min_cells,
+            f"labels.max_cells={self.max_cells} must be 0 or at least labels.min_cells={self.min_cells}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +232,13 @@ class StreamConfig:
 class ModelConfig:
     """The network. Defaults are the base recipe."""
 
+    encoder: Literal["reformer", "additive"] = setting("reformer", "pretraining", "weights")
+    """`additive`: a sum over genes of learned responses, then one hidden layer; values are scaled by the
+    genes that were measured. The better one on few studies, and the faster one; of the settings below it uses
+    `dim` and `input_genes`. Without pre-training, and without `linear_skip`."""
+    input_genes: int = setting(1024, "pretraining", "weights")
+    """Of the additive encoder: genes that become tokens, those that tell labels apart best in any data set.
+    300 are too few for blood, 2,048 no better than 1,024."""
     dim: int = setting(128, "pretraining", "weights")
     """Width of the residual streams."""
     depth: int = setting(4, "pretraining", "weights")
@@ -267,7 +281,16 @@ class ModelConfig:
     it lost on other data sets). 0 starts at zero and trains it."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "heads", "n_hashes", "bucket_size", "ff_mult", "ff_chunks"):
+        for name in (
+            "dim",
+            "depth",
+            "heads",
+            "n_hashes",
+            "bucket_size",
+            "ff_mult",
+            "ff_chunks",
+            "input_genes",
+        ):
             value = getattr(self, name)
             require(value >= 1, f"model.{name}={value} must be at least 1")
         for name in ("linear_start_cells", "eval_n_hashes"):
@@ -278,6 +301,10 @@ class ModelConfig:
             f" model.dim={-(-self.dim // self.heads) * self.heads}",
         )
         require(0.0 <= self.dropout < 1.0, f"model.dropout={self.dropout} must be in [0, 1)")
+        require(
+            not (self.encoder == "additive" and self.linear_skip),
+            "model.encoder=additive has no linear part; set model.linear_skip=false",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +331,23 @@ class TrainConfig:
     """`auto` is bf16 on GPUs that have it and fp32 elsewhere."""
     mask_rate: float = setting(0.3, "pretraining")
     """Pre-training: share of a cell's detected genes whose expression is hidden."""
-    class_weighting: Literal["none", "sqrt", "balanced"] = setting("sqrt")
+    class_weighting: Literal["none", "sqrt", "sqrt_dataset", "balanced"] = setting("sqrt")
     """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2,
-    frequency^-1 (normalised to mean 1)."""
+    frequency^-1 (normalised to mean 1). `sqrt_dataset` takes the frequency within the cell's data set, so
+    that no study decides alone what a label looks like."""
+    prior_shift: float = setting(0.0)
+    """Fine-tuning: how far the finished network's label frequencies are moved from those of the weighted loss
+    to those of the training cells; 0 not, 1 all the way. Weighting finds rare labels, and calls them too
+    often; 0.75 was best on held-out donors."""
+    thinned_share: float = setting(0.0)
+    """Fine-tuning: share of the cells of an epoch whose counts are thinned to 25 to 100 %, as a shallower
+    experiment would have found them."""
+    panel_share: float = setting(0.0)
+    """Fine-tuning: share of the cells of an epoch that keep 15 to 100 % of their genes; the others count as
+    not measured, as with a smaller gene panel."""
+    weight_average: float = setting(0.0, "pretraining")
+    """Decay per step of a moving average of the weights, which is what is validated and kept; 0 keeps the
+    weights themselves."""
     freeze_encoder: bool = setting(False)
     """Fine-tuning: train the heads only."""
     eval_every_steps: int = setting(200, "pretraining")
@@ -337,7 +378,12 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}={value} must not be negative")
-        require(0.0 <= self.mask_rate < 1.0, f"train.mask_rate={self.mask_rate} must be in [0, 1)")
+        for name in ("mask_rate", "weight_average"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"train.{name}={value} must be in [0, 1)")
+        for name in ("prior_shift", "thinned_share", "panel_share"):
+            value = getattr(self, name)
+            require(0.0 <= value <= 1.0, f"train.{name}={value} must be in [0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +561,14 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         self.grad_accum_steps(self.cluster.num_workers)
         check_task_size(self.stream.cells_per_task, self.train.global_batch_size)
+        if self.model.encoder == "additive":
+            for name, needed in (("input_mode", "detected"), ("expression", "continuous")):
+                value = getattr(self.tokens, name)
+                require(value == needed, f"model.encoder=additive needs tokens.{name}={needed}, not {value}")
+        require(
+            not (self.train.weight_average and self.zero.stage == 3),
+            "train.weight_average needs whole parameters on each rank; set zero.stage to 2 or less",
+        )
 
     def grad_accum_steps(self, world_size: int) -> int:
         """Forward passes per optimizer step on each of `world_size` ranks; raises as the function does."""

@@ -100,16 +100,27 @@ class CellCounts:
         """Those of some cells, in the given order."""
         return CellCounts(self.counts_ng[cells], self.total_n[cells], self.panels.take(cells))
 
-    def per_10k(self) -> np.ndarray:
-        """Counts per 10,000 of each stored count, float32 (z,)."""
+    def per_10k(self, reference_g: np.ndarray | None = None) -> np.ndarray:
+        """Counts per 10,000 of each stored count, float32 (z,).
+
+        Args:
+            reference_g: A usual profile, (g,). With it the 10,000 are what the cell would have over the whole
+                profile: the genes of its panel count as their share of it. So a cell has the same values
+                whichever genes were measured beside them. None: per 10,000 counts of the library size.
+        """
+        if reference_g is None:
+            total_n, share_n = self.total_n, np.ones(len(self))
+        else:
+            total_n = self.counts_ng @ (reference_g > 0).astype(np.float64)
+            share_n = (self.panels.measured_pg @ reference_g.astype(np.float64))[self.panels.panels_n]
         scale_n = np.divide(
-            COUNTS_PER_CELL, self.total_n, out=np.zeros(len(self)), where=self.total_n > 0
+            COUNTS_PER_CELL * share_n, total_n, out=np.zeros(len(self)), where=total_n > 0
         ).astype(np.float32)
         return self.counts_ng.data * np.repeat(scale_n, self.lengths_n)
 
-    def normalised(self) -> sparse.csr_array:
-        """Expression values: log1p of counts per 10,000, float32 (n, g)."""
-        values = (np.log1p(self.per_10k()), self.counts_ng.indices, self.counts_ng.indptr)
+    def normalised(self, reference_g: np.ndarray | None = None) -> sparse.csr_array:
+        """Expression values: log1p of counts `per_10k`, float32 (n, g)."""
+        values = (np.log1p(self.per_10k(reference_g)), self.counts_ng.indices, self.counts_ng.indptr)
         return sparse.csr_array(values, shape=self.counts_ng.shape)
 
 

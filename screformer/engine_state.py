@@ -48,7 +48,7 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     for name, param in engine.module.named_parameters():
-        full = _broadcast(weights.get(name), engine.device, tuple(getattr(param, "ds_shape", param.shape)))
+        full = broadcast(weights.get(name), engine.device, tuple(getattr(param, "ds_shape", param.shape)))
         with GatheredParameters([param], modifier_rank=0, enabled=_is_partitioned(param)), torch.no_grad():
             param.copy_(full)
         if _is_partitioned(param) and param.requires_grad:
@@ -57,7 +57,7 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
             safe_set_full_fp32_param(param, full)
     for name, buffer in engine.module.named_buffers():
         dtype = buffer.dtype
-        buffer.copy_(_broadcast(weights.get(name), engine.device, tuple(buffer.shape), dtype))
+        buffer.copy_(broadcast(weights.get(name), engine.device, tuple(buffer.shape), dtype))
 
 
 def weights_norm(engine: Any) -> float:
@@ -108,7 +108,7 @@ def load_moments(engine: Any, moments: dict[str, torch.Tensor], num_steps: int) 
     for name, param in _trained(engine):
         shape = tuple(getattr(param, "ds_shape", param.shape))
         for moment in MOMENTS:
-            full = _broadcast(moments.get(f"{moment}/{name}"), engine.device, shape)
+            full = broadcast(moments.get(f"{moment}/{name}"), engine.device, shape)
             if _is_plain(engine):
                 base.state[param][moment].copy_(full)
             elif _is_partitioned(param):
@@ -160,9 +160,10 @@ def _shard_types() -> list[Any]:
     return [LossScaler, ZeroStageEnum, fragment_address]
 
 
-def _broadcast(
+def broadcast(
     value: torch.Tensor | None, device: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
+    """Rank 0's tensor on every rank; the others give None. Every rank calls it."""
     if torch.distributed.get_rank() == 0:
         assert value is not None and tuple(value.shape) == shape
         full = value.to(device=device, dtype=dtype, copy=True)

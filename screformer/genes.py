@@ -159,9 +159,7 @@ class GeneMatcher:
         index = self._vocabulary.index(columns.feature_ids.tolist())
         by_id = np.unique(index[(index >= 0) & ~columns.by_name])
         index[columns.by_name & np.isin(index, by_id)] = -1  # a gene is taken once, by its id
-        weight = self._vocabulary.mean_expression_g
-        if not weight.any():
-            weight = np.ones(len(self._vocabulary), dtype=np.float32)
+        weight = self._vocabulary.weight_g
         found = np.unique(index[index >= 0])
         return GeneMatch(
             vocabulary_index=index,

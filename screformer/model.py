@@ -6,6 +6,8 @@ Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, 
     part on the values)
                                                         -> hidden slots + cell vector -> their expression
 
+or, with `model.encoder=additive`, the sum of `screformer.additive` -> cell vector -> label logits.
+
 Parameters are only reached through calls of the modules that own them, because ZeRO-3 fetches them there and
 nowhere else.
 """
@@ -18,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from screformer.additive import AdditiveEncoder
 from screformer.config import ModelConfig, TokensConfig
 from screformer.layers import ExpressionEmbedding, ExpressionHead, LinearSkip, Pooling
 from screformer.reversible import ReversibleEncoder
@@ -62,13 +65,15 @@ class ScReformer(nn.Module):
         super().__init__()
         self.num_genes, self.num_classes = num_genes, num_classes
         with torch.random.fork_rng(devices=[]):
-            self.gene_embedding = nn.Embedding(
-                (1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim
-            )
-            self.expression_embedding = ExpressionEmbedding(model.dim, tokens)
-            self.encoder = ReversibleEncoder(model)
-            self.pooling = Pooling(model)
-            self.expression_head = ExpressionHead(model.dim, tokens)
+            self.additive = AdditiveEncoder(model, num_genes) if model.encoder == "additive" else None
+            if self.additive is None:
+                self.gene_embedding = nn.Embedding(
+                    (1 if model.gene_embedding == "none" else num_genes) + NUM_SPECIAL, model.dim
+                )
+                self.expression_embedding = ExpressionEmbedding(model.dim, tokens)
+                self.encoder = ReversibleEncoder(model)
+                self.pooling = Pooling(model)
+                self.expression_head = ExpressionHead(model.dim, tokens)
             self.classification_head = nn.Linear(model.dim, num_classes) if num_classes else None
             self.linear_skip = (
                 LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
@@ -116,9 +121,14 @@ class ScReformer(nn.Module):
                 without the absent tokens, up to the room that these take in LSH's buckets. None is 1.
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
-        real_nl = batch["token_ids"] != PAD
-        x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed, key_weight_nl=presence_nl)
-        embedding_nd = self.pooling(x_nld, real_nl, presence_nl)
+        panels = (batch.get("measured"), batch.get("panels"))
+        if self.additive is not None:
+            assert task != "pretrain", "the additive encoder is not pre-trained"
+            embedding_nd = self.additive.pool(x_nld, presence_nl, *panels)
+        else:
+            real_nl = batch["token_ids"] != PAD
+            x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed, key_weight_nl=presence_nl)
+            embedding_nd = self.pooling(x_nld, real_nl, presence_nl)
 
         if task == "pretrain" and hidden is not None:
             return ModelOutput(embedding_nd, None, self.expression_head(x_nld, embedding_nd, hidden))
@@ -127,7 +137,6 @@ class ScReformer(nn.Module):
         assert self.classification_head is not None, "a network without classes cannot classify"
         logits_nk = self.classification_head(embedding_nd)
         if self.linear_skip is not None:
-            panels = (batch.get("measured"), batch.get("panels"))
             logits_nk = logits_nk + self.linear_skip(
                 batch["token_ids"], batch["values"].to(x_nld.dtype), *panels
             )
@@ -137,6 +146,8 @@ class ScReformer(nn.Module):
         self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None
     ) -> Tensor:
         """Gene and expression of each token as one vector, (n, l, d): what the encoder reads."""
+        if self.additive is not None:
+            return self.additive.tokens(token_ids_nl, values_nl)
         # Where all genes share one vector, it is the last one.
         x_nld = self.gene_embedding(token_ids_nl.clamp(max=self.gene_embedding.num_embeddings - 1))
         shift_nld, gain_nld = self.expression_embedding(values_nl.to(x_nld.dtype), bin_ids_nl, hidden_nl)
@@ -194,6 +205,10 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
             nn.init.normal_(module.weight, std=EMBEDDING_STD, generator=generator)
         elif isinstance(module, nn.EmbeddingBag):
             nn.init.zeros_(module.weight)
+    if network.additive is not None:
+        network.additive.draw(generator)
+        if network.classification_head is not None:
+            nn.init.zeros_(network.classification_head.weight)
     for module in network.modules():
         # Soft bins whose borders spread over the range of log1p(counts per 10,000), about 0 to 6, instead of
         # all lying at 0.

@@ -54,15 +54,26 @@ def check_sizes(
         ValueError: The configuration asks for another size; names the setting.
     """
     model = config.model
-    blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
-    genes = 1 if model.gene_embedding == "none" else num_genes
-    found: dict[str, tuple[int, int]] = {"model.depth": (model.depth, len(blocks))}
-    for setting, wanted, name in (
-        ("model.dim", model.dim, "pooling.norm.weight"),
-        ("model.dim x model.ff_mult", model.dim * model.ff_mult, "encoder.blocks.0.g.w1.bias"),
-        ("the size of the vocabulary", genes + NUM_SPECIAL, "gene_embedding.weight"),
+    names: tuple[tuple[str, int, str], ...] = (
         ("the number of labels", num_classes, "classification_head.bias"),
-    ):
+    )
+    found: dict[str, tuple[int, int]] = {}
+    if model.encoder == "additive":
+        names += (
+            ("model.dim", model.dim, "additive.affine.gain"),
+            ("model.input_genes", min(model.input_genes, num_genes), "additive.genes.weight"),
+            ("the size of the vocabulary", num_genes, "additive.slots"),
+        )
+    else:
+        blocks = {name.split(".")[2] for name in weights if name.startswith("encoder.blocks.")}
+        found["model.depth"] = (model.depth, len(blocks))
+        genes = 1 if model.gene_embedding == "none" else num_genes
+        names += (
+            ("model.dim", model.dim, "pooling.norm.weight"),
+            ("model.dim x model.ff_mult", model.dim * model.ff_mult, "encoder.blocks.0.g.w1.bias"),
+            ("the size of the vocabulary", genes + NUM_SPECIAL, "gene_embedding.weight"),
+        )
+    for setting, wanted, name in names:
         found[setting] = (wanted, len(weights[name]) if name in weights and weights[name].ndim else 0)
     for setting, (wanted, has) in found.items():
         if wanted != has:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from screformer.config import ExperimentConfig, Task
@@ -18,7 +19,7 @@ from screformer.tokenizer import NUM_SPECIAL
 
 Batch = dict[str, torch.Tensor]
 """token_ids int64 (n, l), values float32 (n, l), bin_ids int64 (n, l), labels int64 (n,), joinids int64 (n,);
-see `data_ingest.stream`."""
+see `data_ingest.stream`. `weights` float32 (n,), where it is there, weighs each cell in the loss."""
 
 EVALUATION_STEP = -1
 """Stands for the step where masks are drawn for an evaluation, so that every evaluation hides the same."""
@@ -46,7 +47,7 @@ def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
     0 for labels without cells.
     """
     frequency_k = counts_k / max(counts_k.sum(), 1)
-    power = {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]
+    power = {"none": 0.0, "sqrt": -0.5, "sqrt_dataset": -0.5, "balanced": -1.0}[weighting]
     weights_k = np.power(frequency_k, power, out=np.zeros(len(counts_k)), where=counts_k > 0)
     return (weights_k / max((weights_k * frequency_k).sum(), 1e-12)).astype(np.float32)
 
@@ -55,6 +56,28 @@ def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
     """Share of each label in the loss, (k,): what a network takes for granted before it sees a cell."""
     shares_k = counts_k * class_weights(counts_k, weighting)
     return shares_k / max(shares_k.sum(), 1e-12)
+
+
+def dataset_weights(labels_n: np.ndarray, datasets_n: np.ndarray) -> np.ndarray:
+    """Weight of each cell by the frequency^-1/2 of its label in its data set, float32 (n,), of mean 1."""
+    _, which_n, counts = np.unique(
+        np.stack([labels_n, datasets_n]), axis=1, return_inverse=True, return_counts=True
+    )
+    weights_n = counts[which_n.reshape(-1)] ** -0.5
+    return (weights_n / weights_n.mean()).astype(np.float32)
+
+
+def prior_shift(shares_k: np.ndarray, counts_k: np.ndarray, strength: float) -> np.ndarray:
+    """What to add to the logits of a network that learned from `shares_k` of each label, float64 (k,).
+
+    Args:
+        shares_k: Share of each label in the loss.
+        counts_k: Training cells of each label, before any was left out.
+        strength: 0 leaves the logits; 1 moves them all the way to the frequencies of the training cells.
+    """
+    known_k = (shares_k > 0) & (counts_k > 0)
+    natural_k = counts_k / max(counts_k.sum(), 1)
+    return strength * np.log(np.divide(natural_k, shares_k, out=np.ones(len(shares_k)), where=known_k))
 
 
 def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tensor:
@@ -92,7 +115,13 @@ class Objective:
             weight = float(hidden_nl.sum())
             hidden_nl = hidden_nl.to(self.engine.device)
         else:
-            weight = float(self.class_weights_k.cpu()[batch["labels"][batch["labels"] >= 0]].double().sum())
+            labelled_n = batch["labels"] >= 0
+            weights_n = (
+                batch["weights"][labelled_n]
+                if "weights" in batch
+                else self.class_weights_k.cpu()[batch["labels"][labelled_n]]
+            )
+            weight = float(weights_n.double().sum())
         return (
             {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()},
             hidden_nl,
@@ -104,6 +133,11 @@ class Objective:
         output = self.engine(batch, task=self.task, hidden=hidden_nl, hash_seed=hash_seed)
         if hidden_nl is not None:
             return expression_loss(output, batch, hidden_nl)[0]
+        if "weights" in batch:
+            losses_n = F.cross_entropy(
+                output.logits_nk.float(), batch["labels"], ignore_index=-1, reduction="none"
+            )
+            return (losses_n * batch["weights"]).sum()
         return classification_loss(output.logits_nk, batch["labels"], self.class_weights_k)[0]
 
     def hash_seed(self, step: int, micro_step: int, accumulation: int) -> int:

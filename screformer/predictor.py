@@ -174,10 +174,9 @@ class Predictor:
 
     def predict(self, cells: CellCounts) -> Predictions:
         """Label cells; the result is in their order."""
-        lengths_n = cells.lengths_n
         logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
-        for batch in self._batches(lengths_n):
+        for batch in self._batches(self.tokenizer.lengths(cells)):
             part = cells.take(batch)
             logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
         probabilities = self.calibration.probabilities(logits)
@@ -210,10 +209,7 @@ class Predictor:
 
     def _batches(self, lengths_n: np.ndarray) -> Iterator[np.ndarray]:
         """Cells of like length together, so that little is padded; each batch within a bound on tokens."""
-        if self.config.tokens.input_mode == "all":
-            slots = np.full(len(lengths_n), 1 + len(self.vocabulary))
-        else:
-            slots = 1 + np.minimum(lengths_n, self.config.tokens.max_genes)
+        slots = 1 + lengths_n
         order = np.argsort(slots, kind="stable")
         budget = _TOKENS_PER_BATCH.get(self.device.type, 32_768)
         start = 0

@@ -16,6 +16,7 @@ from scipy.optimize import minimize
 from sklearn.preprocessing import normalize
 from sklearn.utils.extmath import randomized_svd
 
+from screformer.additive_start import AdditiveStart
 from screformer.counts import Panels
 from screformer.layers import LINEAR_SCALE
 from screformer.model import EMBEDDING_STD, ScReformer
@@ -47,6 +48,7 @@ class Start:
     """By name, of another network; may leave out some."""
     gene_embeddings_gd: np.ndarray | None = None
     linear: LinearStart | None = None
+    additive: AdditiveStart | None = None
 
     def put_into(self, model: ScReformer) -> None:
         """Replace the weights of a network that no engine holds yet.
@@ -56,6 +58,9 @@ class Start:
         """
         if self.gene_embeddings_gd is not None:
             model.set_gene_embeddings(_tensor(self.gene_embeddings_gd))
+        if self.additive is not None:
+            assert model.additive is not None
+            model.additive.set_start(*(_tensor(array) for array in self.additive))
         if self.weights:
             given = {name: _tensor(array) for name, array in self.weights.items()}
             model.load_state_dict({**model.state_dict(), **given})

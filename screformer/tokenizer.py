@@ -36,6 +36,11 @@ class GeneVocabulary:
     """Symbols; need not be unique."""
     mean_expression_g: np.ndarray
     """Mean log1p of counts per 10,000 over the training cells, float32; zeros where unknown."""
+    reference_g: np.ndarray | None = None
+    """A usual profile by which values are scaled, float32; None scales by library size. See
+    `CellCounts.per_10k`."""
+    inputs_g: np.ndarray | None = None
+    """Which genes become tokens, bool; None is all. The others are still counted."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.feature_ids), len(self.feature_names), len(self.mean_expression_g))
@@ -57,6 +62,14 @@ class GeneVocabulary:
     def __len__(self) -> int:
         return len(self.feature_ids)
 
+    @property
+    def weight_g(self) -> np.ndarray:
+        """Expression that is expected of each gene that becomes a token, (g,); 1 where none is known."""
+        weight_g = self.mean_expression_g
+        if self.inputs_g is not None:
+            weight_g = weight_g * self.inputs_g
+        return weight_g if weight_g.any() else np.ones(len(self), dtype=np.float32)
+
     def index(self, feature_ids: Sequence[str]) -> np.ndarray:
         """Index of each gene, int32, -1 for those that the model does not know."""
         return np.fromiter(
@@ -71,11 +84,16 @@ class GeneVocabulary:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same vocabulary, to the bit."""
-        return {
+        tree: dict[str, Any] = {
             "feature_ids": list(self.feature_ids),
             "feature_names": list(self.feature_names),
             "mean_expression": [float(value) for value in self.mean_expression_g],
         }
+        if self.reference_g is not None:
+            tree["reference"] = [float(value) for value in self.reference_g]
+        if self.inputs_g is not None:
+            tree["inputs"] = np.flatnonzero(self.inputs_g).tolist()
+        return tree
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> GeneVocabulary:
@@ -89,10 +107,16 @@ class GeneVocabulary:
             raise ValueError(
                 f"a vocabulary lacks {', '.join(sorted(missing))}; it was not written by screformer"
             )
+        inputs_g = None
+        if "inputs" in tree:
+            inputs_g = np.zeros(len(tree["feature_ids"]), dtype=bool)
+            inputs_g[tree["inputs"]] = True
         return cls(
             tuple(tree["feature_ids"]),
             tuple(tree["feature_names"]),
             np.array(tree["mean_expression"], dtype=np.float32),
+            np.array(tree["reference"], dtype=np.float32) if "reference" in tree else None,
+            inputs_g,
         )
 
     def save(self, path: str | Path) -> None:
@@ -112,13 +136,24 @@ class CellTokenizer:
 
     Args:
         config: Input mode, length limit and expression encoding.
-        vocabulary: The model's genes; their mean expression decides which genes a cell that is too long
-            keeps.
+        vocabulary: The model's genes; says which become tokens and how values are scaled, and by mean
+            expression which genes a cell that is too long keeps.
     """
 
     def __init__(self, config: TokensConfig, vocabulary: GeneVocabulary):
         self.config = config
         self._mean_expression_g = np.asarray(vocabulary.mean_expression_g, dtype=np.float32)
+        self._reference_g, self._inputs_g = vocabulary.reference_g, vocabulary.inputs_g
+
+    def lengths(self, cells: CellCounts) -> np.ndarray:
+        """Gene tokens that each cell gets, int64 (n,)."""
+        if self.config.input_mode == "all":
+            return np.full(len(cells), len(self._mean_expression_g))
+        lengths_n = cells.lengths_n
+        if self._inputs_g is not None:
+            rows = np.repeat(np.arange(len(cells)), lengths_n)
+            lengths_n = np.bincount(rows[self._inputs_g[cells.counts_ng.indices]], minlength=len(cells))
+        return np.minimum(lengths_n, self.config.max_genes)
 
     def __call__(self, cells: CellCounts) -> dict[str, Any]:
         """Tokenize a batch of cells.
@@ -149,7 +184,11 @@ class CellTokenizer:
         if not ((genes[1:] > genes[:-1]) | (rows[1:] != rows[:-1])).all():
             raise ValueError("genes do not increase within each cell; make counts with CellCounts.of")
 
-        cp10k = cells.per_10k()
+        cp10k = cells.per_10k(self._reference_g)
+        if self._inputs_g is not None:
+            kept = self._inputs_g[genes]
+            rows, genes, cp10k = rows[kept], genes[kept], cp10k[kept]
+            lengths_n = np.bincount(rows, minlength=len(cells))
         values = np.log1p(cp10k)
         bins = self._bins(rows, values, cp10k, len(cells))
         if self.config.input_mode == "all":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,9 +26,8 @@ from screformer.metrics import CellOutputs, LabelCounts, OutputSample, sum_over_
 from screformer.model import HASH_SEED, classification_loss, expression_loss
 from screformer.not_finite import non_finite
 from screformer.objective import EVALUATION_STEP, Batch, Objective
+from screformer.weight_average import WeightAverage, Weights
 from screformer.window import Window
-
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,10 @@ def fit(
     *,
     task: Task,
     class_counts_k: np.ndarray | None = None,
+    prior_shift_k: np.ndarray | None = None,
     report: Callable[[dict[str, float], int], None],
-    save_checkpoint: Callable[[Progress, Weights, dict[str, float]], None],
-    resume: tuple[Progress, Weights] | None = None,
+    save_checkpoint: Callable[[Progress, Weights, Weights, dict[str, float]], None],
+    resume: tuple[Progress, Weights, Weights] | None = None,
     checkpoint_due: Callable[[], bool] = lambda: False,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Outcome:
@@ -123,10 +124,13 @@ def fit(
         parts: This rank's cells.
         task: `pretrain` learns hidden expression, `finetune` learns labels.
         class_counts_k: For `finetune`, training cells of each label, which `train.class_weighting` weighs.
+        prior_shift_k: Added to the logits once training is over; see `screformer.objective.prior_shift`.
         report: Takes metrics and the step, on every rank alike.
         save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank
-            0; before the first evaluation the present ones) and the metrics.
-        resume: Progress and best weights (rank 0) of the checkpoint that the engine's state comes from.
+            0; before the first evaluation the present ones), the average of the weights (empty without one)
+            and the metrics.
+        resume: Progress, best weights and average (rank 0) of the checkpoint that the engine's state comes
+            from.
         checkpoint_due: Asked after each step; if any rank says so, a checkpoint is saved there too.
         stop_asked: Asked after each step; if any rank says so, a checkpoint is saved and training ends.
 
@@ -137,7 +141,10 @@ def fit(
     train, world_size = config.train, torch.distributed.get_world_size()
     accumulation = config.grad_accum_steps(world_size)
     objective = Objective(config, engine, task, class_counts_k)
-    progress, best_weights = resume or (Progress(seed=train.seed), {})
+    progress, best_weights, average_weights = resume or (Progress(seed=train.seed), {}, None)
+    average = (
+        WeightAverage(engine, train.weight_average, average_weights) if train.weight_average > 0 else None
+    )
     window = Window(engine.device)
     engine.module.train()
 
@@ -159,6 +166,8 @@ def fit(
             engine.backward(loss * world_size, scale_wrt_gas=False)
             engine.step()
             step_loss += loss.detach()
+        if average is not None:
+            average.add(step)
         progress.global_step += 1
         progress.step_in_epoch += 1
         progress.cells_consumed += train.global_batch_size
@@ -183,17 +192,23 @@ def fit(
                 "train/epoch": float(progress.epoch),
             }
         if evaluates:
-            metrics |= _choose(config, engine, parts, objective, progress)
+            with average.in_use() if average is not None else nullcontext():
+                metrics |= _choose(config, engine, parts, objective, progress)
             if not math.isfinite(metrics.get("val/loss", 0.0)):
                 raise non_finite("the validation loss", micro_batches, progress.global_step, train)
             if progress.best_step == progress.global_step:
-                best_weights = gather_weights(engine)
+                best_weights = average.gather() if average is not None else gather_weights(engine)
         if metrics:
             report(metrics, progress.global_step)
         if evaluates or due or stops:
             with window.left_out():
                 known = progress.best_step > 0
-                save_checkpoint(progress, best_weights if known else gather_weights(engine), metrics)
+                save_checkpoint(
+                    progress,
+                    best_weights if known else gather_weights(engine),
+                    average.state() if average is not None else {},
+                    metrics,
+                )
         if evaluates:
             window.reset()
         if stops:
@@ -201,7 +216,9 @@ def fit(
             raise Stopped(progress.global_step)
     steps.close()
 
-    if progress.best_step != progress.global_step:
+    if prior_shift_k is not None and best_weights:
+        best_weights["classification_head.bias"] += torch.from_numpy(prior_shift_k).float()
+    if progress.best_step != progress.global_step or average is not None or prior_shift_k is not None:
         load_weights(engine, best_weights)
     val_sample, test_sample = OutputSample(objective.num_classes), OutputSample(objective.num_classes)
     val = evaluate(engine, parts.val(), objective, val_sample) if parts.val else None

@@ -22,7 +22,15 @@ from screformer.files import write_whole
 TRAINING_STATE, POSITION, MANIFEST = "training_state.safetensors", "position.json", "manifest.json"
 
 
-def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any]) -> None:
+_AVERAGE = "average/"
+
+
+def save_training(
+    directory: str | Path,
+    engine: Any,
+    position: Mapping[str, Any],
+    average: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write the state of a training run, after at least one step.
 
     Every rank calls it, with a directory that may be its own.
@@ -33,6 +41,7 @@ def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any
         directory: Where it goes; rank 0's gets the consolidated files.
         engine: The DeepSpeed engine.
         position: Plain values that say where training stands.
+        average: State of the `WeightAverage`, where there is one.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -41,6 +50,7 @@ def save_training(directory: str | Path, engine: Any, position: Mapping[str, Any
     moments, num_steps = engines.gather_moments(engine)
     if torch.distributed.get_rank() == 0:
         tensors = {**{f"weights/{name}": tensor for name, tensor in weights.items()}, **moments}
+        tensors |= {f"{_AVERAGE}{name}": tensor for name, tensor in (average or {}).items()}
         save_file(
             tensors, directory / TRAINING_STATE, metadata={"format": FORMAT, "num_steps": str(num_steps)}
         )
@@ -70,6 +80,14 @@ def load_training(directory: str | Path, engine: Any) -> None:
     torch.distributed.broadcast_object_list(num_steps)
     engines.load_weights(engine, weights)
     engines.load_moments(engine, tensors, int(num_steps[0] or 0))
+
+
+def read_average(directory: str | Path) -> dict[str, torch.Tensor]:
+    """State of the `WeightAverage` in a training checkpoint; empty where there was none."""
+    tensors = read_tensors(Path(directory) / TRAINING_STATE)[0]
+    return {
+        name.removeprefix(_AVERAGE): tensor for name, tensor in tensors.items() if name.startswith(_AVERAGE)
+    }
 
 
 def read_position(directory: str | Path) -> dict[str, Any]:

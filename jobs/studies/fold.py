@@ -28,7 +28,6 @@ from screformer.checkpoint import add_meta, load_model
 from screformer.config import Task
 from screformer.cost import reset_peak_memory
 from screformer.metrics import OURS
-from screformer.objective import label_prior
 from screformer.predictor import Predictor
 
 _CELLS_AT_ONCE = 8192
@@ -62,7 +61,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         positions, joinids, probabilities = _label_test_cells(study, cells, predictor, fold)
         known = study.known(cells)
         prior = np.zeros(len(study.label_names))
-        prior[known] = label_prior(cells.class_counts_k, config.train.class_weighting)
+        prior[known] = cells.prior_k
         account = {
             "prior": prior.tolist(),
             "seconds": time.perf_counter() - start_s,

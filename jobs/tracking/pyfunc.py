@@ -195,8 +195,7 @@ def signature_and_example(model_dir: str | Path) -> tuple[ModelSignature, pd.Dat
         ValueError: Not a model directory, or a model without labels.
     """
     vocabulary = Predictor.load(model_dir, device="cpu").vocabulary
-    weight = np.asarray(vocabulary.mean_expression_g, dtype=np.float64)
-    weight = weight if weight.any() else np.ones(len(vocabulary))
+    weight = np.asarray(vocabulary.weight_g, dtype=np.float64)
     order = np.argsort(-weight, kind="stable")
     enough = int(np.searchsorted(np.cumsum(weight[order]), 1.5 * MIN_GENE_OVERLAP * weight.sum())) + 1
     genes = [vocabulary.feature_ids[i] for i in order[: max(enough, 20)]]

@@ -11,16 +11,19 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
 from data_ingest.stream import CellStream, Sample, gene_of_var
 from screformer.attention import settle_attention
+from screformer.augmentation import Augmentation
 from screformer.checkpoint import NO_LABELS, LoadedModel
 from screformer.config import ExperimentConfig, Task
 from screformer.cost import activation_bytes, state_bytes
 from screformer.counts import Panels
 from screformer.model import ScReformer
+from screformer.objective import dataset_weights, label_prior, prior_shift
 from screformer.tokenizer import GeneVocabulary
 
 MIN_OVERLAP = 0.5
@@ -48,6 +51,8 @@ class TrainingCells:
     """Which genes the model knows. Their mean expression is read later, by `starting_point`."""
     attention: str
     """Which attention was taken and why, for the log."""
+    natural_counts_k: np.ndarray
+    """As `class_counts_k`, before `labels.max_cells` left cells out."""
     notes: tuple[str, ...]
     """What a reader of the results must know: cells left out, a split that could not be as wished."""
 
@@ -56,6 +61,45 @@ class TrainingCells:
         """Training cells of each class, int64."""
         codes = self.codes_n[self.parts["train"]]
         return np.bincount(codes[codes >= 0], minlength=len(self.labels["names"]))
+
+    @property
+    def datasets_n(self) -> np.ndarray:
+        """Code of the data set of each cell of the query, int64."""
+        return pd.factorize(self.query.obs["dataset_id"])[0].astype(np.int64)
+
+    @property
+    def prior_k(self) -> np.ndarray:
+        """Share of each class that the finished network takes for granted, float64 (k,); sums to 1."""
+        shares_k, shift_k = self._loss_shares_k, self.prior_shift_k
+        if shift_k is None:
+            return shares_k
+        shifted_k = shares_k * np.exp(shift_k)
+        return shifted_k / shifted_k.sum()
+
+    @property
+    def prior_shift_k(self) -> np.ndarray | None:
+        """What is added to the logits of the trained network; None where nothing is."""
+        strength = self.config.train.prior_shift
+        if not (strength and self.labels["names"]):
+            return None
+        return prior_shift(self._loss_shares_k, self.natural_counts_k, strength)
+
+    @property
+    def _loss_shares_k(self) -> np.ndarray:
+        if self.config.train.class_weighting != "sqrt_dataset":
+            return label_prior(self.class_counts_k, self.config.train.class_weighting)
+        shares_k = np.bincount(
+            self.codes_n[self.parts["train"]], self.train_weights_n, minlength=len(self.labels["names"])
+        )
+        return shares_k / shares_k.sum()
+
+    @property
+    def train_weights_n(self) -> np.ndarray | None:
+        """Weight of each training cell in the loss; None where its class alone decides."""
+        if not self.labels["names"] or self.config.train.class_weighting != "sqrt_dataset":
+            return None
+        train = self.parts["train"]
+        return dataset_weights(self.codes_n[train], self.datasets_n[train])
 
     def streams(self, vocabulary: GeneVocabulary) -> dict[str, CellStream]:
         """Part to its cells as batches of tokens; those of `train` shuffled; without empty parts.
@@ -94,6 +138,16 @@ class TrainingCells:
 
     def _stream(self, part: str, vocabulary: GeneVocabulary) -> CellStream:
         positions, config = self.parts[part], self.config
+        trains = part == "train" and bool(self.labels["names"])
+        augmentation = None
+        if trains and config.train.thinned_share + config.train.panel_share > 0:
+            inputs_g = vocabulary.inputs_g
+            augmentation = Augmentation(
+                thinned_share=config.train.thinned_share,
+                panel_share=config.train.panel_share,
+                genes=np.arange(len(vocabulary)) if inputs_g is None else np.flatnonzero(inputs_g),
+                seed=config.train.seed,
+            )
         return CellStream(
             self.query.atlas,
             self.query.obs_joinids[positions],
@@ -104,6 +158,8 @@ class TrainingCells:
             global_batch_size=config.train.global_batch_size,
             seed=config.train.seed,
             panels=self._panels.take(positions),
+            weights=self.train_weights_n if trains else None,
+            augmentation=augmentation,
             shuffle=part == "train",
             read_cpus=config.cluster.cpus_per_read_task,
         )
@@ -138,6 +194,11 @@ def prepare_cells(
             "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the"
             " same expression; choose another encoding, or fine-tune without pre-training"
         )
+    if task == "pretrain" and config.model.encoder == "additive":
+        raise ValueError(
+            "model.encoder=additive is not pre-trained; fine-tune it right away, in a study with"
+            " crossval.pretrain=none"
+        )
     query = query or run_query(config)
     config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
     codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
@@ -149,8 +210,12 @@ def prepare_cells(
         labels, codes_n, label_notes = _classes(config, query, parts["train"], codes_n)
         notes += label_notes
         parts = {part: positions[codes_n[positions] >= 0] for part, positions in parts.items()}
+        natural_counts_k = np.bincount(codes_n[parts["train"]], minlength=len(labels["names"]))
+        parts["train"], capped = _capped(config, query, parts["train"], codes_n)
+        notes += capped
     else:
         labels, codes_n = dict(NO_LABELS), np.full(len(codes_n), -1, dtype=np.int64)
+        natural_counts_k = np.zeros(0, dtype=np.int64)
     notes += [f"no {part} cells" for part in ("val", "test") if not len(parts[part])]
     if start is None:
         genes, gene_notes = _measured_genes(config, query, parts["train"])
@@ -170,8 +235,28 @@ def prepare_cells(
         parts=parts,
         genes=genes,
         attention=attention,
+        natural_counts_k=natural_counts_k,
         notes=tuple(notes),
     )
+
+
+def _capped(
+    config: ExperimentConfig, query: QueryResult, train: np.ndarray, codes_n: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
+    """At most `labels.max_cells` training cells of each label in each data set; notes."""
+    most = config.labels.max_cells
+    if not most:
+        return train, []
+    shuffled = np.random.default_rng([config.train.seed, 5]).permutation(train)
+    datasets = query.obs["dataset_id"].astype(str).to_numpy()[shuffled]
+    place = pd.DataFrame({"label": codes_n[shuffled], "dataset": datasets}).groupby(["label", "dataset"])
+    kept = np.sort(shuffled[place.cumcount().to_numpy() < most])
+    if len(kept) == len(train):
+        return train, []
+    return kept, [
+        f"{len(train) - len(kept)} of {len(train)} training cells are left out: no label takes more than"
+        f" labels.max_cells={most} of one data set"
+    ]
 
 
 def _classes(
@@ -280,8 +365,7 @@ def describe(cells: TrainingCells) -> dict[str, Any]:
 def check_overlap(query: QueryResult, start: LoadedModel) -> None:
     """Refuse a start model whose genes the query lacks."""
     found_g = np.isin(start.vocabulary.feature_ids, query.feature_ids)
-    mean_g = start.vocabulary.mean_expression_g
-    weight_g = mean_g if mean_g.any() else np.ones(len(found_g))
+    weight_g = start.vocabulary.weight_g
     share = float(weight_g[found_g].sum() / weight_g.sum())
     text = (
         f"{int(found_g.sum())} of the start model's {len(found_g)} genes are in the query"

@@ -11,7 +11,6 @@ from jobs.training.task import TrainingTask
 from screformer.calibration import Calibration, fit_calibration
 from screformer.checkpoint import save_model
 from screformer.metrics import CellOutputs, expected_calibration_error, reliability
-from screformer.objective import label_prior
 from screformer.training import Outcome
 
 
@@ -29,8 +28,7 @@ def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, floa
     scores = outcome.scores()
     calibration = None
     if outcome.val_outputs is not None and len(outcome.val_outputs):
-        prior_k = label_prior(task.class_counts_k, task.config.train.class_weighting)
-        calibration = fit_calibration(outcome.val_outputs, task.lineage, prior_k=prior_k)
+        calibration = fit_calibration(outcome.val_outputs, task.lineage, prior_k=task.prior_k)
         found = calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
         task.run.log_metrics(found, step=task.config.train.max_steps)
         scores |= found

@@ -13,14 +13,17 @@ import ray.train
 
 from jobs.tracking.models import resolve_model
 from jobs.training.cells import TrainingCells
+from screformer.additive_start import Labelled, additive_start, informative_genes, reference_profile
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, touching
-from screformer.objective import class_weights
+from screformer.objective import class_weights, dataset_weights
 from screformer.start import LinearStart, Start, logistic_start, svd_gene_embeddings
 from screformer.tokenizer import GeneVocabulary
 
 SAMPLE_CELLS = 4096
 """Training cells, at most, from which mean expression and the SVD start are taken."""
+ADDITIVE_SAMPLE_CELLS = 16384
+"""The same for an additive encoder, evenly over the labels."""
 HEADS = ("classification_head.", "linear_skip.")
 
 
@@ -76,6 +79,8 @@ def starting_point(
             if same_labels or not name.startswith(HEADS)
         }
         return model.vocabulary, Start(weights=weights, linear=None if same_labels else linear_start(cells))
+    if cells.config.model.encoder == "additive":
+        return _additive_point(cells)
     kind, seed = cells.config.model.gene_embedding, cells.config.train.seed
     found = cells.sample("train", SAMPLE_CELLS)
     values_ng = found.cells.normalised()
@@ -87,6 +92,28 @@ def starting_point(
             embeddings_gd = np.random.default_rng([seed, 3]).permutation(embeddings_gd)
         start = replace(start, gene_embeddings_gd=embeddings_gd)
     return replace(cells.genes, mean_expression_g=mean_g), start
+
+
+def _additive_point(cells: TrainingCells) -> tuple[GeneVocabulary, Start]:
+    """The input genes and the reference profile, and the start of an additive encoder."""
+    config, joinids = cells.config, cells.query.obs_joinids
+    sample = cells.sample("train", ADDITIVE_SAMPLE_CELLS, even_labels=True)
+    datasets_n = cells.datasets_n[np.searchsorted(joinids, sample.joinids_n)]
+    found = Labelled(sample.cells, sample.labels_n, datasets_n)
+    inputs = informative_genes(found, config.model.input_genes)
+    reference_g = reference_profile(found).astype(np.float32)
+    values_ng = sample.cells.normalised(reference_g)
+    vocabulary = replace(
+        cells.genes,
+        mean_expression_g=np.asarray(values_ng.mean(axis=0), dtype=np.float32).reshape(-1),
+        reference_g=reference_g,
+        inputs_g=np.isin(np.arange(len(cells.genes)), inputs),
+    )
+    weights_n = dataset_weights(sample.labels_n, datasets_n)
+    start = additive_start(
+        values_ng, sample.cells.panels, weights_n, inputs, config.model.dim, config.train.seed
+    )
+    return vocabulary, Start(additive=start)
 
 
 def linear_start(cells: TrainingCells) -> LinearStart | None:

@@ -40,6 +40,10 @@ class TrainingTask:
     """Terms above the labels, for calibrated answers."""
     class_counts_k: np.ndarray
     """Training cells of each class, int64."""
+    prior_k: np.ndarray
+    """What the finished network takes for granted: the share of each class, float64 (k,)."""
+    prior_shift_k: np.ndarray | None
+    """Added to the logits of the trained network; None adds nothing."""
     start: ray.ObjectRef
     """A `Start`: what the network starts from."""
     meta: Mapping[str, Any]
@@ -83,6 +87,8 @@ def training_task(
         labels=cells.labels,
         lineage=lineage(cells.labels["cl_ids"]),
         class_counts_k=cells.class_counts_k,
+        prior_k=cells.prior_k,
+        prior_shift_k=cells.prior_shift_k,
         start=ray.put(start),
         meta={"task": task, **cells.identity(), "code": code_identity(), "run_id": run.run_id},
         run=run,

@@ -26,7 +26,14 @@ from screformer.metrics import sum_over_ranks
 from screformer.model import ScReformer
 from screformer.objective import Batch, freeze_parameters
 from screformer.training import Parts, Progress, Weights, fit
-from screformer.training_checkpoint import POSITION, load_training, read_position, save_training, seal
+from screformer.training_checkpoint import (
+    POSITION,
+    load_training,
+    read_average,
+    read_position,
+    save_training,
+    seal,
+)
 
 REPLAY_BYTES = 512 * 2**20
 """Validation batches of a rank up to this size are kept in memory, so that each validation after the first
@@ -70,12 +77,12 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
             if not model_dir:
                 print(_line(metrics, step, task.config.train.max_steps), flush=True)
 
-    def save(progress: Progress, weights: Weights, metrics: dict[str, float]) -> None:
+    def save(progress: Progress, weights: Weights, average: Weights, metrics: dict[str, float]) -> None:
         if model_dir:
             return
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            save_training(folder, engine, {**progress.to_dict(), "finished": False})
+            save_training(folder, engine, {**progress.to_dict(), "finished": False}, average)
             if rank == 0:
                 meta = {**task.meta, "best_step": progress.best_step, "metrics": metrics}
                 save_model(folder / "model", weights, task.config, task.vocabulary, task.labels, meta)
@@ -87,6 +94,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
         _parts(task),
         task=task.task,
         class_counts_k=task.class_counts_k,
+        prior_shift_k=task.prior_shift_k,
         report=report,
         save_checkpoint=save,
         resume=resume,
@@ -113,18 +121,22 @@ def _hand_over(folder: Path, metrics: dict[str, float]) -> None:
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _restore(folder: Path, engine: Any) -> tuple[Progress, Weights]:
-    """Put a checkpoint into the engine: where the run stood, and its best weights on rank 0."""
+def _restore(folder: Path, engine: Any) -> tuple[Progress, Weights, Weights]:
+    """Put a checkpoint into the engine.
+
+    Returns:
+        Where the run stood, and on rank 0 its best weights and the average of its weights.
+    """
     load_training(folder, engine)
     progress = Progress.from_dict(read_position(folder))
     if torch.distributed.get_rank() != 0:
-        return progress, {}
+        return progress, {}, {}
     print(
         f"resumed after step {progress.global_step} (epoch {progress.epoch}, {progress.cells_consumed} cells"
         f" into it)",
         flush=True,
     )
-    return progress, read_weights(folder / "model")
+    return progress, read_weights(folder / "model"), read_average(folder)
 
 
 def _prepare_process(task: TrainingTask) -> None:

@@ -20,8 +20,8 @@ from screformer.engine import build_engine
 from screformer.model import ScReformer
 from screformer.objective import Batch, freeze_parameters
 from screformer.tokenizer import CLS, NUM_SPECIAL, GeneVocabulary
-from screformer.training import Outcome, Parts, Progress, fit
-from screformer.training_checkpoint import load_training, read_position, save_training, seal
+from screformer.training import Outcome, Parts, Progress, Weights, fit
+from screformer.training_checkpoint import load_training, read_average, read_position, save_training, seal
 
 NUM_GENES, NUM_CLASSES, NUM_CELLS = 40, 3, 37
 LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""]}
@@ -136,6 +136,7 @@ def train(
         start = (
             Progress.from_dict(read_position(resume)),
             read_weights(resume / "model") if rank == 0 else {},
+            read_average(resume) if rank == 0 else {},
         )
     lines: list[dict[str, float]] = []
 
@@ -143,11 +144,11 @@ def train(
         lines.append({"step": step, **metrics})
         time.sleep(delay_s)
 
-    def save(progress: Progress, weights: dict[str, torch.Tensor], metrics: dict[str, float]) -> None:
+    def save(progress: Progress, weights: Weights, average: Weights, metrics: dict[str, float]) -> None:
         if save_in is None:
             return
         folder = save_in / f"step-{progress.global_step:03d}"
-        save_training(folder, engine, progress.to_dict())
+        save_training(folder, engine, progress.to_dict(), average)
         if rank == 0:
             save_model(folder / "model", weights, config, vocabulary(), labels, metrics)
         seal(folder)

@@ -18,7 +18,7 @@ BASE = ExperimentConfig()
     [
         ("model.n_hashs=8", "unknown setting model.n_hashs; did you mean model.n_hashes?"),
         ("modle.dim=8", "unknown setting modle; did you mean model?"),
-        ("model.qqq=8", "unknown setting model.qqq; known are dim, depth"),
+        ("model.qqq=8", "unknown setting model.qqq; known are encoder, input_genes"),
         ("model=8", "override 'model' must read section.field"),
         ("model.dim", "override 'model.dim' must read section.field=value"),
         ("model.dim=wide", "model.dim='wide' must be of type int"),
@@ -137,7 +137,7 @@ def test_file_that_is_no_recipe(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"recipe.yaml holds list, not the sections \['atlas'"):
         ExperimentConfig.from_file(path)
     path.write_text("model: 8\n")
-    with pytest.raises(ValueError, match=r"model=8 must be a section of \['dim'"):
+    with pytest.raises(ValueError, match=r"model=8 must be a section of \['encoder'"):
         ExperimentConfig.from_file(path)
     path.write_text("model: {bucketsize: 8}\n")
     with pytest.raises(
@@ -174,7 +174,8 @@ def test_what_settings_touch() -> None:
     cells, pretraining, weights = (set(touching(touch)) for touch in TOUCHES)
     assert {"query.obs_filter", "labels.column", "crossval.num_folds", "crossval.max_cells"} <= cells
     assert weights == {
-        *(f"model.{name}" for name in ("dim", "depth", "heads", "attention", "ff_mult", "pooling")),
+        *(f"model.{name}" for name in ("encoder", "input_genes", "dim", "depth", "heads", "attention")),
+        *(f"model.{name}" for name in ("ff_mult", "pooling")),
         *(f"tokens.{name}" for name in ("expression", "num_bins")),
     }
     assert weights | {"train.seed", "train.mask_rate", "crossval.pretrain_steps"} <= pretraining

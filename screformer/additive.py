@@ -1,0 +1,129 @@
+"""The additive encoder: a cell is the sum of what its genes say, each by itself.
+
+Axes: n cells, l token slots, g genes of the vocabulary, i input genes, p gene panels, d model width, r
+responses.
+
+    token of gene g with value v:  E_g * sum_r W_r response_r(v)
+    cell:  h = gain * (sum of its tokens - sum over the measured genes of their usual token) / scale + bias
+           h + W2 gelu(W1 h)
+
+A gene that was measured and not detected has no token, and so counts with minus its usual token; one that was
+not measured counts with nothing. Reasons and figures: docs/log/2026-11-26-additive-encoder.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from screformer.config import ModelConfig
+from screformer.tokenizer import NUM_SPECIAL
+
+NUM_RESPONSES = 4
+_RESPONSE_STD = 0.3
+"""Of the random weights of the responses other than the first."""
+
+
+def responses(values: Tensor) -> Tensor:
+    """How a gene answers to its expression: linear, soon full, from about 1.5 on, from about 3 on.
+
+    Each is exactly 0 where the value is 0. Shape (..., r).
+    """
+    steps = [
+        torch.sigmoid(4 * (values - at)) - torch.sigmoid(values.new_tensor(-4 * at)) for at in (1.5, 3.0)
+    ]
+    return torch.stack([values, torch.tanh(2 * values), *steps], dim=-1)
+
+
+class AdditiveEncoder(nn.Module):
+    """Tokens of a cell in, cell vector out, without attention.
+
+    Args:
+        model: `dim` and `input_genes` apply.
+        num_genes: Size of the vocabulary.
+    """
+
+    def __init__(self, model: ModelConfig, num_genes: int):
+        super().__init__()
+        num_inputs = min(model.input_genes, num_genes)
+        self.genes = nn.Embedding(num_inputs, model.dim)
+        self.mix = nn.Linear(NUM_RESPONSES, model.dim, bias=False)
+        self.affine = _Affine(model.dim)
+        self.inner = nn.Linear(model.dim, model.dim)
+        self.outer = nn.Linear(model.dim, model.dim)
+        self.slots: Tensor
+        """Row in `genes` of each gene of the vocabulary, int64 (g,); -1 for one that is no input."""
+        self.center: Tensor
+        """Usual responses of each input gene, (i, r)."""
+        self.scale: Tensor
+        slots = torch.arange(num_genes)
+        self.register_buffer("slots", torch.where(slots < num_inputs, slots, -1))
+        self.register_buffer("center", torch.zeros(num_inputs, NUM_RESPONSES))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> None:
+        """Random start of what is no plain layer: the first response as it is, and nothing added yet."""
+        self.mix.weight.normal_(0, _RESPONSE_STD, generator=generator)
+        self.mix.weight[:, 0] = 1
+        nn.init.zeros_(self.outer.weight)
+
+    @torch.no_grad()
+    def set_start(self, slots_g: Tensor, center_ir: Tensor, genes_id: Tensor, scale: Tensor) -> None:
+        """Start from given input genes, as `screformer.additive_start` finds them.
+
+        Raises:
+            ValueError: Another shape.
+        """
+        pairs = ((self.slots, slots_g), (self.center, center_ir), (self.genes.weight, genes_id))
+        for ours, given in (*pairs, (self.scale, scale)):
+            if ours.shape != given.shape:
+                raise ValueError(
+                    f"additive start has shape {tuple(given.shape)}, the network needs {tuple(ours.shape)}"
+                )
+            ours.copy_(given)
+
+    def tokens(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
+        """What each token says, (n, l, d); 0 for special tokens and genes that are no input."""
+        slots_nl = F.pad(self.slots, (NUM_SPECIAL, 0), value=-1)[token_ids_nl]
+        answers_nlr = responses(values_nl) * (slots_nl >= 0).unsqueeze(-1)
+        return self.genes(slots_nl.clamp(min=0)) * self.mix(answers_nlr)
+
+    def pool(
+        self,
+        x_nld: Tensor,
+        presence_nl: Tensor | None = None,
+        measured_pg: Tensor | None = None,
+        panels_n: Tensor | None = None,
+    ) -> Tensor:
+        """The cell vector, (n, d).
+
+        Args:
+            x_nld: Of `tokens`.
+            presence_nl: Weight of each token in [0, 1], for explanations; None is 1.
+            measured_pg: Genes of each panel; None: all were measured.
+            panels_n: Panel of each cell; None: all have the first one.
+        """
+        usual_id = self.genes(torch.arange(len(self.center), device=x_nld.device)) * self.mix(self.center)
+        if measured_pg is None:
+            usual_pd = usual_id.sum(0, keepdim=True)
+        else:
+            genes = torch.nonzero(self.slots >= 0).squeeze(1)
+            measured_pi = torch.zeros(len(measured_pg), len(self.center), device=x_nld.device)
+            measured_pi[:, self.slots[genes]] = measured_pg[:, genes].float()
+            usual_pd = measured_pi.to(usual_id.dtype) @ usual_id
+        found_nd = (x_nld if presence_nl is None else x_nld * presence_nl.unsqueeze(-1)).sum(1)
+        usual_nd = usual_pd if panels_n is None else usual_pd[panels_n]
+        h_nd = self.affine((found_nd - usual_nd) / self.scale.to(x_nld.dtype))
+        return h_nd + self.outer(F.gelu(self.inner(h_nd)))
+
+
+class _Affine(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x_nd: Tensor) -> Tensor:
+        return x_nd * self.gain + self.bias

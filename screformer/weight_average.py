@@ -1,0 +1,65 @@
+"""A moving average of the weights of a training, which is validated and kept in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from screformer.engine_state import broadcast, gather_weights
+
+Weights = dict[str, torch.Tensor]
+
+
+class WeightAverage:
+    """The average of the trained parameters over the steps so far; the same on every rank.
+
+    Of each parameter, in fp32: after step t (from 0) it moves by 1 - min(decay, (t + 1) / (t + 10)) towards
+    the parameter, so that the first steps count little for long.
+
+    Args:
+        engine: A DeepSpeed engine whose ranks hold whole parameters (ZeRO stages 0 to 2).
+        decay: Per step, in (0, 1).
+        resumed: An average to continue from, on rank 0; None starts with the weights.
+    """
+
+    def __init__(self, engine: Any, decay: float, resumed: Weights | None = None):
+        self._engine, self._decay = engine, decay
+        self._parameters = {
+            name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad
+        }
+        self._average = {
+            name: parameter.detach().float().clone()
+            if resumed is None
+            else broadcast(resumed.get(name), engine.device, tuple(parameter.shape))
+            for name, parameter in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the weights after an optimizer step (from 0)."""
+        decay = min(self._decay, (step + 1) / (step + 10))
+        for name, parameter in self._parameters.items():
+            self._average[name].lerp_(parameter.float(), 1 - decay)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The network computes with the average; its own weights are back afterwards."""
+        with torch.no_grad():
+            own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+            for name, parameter in self._parameters.items():
+                parameter.copy_(self._average[name])
+            yield
+            for name, parameter in self._parameters.items():
+                parameter.copy_(own[name])
+
+    def gather(self) -> Weights:
+        """Weights and buffers as `gather_weights` gives them, the trained ones replaced by their average."""
+        weights = gather_weights(self._engine)
+        return weights and weights | self.state()
+
+    def state(self) -> Weights:
+        """The average by name, on the CPU; `resumed` takes it."""
+        return {name: average.to("cpu", copy=True) for name, average in self._average.items()}
