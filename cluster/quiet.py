@@ -34,6 +34,8 @@ _SWITCHES = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # The name and process of the worker before each line it prints; read when Ray is imported.
+    "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
     # Ray Tune's tables of trials, and its result files.
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

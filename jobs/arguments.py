@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.quiet import quiet as quiet_ray
 from screformer.config import WITHOUT_EFFECT, ExperimentConfig
 
 DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
@@ -395,6 +396,7 @@ def _messages(*, verbose: bool, quiet: bool) -> Iterator[None]:
     logging.basicConfig(level=logging.WARNING, format=style)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.WARNING)
+    quiet_ray()
     if not quiet:
         yield
         return

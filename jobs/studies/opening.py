@@ -19,6 +19,7 @@ from jobs.studies.layout import check_study_layout, num_cpus, search_space
 from jobs.studies.study import Study, open_study
 from jobs.tracking.identity import code_identity
 from jobs.tracking.runs import TrackedRun, start_run
+from jobs.training.run_folder import resumable
 from screformer.config import Command, ExperimentConfig
 
 STUDY = "study.json"
@@ -62,7 +63,7 @@ def opened(
         )
     run = TrackedRun(**saved["run"]) if saved else start_run(study.config, job)
     study = dataclasses.replace(study, run=run)
-    with run:
+    with run, resumable(run_dir):
         if not saved:
             _begin(study, run, job)
         print(f"{job} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)

@@ -87,6 +87,7 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
 
     Raises:
         ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
+        KeyboardInterrupt: Ctrl-C was pressed.
     """
     model_dir = Path(tempfile.mkdtemp(prefix="screformer-model-") if "://" in folder else folder) / "model"
     if in_process:
@@ -127,7 +128,11 @@ def _on_workers(task: TrainingTask, folder: str) -> ray.train.Result:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except SystemExit as stop:
+        # What Ray Train does on Ctrl-C, once its workers have ended.
+        raise KeyboardInterrupt from stop
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

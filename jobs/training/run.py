@@ -22,7 +22,7 @@ from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, describe, prepare_cells
 from jobs.training.launch import check_layout, train
-from jobs.training.run_folder import new_run_dir, newest_checkpoint, read_run, write_run
+from jobs.training.run_folder import new_run_dir, newest_checkpoint, read_run, resumable, write_run
 from jobs.training.start import load_start
 from jobs.training.task import training_task
 from screformer.config import ExperimentConfig, Task
@@ -89,7 +89,7 @@ def run_training(
     run = TrackedRun(**saved["run"]) if saved else start_run(config, task)
     run_dir = resume or new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
-    with run:
+    with run, resumable(run_dir):
         checkpoint = None
         if saved:
             if saved["query_hash"] != cells.query.hash:

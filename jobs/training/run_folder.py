@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,13 @@ def newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
                 return checkpoint
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None
+
+
+@contextmanager
+def resumable(run_dir: str | Path) -> Iterator[None]:
+    """Make a Ctrl-C within say how the run is resumed."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"resume with --resume {run_dir}")
+        raise

@@ -19,6 +19,7 @@ import torch
 
 from cluster.quiet import quiet_data
 from jobs.training.ending import finish
+from jobs.training.progress import ProgressLines
 from jobs.training.task import TrainingTask
 from screformer.checkpoint import read_weights, save_model
 from screformer.engine import build_engine
@@ -64,6 +65,8 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
             if read_position(folder)["finished"]:
                 return {}
             resume = _restore(Path(folder), engine)
+    done_steps = resume[0].global_step if resume else 0
+    lines = ProgressLines(task.config.train.max_steps, done_steps=done_steps)
     speeds: list[float] = []
     peaks: list[float] = []
 
@@ -75,7 +78,7 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
         if rank == 0:
             task.run.log_metrics({**metrics, "data/cells_cut": num_cut}, step=step)
             if not model_dir:
-                print(_line(metrics, step, task.config.train.max_steps), flush=True)
+                print(lines.line(metrics, step), flush=True)
 
     def save(progress: Progress, weights: Weights, average: Weights, metrics: dict[str, float]) -> None:
         if model_dir:
@@ -213,12 +216,3 @@ class _Replay:
             yield batch
         if num_bytes <= REPLAY_BYTES:
             self._kept = kept
-
-
-def _line(metrics: dict[str, float], step: int, max_steps: int) -> str:
-    shown = {
-        name: value
-        for name, value in metrics.items()
-        if name not in ("train/epoch", "data/wait_s", "data/cells_cut")
-    }
-    return f"step {step}/{max_steps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())

@@ -4,6 +4,7 @@ on the way."""
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,17 @@ def test_a_killed_job_resumes_to_the_same_result(
             ("ece", "ece_uncalibrated", "unknown_share")
         )  # by bins and bounds that rounding lets a cell cross
         assert result["metrics"][name] == pytest.approx(value, rel=1e-3, abs=0.03 if counted else None), name
+
+
+def test_an_interrupted_job_says_how_to_resume(settings: list[str], tmp_path: Path) -> None:
+    job = start_command("jobs.pretrain", *settings, "train.max_steps=5000", cwd=tmp_path)
+    run_dir = read_until(job, r"--resume (\S+)\)")[1]
+    line = read_until(job, r"(?m)^step .*")[0]
+    assert re.fullmatch(r"step +\d+/5000  loss \S+  \S+ cells/s.*  .* left", line.strip()), "no prefix"
+    job.send_signal(signal.SIGINT)
+    said, _ = job.communicate(timeout=120)
+    assert said.splitlines()[-1] == f"screformer pretrain: interrupted; resume with --resume {run_dir}"
+    assert job.returncode == 130
 
 
 def test_dry_run_prints_and_stops(

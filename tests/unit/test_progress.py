@@ -1,0 +1,35 @@
+"""The lines that a training prints."""
+
+from jobs.training.progress import ProgressLines, duration
+
+
+def test_lines_are_short_and_say_how_long_it_takes() -> None:
+    seconds = iter([0.0, 30.0, 60.0])
+    lines = ProgressLines(300, clock=lambda: next(seconds))
+    train = {"train/loss": 0.83124, "train/cells_per_s": 2120.4, "train/lr": 1e-4, "data/wait_share": 0.1}
+    assert lines.line(train, 25) == "step  25/300  loss 0.831  2,120 cells/s  6 min left"
+    val = {"val/loss": 0.213, "val/accuracy": 0.99, "val/macro_f1": 0.9691}
+    assert lines.line(train | val, 50) == (
+        "step  50/300  loss 0.831  2,120 cells/s  validation 0.213  macro-F1 0.969  5 min left"
+    )
+    assert lines.line(train, 300) == "step 300/300  loss 0.831  2,120 cells/s", "nothing is left"
+    ended = {"best_step": 60.0, "best_val/loss": 0.2, "best_val/macro_f1": 0.97, "test/macro_f1": 0.9}
+    assert lines.line(ended, 300) == "best step 60  validation 0.2  macro-F1 0.970  test macro-F1 0.900"
+
+
+def test_a_resumed_run_counts_its_own_steps() -> None:
+    seconds = iter([0.0, 10.0])
+    lines = ProgressLines(100, done_steps=40, clock=lambda: next(seconds))
+    assert lines.line({"train/loss": 1.0}, 50) == "step  50/100  loss 1  50 s left"
+
+
+def test_the_longest_line_fits() -> None:
+    lines = ProgressLines(100_000, clock=iter([0.0, 9e4]).__next__)
+    metrics = {
+        "train/loss": 0.00012345,
+        "train/cells_per_s": 123_456.7,
+        "val/loss": 0.00012345,
+        "val/macro_f1": 0.5,
+    }
+    assert len(lines.line(metrics, 50_000)) <= 100
+    assert [duration(seconds) for seconds in (40, 720, 12_240)] == ["40 s", "12 min", "3.4 h"]
