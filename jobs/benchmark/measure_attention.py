@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from jobs.benchmark.timing import alternate, peak_activation_mb, peak_flops, utilisation
-from screformer.attention import hash_buckets, lsh_attention, sort_tokens
 from screformer.cost import attention_flops
+from screformer.lsh import hash_buckets, lsh_attention, sort_tokens
 
 LINEAR_LENGTHS = (5_000, 10_000, 20_000)
 """Lengths at which memory per token is compared."""

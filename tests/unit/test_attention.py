@@ -5,17 +5,9 @@ import torch
 from reformer_pytorch.reformer_pytorch import LSHAttention
 from reformer_pytorch.reformer_pytorch import LSHSelfAttention as LibrarySelfAttention
 
-from screformer.attention import (
-    CROSSOVER_TOKENS,
-    LSHSelfAttention,
-    hash_buckets,
-    lsh_attention,
-    make_attention,
-    random_buckets,
-    settle_attention,
-    sort_tokens,
-)
+from screformer.attention import CROSSOVER_TOKENS, LSHSelfAttention, make_attention, settle_attention
 from screformer.config import ModelConfig
+from screformer.lsh import hash_buckets, lsh_attention, random_buckets, sort_tokens
 
 CASES = [
     # bucket size, lengths of the cells: full cells, odd lengths, a last bucket without tokens, a cell with
