@@ -18,6 +18,7 @@ import pandas as pd
 from anndata.io import read_elem
 from scipy import sparse
 
+from data_ingest.foreign_files import other_hdf5, require_path, unreadable, unreadable_part
 from screformer.counts import raw_counts, sum_dtype
 
 _ELEMENTS_PER_READ = 1 << 24
@@ -58,19 +59,11 @@ class H5adFile:
         path = Path(path)
         if layer and raw:
             raise ValueError(f"layer={layer!r} and raw=True name two matrices; choose one")
-        if path.is_dir():
-            raise ValueError(f"{path} is a directory; name the .h5ad files in it")
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; check the path (on a cluster, every node must see it)")
+        require_path(path)
         try:
             handle = h5py.File(path, "r")
         except OSError as e:
-            what = (
-                "truncated: it was cut off while it was written or copied"
-                if "truncated" in str(e)
-                else f"not a readable HDF5 file ({e})"
-            )
-            raise ValueError(f"{path} is {what}; fetch it again, or check that it is an .h5ad file") from e
+            raise ValueError(unreadable(path, e)) from e
         try:
             source = cls._find_counts(path, handle, layer, raw)
             opened = cls(path, handle, source)
@@ -86,12 +79,9 @@ class H5adFile:
 
     @staticmethod
     def _find_counts(path: Path, handle: h5py.File, layer: str | None, raw: bool) -> str:
-        missing = [part for part in ("obs", "var") if part not in handle]
-        if missing:
-            raise ValueError(
-                f"{path} is HDF5 but not AnnData: it has no {' and no '.join(missing)}; write it with"
-                f" anndata.write_h5ad"
-            )
+        other = other_hdf5(path, handle)
+        if other:
+            raise ValueError(other)
         layers = sorted(handle["layers"]) if "layers" in handle else []
         x, raw_x = ("yes" if name in handle else "no" for name in ("X", "raw"))
         has = f"it has X: {x}, raw: {raw_x}, layers: {', '.join(layers) or 'none'}"
@@ -157,9 +147,7 @@ class H5adFile:
         try:
             table = read_elem(self._handle[key])
         except (OSError, KeyError, ValueError, TypeError) as e:
-            raise ValueError(
-                f"{self.path}: {key} cannot be read ({e}); write the file again with a current anndata"
-            ) from e
+            raise ValueError(unreadable_part(self.path, key, e)) from e
         if not isinstance(table, pd.DataFrame):
             raise ValueError(f"{self.path}: {key} is not a table; write the file with anndata.write_h5ad")
         if len(table) != length:
@@ -194,10 +182,8 @@ class H5adFile:
             try:
                 block = read(first, last)
             except OSError as e:
-                raise ValueError(
-                    f"{self.path}: {self.source} cannot be read at cells {first} to {last} ({e}); fetch the"
-                    f" file again"
-                ) from e
+                part = f"{self.source}, cells {first} to {last},"
+                raise ValueError(unreadable_part(self.path, part, e)) from e
             yield (
                 first,
                 raw_counts(

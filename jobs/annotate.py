@@ -78,22 +78,23 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
         ValueError: Several inputs and one output file, or two inputs of one name.
     """
     single = len(sources) == 1
-    if parquet or out.suffix == ".parquet":
-        if single and out.suffix == ".parquet":
-            return [(sources[0], out)]
-        return [(source, out / f"{source.stem}.parquet") for source in sources]
-    if single:
+    to_parquet = parquet or out.suffix == ".parquet"
+    if to_parquet and single and out.suffix == ".parquet":
+        return [(sources[0], out)]
+    if not to_parquet and out.suffix not in ("", ".h5ad") and not out.is_dir():
+        raise ValueError(
+            f"--out {out}: labels are written as NAME.h5ad (a copy of the file) or NAME.parquet (a table);"
+            f" for other formats write {out.with_suffix('.parquet')} and convert it with pandas"
+        )
+    if single and not to_parquet:
         return [(sources[0], out / sources[0].name if out.is_dir() else out)]
     if out.suffix == ".h5ad" or out.is_file():
         raise ValueError(f"--out {out} is one file, but there are {len(sources)} inputs; name a folder")
-    names = [source.name for source in sources]
+    names = [f"{source.stem}.parquet" if to_parquet else source.name for source in sources]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
-        raise ValueError(
-            f"two inputs are called {repeated}, and both would go to {out / repeated}; annotate"
-            " them one by one"
-        )
-    return [(source, out / source.name) for source in sources]
+        raise ValueError(f"two inputs would both go to {out / repeated}; annotate them one by one")
+    return [(source, out / name) for source, name in zip(sources, names, strict=True)]
 
 
 def work(args: argparse.Namespace) -> Result:

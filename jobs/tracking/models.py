@@ -99,7 +99,7 @@ def register_model(
         )
         reader = Path(scratch) / "source" / "data_ingest"
         reader.mkdir()
-        for module in ("__init__.py", "h5ad.py", "cells.py"):
+        for module in ("__init__.py", "h5ad.py", "cells.py", "foreign_files.py"):
             shutil.copyfile(Path(data_ingest.__file__).parent / module, reader / module)
         target = Path(scratch) / "pyfunc"
         mlflow.pyfunc.save_model(

@@ -2,8 +2,8 @@
 
 MLflow copies this file beside the weights and runs it wherever the model is loaded.
 
-It may import `screformer`, `data_ingest.h5ad` and `data_ingest.cells` (copies of which travel with the model)
-but nothing else of this repository.
+It may import `screformer` and `data_ingest.cells` with what that needs, as copies of both travel with the
+model, but nothing else of this repository.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ def test_bad_requests_stop_with_what_to_do(
     assert "is one file, but there are 2 inputs; name a folder" in message(
         "--h5ad", str(good), str(tmp_path / "mouse.h5ad"), "--out", out
     )
-    assert "two inputs are called good.h5ad" in message(
+    assert "two inputs would both go to" in message(
         "--h5ad", str(good), str(good), "--out", str(tmp_path / "folder")
     )
     assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 2
