@@ -119,7 +119,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
 
     Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by
     (dataset_id, obs_id): those that the atlas already has are left as they are, so that running twice adds
-    nothing. One ingest at a time: a second one of the same atlas is refused.
+    nothing. Cells of the same names but other counts are refused. One ingest at a time: a second one of the same atlas is refused.
 
     Args:
         files: .h5ad files, visible to every node.

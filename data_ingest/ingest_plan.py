@@ -19,6 +19,7 @@ from data_ingest import schema
 from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS
 from data_ingest.ingest_counts import Counts, count_files
 from data_ingest.ingest_files import CheckedFile, file_sha256, ids_of
+from data_ingest.ingest_identity import new_rows
 from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
 from data_ingest.ingest_options import IngestOptions
 
@@ -98,12 +99,13 @@ def plan_ingest(
     options: IngestOptions,
 ) -> Plan:
     """Find the new cells, check and sum up their counts, and join the genes."""
-    new_rows = _new_rows(target, files, base)
+    known = set(base.datasets["dataset_id"])
+    rows_of = [new_rows(target, file, known, base.var, options) for file in files]
     counted = iter(
-        count_files([file for file, rows in zip(files, new_rows, strict=True) if len(rows)], options)
+        count_files([file for file, rows in zip(files, rows_of, strict=True) if len(rows)], options)
     )
     new = []
-    for file, rows in zip(files, new_rows, strict=True):
+    for file, rows in zip(files, rows_of, strict=True):
         counts = next(counted) if len(rows) else Counts.none()
         full = rows[counts.nnz_n[rows] > 0] if len(rows) else rows
         new.append(NewCells(file=file, rows=full, counts=counts, num_empty=len(rows) - len(full)))
@@ -157,25 +159,6 @@ def read_base(target: Target, options: IngestOptions) -> Base:
     with target.table(schema.OBS) as table:
         n_cells = table.count
     return Base(exists=True, journal=journal, var=var, datasets=datasets, n_cells=n_cells)
-
-
-def _new_rows(target: Target, files: Sequence[CheckedFile], base: Base) -> list[np.ndarray]:
-    """Rows of each file that the atlas does not have."""
-    known = set(base.datasets["dataset_id"])
-    rows = []
-    for file in files:
-        is_new = np.ones(file.n_cells, bool)
-        for dataset in known.intersection(file.obs["dataset_id"].cat.categories):
-            there = obs_ids(target, f"dataset_id == {_quoted(dataset)}", ("obs_id",))["obs_id"].to_pylist()
-            is_new &= ~(
-                (file.obs["dataset_id"] == dataset).to_numpy() & file.obs["obs_id"].isin(there).to_numpy()
-            )
-        rows.append(np.flatnonzero(is_new))
-    return rows
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"' if "'" in value else f"'{value}'"
 
 
 def _joined_var(files: Sequence[NewCells], base: Base) -> pd.DataFrame:

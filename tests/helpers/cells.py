@@ -22,9 +22,12 @@ def cells(
     first: int = 0,
     terms: bool = True,
 ) -> anndata.AnnData:
-    """Poisson counts; cell k is called `cell_k` from `first` on."""
-    rng = np.random.default_rng([seed, first])
-    counts = sparse.csr_matrix(rng.poisson(0.6, (n, len(genes))).astype(np.float32))
+    """Poisson counts; cell k is called `cell_k` from `first` on, and its counts do not depend on the others."""
+    cell_counts = [
+        np.random.default_rng([seed, cell]).poisson(0.6, genes.stop)[genes.start :]
+        for cell in range(first, first + n)
+    ]
+    counts = sparse.csr_matrix(np.array(cell_counts, np.float32).reshape(n, len(genes)))
     kinds = np.arange(n) % 3
     obs = pd.DataFrame(
         {

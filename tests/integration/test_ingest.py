@@ -167,7 +167,7 @@ def test_genes_join_by_id_symbol_and_sum(tmp_path: Path) -> None:
     report = ingest([write(tmp_path / "a.h5ad", by_id), write(tmp_path / "b.h5ad", by_symbol)], uri, options)
     assert (report.genes_total, report.files[1].genes_joined, report.files[1].genes_repeated) == (30, 29, 2)
     genes = report.files[1].lines()[1]
-    assert "29 of 30 joined by var index and symbol table; 2.3% of the counts" in genes
+    assert "29 of 30 joined by var index and symbol table; 3.1% of the counts" in genes
     assert genes.endswith("2 of them share an id; 1 not joined")
     got = counts_frame(from_census(uri, obs_value_filter="dataset_id == 'symbols'"))
     dense = by_symbol.X.toarray()

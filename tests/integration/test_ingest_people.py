@@ -104,3 +104,29 @@ def test_genes_of_a_virus_and_spike_ins_are_left_out(tmp_path: Path) -> None:
     sample.var_names = [*cells().var_names, "virus", "spike"]
     report = ingest([write(tmp_path / "a.h5ad", sample)], str(tmp_path / "atlas"))
     assert (report.genes_total, report.files[0].genes_joined) == (30, 30)
+
+
+@pytest.mark.parametrize("names", ["barcodes", "numbers"])
+def test_a_second_sample_with_the_same_names_is_not_dropped(tmp_path: Path, names: str) -> None:
+    uri = str(tmp_path / "atlas")
+    for k in (1, 2):
+        sample = cells(60, seed=k)
+        sample.obs = sample.obs.drop(columns="dataset")
+        if names == "numbers":
+            sample.obs_names = [str(i) for i in range(60)]
+        elif k == 2:
+            sample.obs_names = [name if i < 6 else f"other_{i}" for i, name in enumerate(sample.obs_names)]
+        (tmp_path / str(k)).mkdir()
+        write(tmp_path / str(k) / "matrix.h5ad", sample)
+    ingest([tmp_path / "1" / "matrix.h5ad"], uri)
+    with pytest.raises(ValueError, match="names of cells of dataset 'matrix' in the atlas, but other counts"):
+        ingest([tmp_path / "2" / "matrix.h5ad"], uri)
+    options = IngestOptions(constants={"dataset_id": "second"})
+    assert ingest([tmp_path / "2" / "matrix.h5ad"], uri, options).cells_total == 120
+
+
+def test_the_same_cells_are_known_with_other_genes_and_other_labels(tmp_path: Path) -> None:
+    uri, again = str(tmp_path / "atlas"), cells(80, range(90, 125))
+    again.obs["cell_type"] = "relabelled"
+    ingest([write(tmp_path / "a.h5ad", cells())], uri)
+    assert ingest([write(tmp_path / "b.h5ad", again)], uri).files[0].new_cells == 20
