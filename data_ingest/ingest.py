@@ -1,7 +1,7 @@
 """Turn .h5ad files into an atlas, or append them to one: checked first, written in parallel, safe to kill.
 
-Read `ingest` from top to bottom: the atlas as it is (`ingest_plan.read_base`), what is in the files
-(`ingest_files`), how their cells are labelled (`ingest_labels`), which cells are new and where they go
+Read `ingest` from top to bottom: the atlas as it is (`ingest_base`), what is in the files (`ingest_files`,
+`ingest_obs`), how their cells are labelled (`ingest_labels`), which cells are new and where they go
 (`ingest_plan`, `ingest_counts`), and the writing (`ingest_write`). Nothing is written before everything is
 checked. X is written by parallel tasks, each a contiguous range of new joinids; at the end one write of obs
 makes the new cells visible: that is the commit. A journal in the atlas's metadata (`ingest_journal`) says
@@ -21,6 +21,8 @@ from pathlib import Path
 
 from data_ingest import schema
 from data_ingest.atlas_lock import locked
+from data_ingest.ingest_base import Base, read_base
+from data_ingest.ingest_counts import NewCells
 from data_ingest.ingest_files import (
     CheckedFile,
     check_file,
@@ -30,7 +32,7 @@ from data_ingest.ingest_files import (
 from data_ingest.ingest_journal import Target
 from data_ingest.ingest_labels import label, read_labels
 from data_ingest.ingest_options import IngestOptions
-from data_ingest.ingest_plan import Base, NewCells, Plan, plan_ingest, read_base, refuse_unrelated_genes
+from data_ingest.ingest_plan import Plan, plan_ingest, refuse_unrelated_genes
 from data_ingest.ingest_write import write
 from data_ingest.ontology import MajorTypes
 from data_ingest.tables import read_symbol_table
@@ -119,7 +121,8 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
 
     Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by
     (dataset_id, obs_id): those that the atlas already has are left as they are, so that running twice adds
-    nothing. Cells of the same names but other counts are refused. One ingest at a time: a second one of the same atlas is refused.
+    nothing. Cells of the same names but other counts are refused, and so is a second ingest of
+    the same atlas at a time.
 
     Args:
         files: .h5ad files, visible to every node.

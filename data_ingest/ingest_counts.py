@@ -33,6 +33,19 @@ class Counts:
         return cls(raw_sum_n=np.empty(0), nnz_n=np.empty(0, np.int64), cells_g=np.empty(0, np.int64))
 
 
+@dataclass(frozen=True, kw_only=True)
+class NewCells:
+    """The cells of one file that the atlas does not have."""
+
+    file: CheckedFile
+    rows: np.ndarray
+    """Their rows in the file, increasing; may be empty."""
+    counts: Counts
+    """Of all cells of the file; empty where none is new."""
+    num_empty: int
+    """Cells without any count, which are left out."""
+
+
 def count_files(files: Sequence[CheckedFile], options: IngestOptions) -> list[Counts]:
     """Check every count of some files, and sum up over the joined genes."""
     step = 4 * options.cells_per_chunk

@@ -1,4 +1,4 @@
-"""Which cells of a file the atlas has already: those of the same dataset and name, if they are the same cells.
+"""Which cells of a file the atlas has: those of the same dataset and name, if they are the same cells.
 
 Axes: `n` cells, `g` genes.
 """

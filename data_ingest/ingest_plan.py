@@ -15,42 +15,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_ingest import schema
-from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS
-from data_ingest.ingest_counts import Counts, count_files
+from data_ingest.ingest_base import Base
+from data_ingest.ingest_counts import Counts, NewCells, count_files
 from data_ingest.ingest_files import CheckedFile, file_sha256, ids_of
 from data_ingest.ingest_identity import new_rows
-from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
+from data_ingest.ingest_journal import Target
 from data_ingest.ingest_options import IngestOptions
+from data_ingest.ingest_panels import Measured, measured_by
 
 FEWEST_VALUES = 1 << 21
 """Stored counts that are worth a task and a fragment of their own."""
 _PARTS_AT_LEAST = 8
-_CLOCKS_DIFFER_MS = 60_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewCells:
-    """The cells of one file that the atlas does not have."""
-
-    file: CheckedFile
-    rows: np.ndarray
-    """Their rows in the file, increasing; may be empty."""
-    counts: Counts
-    """Of all cells of the file; empty where none is new."""
-    num_empty: int
-    """Cells without any count, which are left out."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Base:
-    """The atlas before this ingest."""
-
-    exists: bool
-    journal: Journal = Journal()
-    var: pd.DataFrame
-    datasets: pd.DataFrame
-    n_cells: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +38,7 @@ class Plan:
     files: tuple[NewCells, ...]
     var: pd.DataFrame
     """The var table as it will be."""
+    measured: Measured
     digest: str
     """What decides the outcome: equal digests write equal atlases."""
 
@@ -109,12 +85,15 @@ def plan_ingest(
         counts = next(counted) if len(rows) else Counts.none()
         full = rows[counts.nnz_n[rows] > 0] if len(rows) else rows
         new.append(NewCells(file=file, rows=full, counts=counts, num_empty=len(rows) - len(full)))
+    var = _joined_var(new, base)
+    at_ms = base.journal.timestamp_ms if base.journal.writing else None
     return Plan(
         target=target,
         options=options,
         base=base,
         files=tuple(new),
-        var=_joined_var(new, base),
+        var=var,
+        measured=measured_by(target, new, base, var, at_ms),
         digest=_digest(new, labels, options, base),
     )
 
@@ -131,34 +110,6 @@ def refuse_unrelated_genes(files: Sequence[CheckedFile], base: Base) -> None:
                 "check the gene ids (--feature-id-column), or make an atlas of its own"
             )
         known.update(file.feature_ids_g)
-
-
-def read_base(target: Target, options: IngestOptions) -> Base:
-    """What the atlas holds before this ingest."""
-    empty = Base(
-        exists=False,
-        var=pd.DataFrame(columns=["soma_joinid", *schema.VAR_COLUMNS]),
-        datasets=pd.DataFrame(columns=["soma_joinid", *schema.DATASET_COLUMNS]),
-    )
-    if not schema.find_atlas(target.uri, target.context):
-        return empty
-    if read_journal(target, timestamp_ms=END_OF_TIME_MS).timestamp_ms > now_ms() + _CLOCKS_DIFFER_MS:
-        raise ValueError(f"--atlas {target.uri} {CLOCK_AHEAD}")
-    journal = read_journal(target)
-    if journal.writing and obs_ids(target, f"soma_joinid >= {journal.first_joinid}", ()).num_rows:
-        # Killed after its cells became visible: only bookkeeping is left of it.
-        if not options.dry_run:
-            close_ingest(target, journal)
-        journal = dataclasses.replace(journal, writing=False)
-    # What an unfinished ingest has written since it began is not part of the atlas.
-    at = journal.timestamp_ms if journal.writing else None
-    with target.table(schema.VAR, timestamp_ms=at) as table:
-        var = table.read().concat().to_pandas()
-    with target.table(schema.DATASETS, timestamp_ms=at) as table:
-        datasets = table.read().concat().to_pandas()
-    with target.table(schema.OBS) as table:
-        n_cells = table.count
-    return Base(exists=True, journal=journal, var=var, datasets=datasets, n_cells=n_cells)
 
 
 def _joined_var(files: Sequence[NewCells], base: Base) -> pd.DataFrame:

@@ -6,22 +6,21 @@ Axes: `n` cells, `g` genes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from data_ingest import schema
+from data_ingest.atlas import PANELS, Panel
 from data_ingest.h5ad import H5adFile
-from data_ingest.ingest_counts import gene_targets, join_genes
-from data_ingest.ingest_files import ids_of
+from data_ingest.ingest_counts import NewCells, gene_targets, join_genes
 from data_ingest.ingest_journal import (
     Journal,
     Target,
@@ -33,7 +32,7 @@ from data_ingest.ingest_journal import (
     write_table,
 )
 from data_ingest.ingest_options import IngestOptions
-from data_ingest.ingest_plan import FEWEST_VALUES, NewCells, Part, Plan, parts_of
+from data_ingest.ingest_plan import FEWEST_VALUES, Part, Plan, parts_of
 from data_ingest.tasks import map_tasks
 
 logger = logging.getLogger(__name__)
@@ -76,10 +75,7 @@ def _begin(plan: Plan, num_parts: int) -> Journal:
         num_fragments=before.num_fragments + num_parts,
         num_commits=before.num_commits + 1,
     )
-    n_cells, n_genes = journal.end_joinid, len(plan.var)
-    n_datasets = len(
-        set(plan.base.datasets["dataset_id"]).union(*(new.file.obs["dataset_id"] for new in plan.files))
-    )
+    n_cells, n_genes, n_datasets = journal.end_joinid, len(plan.var), plan.measured.num_rows
     for place, rows in (
         (schema.OBS, n_cells),
         (schema.VAR, n_genes),
@@ -180,54 +176,21 @@ def _commit(plan: Plan, journal: Journal) -> None:
             f"{target.uri}: another ingest began meanwhile; run one at a time, then this command again"
         )
     new = [new for new in plan.files if len(new.rows)]
-    datasets = _datasets(plan, new)
+    measured = plan.measured
     write_table(target, schema.VAR, plan.var, schema.VAR_COLUMNS)
-    write_table(target, schema.DATASETS, datasets, schema.DATASET_COLUMNS)
-    with target.matrix(schema.PRESENCE, "w") as matrix:
-        matrix.write(_presence(plan, new, datasets))
+    write_table(target, schema.DATASETS, measured.datasets, schema.DATASET_COLUMNS)
+    if measured.rows:
+        with target.matrix(schema.PRESENCE, "w") as matrix:
+            matrix.write(measured.entries())
+    if measured.panels:
+        start = journal.first_joinid
+        panels = [Panel(start + panel.first, start + panel.end, panel.row) for panel in measured.panels]
+        with target.root("w") as root:
+            root.metadata[PANELS] = json.dumps([*plan.base.panels, *panels])
     with target.table(schema.OBS, "w") as table:
         # All new cells in one fragment: they become visible together or not at all.
         table.write(_new_obs(new, journal.first_joinid), platform_config=_IN_ORDER)
     close_ingest(target, journal)
-
-
-def _datasets(plan: Plan, new: Sequence[NewCells]) -> pd.DataFrame:
-    """The table of datasets as it will be: known ones keep their joinids."""
-    rows = {str(row["dataset_id"]): row for row in plan.base.datasets.to_dict("records")}
-    for cells in new:
-        sizes = cells.file.obs["dataset_id"].iloc[cells.rows].value_counts()
-        for dataset, size in sizes[sizes > 0].items():
-            row = rows.setdefault(
-                str(dataset),
-                {
-                    "soma_joinid": len(rows),
-                    "dataset_id": dataset,
-                    "dataset_title": dataset,
-                    "dataset_h5ad_path": Path(cells.file.path).name,
-                    "dataset_total_cell_count": 0,
-                },
-            )
-            row["dataset_total_cell_count"] += int(size)
-    return pd.DataFrame(list(rows.values()))
-
-
-def _presence(plan: Plan, new: Sequence[NewCells], datasets: pd.DataFrame) -> pa.Table:
-    """Which genes the new cells' datasets have measured, as entries of the presence matrix."""
-    joinid_of = dict(zip(datasets["dataset_id"], datasets["soma_joinid"], strict=True))
-    position = pd.Series(plan.var["soma_joinid"].to_numpy(), index=plan.var["feature_id"])
-    entries = []
-    for cells in new:
-        columns = position[ids_of(cells.file)].to_numpy()
-        for dataset in cells.file.obs["dataset_id"].iloc[cells.rows].unique():
-            entries.append(pd.DataFrame({"soma_dim_0": joinid_of[dataset], "soma_dim_1": columns}))
-    found = pd.concat(entries).drop_duplicates()
-    return pa.table(
-        {
-            "soma_dim_0": found["soma_dim_0"].to_numpy(np.int64),
-            "soma_dim_1": found["soma_dim_1"].to_numpy(np.int64),
-            "soma_data": np.ones(len(found), np.uint8),
-        }
-    )
 
 
 def _new_obs(new: Sequence[NewCells], first_joinid: int) -> pa.Table:

@@ -21,7 +21,7 @@ from data_ingest.atlas import (
     MEASUREMENT,
     census_release,
     located,
-    measured_genes,
+    measured_by_cells,
     open_atlas,
     pinned,
     saved_atlas,
@@ -140,11 +140,10 @@ class QueryResult:
 
     @cached_property
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which dataset each cell is of, (n,), and which var joinids each dataset measured, bool (d, v).
+        """Which panel each cell has, (n,), and which var joinids each panel measured, bool (d, v).
 
         Read once, for all folds.
         """
-        dataset_n, datasets = pd.factorize(self.obs["dataset_id"])
         with open_atlas(self.atlas) as experiment:
             joinids = (
                 experiment.ms[MEASUREMENT]
@@ -152,7 +151,8 @@ class QueryResult:
                 .concat()["soma_joinid"]
                 .to_numpy()
             )
-        return dataset_n, measured_genes(self.atlas, list(datasets), np.arange(joinids.max(initial=-1) + 1))
+        var_joinids = np.arange(joinids.max(initial=-1) + 1)
+        return measured_by_cells(self.atlas, self.obs["dataset_id"], self.obs_joinids, var_joinids)
 
 
 def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:

@@ -22,7 +22,7 @@ def cells(
     first: int = 0,
     terms: bool = True,
 ) -> anndata.AnnData:
-    """Poisson counts; cell k is called `cell_k` from `first` on, and its counts do not depend on the others."""
+    """Poisson counts; cell k is called `cell_k` from `first` on, its counts do not depend on the others."""
     cell_counts = [
         np.random.default_rng([seed, cell]).poisson(0.6, genes.stop)[genes.start :]
         for cell in range(first, first + n)

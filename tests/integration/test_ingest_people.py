@@ -8,11 +8,13 @@ import pytest
 from scipy import sparse
 
 from data_ingest import schema
+from data_ingest.atlas import measured_by_cells
 from data_ingest.ingest import ingest
 from data_ingest.ingest_obs import look_alikes
 from data_ingest.ingest_options import IngestOptions
-from helpers.cells import atlas_content, cells, write
+from helpers.cells import atlas_content, cells, ensembl, write
 from screformer.answers import ANSWER_COLUMNS
+from screformer.config import AtlasConfig
 
 TERM = "cell_type_ontology_term_id"
 
@@ -130,3 +132,27 @@ def test_the_same_cells_are_known_with_other_genes_and_other_labels(tmp_path: Pa
     again.obs["cell_type"] = "relabelled"
     ingest([write(tmp_path / "a.h5ad", cells())], uri)
     assert ingest([write(tmp_path / "b.h5ad", again)], uri).files[0].new_cells == 20
+
+
+def test_genes_that_a_file_lacks_are_unknown_though_its_dataset_has_them(tmp_path: Path) -> None:
+    uri = str(tmp_path / "atlas")
+    parts = [
+        (range(100, 130), 0),
+        (range(110, 150), 100),
+        (range(100, 130), 200),
+        (range(110, 150), 300),
+    ]
+    for genes, first in parts:
+        ingest([write(tmp_path / f"{first}.h5ad", cells(20, genes, first=first))], uri)
+    ingest([write(tmp_path / "other.h5ad", cells(20, range(105, 135), dataset="other"))], uri)
+    atlas = AtlasConfig(uri=uri)
+    obs = atlas_content(uri)[schema.OBS]
+    var = atlas_content(uri)[schema.VAR]
+    number_n, measured_dg = measured_by_cells(
+        atlas, obs["dataset_id"].tolist(), obs["soma_joinid"].to_numpy(), var["soma_joinid"].to_numpy()
+    )
+    assert len(measured_dg) == 3
+    expected = [*parts, (range(105, 135), 400)]
+    for start, (genes, _) in zip(range(0, 100, 20), expected, strict=True):
+        found = set(var["feature_id"][measured_dg[number_n[start]]])
+        assert found == set(ensembl(genes)) and len(set(number_n[start : start + 20])) == 1

@@ -1,0 +1,57 @@
+"""The atlas before an ingest."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import pandas as pd
+
+from data_ingest import schema
+from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS, Panel, panels_of
+from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
+from data_ingest.ingest_options import IngestOptions
+
+_CLOCKS_DIFFER_MS = 60_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The atlas before this ingest."""
+
+    exists: bool
+    journal: Journal = Journal()
+    var: pd.DataFrame
+    datasets: pd.DataFrame
+    panels: tuple[Panel, ...] = ()
+    n_cells: int = 0
+
+
+def read_base(target: Target, options: IngestOptions) -> Base:
+    """What the atlas holds before this ingest."""
+    empty = Base(
+        exists=False,
+        var=pd.DataFrame(columns=["soma_joinid", *schema.VAR_COLUMNS]),
+        datasets=pd.DataFrame(columns=["soma_joinid", *schema.DATASET_COLUMNS]),
+    )
+    if not schema.find_atlas(target.uri, target.context):
+        return empty
+    if read_journal(target, timestamp_ms=END_OF_TIME_MS).timestamp_ms > now_ms() + _CLOCKS_DIFFER_MS:
+        raise ValueError(f"--atlas {target.uri} {CLOCK_AHEAD}")
+    journal = read_journal(target)
+    if journal.writing and obs_ids(target, f"soma_joinid >= {journal.first_joinid}", ()).num_rows:
+        # Killed after its cells became visible: only bookkeeping is left of it.
+        if not options.dry_run:
+            close_ingest(target, journal)
+        journal = dataclasses.replace(journal, writing=False)
+    # What an unfinished ingest has written since it began is not part of the atlas.
+    at = journal.timestamp_ms if journal.writing else None
+    with target.table(schema.VAR, timestamp_ms=at) as table:
+        var = table.read().concat().to_pandas()
+    with target.table(schema.DATASETS, timestamp_ms=at) as table:
+        datasets = table.read().concat().to_pandas()
+    with target.root(timestamp_ms=at) as root:
+        panels = panels_of(root)
+    with target.table(schema.OBS) as table:
+        n_cells = table.count
+    return Base(exists=True, journal=journal, var=var, datasets=datasets, panels=panels, n_cells=n_cells)
