@@ -45,7 +45,7 @@ class Server:
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
+        self.folder = folder
         self._command = [sys.executable, "-m", *(word.format(port=self.port) for word in words)]
         self._ready = ready
         self._environment = {**os.environ, **(environment or {})}
@@ -53,13 +53,13 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        path = self._folder / "server.log"
+        path = self.folder / "server.log"
         with path.open("a") as log:
             self._process = process = subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=log,
-                cwd=self._folder,
+                cwd=self.folder,
                 env=self._environment,
                 start_new_session=True,
             )

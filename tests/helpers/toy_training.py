@@ -177,20 +177,23 @@ def join_group(rank: int, world_size: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    # What test_resume kills: RANK WORLD_SIZE STORE CONFIG.json SAVE_IN OUT.json RESUME|- DELAY_S
-    my_rank, size, store_path, config_path, save_path, out_path, resume_path, delay = sys.argv[1:]
-    join_group(int(my_rank), int(size), store_path)
-    settings = ExperimentConfig.from_dict(json.loads(Path(config_path).read_text()))
-    done, reported = train(
-        settings,
-        "finetune",
-        int(my_rank),
-        int(size),
-        save_in=Path(save_path),
-        resume=None if resume_path == "-" else Path(resume_path),
-        delay_s=float(delay),
-    )
+    # What test_resume starts and kills: RANK WORLD_SIZE FOLDER RESUME|- DELAY_S. The folder's configs.json is
+    # a list: one run after another.
+    my_rank, size, folder, resume_path, delay = sys.argv[1:]
+    join_group(int(my_rank), int(size), f"{folder}/store")
+    results = []
+    for number, tree in enumerate(json.loads(Path(folder, "configs.json").read_text())):
+        done, reported = train(
+            ExperimentConfig.from_dict(tree),
+            "finetune",
+            int(my_rank),
+            int(size),
+            save_in=Path(folder, f"saves-{number}"),
+            resume=None if resume_path == "-" else Path(resume_path),
+            delay_s=float(delay),
+        )
+        weights = {name: tensor.double().flatten().tolist() for name, tensor in done.weights.items()}
+        results.append({"reported": reported, "weights": weights})
     if my_rank == "0":
-        digest = {name: tensor.double().flatten().tolist() for name, tensor in done.weights.items()}
-        Path(out_path).write_text(json.dumps({"reported": reported, "weights": digest}))
+        Path(folder, "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

@@ -576,28 +576,26 @@ def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: P
 
 
 def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> None:
-    code = (
-        "import re, sys; from pathlib import Path; from data_ingest.cells import H5adCells\n"
-        "from jobs.labelling.h5ad_copy import annotate; from screformer.predictor import Predictor\n"
-        "predictor = Predictor.load(sys.argv[1], device='cpu')\n"
-        "cells = H5adCells.open(predictor, Path(sys.argv[2]), min_gene_overlap=0.1)\n"
-        "done = annotate(predictor, cells, sys.argv[3], model='model', probabilities=True)\n"
-        # Not getrusage: its peak includes what the parent process held when it started this one.
-        "print(done.num_cells, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) /"
-        " 1024)\n"
-    )
-    peaks_mib = []
+    code = """if True:
+        import re, sys
+        from pathlib import Path
+        from data_ingest.cells import H5adCells
+        from jobs.labelling.h5ad_copy import annotate
+        from screformer.predictor import Predictor
+        predictor = Predictor.load(sys.argv[1], device="cpu")
+        for name in ("2000", "20000"):
+            cells = H5adCells.open(predictor, Path(f"{name}.h5ad"), min_gene_overlap=0.1)
+            done = annotate(predictor, cells, f"{name}.out.h5ad", model="model", probabilities=True)
+            # Not getrusage: its peak includes what the parent process held when it started this one.
+            peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
+            print(done.num_cells, int(peak) / 1024)
+    """
     for num_cells in (2_000, 20_000):
         _write_wide(tmp_path / f"{num_cells}.h5ad", num_cells)
-        done = run_python(
-            "-c", code, model_dir, tmp_path / f"{num_cells}.h5ad", tmp_path / f"{num_cells}.out.h5ad"
-        )
-        labelled, peak = done.stdout.split()
-        assert int(labelled) == num_cells
-        peaks_mib.append(float(peak))
-    assert peaks_mib[1] - peaks_mib[0] < 40, (
-        f"peaks of {peaks_mib} MiB for 2,000 and 20,000 cells, whose counts take 128 MB"
-    )
+    lines = run_python("-c", code, model_dir, cwd=tmp_path).stdout.splitlines()
+    (few, before), (many, after) = (map(float, line.split()) for line in lines)
+    assert (few, many) == (2_000, 20_000)
+    assert after - before < 40, f"{before} MiB, then {after} MiB for 20,000 cells, whose counts take 128 MB"
 
 
 def _write_wide(path: Path, num_cells: int) -> None:

@@ -1,5 +1,5 @@
-"""A tracking server that goes away while a run logs, and comes back: nothing stops, nothing waits, nothing is
-lost."""
+"""A tracking server over HTTP; it also goes away while a run logs, and comes back: nothing stops, nothing
+waits, nothing is lost."""
 
 import dataclasses
 import json
@@ -8,25 +8,61 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from helpers.servers import Server, mlflow_server
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs import sync
 from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking import outbox as outbox_module
+from jobs.tracking.models import pinned_model, register_model, resolve_model
 from jobs.tracking.outbox import outbox
 from jobs.tracking.runs import TrackedRun, start_run
-from screformer.config import ExperimentConfig
+from screformer.config import ExperimentConfig, TrackingConfig
+from screformer.predictor import Predictor
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    (tmp_path / "server").mkdir()
-    with mlflow_server(tmp_path / "server") as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with mlflow_server(tmp_path_factory.mktemp("server")) as running:
         yield running
+
+
+def test_models_and_runs_go_through_the_server(server: Server, tmp_path: Path) -> None:
+    tracking, model_dir = TrackingConfig(uri=server.url), calibrated_tiny_model(tmp_path / "model")
+    with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
+        run.log_identity({"atlas": {"uri": "a"}})
+        run.log_metrics({"train/loss": 0.5}, step=1)
+        log_confusion(run, np.eye(2), ["B cell", "T cell"], "test")
+        version = register_model(run.tracking_uri, run.run_id, model_dir, "blood")
+    client = MlflowClient(server.url)
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {
+        "test/confusion.csv",
+        "test/confusion.png",
+    }
+    assert pinned_model("models:/blood@candidate", tracking) == f"models:/blood/{version}"
+    directory = resolve_model("models:/blood@candidate", tracking)
+    assert not directory.is_relative_to(server.folder), "it comes through the server, not from its disk"
+    counts = np.random.default_rng(2).poisson(2.0, size=(12, 40))
+    cells = pd.DataFrame(counts, columns=list(tiny_vocabulary().feature_ids))
+    predictor = Predictor.load(directory, device="cpu")
+    direct = Predictor.load(model_dir, device="cpu").predict(
+        predictor.genes.match(cells.columns.tolist()).select(cells.to_numpy())
+    )
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(server.url)
+    try:
+        found = mlflow.pyfunc.load_model("models:/blood@candidate").predict(cells)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert found["predicted_labels"].tolist() == direct.labels.tolist()
+    identity = Path(client.download_artifacts(run.run_id, "identity.json"))
+    assert json.loads(identity.read_text())["atlas"]["uri"] == "a"
 
 
 def _steps(client: MlflowClient, run: TrackedRun) -> list[tuple[int, float]]:

@@ -12,10 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from helpers.processes import run_python
-from helpers.servers import mlflow_server, model_server
+from helpers.servers import model_server
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.labelling.h5ad_copy import annotate
-from jobs.reports.artifacts import log_confusion
 from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
 from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -295,44 +294,3 @@ def test_a_model_without_labels_is_not_registered(registered: TrackedRun, tmp_pa
             write_tiny_model(tmp_path / "pretrained", has_labels=False),
             "blood",
         )
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    with mlflow_server(tmp_path) as running:
-        yield running.url
-
-
-def test_a_tracking_server_over_http(
-    server: str, model_dir: Path, cells: pd.DataFrame, tmp_path: Path
-) -> None:
-    tracking = TrackingConfig(uri=server)
-    with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
-        run.log_identity({"atlas": {"uri": "a"}})
-        run.log_metrics({"train/loss": 0.5}, step=1)
-        log_confusion(run, np.eye(2), ["B cell", "T cell"], "test")
-        version = register_model(run.tracking_uri, run.run_id, model_dir, "blood")
-    client = MlflowClient(server)
-    assert client.get_run(run.run_id).info.status == "FINISHED"
-    assert {entry.path for entry in client.list_artifacts(run.run_id, "test")} == {
-        "test/confusion.csv",
-        "test/confusion.png",
-    }
-    assert pinned_model("models:/blood@candidate", tracking) == f"models:/blood/{version}"
-    directory = resolve_model("models:/blood@candidate", tracking)
-    assert not directory.is_relative_to(tmp_path), "the model comes through the server, not from its disk"
-    predictor = Predictor.load(directory, device="cpu")
-    direct = Predictor.load(model_dir, device="cpu").predict(
-        predictor.genes.match(cells.columns.tolist()).select(cells.to_numpy())
-    )
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(server)
-    try:
-        found = mlflow.pyfunc.load_model("models:/blood@candidate").predict(cells)
-    finally:
-        mlflow.set_tracking_uri(before)
-    assert found["predicted_labels"].tolist() == direct.labels.tolist()
-    assert (
-        json.loads(Path(client.download_artifacts(run.run_id, "identity.json")).read_text())["atlas"]["uri"]
-        == "a"
-    )

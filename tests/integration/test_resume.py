@@ -24,28 +24,24 @@ STEPS = {
 
 
 def _start(
-    folder: Path,
-    config: ExperimentConfig,
-    world_size: int,
-    *,
-    save_in: Path,
-    resume: Path | None = None,
-    delay_s: float = 0.0,
+    folder: Path, configs: list[ExperimentConfig], *, resume: Path | None = None, delay_s: float = 0.0
 ) -> list[subprocess.Popen[str]]:
+    """Runs one after another, on as many workers as they say; the checkpoints of run k go to `saves-k`."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (folder / "configs.json").write_text(json.dumps([config.to_dict() for config in configs]))
     # Without any program on the PATH: no compiler and no ninja, which DeepSpeed must not ask for.
     bare = environment(OMP_NUM_THREADS="1", PATH=str(folder))
-    words = [folder / "store", folder / "config.json", save_in, folder / "out.json", resume or "-", delay_s]
+    size = configs[0].cluster.num_workers
     return [
-        start_python(toy_training.__file__, rank, world_size, *words, env=bare) for rank in range(world_size)
+        start_python(toy_training.__file__, rank, size, folder, resume or "-", delay_s, env=bare)
+        for rank in range(size)
     ]
 
 
-def _finish(folder: Path, processes: list[subprocess.Popen[str]]) -> dict[str, Any]:
+def _finish(folder: Path, processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
     for process in processes:
         assert process.wait(timeout=300) == 0
-    return json.loads((folder / "out.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
 def _losses(run: dict[str, Any]) -> dict[int, float]:
@@ -67,9 +63,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     time as it ran."""
     root = tmp_path_factory.mktemp("resume")
     config = toy_config(**STEPS, **{"cluster.num_workers": 2})
-    twin = _start(root / "twin", config, 2, save_in=root / "twin-saves", delay_s=0.5)
-    whole = _finish(root / "whole", _start(root / "whole", config, 2, save_in=root / "whole-saves"))
-    first, second = (root / "twin-saves" / f"step-{step:03d}" for step in (3, 6))
+    twin = _start(root / "twin", [config], delay_s=0.5)
+    (whole,) = _finish(root / "whole", _start(root / "whole", [config]))
+    first, second = (root / "twin" / "saves-0" / f"step-{step:03d}" for step in (3, 6))
     deadline = time.monotonic() + 240
     while damage(second):
         assert time.monotonic() < deadline and all(process.poll() is None for process in twin)
@@ -77,7 +73,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     for process in twin:
         process.send_signal(signal.SIGKILL)
     assert [process.wait() for process in twin] == [-signal.SIGKILL] * 2
-    assert not (root / "twin" / "out.json").exists(), "it was killed before its end"
+    assert not (root / "twin" / "results.json").exists(), "it was killed before its end"
     assert not damage(first)
     position = read_position(second)
     assert (
@@ -103,14 +99,19 @@ def resumed(
 ) -> dict[str, dict[str, Any]]:
     root, (_, checkpoint) = tmp_path_factory.mktemp("resumed"), killed
     started = {}
-    for name, (world_size, overrides, _) in CASES.items():
-        folder = root / str(len(started))
-        config = toy_config(**STEPS, **{"cluster.num_workers": world_size}, **overrides)
-        started[name] = (
-            folder,
-            _start(folder, config, world_size, save_in=folder / "saves", resume=checkpoint),
-        )
-    return {name: _finish(folder, processes) for name, (folder, processes) in started.items()}
+    for world_size in (1, 2):
+        cases = {name: overrides for name, (size, overrides, _) in CASES.items() if size == world_size}
+        configs = [
+            toy_config(**STEPS, **{"cluster.num_workers": world_size}, **overrides)
+            for overrides in cases.values()
+        ]
+        folder = root / str(world_size)
+        started[folder] = list(cases), _start(folder, configs, resume=checkpoint)
+    return {
+        name: result
+        for folder, (names, processes) in started.items()
+        for name, result in zip(names, _finish(folder, processes), strict=True)
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
