@@ -6,6 +6,9 @@ the cells are those that the candidate's training held out, less those of groups
 champion was trained on. Both models label each cell, and the difference of their balanced accuracies is taken
 with its interval, from bootstrap samples of the cells within each type.
 
+Where there is no champion yet, the candidate must be better than giving every cell the most frequent label;
+`--force` promotes it anyway.
+
 A comparison that keeps the champion is a success, with exit status 0: `promoted` in the JSON object on the
 last line of stdout says which it was.
 """
@@ -44,7 +47,9 @@ def work(args: argparse.Namespace) -> Result:
         forced = " (forced)" if args.force else ""
         print(f"{name}: version {found['candidate']} is the champion now{forced}: {found['reason']}")
     else:
-        print(f"{name}: version {found['champion_before']} stays the champion: {found['reason']}")
+        before = found["champion_before"]
+        kept = f"version {before} stays the champion" if before else "there is still no champion"
+        print(f"{name}: {kept}: {found['reason']}")
     return found
 
 

@@ -236,6 +236,8 @@ def train_fold(
 ) -> tuple[Path, dict[str, float]]:
     """Train on a fold's cells: the folder of the best model, and what the training took."""
     start = load_model(start_dir) if start_dir else None
+    if start is not None:
+        run.set_tags({"start": {"run_id": start.meta.get("run_id", "")}})
     training = training_task(task, cells, run, model=start)
     trained = train(training, str(folder), in_process=cells.config.cluster.num_workers == 1)
     return trained.model_dir, trained.account

@@ -5,6 +5,8 @@ As Markdown made from its own files.
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
     loaded = load_model(model_dir)
     meta = loaded.meta
     parts = [
-        f"# {name}",
+        f"# {_plain(name)}",
         "scReformer-BERT, a cell-type classifier for human single-cell RNA-seq. Input: raw counts, genes by"
         " Ensembl id or symbol;"
         " output: cell type with Cell Ontology id, calibrated probability and an unknown flag.",
@@ -40,14 +42,29 @@ def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _plain(text: object) -> str:
+    """A name as Markdown and HTML show it literally, on one line."""
+    return html.escape(re.sub(r"([\\`*_\[\]#|~$]|^[+-])", r"\\\1", " ".join(str(text).split())), quote=False)
+
+
+def _code_span(text: object) -> str:
+    """A value in the type of code, also with backticks in it."""
+    words = " ".join(str(text).split())
+    longest = max(map(len, re.findall(r"`+", words)), default=0)
+    if not longest:
+        return f"`{words}`"
+    fence = "`" * (longest + 1)
+    return f"{fence} {words} {fence}"
+
+
 def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"## {title}", "", *lines]) if lines else ""
 
 
 def _labels(loaded: LoadedModel) -> list[str]:
     pairs = zip(loaded.labels["names"], loaded.labels["cl_ids"], strict=True)
-    return [f"{len(loaded.labels['names'])} labels of `{loaded.labels['column']}`:", ""] + [
-        f"- {label} ({cl_id or 'no Cell Ontology term'})" for label, cl_id in pairs
+    return [f"{len(loaded.labels['names'])} labels of {_code_span(loaded.labels['column'])}:", ""] + [
+        f"- {_plain(label)} ({cl_id or 'no Cell Ontology term'})" for label, cl_id in pairs
     ]
 
 
@@ -55,22 +72,22 @@ def _training(meta: Mapping[str, Any], run_id: str) -> list[str]:
     query, split = meta.get("query", {}), meta.get("split", {})
     atlas = query.get("atlas", meta.get("atlas", {}))
     lines = [
-        f"- atlas `{atlas.get('uri', 'not recorded')}` at timestamp_ms"
+        f"- atlas {_code_span(atlas.get('uri', 'not recorded'))} at timestamp_ms"
         f" {atlas.get('timestamp_ms', 'not recorded')}"
     ]
     for field in ("obs_filter", "var_filter", "is_primary_data"):
         if field in query:
-            lines.append(f"- {field}: `{query[field]}`")
+            lines.append(f"- {field}: {_code_span(query[field])}")
     lines.append(
         f"- hash of the query's cells and genes:"
         f" `{query.get('hash', meta.get('query_hash', 'not recorded'))}`"
     )
     for part, cells in split.get("cells", {}).items():
         groups = split.get("groups", {}).get(part, [])
-        shown = ", ".join(groups[:_SHOWN_GROUPS]) + (
+        shown = ", ".join(map(_plain, groups[:_SHOWN_GROUPS])) + (
             f" and {len(groups) - _SHOWN_GROUPS} more" if len(groups) > _SHOWN_GROUPS else ""
         )
-        lines.append(f"- {part}: {cells:,} cells of {len(groups)} `{split['group_by']}` ({shown})")
+        lines.append(f"- {part}: {cells:,} cells of {len(groups)} {_code_span(split['group_by'])} ({shown})")
     return [*lines, f"- MLflow run `{run_id}`"]
 
 
@@ -113,7 +130,7 @@ def _confidence(loaded: LoadedModel) -> list[str]:
 
 
 def _limits(loaded: LoadedModel) -> list[str]:
-    lines = [f"- {note}" for note in loaded.meta.get("notes", [])]
+    lines = [f"- {_plain(note)}" for note in loaded.meta.get("notes", [])]
     genes = (
         f"- knows {len(loaded.vocabulary):,} genes; others only add to the library size, and one that an"
         " input lacks is unknown, not 0"

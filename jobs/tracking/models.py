@@ -113,6 +113,7 @@ def register_model(
             ],
             signature=signature,
             input_example=example,
+            model_config={pyfunc.FILES_ROOT: ""},
             mlflow_model=mlflow.models.Model(run_id=run_id, model_id=logged.model_id),
         )
         (target / "MODEL_CARD.md").write_text(card)

@@ -118,34 +118,38 @@ def compare_folds(
     return {"difference": difference, "low": low, "high": high, "folds": len(ours), "kind": candidate["kind"]}
 
 
-def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
-    """Let both models label the cells that neither was trained on.
+def compare_folds_with_floor(candidate: Mapping[str, Any] | None, num_labels: int) -> dict[str, Any] | None:
+    """Candidate less the most frequent label for every cell, over the candidate's folds.
+
+    The macro-F1 of one label for every cell is at most 1 / `num_labels`, which is taken for it.
+
+    Args:
+        candidate: As `compare_folds`.
+        num_labels: Labels.
+    """
+    if candidate is None:
+        return None
+    floor = {**candidate, "metrics": {"macro_f1": [1 / num_labels] * len(candidate["names"])}}
+    return compare_folds(candidate, floor)
+
+
+def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparison:
+    """Label the cells that neither model was trained on with both.
+
+    Args:
+        candidate: The candidate.
+        champion: The champion; None takes, in its place, the most frequent label for every cell.
 
     Raises:
         ValueError: The candidate held no cells out, its atlas is not there any more, or the champion was
             trained on those cells.
     """
     split, query = candidate.meta.get("split", {}), candidate.meta.get("query", {})
-    held_out = set(split.get("groups", {}).get("test", []))
-    if not held_out or not query:
+    groups = _groups_to_compare_on(split, champion)
+    if not groups or not query:
         raise ValueError(
             "the candidate's training held no cells out to compare on; train it with split.test_fraction"
             " above 0"
-        )
-    theirs = champion.meta.get("split", {})
-    if theirs.get("group_by") != split["group_by"]:
-        raise ValueError(
-            f"the candidate was split by {split['group_by']!r} and the champion by"
-            f" {theirs.get('group_by')!r}: what neither was trained on"
-            " cannot be told; train the candidate with the champion's split.group_by"
-        )
-    seen = {group for part in ("train", "val") for group in theirs["groups"].get(part, [])}
-    groups = sorted(held_out - seen)
-    if not groups:
-        raise ValueError(
-            f"the champion was trained on all of the candidate's held-out groups"
-            f" ({', '.join(sorted(held_out))}); train the candidate with"
-            f" split.test_groups={theirs['groups'].get('test', [])}"
         )
     atlas, filters, expected_hash = saved_query(query)
     result = find_cells(
@@ -164,8 +168,11 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
             f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are"
             f" needed; hold more out"
         )
-    right_n = {}
+    values, counts = np.unique(labels_n.astype(str), return_counts=True)
+    right_n = {CHAMPION: labels_n == values[counts.argmax()]}
     for name, predictor in ((CANDIDATE, candidate), (CHAMPION, champion)):
+        if predictor is None:
+            continue
         source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
         predicted = []
         for start in range(0, len(positions), _CELLS_PER_CHUNK):
@@ -175,10 +182,54 @@ def compare_models(candidate: Predictor, champion: Predictor) -> Comparison:
     return compare(right_n, labels_n, groups)
 
 
+def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) -> list[str]:
+    """The candidate's held-out groups less those that the champion was trained on."""
+    held_out = set(split.get("groups", {}).get("test", []))
+    if champion is None or not held_out:
+        return sorted(held_out)
+    theirs = champion.meta.get("split", {})
+    if theirs.get("group_by") != split["group_by"]:
+        raise ValueError(
+            f"the candidate was split by {split['group_by']!r} and the champion by"
+            f" {theirs.get('group_by')!r}: what neither was trained on cannot be known; train the candidate"
+            f" with the champion's split.group_by"
+        )
+    seen = {group for part in ("train", "val") for group in theirs["groups"].get(part, [])}
+    if held_out <= seen:
+        raise ValueError(
+            f"the champion was trained on all of the candidate's held-out groups"
+            f" ({', '.join(sorted(held_out))}); train the candidate with"
+            f" split.test_groups={theirs['groups'].get('test', [])}"
+        )
+    return sorted(held_out - seen)
+
+
+def _measured(
+    candidate: Predictor, champion: Predictor | None
+) -> tuple[str, str, dict[str, Any], Comparison | None]:
+    """Metric, cells and numbers of a comparison: on the same folds if both have them, else cell by cell."""
+    own = candidate.meta.get("folds")
+    if champion is None:
+        folds = compare_folds_with_floor(own, len(candidate.label_names))
+    else:
+        folds = compare_folds(own, champion.meta.get("folds"))
+    if folds is not None:
+        whose = "of the candidate's cross-validation" if champion is None else "of both cross-validations"
+        return "macro-F1", f"the {folds['folds']} {folds['kind']} folds {whose}", folds, None
+    comparison = compare_models(candidate, champion)
+    keys = ("difference", "low", "high", "num_cells", "accuracy")
+    measured = {key: getattr(comparison, key) for key in keys} | {"groups": list(comparison.groups)}
+    where = f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}"
+    return "balanced accuracy", where, measured, comparison
+
+
 def promote(
     name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: bool = False
 ) -> dict[str, Any]:
     """Compare candidate and champion, and move the alias where the candidate is better.
+
+    Where there is no champion yet, the candidate must be better than giving every cell the most frequent
+    label.
 
     Args:
         name: Registered model.
@@ -204,40 +255,20 @@ def promote(
         return {**found, "promoted": False, "reason": f"version {version} is the champion already"}
     candidate, comparison = Predictor.load(resolve_model(f"models:/{name}/{version}", tracking)), None
     measured: dict[str, Any] = {}
-    if before is None:
-        better, reason = True, "there was no champion"
-    else:
-        try:
-            champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking))
-            folds = compare_folds(candidate.meta.get("folds"), champion.meta.get("folds"))
-            comparison = compare_models(candidate, champion) if folds is None else None
-            if comparison is not None:
-                measured = {
-                    key: getattr(comparison, key)
-                    for key in ("difference", "low", "high", "num_cells", "accuracy")
-                }
-                measured["groups"] = list(comparison.groups)
-                metric, where = (
-                    "balanced accuracy",
-                    f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}",
-                )
-            else:
-                assert folds is not None
-                measured = folds
-                metric, where = (
-                    "macro-F1",
-                    f"the {folds['folds']} {folds['kind']} folds of both cross-validations",
-                )
-            better = measured["low"] > margin
-            reason = (
-                f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to"
-                f" {measured['high']:+.4f})"
-                f" on {where}; the interval must lie above {margin:+.4f}"
-            )
-        except ValueError as error:
-            if not force:
-                raise
-            better, reason = False, f"not compared: {error}"
+    try:
+        champion = Predictor.load(resolve_model(f"models:/{name}/{before}", tracking)) if before else None
+        metric, where, measured, comparison = _measured(candidate, champion)
+        better = measured["low"] > margin
+        reason = (
+            f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to"
+            f" {measured['high']:+.4f}) on {where}; the interval must be above {margin:+.4f}"
+        )
+        if champion is None:
+            reason = f"there is no champion; against the most frequent label for every cell, {reason}"
+    except ValueError as error:
+        if not force:
+            raise
+        better, reason = False, f"not compared: {error}"
     found |= {
         "promoted": better or force,
         "reason": reason,

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
@@ -38,10 +40,18 @@ _PARAMS = (
 )
 
 
-_TAKES = (
-    "a pandas DataFrame with a row per cell and a column per gene, the path or URI of an .h5ad"
-    " file, or an AnnData"
-)
+_TAKES = "a pandas DataFrame with a row per cell and a column per gene, or an AnnData"
+
+FILES_ROOT = "files_root"
+"""Setting of the model (`model_config`): the folder of the .h5ad files that it may read, or how their
+addresses begin; empty for none."""
+
+
+class InputError(MlflowException, ValueError):
+    """A ValueError that MLflow's server answers with status 400 and its message."""
+
+    def __init__(self, message: str) -> None:
+        MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class CellTypeModel(PythonModel):
@@ -50,6 +60,7 @@ class CellTypeModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         """Read the model directory that was registered as the artifact `model`."""
         self.predictor = Predictor.load(context.artifacts["model"])
+        self.files_root = str((context.model_config or {}).get(FILES_ROOT) or "")
 
     # Of the hints for what it takes, this is the one that MLflow neither warns of nor makes a schema of.
     def predict(
@@ -60,9 +71,11 @@ class CellTypeModel(PythonModel):
         Args:
             context: Not used.
             model_input: Raw counts of cells. A table: one row per cell and one column per gene, named by
-                Ensembl id or symbol. A path or URI of an .h5ad file, as a string or a table of one column of
-                them, read where the model runs. In Python also an AnnData. All measured genes should be
-                there, also those that the model does not know: they belong to the cell's library size.
+                Ensembl id or symbol. In Python also an AnnData. All measured genes should be there, also
+                those that the model does not know: they belong to the cell's library size. If the model was
+                loaded with `model_config={"files_root": FOLDER}`, the path of an .h5ad file in that folder,
+                as a string or a table of one column of them, read where the model runs. By default text is
+                refused: who can send a request must not name files of the server.
             params: `probabilities` adds a column `probability: LABEL` per label; `embedding` adds
                 `embedding_0`, ...; `min_gene_overlap` is the least share of the model's expected expression
                 that the genes must carry; `layer` takes the counts of an .h5ad or AnnData from that layer, or
@@ -73,8 +86,15 @@ class CellTypeModel(PythonModel):
             files one after another.
 
         Raises:
-            ValueError: Too few genes, genes of another species, or values that are no raw counts.
+            ValueError: Too few genes, genes of another species, values that are no raw counts, or text where
+                no files may be read.
         """
+        try:
+            return self._predict(model_input, params)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def _predict(self, model_input: Any, params: dict[str, Any] | None) -> pd.DataFrame:
         given = {name: default for name, _, default in _PARAMS} | (params or {})
         files = _files(model_input)
         if files:
@@ -124,7 +144,7 @@ class CellTypeModel(PythonModel):
             raw = given["layer"] == "raw"
             cells = H5adCells.open(
                 self.predictor,
-                Path(_local(name, scratch)),
+                Path(_local(_allowed(name, self.files_root), scratch)),
                 min_gene_overlap=given["min_gene_overlap"],
                 layer=None if raw else given["layer"] or None,
                 raw=raw,
@@ -137,6 +157,9 @@ class CellTypeModel(PythonModel):
 
     def _table(self, parts: list[Predictions], index: pd.Index, given: dict[str, Any]) -> pd.DataFrame:
         """One row per cell, by position: names of cells may repeat."""
+        for part in parts:
+            if not np.isfinite(part.probabilities_nk).all():
+                raise ValueError("input: some cells have counts too large to compute with; give raw counts")
         dtypes = dict.fromkeys(self.predictor.names.dtypes, object)  # plain text, as the signature says
         columns = [answers(self.predictor, parts).astype(dtypes)]
         if given["probabilities"]:
@@ -160,6 +183,29 @@ def _files(model_input: Any) -> list[str]:
     return []
 
 
+def _allowed(name: str, root: str) -> str:
+    """The path or address of a file that may be read.
+
+    Raises:
+        ValueError: It is not below the root; whether it exists is not said.
+    """
+    if not root:
+        raise ValueError(
+            f"input is text, and this model reads no files; give {_TAKES}, or load the model with"
+            f" model_config={{'{FILES_ROOT}': FOLDER}} (mlflow models serve: the environment variable"
+            f" SERVING_MODEL_CONFIG, as JSON)"
+        )
+    name = name.removeprefix("file://")
+    is_address = "://" in name or name.startswith(("runs:/", "models:/"))
+    if is_address and name.startswith(f"{root.rstrip('/')}/") and ".." not in name.split("/"):
+        return name
+    if not is_address and "://" not in root:
+        path = Path(root, name).resolve()  # also follows links out of the folder
+        if path.is_relative_to(Path(root).resolve()):
+            return str(path)
+    raise ValueError(f"input names a file outside of {FILES_ROOT}, which is all that this model may read")
+
+
 def _local(name: str, scratch: str) -> str:
     """A file on this machine.
 
@@ -167,8 +213,6 @@ def _local(name: str, scratch: str) -> str:
     """
     if "://" not in name and not name.startswith(("runs:/", "models:/")):
         return name
-    if name.startswith("file://"):
-        return name.removeprefix("file://")
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

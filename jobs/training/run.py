@@ -107,6 +107,8 @@ def run_training(
             }
             write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
             run.log_identity(cells.identity())
+            if start is not None:
+                run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
         print(cells.attention, flush=True)
         for note in cells.notes:
             print(f"note: {note}", flush=True)

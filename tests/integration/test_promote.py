@@ -52,9 +52,10 @@ def test_models_of_the_same_folds_are_compared_by_them(
     first, _, short, second, _, third = (
         json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
     )
-    assert first["reason"] == "there was no champion"
+    assert first["promoted"] and "there is no champion; against the most frequent label" in first["reason"]
+    assert first["comparison"]["difference"] == pytest.approx(0.70 - 1 / 4), "four labels"
     assert not short["promoted"] and short["comparison"] == second["comparison"], "better, but by less"
-    assert "the interval must lie above +0.0500" in short["reason"]
+    assert "the interval must be above +0.0500" in short["reason"]
     assert (
         second["promoted"]
         and second["comparison"]["difference"] == pytest.approx(0.05)
@@ -131,7 +132,11 @@ def test_champion_moves_only_to_a_better_model(
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
         register_model(run.tracking_uri, run.run_id, random, "blood")
         status, found, text = promote()
-        assert (status, found["promoted"]) == (0, True) and "there was no champion" in text
+        assert (status, found["promoted"]) == (0, False), "random weights are no better than one label"
+        assert "blood: there is still no champion: " in text and "balanced accuracy" in text
+        assert "champion" not in model_aliases("blood", tracking)
+        status, found, text = promote("--force")
+        assert (status, found["promoted"]) == (0, True) and "(forced)" in text
         status, found, _ = promote()
         assert (status, found["promoted"]) == (0, False)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -47,10 +48,13 @@ def cells() -> pd.DataFrame:
 
 
 @pytest.fixture
-def pyfunc(registered: TrackedRun) -> Iterator[mlflow.pyfunc.PyFuncModel]:
+def pyfunc(
+    registered: TrackedRun, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[mlflow.pyfunc.PyFuncModel]:
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(registered.tracking_uri)
-    yield mlflow.pyfunc.load_model("models:/blood@candidate")
+    root = str(tmp_path_factory.getbasetemp())
+    yield mlflow.pyfunc.load_model("models:/blood@candidate", model_config={"files_root": root})
     mlflow.set_tracking_uri(before)
 
 
@@ -220,6 +224,33 @@ def test_files_and_anndata_give_the_same_as_a_table(
         pyfunc.predict(str(tmp_path / "none.h5ad"))
 
 
+def test_files_outside_the_root_are_not_read(
+    registered: TrackedRun, cells: pd.DataFrame, tmp_path: Path
+) -> None:
+    adata = anndata.AnnData(
+        cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
+    )
+    adata.write_h5ad(tmp_path / "secret.h5ad")
+    root = tmp_path / "open"
+    root.mkdir()
+    shutil.copyfile(tmp_path / "secret.h5ad", root / "cells.h5ad")
+    (root / "link.h5ad").symlink_to(tmp_path / "secret.h5ad")
+    uri = str(resolve_model("models:/blood/1", TrackingConfig(uri=registered.tracking_uri)).parents[1])
+    model = mlflow.pyfunc.load_model(uri, model_config={"files_root": str(root)})
+    assert len(model.predict("cells.h5ad")) == len(model.predict(str(root / "cells.h5ad"))) == len(cells)
+    for path in (
+        "../secret.h5ad",
+        str(tmp_path / "secret.h5ad"),
+        "link.h5ad",
+        "s3://b/cells.h5ad",
+        "../no.h5ad",
+    ):
+        with pytest.raises(ValueError, match="outside of files_root"):
+            model.predict(path)
+    with pytest.raises(ValueError, match="this model reads no files"):
+        mlflow.pyfunc.load_model(uri).predict(str(root / "cells.h5ad"))
+
+
 def test_the_model_card_says_what_the_model_is(registered: TrackedRun, store: TrackingConfig) -> None:
     card = (resolve_model("models:/blood/1", store).parents[1] / "MODEL_CARD.md").read_text()
     assert MlflowClient(store.uri).get_model_version("blood", "1").description == card
@@ -254,7 +285,18 @@ def test_served_annotated_and_loaded_answers_are_the_same(
             f"{server.url}/invocations",
             {"dataframe_split": table | {"data": (-cells).to_numpy().tolist()}},
         )
-        assert status >= 400 and "is negative" in json.dumps(answer)
+        assert status == 400 and "is negative" in answer["message"]
+        huge = (cells * 0 + 1e308).to_numpy().tolist()
+        status, answer = _post(f"{server.url}/invocations", {"dataframe_split": table | {"data": huge}})
+        assert status == 400, "finite answers or none"
+        (tmp_path / "there.h5ad").touch()
+        answers = set()
+        for text in (tmp_path / "there.h5ad", tmp_path / "missing.h5ad", "s3://bucket/a.h5ad"):
+            body = {"dataframe_split": {"columns": ["file"], "data": [[str(text)]]}}
+            status, answer = _post(f"{server.url}/invocations", body)
+            assert status == 400 and "this model reads no files" in answer["message"]
+            answers.add(json.dumps(answer))
+        assert len(answers) == 1, "a client cannot know which files there are"
     adata = anndata.AnnData(
         cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
     )
