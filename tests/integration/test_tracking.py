@@ -1,6 +1,9 @@
 import json
+import os
 import pickle
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from helpers.processes import REPO_ROOT, run_python
 from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.identity import code_identity, git_revision
+from jobs.tracking.logged import logged_run
 from jobs.tracking.models import pinned_model, resolve_model
 from jobs.tracking.runs import TrackedRun, start_run
 from screformer.config import ExperimentConfig, TrackingConfig
@@ -175,6 +179,62 @@ def test_a_run_in_a_file_of_another_node_says_what_to_do(tmp_path: Path) -> None
     ):
         run.log_metrics({"train/loss": 1.0}, step=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_two_jobs_that_start_together_on_a_new_store_both_work(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from jobs.tracking.runs import start_run\n"
+        "from screformer.config import ExperimentConfig\n"
+        "with start_run(ExperimentConfig().merge({'tracking.uri': 'sqlite:///new.db'}), 'pretrain') as run:\n"
+        "    run.log_metrics({'train/loss': 1.0}, step=0)\n"
+        "print(run.run_id)\n"
+    )
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    ids = set()
+    for job in jobs:
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err
+        ids.add(out.strip())
+    client = MlflowClient(f"sqlite:///{tmp_path}/new.db")
+    runs = client.search_runs([client.get_experiment_by_name("screformer").experiment_id])
+    assert {run.info.run_id for run in runs} == ids and len(ids) == 3
+
+
+def test_looking_up_makes_no_store(tmp_path: Path) -> None:
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    for look in (
+        lambda: resolve_model("models:/blood@champion", tracking),
+        lambda: pinned_model("models:/blood@champion", tracking),
+        lambda: logged_run("0" * 32, tracking),
+    ):
+        with pytest.raises(ValueError, match=r"there is no tracking store sqlite:.*--tracking-uri"):
+            look()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_called_by_what_it_does(config: ExperimentConfig, store: str) -> None:
+    on_blood = config.merge({"atlas.uri": "s3://atlases/blood/", "query.obs_filter": "tissue == 'blood'"})
+    with start_run(on_blood, "finetune") as run:
+        atlas = {"uri": "s3://atlases/blood/", "timestamp_ms": 12}
+        run.log_identity({"query": {"hash": "ab" * 32, "atlas": atlas, "obs_filter": "tissue == 'blood'"}})
+    logged = MlflowClient(store).get_run(run.run_id)
+    assert re.fullmatch(r"finetune blood, tissue == 'blood', \d{4}-\d\d-\d\d \d\d:\d\d", logged.info.run_name)
+    (dataset,) = (entry.dataset for entry in logged.inputs.dataset_inputs)
+    assert (dataset.name, dataset.digest) == ("blood@12", ("ab" * 32)[:36])
+    with start_run(on_blood.merge({"tracking.run_name": "mine"}), "finetune") as run:
+        pass
+    assert MlflowClient(store).get_run(run.run_id).info.run_name == "mine"
 
 
 def test_git_revision_or_its_absence(tmp_path: Path) -> None:
