@@ -36,32 +36,21 @@ expected gradients, 2021.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from screformer.attention import LocalSelfAttention
-from screformer.counts import Panels
+from screformer.cell_tokens import CellTokens
 from screformer.model import HASH_SEED, ScReformer
-from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
+from screformer.tokenizer import NUM_SPECIAL
 
 NUM_NODES = 3
 """Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood
 cells, LSH attention)."""
 _TOKENS_AT_ONCE = 16_384
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class CellTokens:
-    """The tokens of one cell, [CLS] first; arrays (l,) but for the last."""
-
-    token_ids: np.ndarray
-    values: np.ndarray
-    bin_ids: np.ndarray
-    measured_g: np.ndarray
-    """Which genes were measured in the cell, bool (g,)."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -272,31 +261,6 @@ class _Pair:
                 whole[place] = source
                 sides.append(whole)
         return cls(token_ids, *sides)
-
-
-def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellTokens]:
-    """Cut what `CellTokenizer` gives into cells, without padding."""
-    cells = []
-    for ids, values, bins, panel in zip(
-        tokens["token_ids"], tokens["values"], tokens["bin_ids"], panels.panels_n, strict=True
-    ):
-        used = ids != PAD
-        cells.append(
-            CellTokens(
-                token_ids=ids[used],
-                values=values[used],
-                bin_ids=bins[used],
-                measured_g=panels.measured_pg[panel],
-            )
-        )
-    return cells
-
-
-def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
-    """The cell as if some genes (vocabulary indices) had not been detected."""
-    kept = ~np.isin(cell.token_ids, np.asarray(genes) + NUM_SPECIAL)
-    assert kept[cell.token_ids == CLS].all()
-    return replace(cell, token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])
 
 
 def _groups(pairs: Sequence[_Pair], num_nodes: int) -> list[list[_Pair]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from jobs.reports.run_report import SCORES
+from jobs.reports.results import SCORES
 from jobs.studies.baseline_cells import BaselineCells, baseline_parts
 from jobs.studies.baselines import run_baseline
 from jobs.training.cells import TrainingCells

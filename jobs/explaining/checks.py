@@ -18,9 +18,9 @@ from jobs.explaining.faithfulness import curves, sanity
 from jobs.explaining.pictures import draw
 from jobs.explaining.shards import GENES, MeasuredMeans, shards_of, values_matrix
 from jobs.reports.artifacts import write_explained
+from screformer.cell_tokens import CellTokens
 from screformer.cells import CellSource
 from screformer.counts import Panels
-from screformer.explain import CellTokens
 from screformer.markers import markers
 from screformer.predictor import Predictor
 

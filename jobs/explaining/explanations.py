@@ -20,10 +20,11 @@ from data_ingest.tasks import map_tasks
 from jobs.explaining.checks import summarise
 from jobs.explaining.shards import BACKGROUND, GENES, PLAN, SHARDS, tokens_of
 from jobs.reports.artifacts import EXPLAINED
+from screformer.cell_tokens import CellTokens
 from screformer.cells import CellSource
 from screformer.cost import peak_memory_gb
 from screformer.counts import Panels
-from screformer.explain import CellTokens, Explainer
+from screformer.explain import Explainer
 from screformer.files import write_whole
 from screformer.predictor import Predictor, loaded_predictor
 

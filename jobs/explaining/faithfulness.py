@@ -10,8 +10,9 @@ import pandas as pd
 
 from jobs.explaining.shards import SHARDS, shards_of, tokens_of
 from jobs.reports.artifacts import write_explained
+from screformer.cell_tokens import CellTokens, without_genes
 from screformer.cells import CellSource
-from screformer.explain import Attribution, CellTokens, Explainer, without_genes
+from screformer.explain import Attribution, Explainer
 from screformer.model import HASH_SEED, ScReformer
 from screformer.predictor import Predictor
 from screformer.tokenizer import CLS, NUM_SPECIAL

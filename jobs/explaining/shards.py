@@ -14,8 +14,8 @@ import pandas as pd
 from scipy import sparse
 
 from jobs.reports.artifacts import EXPLAINED
+from screformer.cell_tokens import CellTokens, cell_tokens
 from screformer.cells import CellSource
-from screformer.explain import CellTokens, cell_tokens
 from screformer.predictor import Predictor
 
 SHARDS, BACKGROUND, GENES, PLAN = "values", "background.parquet", "genes.parquet", "plan.json"

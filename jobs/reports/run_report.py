@@ -14,16 +14,12 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from jobs.reports.artifacts import (
     ANNOTATED,
-    read_baselines,
     read_config,
-    read_confusion,
     read_identity,
-    read_per_class,
     read_reliability,
     read_test_cells,
     study_page,
@@ -33,24 +29,16 @@ from jobs.reports.explained import add_explanations
 from jobs.reports.figures import (
     LEAST_CELLS,
     calibration_error,
-    confusion_figure,
     learning_figure,
     reliability_figure,
 )
 from jobs.reports.page import Report
 from jobs.reports.provenance import add_provenance, listed, split_of
+from jobs.reports.results import SCORES, add_results
 from jobs.tracking.logged import LoggedRun
 from jobs.tracking.runs import TrackedRun
 from screformer.files import read_csv
-from screformer.metrics import OURS, reliability_rows
-
-SCORES = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "macro_f1": "macro-F1",
-    "weighted_f1": "weighted F1",
-}
-"""Name among the metrics, and for people."""
+from screformer.metrics import reliability_rows
 
 _JOBS = {
     "pretrain": "Pre-training",
@@ -89,7 +77,7 @@ def run_report(run: LoggedRun, *others: LoggedRun) -> Report:
     name = config.get("tracking", {}).get("model_name") or run.name
     report = Report(f"{_JOBS.get(job, job.capitalize())}: {name}", subtitle=_subtitle(run))
     _add_summary(report, run, identity)
-    _add_results(report, run)
+    add_results(report, run)
     _add_curves(report, run)
     _add_calibration(report, run)
     cells = read_test_cells(run)
@@ -143,81 +131,6 @@ def _add_summary(report: Report, run: LoggedRun, identity: dict[str, Any]) -> No
             f"{num_cut:,.0f} cells, counted each time they were read, have more genes than"
             f" `tokens.max_genes` and were cut to those that stand out most."
         )
-
-
-def _add_results(report: Report, run: LoggedRun) -> None:
-    per_class, confusion, baselines = read_per_class(run), read_confusion(run), read_baselines(run)
-    if f"test/{next(iter(SCORES))}" not in run.metrics and per_class is None:
-        return
-    report.section("Results")
-    rows = [{"model": OURS} | {name: run.metrics.get(f"test/{key}") for key, name in SCORES.items()}]
-    if baselines is not None:
-        rows += [
-            {"model": row["model"]} | {name: row.get(key) for key, name in SCORES.items()}
-            for _, row in baselines.iterrows()
-        ]
-        best = baselines.loc[baselines["macro_f1"].idxmax()]
-        difference = run.metrics["test/macro_f1"] - best["macro_f1"]
-        verdict = "above" if difference > 0 else "below" if difference < 0 else "the same as"
-        report.text(
-            f"Macro-F1 is **{abs(difference):.3f} {verdict}** the best baseline on the same cells"
-            f" ({best['model']}, {best['macro_f1']:.3f}). One split says little about small differences;"
-            f" cross-validation says more."
-        )
-    caption = "Macro-F1 weighs every type alike, however rare it is; accuracy weighs every cell alike."
-    report.table("Test scores", pd.DataFrame(rows).dropna(axis="columns", how="all"), caption)
-    if per_class is not None:
-        per_class = per_class.rename(columns={"label": "type", "f1": "F1"}).sort_values(
-            "cells", ascending=False
-        )
-        weak = per_class[(per_class["cells"] > 0) & (per_class["F1"] < 0.5)]["type"].tolist()
-        if weak:
-            report.warning(f"F1 below 0.5: {listed(weak)}.")
-        caption = "Test cells of each true type; a type without test cells has no recall."
-        report.table("Each type", per_class, caption)
-    cells = read_test_cells(run)
-    if cells is not None:
-        for column, noun in (("donor_id", "donor"), ("dataset_id", "dataset")):
-            _add_groups(report, cells, column, noun)
-    if confusion is not None:
-        counts_kk, names = confusion
-        report.figure(
-            "Confusion matrix",
-            confusion_figure(counts_kk, names),
-            "Rows are true types (with their cells), columns predictions. In each field is the share of the"
-            " row, and below it the number of cells.",
-            _confusion_alt(counts_kk, names),
-        )
-
-
-def _add_groups(report: Report, cells: pd.DataFrame, column: str, noun: str) -> None:
-    """Scores of the test cells of each donor or dataset, the worst first; nothing where there is only one."""
-    rows = []
-    for name, own in cells.groupby(cells[column].astype(str), sort=True):
-        wrong = own[own["label"] != own["prediction"]]
-        mistakes = (wrong["label"].astype(str) + " as " + wrong["prediction"].astype(str)).value_counts()
-        recalls = (own["label"] == own["prediction"]).groupby(own["label"]).mean()
-        rows.append(
-            {
-                noun: name,
-                "cells": len(own),
-                "types": len(recalls),
-                "accuracy": 1 - len(wrong) / len(own),
-                "balanced accuracy": recalls.mean(),
-                "unsure": (own["said"] != own["prediction"]).mean(),
-                "most frequent mistake": f"{mistakes.index[0]} ({mistakes.iloc[0]})" if len(wrong) else "",
-            }
-        )
-    if len(rows) < 2:
-        return
-    table = pd.DataFrame(rows).sort_values("accuracy", kind="stable")
-    note = (
-        f"Of {len(cells):,} test cells whose predictions the run kept. Unsure is the share that is answered"
-        f" with unknown or a broader term."
-    )
-    if len(table) > _MOST_ROWS:
-        note += f" The {_MOST_ROWS} worst of {len(table):,}."
-    report.table(f"Each {noun}", table.head(_MOST_ROWS), note)
 
 
 def _add_curves(report: Report, run: LoggedRun) -> None:
@@ -284,20 +197,6 @@ def _add_folder(report: Report, run: LoggedRun, folder: str, title: str) -> None
 def _shortened(value: Any) -> Any:
     """A list of many names would make a row as high as the screen; the artifact has it whole."""
     return textwrap.shorten(value, _MOST_LETTERS, placeholder=" …") if isinstance(value, str) else value
-
-
-def _confusion_alt(counts_kk: np.ndarray, names: list[str]) -> str:
-    wrong_kk = counts_kk * (1 - np.eye(len(counts_kk), dtype=counts_kk.dtype))
-    pairs = [
-        np.unravel_index(flat, wrong_kk.shape) for flat in np.argsort(-wrong_kk, axis=None, kind="stable")[:3]
-    ]
-    said = "; ".join(
-        f"{names[row]} taken for {names[column]} {wrong_kk[row, column]} times"
-        for row, column in pairs
-        if wrong_kk[row, column]
-    )
-    right = f"{np.trace(counts_kk):,} of {counts_kk.sum():,} cells are right"
-    return f"Confusion matrix of {len(names)} types; {right}. {said or 'No mistakes'}."
 
 
 def _plural(noun: str) -> str:

@@ -18,7 +18,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from jobs.tracking.client import (
@@ -131,9 +130,7 @@ class TrackedRun:
         self._deliver({"kind": "running"})
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.end(error=error)
 
     def end(self, *, error: BaseException | None = None) -> None:
@@ -257,9 +254,8 @@ class TrackedRun:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; nested mappings are flattened with dots."""
-        self._deliver(
-            {"kind": "tags", "tags": {name: str(value)[:5000] for name, value in flat(tags).items()}}
-        )
+        values = {name: str(value)[:5000] for name, value in flat(tags).items()}
+        self._deliver({"kind": "tags", "tags": values})
 
     def register(self, model_dir: str | Path, name: str) -> int | None:
         """Register the run's model as `register_model` does, or keep that for later where the server is away.

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from helpers.tiny_model import write_tiny_model
+from screformer.cell_tokens import CellTokens, cell_tokens, without_genes
 from screformer.counts import CellCounts
-from screformer.explain import CellTokens, Explainer, cell_tokens, without_genes
+from screformer.explain import Explainer
 from screformer.layers import LINEAR_SCALE
 from screformer.markers import markers
 from screformer.predictor import Predictor
