@@ -31,7 +31,7 @@ def unreadable(path: Path, error: OSError) -> str:
     """Why a file cannot be opened as HDF5, and what helps."""
     if isinstance(error, PermissionError) or error.errno == 13:
         return f"{path} may not be read by this user; change its permissions (chmod u+r)"
-    if "lock" in str(error) or error.errno == 11:
+    if "lock file" in str(error) or error.errno == 11:  # not the `sblock` of a truncated file
         return (
             f"{path} is locked: another program has it open for writing; close it there, or copy the file."
             " On a file system without locks, set HDF5_USE_FILE_LOCKING=FALSE"

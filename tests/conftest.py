@@ -68,7 +68,6 @@ def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
     """URI of an atlas with the cells of `sim_h5ads`, ingested once for all xdist workers; read it only."""
     from data_ingest.ingest import ingest
-    from helpers.local_ray import some_ray
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -77,8 +76,7 @@ def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path])
     with (shared / "small-atlas.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
-            with some_ray():
-                ingest(sim_h5ads, str(atlas))
+            ingest(sim_h5ads, str(atlas))
             done.touch()
     return str(atlas)
 

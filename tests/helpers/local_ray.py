@@ -1,8 +1,5 @@
 """The Ray of the tests: a private one of four CPUs, never a cluster that happens to run on this machine."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import ray
 
 
@@ -16,16 +13,3 @@ def start_ray() -> None:
             include_dashboard=False,
             log_to_driver=False,
         )
-
-
-@contextmanager
-def some_ray() -> Iterator[None]:
-    """The Ray that runs, or one for the time being."""
-    if ray.is_initialized():
-        yield
-        return
-    start_ray()
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -25,9 +25,9 @@ def three_files(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "files", "other", "stride", "start", "at_least"),
     [
-        pytest.param("", "a.h5ad,c.h5ad", "", 5, 1, 8, id="new atlas"),
-        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "", 2, 7, 8, id="append"),
-        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "c.h5ad", 3, 9, 4, id="append, then other files first"),
+        pytest.param("", "a.h5ad,c.h5ad", "", 9, 1, 4, id="new atlas"),
+        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "", 5, 7, 4, id="append"),
+        pytest.param("a.h5ad", "b.h5ad,c.h5ad", "c.h5ad", 7, 9, 3, id="append, then other files first"),
     ],
 )
 def test_killed_at_any_operation(
