@@ -2,7 +2,7 @@
 
 Expected gradients of a logit, as one value per gene, that add up to the whole logit.
 
-A cell is compared with background cells, and what stands between the two logits is shared out over genes. A
+A cell is compared with background cells, and the difference between the two logits is divided among genes. A
 background cell has other genes, and here a gene that is not detected is no token. So the path between the two
 cells runs over the tokens of both: at its ends each cell is itself, and on the way three things move in a
 straight line,
@@ -16,8 +16,8 @@ Gauss-Legendre nodes, then averaged over the background. A gene that only the ba
 its absence is evidence. So does, where the background's datasets measured other genes than the cell's, a gene
 that was measured on one side only. This is expected gradients with the integral by quadrature in place of
 random points, which costs fewer passes for the same error. The values of a cell sum to its logit minus the
-background's mean logit; `additivity_error` says how nearly. What is left is the error of the quadrature, and
-the jumps of LSH attention where a hash changes on the way.
+background's mean logit; `additivity_error` is what is missing: the error of the quadrature, and the
+jumps of LSH attention where a hash changes on the way.
 
 `shap.GradientExplainer` cannot be asked for this: its inputs have one shape for cell and background, with no
 presence, and its `(model, layer)` mode multiplies gradients by the interpolated activation instead of the
@@ -111,7 +111,7 @@ class Explainer:
         self._base_bk = np.concatenate([self.logits([cell]) for cell in self._background])
 
     def logits(self, cells: Sequence[CellTokens]) -> np.ndarray:
-        """What the network says of cells, float32 (n, k)."""
+        """The network's logits of cells, float32 (n, k)."""
         with torch.no_grad():
             output = self._model(self._batch(cells), task="finetune", hash_seed=self._hash_seed)
         assert output.logits_nk is not None

@@ -68,7 +68,7 @@ def summarise(
     candidates = _Candidates.read(predictor, source, np.array(plan["candidates"]))
     more_kg, regression = candidates.expressed_more(len(names)), candidates.regression_top()
     order_kg = np.argsort(-mean_kg, axis=1, kind="stable")
-    # Genes that speak for a class by being there, and genes that do by being lacked.
+    # Genes that support a class by being expressed, and genes that do by their absence.
     top, lacking = (
         {
             code: [gene for gene in order_kg[code].tolist() if side_kg[code, gene]][:TOP_GENES]
@@ -126,7 +126,7 @@ class _Candidates:
     x_ng: sparse.csr_matrix
     """log1p of counts per 10,000."""
     codes_n: np.ndarray
-    """What the model says of them."""
+    """Their predicted labels."""
     panels: Panels
 
     @classmethod
@@ -224,6 +224,6 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         )
         found = row["markers"] or f"none; {known}"
         lines.append(f"  {row['label']} ({row['cells']} cells), markers among the top {TOP_GENES}: {found}")
-        lines.append(f"    by being expressed: {row['top_genes']}")
-        lines.append(f"    by being lacked: {row['top_lacking']}")
+        lines.append(f"    expressed: {row['top_genes']}")
+        lines.append(f"    absent: {row['top_lacking']}")
     return lines

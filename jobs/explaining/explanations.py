@@ -51,7 +51,7 @@ def explain(
         predictor: The model.
         model_dir: Its directory, which Ray tasks load it from.
         source: The cells.
-        out: Folder for everything; an interrupted run of the same cells and settings goes on in it.
+        out: Folder for everything; an interrupted run of the same cells and settings resumes in it.
         num_cells: Cells to explain, evenly over the predicted labels.
         num_background: Background cells, evenly over the predicted labels, none of them explained.
         num_nodes: Points of each path.

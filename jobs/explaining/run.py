@@ -11,7 +11,10 @@ from data_ingest.cells import H5adCells
 from jobs.explaining.explanations import explain
 from jobs.explaining.shards import PLAN
 from jobs.reports.artifacts import log_explanations
+from jobs.reports.run_report import write_report
+from jobs.tracking.logged import logged_run
 from jobs.tracking.models import pinned_model, resolve_model
+from jobs.tracking.naming import cells_of
 from jobs.tracking.runs import start_run
 from screformer.cells import CellSource
 from screformer.config import ExperimentConfig
@@ -34,7 +37,7 @@ def explain_run(
     num_nodes: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Explain a sample of cells, and log numbers and files as an MLflow run.
+    """Explain a sample of cells, log numbers and files as an MLflow run, and write its report.
 
     Args:
         model: As `resolve_model` takes it.
@@ -79,7 +82,8 @@ def explain_run(
         )
     connect()
     config = predictor.config.merge({"tracking.uri": settings.tracking.uri, "tracking.run_name": ""})
-    with start_run(config, "explain") as run:
+    what = h5ad.name if h5ad is not None else cells_of(settings)
+    with start_run(config, "explain", what=what) as run:
         run.log_identity({"model": pinned, "source": source.identity()})
         out = out.resolve()
         summary = explain(
@@ -102,4 +106,5 @@ def explain_run(
         }
         run.log_metrics(numbers, step=0)
         log_explanations(run, out)
+    write_report(logged_run(run.run_id, settings.tracking), (), out / "report.html")
     return {"out": str(out), "run": run.run_id, **summary}

@@ -92,7 +92,7 @@ def load_explanations(out: str | Path) -> Explanations:
     if not (out / EXPLAINED).is_file():
         raise ValueError(
             f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it"
-            f" goes on where it stopped"
+            f" resumes where it stopped"
         )
     genes = pd.read_parquet(out / GENES)
     frames, rows = [], []

@@ -1,6 +1,6 @@
 """The artifacts that jobs leave in a run for reports: each name once, with what writes it and what reads it.
 
-A table that a report shows is an artifact of its own, so that a report can be made again at any time, by
+Each table that a report shows is an artifact, so that a report can be made again at any time, by
 whoever has the run.
 
 Axes: k labels.

@@ -88,7 +88,7 @@ class Report:
             title: Heading; may be empty.
             figure: Drawn at once, on a transparent ground; dark ink on white is turned round in dark mode.
             caption: What it shows and how to read it.
-            alt: What it says, for those who don't see it.
+            alt: What it shows, for those who do not see it.
 
         Raises:
             ValueError: `alt` is empty.
@@ -137,7 +137,9 @@ class Report:
         alt: str,
     ) -> None:
         if not alt.strip():
-            raise ValueError(f"alt of figure {title!r} is empty; say in a sentence what the picture shows")
+            raise ValueError(
+                f"alt of figure {title!r} is empty; describe in a sentence what the picture shows"
+            )
         if kind not in _MEDIA:
             raise ValueError(f"picture {title!r} is of kind {kind!r}; known are {', '.join(_MEDIA)}")
         size = (

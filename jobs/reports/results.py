@@ -41,8 +41,8 @@ def add_results(report: Report, run: LoggedRun) -> None:
         verdict = "above" if difference > 0 else "below" if difference < 0 else "the same as"
         report.text(
             f"Macro-F1 is **{abs(difference):.3f} {verdict}** the best baseline on the same cells"
-            f" ({best['model']}, {best['macro_f1']:.3f}). One split says little about small differences;"
-            f" cross-validation says more."
+            f" ({best['model']}, {best['macro_f1']:.3f}). One split shows little about small differences;"
+            f" cross-validation shows more."
         )
     caption = "Macro-F1 weighs every type alike, however rare it is; accuracy weighs every cell alike."
     report.table("Test scores", pd.DataFrame(rows).dropna(axis="columns", how="all"), caption)

@@ -125,7 +125,7 @@ def _confidence(loaded: LoadedModel) -> list[str]:
         f"- unknown above a score of {calibration.unknown_threshold:.4g}, which"
         f" {measured['false_alarm_rate']:.0%} of these cells exceed",
         f"- below a probability of {MIN_PROBABILITY:g} one of {len(calibration.lineage.terms)} more general"
-        f" terms is said, or `unknown`",
+        f" terms is the answer, or `unknown`",
     ]
 
 

@@ -204,7 +204,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     store = existing_store(tracking or TrackingConfig())
     location = _run_model(uri.removeprefix("runs:/"), store) if is_run else _version_location(uri, store)
     target: str | None = None
-    if not location.startswith(("/", "file:")):  # files are read where they lie
+    if not location.startswith(("/", "file:")):  # files are read in place
         target = scratch_folder()
     return _model_directory(
         Path(
@@ -249,7 +249,7 @@ def _version_location(uri: str, store: str) -> str:
 
 
 def _run_model(run_id: str, store: str) -> str:
-    """Where the artifacts of a run's model lie.
+    """Where the artifacts of a run's model are.
 
     The registered one, else the directory `model` among the run's artifacts.
     """

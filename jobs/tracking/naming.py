@@ -14,14 +14,16 @@ _DIGEST = 36
 """The longest digest of a dataset that MLflow keeps."""
 
 
-def run_name(config: ExperimentConfig, job: str) -> str:
+def run_name(job: str, what: str) -> str:
     """What ran, on what, when: `finetune blood, tissue_general == 'lung', 2026-11-26 17:40`."""
+    return f"{job} {what}".strip() + f", {datetime.now().astimezone():%Y-%m-%d %H:%M}"
+
+
+def cells_of(config: ExperimentConfig) -> str:
+    """The cells of a configuration in a few words: the name of the atlas, and the query."""
     atlas, query = config.atlas.uri.rstrip("/"), config.query.file or config.query.obs_filter
-    parts = [
-        f"{job} {atlas.rpartition('/')[2]}".strip(),
-        textwrap.shorten(query.rpartition("/")[2] if config.query.file else query, 60, placeholder=" ..."),
-        datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
-    ]
+    shown = query.rpartition("/")[2] if config.query.file else query
+    parts = [atlas.rpartition("/")[2], textwrap.shorten(shown, 60, placeholder=" ...")]
     return ", ".join(part for part in parts if part)
 
 

@@ -1,6 +1,6 @@
 """What could not be sent to the tracking server, kept until it can be.
 
-Each entry is a file of its own, written whole or not at all, so that a driver and its workers may share a
+Each entry is one file, written whole or not at all, so that a driver and its workers may share a
 folder, also in an object store, and a killed process leaves nothing half. Names sort by time. What an entry
 means is `jobs.tracking.entries`' business.
 """
@@ -160,7 +160,7 @@ class Outbox:
             except ConnectionError as error:
                 self._away(error, began)
                 return num_sent, len(names) - num_sent
-            except Exception as error:  # noqa: BLE001 - whatever the server says to one entry must not hold up the others
+            except Exception as error:  # noqa: BLE001 - no refusal of one entry may hold up the others
                 logger.warning("%s/%s was refused: %s: %s", self.folder, name, type(error).__name__, error)
                 num_refused += 1
                 continue

@@ -276,10 +276,8 @@ def promote(
     }
     if measured:
         found["comparison"] = measured
-    config = candidate.config.merge({"tracking.uri": tracking.uri})
-    with start_run(
-        dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, run_name="")), "promote"
-    ) as run:
+    config = candidate.config.merge({"tracking.uri": tracking.uri, "tracking.run_name": ""})
+    with start_run(config, "promote", what=name) as run:
         run.set_tags({f"promote.{key}": value for key, value in found.items()})
         if comparison is not None:
             run.log_table(comparison.table, "promote/per_type.csv")

@@ -1,6 +1,6 @@
 """The registered model, as code.
 
-MLflow copies this file beside the weights and runs it wherever the model is loaded.
+MLflow copies this file next to the weights and runs it wherever the model is loaded.
 
 It may import `screformer` and `data_ingest.cells` with what that needs, as copies of both travel with the
 model, but nothing else of this repository.
@@ -160,7 +160,7 @@ class CellTypeModel(PythonModel):
         for part in parts:
             if not np.isfinite(part.probabilities_nk).all():
                 raise ValueError("input: some cells have counts too large to compute with; give raw counts")
-        dtypes = dict.fromkeys(self.predictor.names.dtypes, object)  # plain text, as the signature says
+        dtypes = dict.fromkeys(self.predictor.names.dtypes, object)  # plain text, as in the signature
         columns = [answers(self.predictor, parts).astype(dtypes)]
         if given["probabilities"]:
             names = [f"probability: {name}" for name in self.predictor.label_names]

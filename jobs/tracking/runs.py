@@ -33,7 +33,7 @@ from jobs.tracking.client import (
 )
 from jobs.tracking.entries import Entry, send_entry
 from jobs.tracking.identity import code_identity
-from jobs.tracking.naming import dataset, flat, run_name
+from jobs.tracking.naming import cells_of, dataset, flat, run_name
 from jobs.tracking.outbox import outbox
 from screformer.files import csv_text
 
@@ -49,13 +49,16 @@ CONFIG, IDENTITY = "config.yaml", "identity.json"
 """Artifacts of every run: its settings, from which it can be started again, and what it read and ran."""
 
 
-def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None = None) -> TrackedRun:
+def start_run(
+    config: ExperimentConfig, job: str, *, parent: TrackedRun | None = None, what: str = ""
+) -> TrackedRun:
     """Start the run of a job and log its configuration.
 
     Args:
-        config: The job's settings; `config.tracking` says where runs are kept and what they are called.
+        config: The job's settings; `config.tracking` has where runs are kept and what they are called.
         job: Name of the command, such as `finetune`; kept as a tag.
         parent: Run that this one belongs to, such as that of a cross-validation.
+        what: What the job works on, for the run's name; empty takes the atlas and the query.
 
     Returns:
         The run, to be used in a `with` statement: an exception marks it FAILED with the error, else it ends
@@ -75,7 +78,7 @@ def start_run(config: ExperimentConfig, job: str, *, parent: TrackedRun | None =
     }
     if parent is not None:
         tags["mlflow.parentRunId"] = parent.run_id
-    name = config.tracking.run_name or run_name(config, job)
+    name = config.tracking.run_name or run_name(job, what or cells_of(config))
     with answering(uri):
         experiment_id = _experiment(uri, config.tracking.experiment)
         info = mlflow_client(uri).create_run(experiment_id, tags=tags, run_name=name).info
@@ -234,11 +237,7 @@ class TrackedRun:
             self.log_file(file, folder=folder)
 
     def histories(self, names: Sequence[str] | None = None) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) points of metrics, by step; without names, of all.
-
-        Raises:
-            ConnectionError: The tracking server does not answer.
-        """
+        """(step, value) points of metrics, or of all; ConnectionError if the server does not answer."""
         require_here(self.tracking_uri)
         with answering(self.tracking_uri):
             logged = mlflow_client(self.tracking_uri).get_run(self.run_id).data.metrics
