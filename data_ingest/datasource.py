@@ -55,6 +55,31 @@ class CellArrays:
     """int32: vocabulary index of each var joinid, -1 for a gene outside the vocabulary."""
     panels: Panels
     """Which genes were measured in which of the n cells."""
+    raw_sums: np.ndarray | None = None
+    """Shape (n,), float32: the sum of each cell's counts as obs has it; None checks nothing."""
+
+    def check_sums(self, cells: np.ndarray, total_n: np.ndarray) -> None:
+        """Refuse cells whose counts are not those that were ingested, as after a changed byte in X.
+
+        Args:
+            cells: Positions of the cells that were read.
+            total_n: Sum of the counts of each, as read.
+
+        Raises:
+            ValueError: A sum differs from that in obs.
+        """
+        if self.raw_sums is not None:
+            expected_n = self.raw_sums[cells]
+            wrong = np.flatnonzero(
+                ~np.isclose(total_n, expected_n, rtol=1e-6, atol=0) & ~np.isnan(expected_n)
+            )
+            if len(wrong):
+                raise ValueError(
+                    f"the counts of cell {self.joinids[cells[wrong[0]]]} of the atlas sum to"
+                    f" {total_n[wrong[0]]:g}, but raw_sum in obs is {expected_n[wrong[0]]:g}"
+                    f" ({len(wrong)} of {len(cells)} cells read together): X is damaged; `jobs.ingest"
+                    " --verify` names all such cells"
+                )
 
 
 class SomaDatasource(Datasource):
@@ -181,6 +206,7 @@ def _read_unit(
     joinids = shared.joinids[sorted_cells]
     panels = shared.panels.take(sorted_cells)
     found = read_cells(atlas, joinids, shared.gene_of_var, panels, threads=threads)
+    shared.check_sums(sorted_cells, found.total_n)
     matrix = found.counts_ng
     real = np.flatnonzero(cells >= 0)
     source = np.searchsorted(sorted_cells, cells[real])

@@ -34,6 +34,7 @@ from screformer.settings import plain
 from screformer.tokenizer import GeneVocabulary
 
 OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
+RAW_SUM = "raw_sum"
 FILTERS = ("obs_filter", "var_filter", "is_primary_data")
 """Settings of a query that say which cells and genes it finds."""
 
@@ -119,6 +120,10 @@ class QueryResult:
         dataset_n, measured_dv = self._measured
         cells_d = np.bincount(dataset_n[positions], minlength=len(measured_dv))
         return cells_d @ measured_dv[:, self.var_joinids] / cells_d.sum()
+
+    def raw_sums(self, positions: np.ndarray) -> np.ndarray | None:
+        """Sum of the counts of some cells of the query, as obs has it; None where it does not say."""
+        return self.obs[RAW_SUM].to_numpy(np.float32)[positions] if RAW_SUM in self.obs else None
 
     def panels(self, gene_of_var: np.ndarray, num_genes: int) -> Panels:
         """Which genes of a vocabulary were measured in the cells of the query.
@@ -214,6 +219,8 @@ def find_cells(
         var_table = experiment.ms[MEASUREMENT].var
         names = set(obs_table.schema.names)
         wanted = {*OBS_COLUMNS, *columns}
+        if census_release(atlas) is None:
+            wanted |= {RAW_SUM} & names
         if label_column == MAJOR and MAJOR not in names:
             wanted |= {"cell_type_ontology_term_id"}
         else:

@@ -66,6 +66,7 @@ class CellStream:
         global_batch_size: int,
         seed: int,
         panels: Panels | None = None,
+        raw_sums: np.ndarray | None = None,
         weights: np.ndarray | None = None,
         augmentation: Augmentation | None = None,
         shuffle: bool = True,
@@ -83,6 +84,8 @@ class CellStream:
             global_batch_size: Cells per step over all ranks.
             seed: Of the order.
             panels: Which genes were measured in which cells, in the order of `joinids`; None is all in all.
+            raw_sums: Sum of each cell's counts as obs has it, in the order of `joinids`; cells that are read
+                with another sum are refused. None checks nothing.
             weights: Weight of each cell in the loss, in the order of `joinids`; None gives none.
             augmentation: What happens to cells before they become tokens; None: nothing.
             shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
@@ -111,7 +114,10 @@ class CellStream:
         self.num_cut = 0
         """Cells that lost genes to `tokens.max_genes` so far, in this process."""
         panels = panels.take(order) if panels else Panels.one(np.ones(len(vocabulary)), len(joinids))
-        self._arrays: CellArrays | None = CellArrays(joinids, labels, gene_of_var(atlas, vocabulary), panels)
+        sums = None if raw_sums is None else np.asarray(raw_sums, np.float32)[order]
+        self._arrays: CellArrays | None = CellArrays(
+            joinids, labels, gene_of_var(atlas, vocabulary), panels, sums
+        )
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
 
@@ -373,7 +379,9 @@ def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, fl
 
 
 def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> CellCounts:
-    return read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, arrays.panels.take(cells))
+    found = read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, arrays.panels.take(cells))
+    arrays.check_sums(cells, found.total_n)
+    return found
 
 
 def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:

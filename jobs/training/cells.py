@@ -158,6 +158,7 @@ class TrainingCells:
             global_batch_size=config.train.global_batch_size,
             seed=config.train.seed,
             panels=self._panels.take(positions),
+            raw_sums=self.query.raw_sums(positions),
             weights=self.train_weights_n if trains else None,
             augmentation=augmentation,
             shuffle=part == "train",

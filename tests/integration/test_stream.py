@@ -68,6 +68,7 @@ def make_stream(
     global_batch_size=24,
     cells_per_task=120,
     panels=None,
+    raw_sums=None,
 ):
     joinids = np.arange(NUM_CELLS) if joinids is None else joinids
     return CellStream(
@@ -80,6 +81,7 @@ def make_stream(
         global_batch_size=global_batch_size,
         seed=seed,
         panels=panels,
+        raw_sums=raw_sums,
         shuffle=shuffle,
     )
 
@@ -255,6 +257,20 @@ def test_a_sample_of_the_cells(locator):
     np.testing.assert_array_equal(sample.joinids_n, stream.sample(100, seed=1).joinids_n)
     assert (sample.joinids_n != stream.sample(100, seed=2).joinids_n).any()
     np.testing.assert_array_equal(stream.sample(10_000, seed=1).joinids_n, np.arange(0, NUM_CELLS, 2))
+
+
+def test_cells_whose_counts_changed_on_disk_are_refused(locator):
+    raw_sums = counts_of(np.arange(NUM_CELLS)).sum(1)
+    np.testing.assert_array_equal(
+        epoch(make_stream(locator, raw_sums=raw_sums))[1], planned(make_stream(locator))
+    )
+    raw_sums[17] += 1
+    stream = make_stream(locator, raw_sums=raw_sums)
+    message = "the counts of cell 17 of the atlas sum to .* X is damaged"
+    with pytest.raises(ValueError, match=message):
+        stream.sample(NUM_CELLS, seed=0)
+    with pytest.raises(Exception, match=message):
+        epoch(stream)
 
 
 def test_batches_and_samples_say_which_genes_were_measured(locator):
