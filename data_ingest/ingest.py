@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from data_ingest.ingest_files import (
 )
 from data_ingest.ingest_journal import Target
 from data_ingest.ingest_labels import label, read_labels
+from data_ingest.ingest_obs import COMPARED, look_alikes
 from data_ingest.ingest_options import IngestOptions
 from data_ingest.ingest_plan import Plan, plan_ingest, refuse_unrelated_genes
 from data_ingest.ingest_write import write
@@ -112,6 +113,8 @@ class IngestReport:
     """An unfinished ingest of the same files was completed."""
     took_back: bool
     """An unfinished ingest of other files was taken back first."""
+    notes: tuple[str, ...]
+    """What a user should know of the files together and with the atlas."""
     dry_run: bool
     seconds: float
 
@@ -170,9 +173,21 @@ def _report(plan: Plan, atlas_uri: str, seconds: float) -> IngestReport:
         genes_total=len(plan.var),
         resumed=plan.resumes,
         took_back=plan.takes_back,
+        notes=tuple(_notes(plan)),
         dry_run=plan.options.dry_run,
         seconds=seconds,
     )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """Values that differ only in writing between files, or between a file and the atlas."""
+    for name in COMPARED:
+        sources = [plan.base.values.get(name, frozenset())]
+        sources += [frozenset(new.file.obs[name].cat.categories) for new in plan.files]
+        within = {text for values in sources for text in look_alikes(values)}
+        for text in look_alikes(frozenset().union(*sources), plan.base.values.get(name, ())):
+            if text not in within:
+                yield f"{name}: {text}"
 
 
 def _file_report(new: NewCells) -> FileReport:

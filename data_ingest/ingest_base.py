@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pandas as pd
+import pyarrow.compute as pc
 
 from data_ingest import schema
 from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS, Panel, panels_of
 from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
+from data_ingest.ingest_obs import COMPARED
 from data_ingest.ingest_options import IngestOptions
 
 _CLOCKS_DIFFER_MS = 60_000
@@ -24,6 +27,8 @@ class Base:
     var: pd.DataFrame
     datasets: pd.DataFrame
     panels: tuple[Panel, ...] = ()
+    values: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Values of the columns that mean something by being the same, `ingest_obs.COMPARED`."""
     n_cells: int = 0
 
 
@@ -52,6 +57,18 @@ def read_base(target: Target, options: IngestOptions) -> Base:
         datasets = table.read().concat().to_pandas()
     with target.root(timestamp_ms=at) as root:
         panels = panels_of(root)
+    values: dict[str, set[str]] = {name: set() for name in COMPARED}
     with target.table(schema.OBS) as table:
         n_cells = table.count
-    return Base(exists=True, journal=journal, var=var, datasets=datasets, panels=panels, n_cells=n_cells)
+        for part in table.read(column_names=list(COMPARED)):
+            for name, found in values.items():
+                found.update(pc.unique(part[name]).to_pylist())
+    return Base(
+        exists=True,
+        journal=journal,
+        var=var,
+        datasets=datasets,
+        panels=panels,
+        values={name: frozenset(found) for name, found in values.items()},
+        n_cells=n_cells,
+    )

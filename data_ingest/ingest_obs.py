@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {"dataset_id": ("dataset_id", "dataset")}
 """Where a column of the atlas comes from when it is not of the same name."""
 _NO_VALUE = ("", "nan", "none", "na", "n/a", "<na>", "null", "unknown")
 _TERM = re.compile(r"CL:\d{7}")
-_COMPARED = ("dataset_id", "donor_id", "cell_type")
+COMPARED = ("dataset_id", "donor_id", "cell_type")
 """Columns whose values mean something by being the same."""
 
 
@@ -55,13 +55,19 @@ def standard_obs(file: H5adFile, options: IngestOptions) -> tuple[pd.DataFrame, 
     table = pd.DataFrame(columns, index=pd.RangeIndex(file.n_cells))
     _refuse_repeated_cells(file, table)
     _check_terms(file, table, options)
-    for name in _COMPARED:
+    for name in COMPARED:
         notes += [f"{name}: {text}" for text in look_alikes(table[name].cat.categories)]
     return table, notes
 
 
-def look_alikes(values: Sequence[str] | pd.Index) -> list[str]:
-    """Values that differ only by case, a plural or signs, as a sentence for each group."""
+def look_alikes(values: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+    """Values that differ only by case, a plural or signs, as a sentence for each group.
+
+    Args:
+        values: All values.
+        known: Groups that are among these alone are left out.
+    """
+    known = set(known)
     groups: dict[str, list[str]] = {}
     for value in values:
         key = re.sub(r"[\s_\-.,]+", " ", value.casefold()).strip().removesuffix("s")
@@ -69,7 +75,7 @@ def look_alikes(values: Sequence[str] | pd.Index) -> list[str]:
     return [
         f"{', '.join(map(repr, sorted(group)))} are different values; if they mean the same, write them alike"
         for group in groups.values()
-        if len(group) > 1
+        if len(group) > 1 and not known.issuperset(group)
     ]
 
 

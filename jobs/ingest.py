@@ -133,6 +133,7 @@ def summary(report: IngestReport) -> str:
         lines.append(f"an unfinished ingest of other files {would + 'be' if would else 'was'} removed first")
     if report.resumed:
         lines.append(f"this {would + 'complete' if would else 'completed'} an unfinished ingest")
+    lines += report.notes
     lines.append(
         f"{would + 'add' if would else 'added'} {report.cells_added} cells and {report.genes_added} genes;"
         f" {report.atlas_uri} {would + 'have' if would else 'has'}"

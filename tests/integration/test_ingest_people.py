@@ -156,3 +156,13 @@ def test_genes_that_a_file_lacks_are_unknown_though_its_dataset_has_them(tmp_pat
     for start, (genes, _) in zip(range(0, 100, 20), expected, strict=True):
         found = set(var["feature_id"][measured_dg[number_n[start]]])
         assert found == set(ensembl(genes)) and len(set(number_n[start : start + 20])) == 1
+
+
+def test_values_are_compared_with_those_of_the_atlas(tmp_path: Path) -> None:
+    uri, other = str(tmp_path / "atlas"), cells(20, dataset="other")
+    other.obs["donor_id"] = "Donor-A"
+    assert ingest([write(tmp_path / "a.h5ad", cells())], uri).notes == ()
+    notes = ingest([write(tmp_path / "b.h5ad", other)], uri).notes
+    assert notes == (
+        "donor_id: 'Donor-A', 'donor_a' are different values; if they mean the same, write them alike",
+    )
