@@ -4,7 +4,8 @@ import anndata
 import numpy as np
 import pytest
 
-from data_ingest.simulate import CELL_TYPES, DATASETS, HELD_OUT, MARKERS, simulate_h5ads
+from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
+from data_ingest.simulated_types import CELL_TYPES, MARKERS
 
 
 def test_same_seed_same_cells_and_another_seed_others(tmp_path: Path) -> None:
