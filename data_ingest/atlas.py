@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import tiledbsoma
 
 from screformer.config import AtlasConfig
@@ -33,21 +29,6 @@ CLOCK_AHEAD = (
     "was written by a machine whose clock is ahead of this one's, and what is written later than now is"
     " invisible; correct the clocks, then wait until this clock has reached the time of that write"
 )
-
-
-PANELS = "screformer_panels"
-"""Metadata key of the root collection: which cells have a row of their own in the presence matrix."""
-
-
-class Panel(NamedTuple):
-    """Cells whose file measured other genes than their dataset's row in the presence matrix says."""
-
-    first: int
-    """Joinid of the first cell."""
-    end: int
-    """One past the last."""
-    row: int
-    """Row of the presence matrix that says what they measured."""
 
 
 def located(atlas: AtlasConfig) -> AtlasConfig:
@@ -136,9 +117,9 @@ def open_atlas(
     }
     if threads:
         limits |= {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
-    root = _open_root(atlas, limits | dict(atlas.tiledb_config))
+    root = open_root(atlas, limits | dict(atlas.tiledb_config))
     try:
-        yield _experiment(atlas, root)
+        yield experiment_of(atlas, root)
     finally:
         root.close()
 
@@ -152,93 +133,8 @@ def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
     return f"{uri} {CLOCK_AHEAD}"
 
 
-def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
-    """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
-
-    Args:
-        atlas: Where it is, and which version.
-        dataset_ids: Datasets, d of them.
-        var_joinids: Genes, (g,), increasing.
-
-    Returns:
-        bool (d, g), from the atlas's presence matrix. If the atlas does not list a dataset, all genes count
-        as measured.
-
-    Raises:
-        ValueError: As `open_atlas`.
-    """
-    with _presence(atlas) as presence:
-        return presence.measured([presence.row_of.get(dataset, -1) for dataset in dataset_ids], var_joinids)
-
-
-def measured_by_cells(
-    atlas: AtlasConfig, dataset_ids: Sequence[str], obs_joinids: np.ndarray, var_joinids: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which genes were measured in each cell: those of its dataset, or of its file where that had others.
-
-    Args:
-        atlas: Where it is, and which version.
-        dataset_ids: Dataset of each cell, (n,).
-        obs_joinids: Joinid of each cell, (n,).
-        var_joinids: Genes, (g,), increasing.
-
-    Returns:
-        A number for each cell, (n,), and which genes were measured in the cells of each number, bool (d, g).
-
-    Raises:
-        ValueError: As `open_atlas`.
-    """
-    with _presence(atlas) as presence:
-        codes, datasets = pd.factorize(pd.Series(dataset_ids))
-        rows_n = np.array([presence.row_of.get(dataset, -1) for dataset in datasets])[codes]
-        for first, end, row in presence.panels:
-            rows_n[(obs_joinids >= first) & (obs_joinids < end)] = row
-        number_n, rows = pd.factorize(rows_n)
-        return number_n, presence.measured(rows, var_joinids)
-
-
-def panels_of(root: Any) -> tuple[Panel, ...]:
-    """The panels of an atlas, from its root collection."""
-    return tuple(Panel(*panel) for panel in json.loads(root.metadata.get(PANELS, "[]")))
-
-
-@dataclass(frozen=True)
-class _Presence:
-    """The open presence matrix of an atlas; None where it has none."""
-
-    matrix: Any
-    row_of: Mapping[str, int]
-    panels: tuple[Panel, ...]
-
-    def measured(self, rows: Sequence[int], var_joinids: np.ndarray) -> np.ndarray:
-        """Which genes are in each row, bool (d, g); all in row -1."""
-        measured_dg = np.ones((len(rows), len(var_joinids)), bool)
-        for index, row in enumerate(rows):
-            if row >= 0:
-                coords = ([int(row)], slice(int(var_joinids[0]), int(var_joinids[-1])))
-                found = self.matrix.read(coords).tables().concat()
-                present = found["soma_dim_1"].to_numpy()[found["soma_data"].to_numpy() > 0]
-                measured_dg[index] = np.isin(var_joinids, present)
-        return measured_dg
-
-
-@contextmanager
-def _presence(atlas: AtlasConfig) -> Iterator[_Presence]:
-    root = _open_root(atlas, dict(atlas.tiledb_config))
-    try:
-        measurement = _experiment(atlas, root).ms[MEASUREMENT]
-        info = root.get("census_info", {})
-        if "feature_dataset_presence_matrix" not in measurement or "datasets" not in info:
-            yield _Presence(None, {}, ())
-            return
-        known = info["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pydict()
-        row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
-        yield _Presence(measurement["feature_dataset_presence_matrix"], row_of, panels_of(root))
-    finally:
-        root.close()
-
-
-def _open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
+def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
+    """Open the collection that holds everything; the caller closes it. Raises as `open_atlas`."""
     atlas = located(atlas)
     release = census_release(atlas)
     if release is not None:
@@ -280,7 +176,8 @@ def _open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
         ) from error
 
 
-def _experiment(atlas: AtlasConfig, root: Any) -> tiledbsoma.Experiment:
+def experiment_of(atlas: AtlasConfig, root: Any) -> tiledbsoma.Experiment:
+    """The human experiment of an open atlas. Raises as `open_atlas`."""
     layout = f"an atlas has the layout of Census, URI/census_data/{ORGANISM}"
     if root.soma_type != "SOMACollection" or "census_data" not in root:
         kind = f"a {root.soma_type}" + (

@@ -10,10 +10,11 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from data_ingest import schema
-from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS, Panel, panels_of
+from data_ingest.atlas import CLOCK_AHEAD, END_OF_TIME_MS
 from data_ingest.ingest_journal import Journal, Target, close_ingest, now_ms, obs_ids, read_journal
 from data_ingest.ingest_obs import COMPARED
 from data_ingest.ingest_options import IngestOptions
+from data_ingest.measured import Panel, panels_of
 
 _CLOCKS_DIFFER_MS = 60_000
 

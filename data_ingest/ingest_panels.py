@@ -2,7 +2,7 @@
 
 The row of a dataset lists the genes of its first file. A later file of the same dataset with other genes gets
 a row of its own, a panel, so that a gene that it lacks is unknown for its cells and not zero. The atlas's
-metadata say which cells a panel is for (`data_ingest.atlas.PANELS`).
+metadata say which cells a panel is for (`data_ingest.measured.PANELS`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pandas as pd
 import pyarrow as pa
 
 from data_ingest import schema
-from data_ingest.atlas import Panel
 from data_ingest.ingest_base import Base
 from data_ingest.ingest_counts import NewCells
 from data_ingest.ingest_files import ids_of
 from data_ingest.ingest_journal import Target
+from data_ingest.measured import Panel
 
 
 @dataclass(frozen=True, kw_only=True)

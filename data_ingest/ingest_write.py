@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 
 from data_ingest import schema
-from data_ingest.atlas import PANELS, Panel
 from data_ingest.h5ad import H5adFile
 from data_ingest.ingest_counts import NewCells, gene_targets, join_genes
 from data_ingest.ingest_journal import (
@@ -33,6 +32,7 @@ from data_ingest.ingest_journal import (
 )
 from data_ingest.ingest_options import IngestOptions
 from data_ingest.ingest_plan import FEWEST_VALUES, Part, Plan, parts_of
+from data_ingest.measured import PANELS, Panel
 from data_ingest.tasks import map_tasks
 
 logger = logging.getLogger(__name__)

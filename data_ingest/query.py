@@ -21,12 +21,12 @@ from data_ingest.atlas import (
     MEASUREMENT,
     census_release,
     located,
-    measured_by_cells,
     open_atlas,
     pinned,
     saved_atlas,
 )
 from data_ingest.filters import check_filter, full_obs_filter, read_filtered, require_column
+from data_ingest.measured import measured_by_cells
 from data_ingest.query_labels import MAJOR, count_values, labels_of
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 from screformer.counts import Panels
@@ -149,15 +149,7 @@ class QueryResult:
 
         Read once, for all folds.
         """
-        with open_atlas(self.atlas) as experiment:
-            joinids = (
-                experiment.ms[MEASUREMENT]
-                .var.read(column_names=["soma_joinid"])
-                .concat()["soma_joinid"]
-                .to_numpy()
-            )
-        var_joinids = np.arange(joinids.max(initial=-1) + 1)
-        return measured_by_cells(self.atlas, self.obs["dataset_id"], self.obs_joinids, var_joinids)
+        return measured_by_cells(self.atlas, self.obs["dataset_id"], self.obs_joinids)
 
 
 def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:

@@ -11,11 +11,12 @@ import anndata
 import numpy as np
 import tiledbsoma
 
-from data_ingest.atlas import MEASUREMENT, X_LAYER, measured_genes, open_atlas
+from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
 from data_ingest.h5ad import H5adFile
 from data_ingest.ingest_files import check_file
 from data_ingest.ingest_labels import label, read_labels
 from data_ingest.ingest_options import IngestOptions
+from data_ingest.measured import measured_genes
 from data_ingest.ontology import UNKNOWN, MajorTypes
 from jobs.training.cells import TrainingCells
 

@@ -8,10 +8,10 @@ import pytest
 from scipy import sparse
 
 from data_ingest import schema
-from data_ingest.atlas import measured_by_cells
 from data_ingest.ingest import ingest
 from data_ingest.ingest_obs import look_alikes
 from data_ingest.ingest_options import IngestOptions
+from data_ingest.measured import measured_by_cells
 from helpers.cells import atlas_content, cells, ensembl, write
 from screformer.answers import ANSWER_COLUMNS
 from screformer.config import AtlasConfig
@@ -148,9 +148,7 @@ def test_genes_that_a_file_lacks_are_unknown_though_its_dataset_has_them(tmp_pat
     atlas = AtlasConfig(uri=uri)
     obs = atlas_content(uri)[schema.OBS]
     var = atlas_content(uri)[schema.VAR]
-    number_n, measured_dg = measured_by_cells(
-        atlas, obs["dataset_id"].tolist(), obs["soma_joinid"].to_numpy(), var["soma_joinid"].to_numpy()
-    )
+    number_n, measured_dg = measured_by_cells(atlas, obs["dataset_id"], obs["soma_joinid"].to_numpy())
     assert len(measured_dg) == 3
     expected = [*parts, (range(105, 135), 400)]
     for start, (genes, _) in zip(range(0, 100, 20), expected, strict=True):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiledbsoma
 
-from data_ingest.atlas import measured_genes, open_atlas, pinned
+from data_ingest.atlas import open_atlas, pinned
 from data_ingest.h5ad import H5adFile
+from data_ingest.measured import measured_genes
 from data_ingest.query import find_cells, load_query, resolve_query, run_query
 from jobs.query import main
 from jobs.training.cells import prepare_cells
