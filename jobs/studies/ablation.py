@@ -33,19 +33,19 @@ def run_ablation(
 ) -> dict[str, Any]:
     """Run the reference and each variant over the folds, once per seed, and write the table.
 
-    Connects to Ray where no connection is.
+    Connects to Ray unless already connected.
 
     Args:
         config: The recipe with its overrides; when resuming, that of the interrupted study.
-        folds_from: Where to take folds from, as `open_study`.
-        resume: Folder of an ablation that was interrupted.
-        axes: As `variants`.
+        folds_from: Where to take folds from, as in `open_study`.
+        resume: Folder of an interrupted ablation.
+        axes: As in `variants`.
 
     Returns:
         `run_id`, `run_dir`, `report` (its path) and `variants`: macro-F1, difference and interval of each.
 
     Raises:
-        ValueError: Settings, cells, folds or cluster do not allow it.
+        ValueError: The settings, cells, folds or cluster rule it out.
         RuntimeError: A fold failed; the others' results are kept.
     """
     from ray import tune
@@ -111,12 +111,12 @@ def describe_ablation(
 
 
 def without_extras(config: ExperimentConfig) -> ExperimentConfig:
-    """The recipe without the baselines, which an ablation does not run."""
+    """The recipe without baselines: an ablation does not run them."""
     return config.merge({"crossval.baselines": []})
 
 
 def _own_study(study: Study, changed: Mapping[str, Any]) -> Study:
-    """The study on other cells, labels or folds, in its own folder; new, or resumed."""
+    """A study on different cells, labels or folds, in its own folder; new or resumed."""
     folder = study.run_dir / "folds" / settings_key(changed)
     begun = (folder / FILE).is_file()
     part = dataclasses.replace(

@@ -16,21 +16,21 @@ from jobs.studies.variants import REFERENCE
 
 
 def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What the table shows for each variant: whether the reference's choice helps, harms, or neither."""
+    """One line per variant: whether the reference's choice helps, harms, or makes no difference."""
     lines = []
     for row in rows[1:]:
         difference = row["difference"]
         if difference is None:
             lines.append(
-                f"{row['variant']}: {spread_text(row)} on its own folds, the reference has"
+                f"{row['variant']}: {spread_text(row)} on its own folds; the reference scores"
                 f" {spread_text(rows[0])}; not paired."
             )
         elif row["identical"]:
-            lines.append(f"{row['variant']}: gives exactly the same predictions as the reference.")
+            lines.append(f"{row['variant']}: exactly the same predictions as the reference.")
         elif difference["low"] > 0:
             lines.append(
-                f"{row['variant']}: better than the reference ({difference_text(difference)}): **what the"
-                f" latter does here harms.**"
+                f"{row['variant']}: better than the reference ({difference_text(difference)}): **the"
+                f" reference's choice hurts.**"
             )
         elif difference["high"] < 0:
             lines.append(
@@ -39,8 +39,8 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
         else:
             lines.append(
-                f"{row['variant']}: not distinguishable from the reference ({difference_text(difference)}):"
-                f" no sign here that it helps."
+                f"{row['variant']}: no clear difference from the reference ({difference_text(difference)}):"
+                f" no evidence that the reference's choice helps."
             )
     return lines
 
@@ -81,11 +81,11 @@ def ablation_report(
     for note in study.notes():
         report.warning(note)
     caption = (
-        "macro-F1: mean and standard deviation over folds. Minus reference: mean of the differences over the"
+        "macro-F1: mean and standard deviation over folds. Minus reference: mean difference over the"
         " same folds, each the mean over"
-        " its seeds, with its 95 % interval by Student's t; below zero, the reference is better. A variant"
-        " with other cells, labels or"
-        " folds has none. Seconds are those of training; memory is that of the whole process."
+        " its seeds, with a 95 % interval by Student's t; below zero, the reference is better. A variant"
+        " with different cells, labels or"
+        " folds has none. Seconds count training only; memory is that of the whole process."
     )
     report.table("Variants", _table(rows), caption)
     drawn = {
@@ -96,7 +96,7 @@ def ablation_report(
     report.figure(
         "",
         differences_figure(drawn),
-        "Differences to the reference with their 95 % intervals.",
+        "Differences from the reference with 95 % intervals.",
         "Macro-F1 of each variant minus the reference.",
     )
     return report

@@ -1,4 +1,4 @@
-"""The cells that baselines learn from, choose on and label.
+"""The cells that baselines are fitted, tuned and tested on.
 
 Axes: n cells, g genes, k classes.
 """
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from jobs.training.cells import TrainingCells
 
 MOST_FITTED = 50_000
-"""Training cells, at most, that a baseline is given; a random choice where there are more. It bounds their
-memory."""
+"""Most training cells that a baseline gets; a random sample if there are more. Limits memory."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -36,11 +35,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BaselineCells:
-    """What a baseline learns from, chooses on and labels."""
+    """The cells a baseline is fitted, tuned and tested on."""
 
     train: Part
     val: Part
-    """Empty where the split has no validation cells; settings are then chosen on the training cells."""
+    """Empty if the split has no validation cells; settings are then chosen on the training cells."""
     test_x_ng: sparse.csr_matrix
     num_classes: int
     """k; classes without a training cell are never predicted."""
@@ -48,7 +47,7 @@ class BaselineCells:
 
     @property
     def chooser(self) -> Part:
-        """The cells that choose settings."""
+        """The cells that settings are chosen on."""
         return self.val if len(self.val.labels_n) else self.train
 
 
@@ -58,7 +57,7 @@ class Labels(NamedTuple):
     predicted_n: np.ndarray
     """Class, int64."""
     probabilities_nk: np.ndarray | None
-    """float32; None for a method that has none."""
+    """float32; None for a method without probabilities."""
 
 
 class Candidate(NamedTuple):
@@ -68,7 +67,7 @@ class Candidate(NamedTuple):
     label: Callable[[sparse.csr_matrix], Labels]
     """From cells as in `Part.x_ng`."""
     parameters: Callable[[], int]
-    """Numbers that were learned or kept."""
+    """Number of values learned or stored."""
 
 
 Candidates = Generator[Candidate, None, None]
@@ -76,25 +75,25 @@ Candidates = Generator[Candidate, None, None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Answer:
-    """The test cells' labels by the chosen candidate of a method."""
+    """A method's labels for the test cells, from its best candidate."""
 
     predicted_n: np.ndarray
     """Class, int64."""
     probabilities_nk: np.ndarray | None
-    """float32; None for a method that has none."""
+    """float32; None for a method without probabilities."""
     chosen: dict[str, Any]
-    """Settings that the validation cells chose."""
+    """Settings chosen on the validation cells."""
     parameters: int
-    """Numbers that were learned or kept."""
+    """Number of values learned or stored."""
 
 
 def choose(cells: BaselineCells, candidates: Candidates, *, patience: int = 0) -> Answer:
-    """Score candidates by macro-F1 on the validation cells, and let the best one label the test cells.
+    """Score candidates by macro-F1 on the validation cells, and label the test cells with the best one.
 
     Args:
         cells: The cells.
-        candidates: At least one, each fitted when it is asked for; the first of equally good ones wins.
-        patience: Ask for no more after so many candidates without a better one; 0 asks for all.
+        candidates: At least one, each fitted only when drawn; of equally good ones, the first wins.
+        patience: Stop after this many candidates without an improvement; 0 tries all.
     """
     best: Candidate | None = None
     best_score, worse = -1.0, 0
@@ -119,10 +118,10 @@ def choose(cells: BaselineCells, candidates: Candidates, *, patience: int = 0) -
 
 
 def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
-    """Read the parts of a run as baselines take them. Ray must be running.
+    """Read the parts of a run in the form that baselines take. Ray must be running.
 
     Returns:
-        Part to its cells, at most `MOST_FITTED` of them to train on; and the joinid of each test cell.
+        The cells of each part, at most `MOST_FITTED` of them for training; and the joinid of each test cell.
     """
     parts, joinids = {}, np.zeros(0, np.int64)
     for part, positions in cells.parts.items():
@@ -134,7 +133,7 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
             )
             continue
         found = cells.sample(part, most)
-        # Of the 32-bit kind: scikit-learn's solvers take no other.
+        # 32-bit indices: scikit-learn's solvers accept nothing else.
         values = sparse.csr_matrix(found.cells.normalised())
         values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
         parts[part] = Part(x_ng=values, labels_n=found.labels_n)
@@ -150,14 +149,14 @@ def macro_f1(labels_n: np.ndarray, predicted_n: Any, num_classes: int) -> float:
 
 
 def spread(probabilities: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Columns of the classes that a method knows, at their places among all k."""
+    """Scores of the classes a method knows, moved to their columns among all k."""
     whole = np.zeros((len(probabilities), num_classes), np.float32)
     whole[:, np.asarray(classes, np.int64)] = probabilities
     return whole
 
 
 def variable_genes(x_ng: sparse.csr_matrix, most: int) -> np.ndarray:
-    """Columns of the largest variance, increasing."""
+    """Columns with the largest variance, in increasing order."""
     mean_g = np.asarray(x_ng.mean(0)).ravel()
     variance_g = np.asarray(x_ng.multiply(x_ng).mean(0)).ravel() - mean_g**2
     return np.sort(np.argsort(-variance_g, kind="stable")[:most])

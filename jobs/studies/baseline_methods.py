@@ -1,4 +1,4 @@
-"""Other methods as candidates: each fits one setting after another and yields how it labels cells.
+"""The baseline methods: each fits one setting after another and yields the fitted labeller.
 
 `choose` in `jobs.studies.baseline_cells` scores the candidates on the validation cells.
 
@@ -18,7 +18,7 @@ from scipy.stats import rankdata
 from jobs.studies.baseline_cells import BaselineCells, Candidate, Candidates, Labels, spread, variable_genes
 
 _CHUNK = 2048
-"""Cells that are made dense together."""
+"""Cells made dense at a time."""
 
 
 def majority(cells: BaselineCells, seed: int) -> Candidates:
@@ -49,7 +49,7 @@ def logistic_l1(cells: BaselineCells, seed: int) -> Candidates:
     from sklearn.linear_model import LogisticRegression
 
     def make(c: float) -> Any:
-        # saga is the only solver of a multinomial L1 model; its last digits are not worth its time.
+        # saga is the only solver for a multinomial L1 model; its last digits are not worth the time.
         return LogisticRegression(
             l1_ratio=1.0,
             solver="saga",
@@ -74,7 +74,7 @@ def linear_svm(cells: BaselineCells, seed: int) -> Candidates:
 
 
 def _linear(cells: BaselineCells, make: Callable[[float], Any], cs: Sequence[float]) -> Candidates:
-    """A linear classifier of scikit-learn's kind for each inverse penalty C."""
+    """A scikit-learn linear classifier for each inverse penalty C."""
     for c in cs:
         model = make(c).fit(cells.train.x_ng, cells.train.labels_n)
 
@@ -105,7 +105,7 @@ def pca_knn(cells: BaselineCells, seed: int) -> Candidates:
 
 
 def gradient_boosting(cells: BaselineCells, seed: int) -> Candidates:
-    """LightGBM on the 2,000 most variable genes; the validation cells also choose its rounds."""
+    """LightGBM on the 2,000 most variable genes; validation cells also choose the number of rounds."""
     import lightgbm
 
     columns = variable_genes(cells.train.x_ng, 2000)
@@ -142,7 +142,7 @@ def gradient_boosting(cells: BaselineCells, seed: int) -> Candidates:
 
 
 def mlp(cells: BaselineCells, seed: int) -> Candidates:
-    """One hidden layer of 128 units after each of its first twelve epochs."""
+    """One hidden layer of 128 units; a candidate after each of its first twelve epochs."""
     from sklearn.neural_network import MLPClassifier
 
     classes = np.unique(cells.train.labels_n)
@@ -182,7 +182,7 @@ def celltypist(cells: BaselineCells, seed: int) -> Candidates:
 
     expressed = len(np.unique(cells.train.x_ng.indices))
     for alpha in (1e-4, 1e-3):
-        # Without centring, so that the training cells stay sparse.
+        # No centring: the training cells stay sparse.
         model = celltypist.train(
             data(cells.train.x_ng),
             labels=names[cells.train.labels_n],
@@ -198,9 +198,9 @@ def celltypist(cells: BaselineCells, seed: int) -> Candidates:
         )
 
         def label(x_ng: sparse.csr_matrix, model: Any = model) -> Labels:
-            """One-against-rest scores of a few dense cells at a time.
+            """One-vs-rest scores, computed on a few dense cells at a time.
 
-            Sparse ones fail in CellTypist 1.7 unless they were centred.
+            CellTypist 1.7 fails on sparse cells unless they were centred.
             """
             scores_nk = np.zeros((x_ng.shape[0], cells.num_classes), np.float32)
             for start in range(0, len(scores_nk), _CHUNK):
@@ -209,7 +209,7 @@ def celltypist(cells: BaselineCells, seed: int) -> Candidates:
                 codes = [int(name.removeprefix("class")) for name in found.columns]
                 scores_nk[rows, codes] = found.to_numpy()
             predicted_n = scores_nk.argmax(1)
-            # Divided by their sum they can be read as probabilities.
+            # Divided by their sum, they can be read as probabilities.
             scores_nk /= np.maximum(scores_nk.sum(1, keepdims=True), 1e-12)
             return Labels(predicted_n, scores_nk)
 
@@ -256,7 +256,7 @@ def spearman_centroid(cells: BaselineCells, seed: int) -> Candidates:
 def _by_probability(
     cells: BaselineCells, model: Any, prepare: Callable[[Any], Any] = lambda x_ng: x_ng
 ) -> Callable[[Any], Labels]:
-    """How a fitted classifier of scikit-learn's kind labels cells: the class of the largest probability."""
+    """Label cells with a fitted scikit-learn classifier: the class with the largest probability."""
 
     def label(x_ng: sparse.csr_matrix) -> Labels:
         probabilities_nk = spread(model.predict_proba(prepare(x_ng)), model.classes_, cells.num_classes)

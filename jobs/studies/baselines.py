@@ -1,6 +1,6 @@
-"""What scReformer-BERT has to beat: other methods on the same cells and genes.
+"""The methods scReformer-BERT has to beat, on the same cells and genes.
 
-`BASELINES` is the table of them. Each gets log1p of counts per 10,000 as a sparse matrix (the tokenizer's
+`BASELINES` lists them. Each gets log1p of counts per 10,000 as a sparse matrix (the tokenizer's
 values), chooses its one or two settings by macro-F1 on the validation cells alone, and then labels the test
 cells once.
 """
@@ -21,14 +21,14 @@ from screformer.cost import peak_memory_gb
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a method took."""
+    """What a method cost."""
 
     seconds: float
     """Wall time of fitting, choosing and labelling."""
     cpu_seconds: float
-    """Time on processors, which other work on the machine does not lengthen."""
+    """CPU time, which other load on the machine does not affect."""
     peak_memory_gb: float
-    """Largest resident memory of the process, with the cells."""
+    """Peak resident memory of the process, including the cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,18 +37,18 @@ class Baseline:
 
     title: str
     candidates: Callable[[BaselineCells, int], Candidates]
-    """From cells and a seed."""
+    """Takes cells and a seed."""
     seconds_per_1000_cells: float
     """CPU time per 1,000 training cells of 1,265 genes and 7 types, as measured on 4,000; for the estimate of
     `--dry-run`."""
     patience: int = 0
-    """Stop after so many candidates without a better one; 0 tries all."""
+    """Stop after this many candidates without an improvement; 0 tries all."""
     needs: tuple[str, ...] = ()
-    """Modules beyond the main dependencies; extra `baselines` installs them."""
+    """Modules beyond the main dependencies; the extra `baselines` installs them."""
 
     @property
     def missing(self) -> list[str]:
-        """Needed modules that are not installed."""
+        """Required modules that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
@@ -100,8 +100,8 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
     """Fit a method of `BASELINES`, choose its settings and label the test cells."""
     start, cpu_start, baseline = time.perf_counter(), time.process_time(), BASELINES[name]
     with warnings.catch_warnings():
-        # A weakly regularised fit need not converge to be compared on the validation cells; the rest is about
-        # empty classes.
+        # A weakly regularised fit need not converge to be compared on the validation cells; the other
+        # warnings are about empty classes.
         warnings.simplefilter("ignore")
         answer = choose(cells, baseline.candidates(cells, seed), patience=baseline.patience)
     return answer, Cost(
@@ -112,17 +112,17 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """The baselines of a list of names, or of `all`.
+    """The baselines named in a list; `all` names every one.
 
     Raises:
         ValueError: An unknown name.
     """
     for name in names:
         if name != "all" and name not in BASELINES:
-            raise ValueError(f"crossval.baselines has no {name!r}; there is all, {', '.join(BASELINES)}")
+            raise ValueError(f"crossval.baselines has no {name!r}; choose from all, {', '.join(BASELINES)}")
     return list(BASELINES) if "all" in names else list(dict.fromkeys(names))
 
 
 def baseline_title(name: str) -> str:
-    """How a method is called in reports; a name that is no baseline's is its own title."""
+    """A method's title in reports; a name that is not a baseline is its own title."""
     return BASELINES[name].title if name in BASELINES else name

@@ -29,19 +29,19 @@ def run_crossval(
 ) -> dict[str, Any]:
     """Run all folds of all configurations and baselines, and write the report.
 
-    Connects to Ray where no connection is.
+    Connects to Ray unless already connected.
 
     Args:
         config: The recipe with its overrides; when resuming, that of the interrupted study.
-        folds_from: Where to take folds from, as `open_study`.
-        resume: Folder of a study that was interrupted; finished folds are not run again.
+        folds_from: Where to take folds from, as in `open_study`.
+        resume: Folder of an interrupted study; finished folds are not run again.
 
     Returns:
-        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each metric, ours), `baselines` (macro-F1
-        by name), `skipped`, `model_version` (of `crossval.register`, else None).
+        `run_id`, `run_dir`, `report` (its path), `scores` (mean of each of our metrics), `baselines`
+        (macro-F1 by name), `skipped`, `model_version` (with `crossval.register`, else None).
 
     Raises:
-        ValueError: Settings, cells, folds or cluster do not allow it.
+        ValueError: The settings, cells, folds or cluster rule it out.
         RuntimeError: A fold or a baseline failed; the others' results are kept.
     """
     with opened(config, "crossval", folds_from=folds_from, resume=resume) as study:
@@ -64,7 +64,7 @@ def run_crossval(
         if len(trials) > 1:
             notes.append(
                 f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds:"
-                f" its score flatters ({best})"
+                f" its score is optimistic ({best})"
             )
         methods = {OURS: ours} | {
             name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted
@@ -94,7 +94,7 @@ def describe_crossval(config: ExperimentConfig, *, folds_from: str | None = None
 
 
 def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any], list[FoldResult]]]:
-    """Run the configurations, and next to them the baselines.
+    """Run the configurations, with the baselines alongside.
 
     Returns:
         Settings of each configuration, in the order they were started, with its finished folds.
@@ -109,7 +109,7 @@ def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any
 
 
 def _trial_row(study: Study, setting: dict[str, Any], results: Sequence[FoldResult]) -> dict[str, Any]:
-    """A configuration in the report's table of a search."""
+    """One configuration in the report's table of a search."""
     return {
         "settings": ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's",
         "folds": len(results),
@@ -122,7 +122,7 @@ def _mean_macro_f1(study: Study, results: Sequence[FoldResult]) -> float:
 
 
 def _register(study: Study, settings: dict[str, Any], results: Sequence[FoldResult]) -> int | None:
-    """`register_final` in a process with a fold's resources."""
+    """Run `register_final` in a process with the resources of a fold."""
     bundle = fold_bundle(study.config)
     task = ray.remote(register_final).options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0))
     version: int | None = ray.get(task.remote(study, settings, fold_scores(study, results)))
@@ -130,7 +130,7 @@ def _register(study: Study, settings: dict[str, Any], results: Sequence[FoldResu
 
 
 class _Beside:
-    """Something that runs in a thread next to the trials; `join` raises its exception."""
+    """A function running in a thread alongside the trials; `join` raises its exception."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._error: BaseException | None = None
@@ -153,7 +153,7 @@ class _Beside:
 def _run_baselines(study: Study, names: Sequence[str]) -> None:
     """Fit the baselines of all folds, one at a time.
 
-    A fold's cells are read once and are kept in the object store meanwhile.
+    A fold's cells are read once and stay in the object store until its last baseline ends.
     """
     task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
     shared = ray.put(study)
@@ -174,4 +174,4 @@ def _run_baselines(study: Study, names: Sequence[str]) -> None:
             except ray.exceptions.RayTaskError as error:
                 failed.append(f"{name} in fold {study.folds.names[fold]}: {error.cause or error}")
     if failed:
-        raise RuntimeError(f"{len(failed)} baselines failed, the others' results are kept: {failed[0]}")
+        raise RuntimeError(f"{len(failed)} baselines failed; the others' results are kept: {failed[0]}")

@@ -16,7 +16,7 @@ from screformer.tokenizer import NUM_SPECIAL
 
 
 def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes: int) -> float:
-    """Seconds that a training step takes per cell on this machine.
+    """Seconds per cell of a training step on this machine.
 
     The fastest of three steps, of one micro-batch of the longest cells each.
     """
@@ -43,13 +43,13 @@ def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes
 def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats: int = 1) -> dict[str, Any]:
     """What a study will take: folds, notes, and minutes.
 
-    Minutes follow from a measured training step and the baselines' known speed. The step is measured with as
-    many tokens as a cell can have, so cells with fewer detected genes take less.
+    Minutes come from a measured training step and the baselines' known speed. The step is measured with the
+    most tokens a cell can have; cells with fewer detected genes take less time.
 
     Args:
-        study: Opened, not begun.
-        configs: Its configurations; each network among them is measured once.
-        repeats: How often each runs, such as once per seed.
+        study: Opened but not started.
+        configs: Its configurations; each distinct network is measured once.
+        repeats: How often each runs, for example once per seed.
     """
     crossval, folds = study.config.crossval, len(study.folds)
     sizes = [{part: len(positions) for part, positions in study.split(fold).items()} for fold in range(folds)]
@@ -83,7 +83,7 @@ def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats
 
 
 def _cells_per_fold(config: ExperimentConfig, size: Mapping[str, int]) -> float:
-    """Cells that pass through a training step in one fold; a forward pass alone is about a third of one."""
+    """Cells that go through a training step in one fold; a forward pass alone counts as about a third."""
     crossval, train = config.crossval, config.train
     steps = train.max_steps + (crossval.pretrain_steps if crossval.pretrain != "none" else 0)
     evaluations = train.max_steps // train.eval_every_steps + 2

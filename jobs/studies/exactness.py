@@ -1,4 +1,4 @@
-"""Check that settings which must not change a result leave it unchanged."""
+"""Check that settings meant to leave results unchanged do so."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from screformer.model import ScReformer, classification_loss
 from screformer.tokenizer import NUM_SPECIAL
 
 _CHUNKS = 4
-"""Feed-forward slices of the check that they change nothing."""
+"""Number of feed-forward slices used in the check."""
 
 
 def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> dict[str, Any]:
-    """Whether what must not change a result leaves it alone.
+    """Check that feed-forward slices and recomputation do not change results.
 
-    On the reference's network and random cells of different lengths.
+    Uses the reference's network and random cells of different lengths.
 
     Returns:
         `ff_chunks_bit_equal`: feed-forward in slices gives the same bits; `reversible_gradient_error`:
@@ -65,10 +65,10 @@ def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> 
 
 def exact_lines(exact: Mapping[str, Any]) -> list[str]:
     """`exactness` in words."""
-    same = "the same bits" if exact["ff_chunks_bit_equal"] else "**other bits**"
+    same = "the same bits as" if exact["ff_chunks_bit_equal"] else "**different bits from**"
     return [
-        f"Feed-forward in {_CHUNKS} slices gives {same} as in one.",
-        f"Gradients with recomputation (reversible) differ from those without it by at most"
+        f"Feed-forward in {_CHUNKS} slices gives {same} one slice.",
+        f"Gradients with recomputation (reversible) differ from those without by at most"
         f" {exact['reversible_gradient_error']:.1e}"
         " of their norm.",
     ]

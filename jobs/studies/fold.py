@@ -31,11 +31,11 @@ from screformer.metrics import OURS
 from screformer.predictor import Predictor
 
 _CELLS_AT_ONCE = 8192
-"""Test cells that are held in memory together."""
+"""Test cells held in memory at a time."""
 
 
 def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult:
-    """Train ours on one fold and label its test cells, or read what an earlier run left. Ray must be running.
+    """Train our model on one fold and label its test cells, or read an earlier result. Needs Ray.
 
     Args:
         study: The study.
@@ -86,7 +86,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         )
         result.save_predictions(folder)
         run.log_file(folder / f"fold-{fold}.parquet")
-    # After its run has ended, so that a kill between the two leaves no finished fold with an open run.
+    # Written after the run has ended: a kill between the two leaves no finished fold with an open run.
     result.finish(folder)
     return result
 
@@ -94,7 +94,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
 def _label_test_cells(
     study: Study, cells: TrainingCells, predictor: Predictor, fold: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Label the test cells of a fold that have a label.
+    """Predict the test cells of a fold that have a label.
 
     Returns:
         Their positions among the query's cells, joinids, and probabilities float32 (n, k).
@@ -117,17 +117,16 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     Args:
         study: The study.
         settings: Overrides of the configuration.
-        folds: What its folds gave; goes into the model's meta data, where the model card and `jobs.promote`
-            find it.
+        folds: Results of its folds; stored in the model's metadata for the model card and `jobs.promote`.
 
     Returns:
-        The version; None where the tracking server is away and takes the model later.
+        The version; None if the tracking server is unreachable and gets the model later.
     """
     registered = study.run_dir / "registered.json"
-    if registered.exists():  # a study that is resumed after its end registers nothing twice
+    if registered.exists():  # a study resumed after its end does not register the model twice
         version: int | None = json.loads(registered.read_text())["version"]
         return version
-    everything = len(study.folds)  # no cell is tested there, so all are used
+    everything = len(study.folds)  # this fold has no test cells, so all cells are used
     config = study.config.merge({**settings, "tracking.run_name": "all folds"})
     with start_run(config, "crossval", parent=study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
@@ -173,7 +172,7 @@ def run_baseline_fold(
     labels: np.ndarray,
     known: list[int],
 ) -> None:
-    """Fit a baseline on one fold and leave its result; the body of a Ray task."""
+    """Fit a baseline on one fold and save its result; the body of a Ray task."""
     reset_peak_memory()
     answer, cost = run_baseline(name, cells, study.config.train.seed)
     FoldResult(
@@ -200,7 +199,7 @@ def run_baseline_fold(
 
 
 def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: TrackedRun) -> Path | None:
-    """A fold's pre-trained model, made once for all configurations that pre-train alike; None without one."""
+    """A fold's pre-trained model, shared by all configurations that pre-train alike; None without one."""
     config = study.config.merge(settings)
     crossval, target = config.crossval, study.pretrained_folder(settings, fold)
     if crossval.pretrain == "none":
@@ -223,7 +222,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
     with start_run(config, "pretrain", parent=run) as own_run:
         model_dir, _ = train_fold("pretrain", cells, None, own_run, scratch)
     try:
-        model_dir.rename(target)  # at once or not at all; another trial may have been faster
+        model_dir.rename(target)  # atomic; another trial may have been faster
     except OSError:
         if not target.is_dir():
             raise
@@ -234,7 +233,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
 def train_fold(
     task: Task, cells: TrainingCells, start_dir: Path | None, run: TrackedRun, folder: Path
 ) -> tuple[Path, dict[str, float]]:
-    """Train on a fold's cells: the folder of the best model, and what the training took."""
+    """Train on a fold's cells. Returns the folder of the best model and the cost of training."""
     start = load_model(start_dir) if start_dir else None
     if start is not None:
         run.set_tags({"start": {"run_id": start.meta.get("run_id", "")}})

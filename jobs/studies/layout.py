@@ -1,4 +1,4 @@
-"""What a study reserves on a cluster, and the search space in Ray Tune's terms."""
+"""Resources a study reserves on a cluster, and the search space in Ray Tune's terms."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from jobs.training.launch import check_layout
 from screformer.config import ExperimentConfig, setting_name, touching
 
 DRIVER_CPUS = 0.01
-"""What a trial's driver reserves; Ray Tune takes no trial that reserves nothing."""
+"""CPUs a trial's driver reserves; Ray Tune rejects a trial that reserves nothing."""
 
 
 BASELINE_CPUS = 1
-"""Of the task that fits a baseline; one runs at a time."""
+"""CPUs of the task that fits a baseline; one runs at a time."""
 
 
 _DRAWN = re.compile(r"(uniform|loguniform|randint)\(\s*([^,]+)\s*,\s*([^,]+)\s*\)")
 
 
 def num_cpus(config: ExperimentConfig) -> float:
-    """CPUs that a study reserves at its most."""
+    """Most CPUs a study reserves at any time."""
     cluster, trials = config.cluster, config.crossval.concurrent_trials
     return (
         trials
@@ -33,14 +33,13 @@ def num_cpus(config: ExperimentConfig) -> float:
 
 
 def check_study_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> None:
-    """Refuse what the cluster could never hold, before anything starts.
+    """Refuse a study that can never fit on the cluster, before anything starts.
 
-    All that a study reserves at its most fits at once, so nothing of it can wait for something that waits for
-    it.
+    A study's peak reservation must fit all at once; this rules out deadlock.
 
     Args:
         config: The recipe.
-        nodes: As `ray.nodes()` gives them.
+        nodes: As returned by `ray.nodes()`.
 
     Raises:
         ValueError: Too few CPUs or GPUs, with the sum.
@@ -72,11 +71,11 @@ def check_study_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]
 
 
 def search_space(config: ExperimentConfig) -> dict[str, Any]:
-    """The space of a recipe in Ray Tune's terms, by setting.
+    """The search space of a recipe in Ray Tune's terms, by setting.
 
     Raises:
-        ValueError: An unknown setting, one that all configurations of a search share, a value that it does
-            not take, or a range where `grid` needs a list.
+        ValueError: An unknown setting, a setting that all configurations of a search share, an invalid
+            value, or a range where `grid` needs a list.
     """
     from ray import tune
 
@@ -85,7 +84,7 @@ def search_space(config: ExperimentConfig) -> dict[str, Any]:
         if setting_name(name) in touching("cells"):
             raise ValueError(
                 f"search.space.{name} changes cells, labels or folds, which all configurations of a search"
-                f" share; vary it in an ablation, or in a cross-validation for each value"
+                f" share; vary it in an ablation, or run one cross-validation per value"
             )
         drawn = _DRAWN.fullmatch(values.strip()) if isinstance(values, str) else None
         if drawn:
@@ -115,7 +114,7 @@ def search_space(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def fold_bundle(config: ExperimentConfig) -> dict[str, float]:
-    """What the process of a fold reserves; nothing where Ray Train's workers do it for themselves."""
+    """Resources the process of a fold reserves; none if Ray Train's workers reserve their own."""
     cluster = config.cluster
     if cluster.num_workers > 1:
         return {}
@@ -123,7 +122,7 @@ def fold_bundle(config: ExperimentConfig) -> dict[str, float]:
 
 
 def count_trials(config: ExperimentConfig) -> int:
-    """Configurations that a search tries; raises as `search_space`."""
+    """Number of configurations a search tries; raises like `search_space`."""
     space = search_space(config)
     if config.search.algorithm != "grid" and space:
         return config.search.num_samples

@@ -1,4 +1,4 @@
-"""Begin a study or resume it: its folder, its MLflow run, and room for it on the cluster."""
+"""Start or resume a study: its folder, its MLflow run, and the check that the cluster has room."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from screformer.config import Command, ExperimentConfig
 
 STUDY = "study.json"
 FORMAT = 2
-"""Of the study's folder; 2 names the folders of trials by what differs from the study's settings."""
+"""Format of the study's folder; 2 names trial folders by how they differ from the study's settings."""
 
 
 @contextmanager
 def opened(
     config: ExperimentConfig, job: Command, *, folds_from: str | None = None, resume: str | None = None
 ) -> Iterator[Study]:
-    """A running study: Ray connected, the layout checked, folder and parent run made or taken up again.
+    """A running study: Ray connected, layout checked, folder and parent run created or resumed.
 
     Args:
-        config: The recipe; when resuming, that of the interrupted study is taken instead.
+        config: The recipe; when resuming, the interrupted study's is used instead.
         job: `crossval` or `ablate`.
-        folds_from: As `open_study`.
+        folds_from: As in `open_study`.
         resume: Folder of the interrupted study.
 
     Raises:
-        ValueError: Settings, cells, folds or cluster do not allow it.
+        ValueError: The settings, cells, folds or cluster rule it out.
     """
     saved = read_study(resume) if resume else {}
     config = ExperimentConfig.from_saved(saved["config"], resume=True) if saved else config
     storage = config.cluster.storage_path or "runs"
     if "://" in storage:
         raise ValueError(
-            f"cluster.storage_path={storage!r}: a study needs a folder that all nodes see, not a URI"
+            f"cluster.storage_path={storage!r}: a study needs a folder that all nodes can see, not a URI"
         )
     connect(num_cpus=num_cpus(config))
     check_study_layout(config, ray.nodes())
@@ -58,7 +58,7 @@ def opened(
     study = open_study(config, run_dir=run_dir, folds_from=folds_from, resume=bool(saved))
     if saved and saved["query_hash"] != study.query.hash:
         raise ValueError(
-            f"{run_dir} was begun on other cells (query hash {saved['query_hash'][:12]}, now"
+            f"{run_dir} was started on different cells (query hash {saved['query_hash'][:12]}, now"
             f" {study.query.hash[:12]})"
         )
     run = TrackedRun(**saved["run"]) if saved else start_run(study.config, job)
@@ -71,7 +71,7 @@ def opened(
 
 
 def _begin(study: Study, run: TrackedRun, job: Command) -> None:
-    """Write what a resumed study reads, and log what the study is about."""
+    """Write what a resumed study needs, and log the study's parameters."""
     study.run_dir.mkdir(parents=True, exist_ok=True)
     study.folds.save(study.run_dir / FILE, study.query.obs_joinids)
     tree = {
@@ -88,17 +88,16 @@ def _begin(study: Study, run: TrackedRun, job: Command) -> None:
 
 
 def read_study(run_dir: str) -> dict[str, Any]:
-    """What a study wrote into its folder when it started.
+    """Read what a study wrote into its folder when it started.
 
     Raises:
-        ValueError: There is none, or another version wrote it.
+        ValueError: The file is missing, or was written by another version.
     """
     try:
         tree: dict[str, Any] = json.loads((Path(run_dir) / STUDY).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume {run_dir}: no {STUDY} there ({error}); give the folder that the study printed when it"
-            f" started"
+            f"--resume {run_dir}: no {STUDY} there ({error}); give the folder printed when the study started"
         ) from error
     if tree.get("format") != FORMAT:
         writer = tree.get("code", {}).get("git", "commit 2dc0365 or earlier")

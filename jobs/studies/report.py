@@ -18,9 +18,9 @@ from screformer.metrics import OURS, LabelCounts, reliability
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
-    """In a few sentences, how ours does against the best baseline in macro-F1.
+    """How our model compares with the best baseline in macro-F1, in a few sentences.
 
-    And with absent types dropped on both sides.
+    Also with absent types dropped on both sides.
     """
     text = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
     return "\n\n".join(dict.fromkeys(text))
@@ -33,7 +33,7 @@ def _verdict(tree: Mapping[str, Any], metric: str) -> str:
         if name != OURS and "difference" in entry["metrics"].get(metric, {})
     }
     if not others:
-        return "There is no baseline to compare with."
+        return "No baseline to compare with."
     best = max(others, key=lambda name: others[name]["metrics"][metric]["mean"])
     difference, title = others[best]["metrics"][metric]["difference"], others[best]["title"]
     ours, theirs = tree[OURS]["metrics"][metric]["mean"], others[best]["metrics"][metric]["mean"]
@@ -45,7 +45,7 @@ def _verdict(tree: Mapping[str, Any], metric: str) -> str:
         return text + f"**{OURS} is worse than {title}.**"
     return (
         text
-        + "the folds do not separate them"
+        + "the folds cannot tell them apart"
         + (", and **the mean is below the baseline's**." if difference["mean"] < 0 else ".")
     )
 
@@ -60,12 +60,12 @@ def write_crossval_report(
 
     Args:
         study: The study.
-        methods: Finished folds by method, ours first.
-        trials: Of a search: settings, folds and mean of each configuration; ours is the best of them.
-        notes: What the reader must know.
+        methods: Finished folds by method, our model first.
+        trials: In a search: settings, folds and mean of each configuration; the best one is reported as ours.
+        notes: Caveats for the reader.
 
     Returns:
-        What `report.json` holds.
+        The contents of `report.json`.
     """
     tree = summary(methods, study, OURS)
     names, k = study.label_names, len(study.label_names)
@@ -92,7 +92,7 @@ def write_crossval_report(
     report.table(
         "Mean and standard deviation over folds",
         pd.DataFrame(rows),
-        "Scores of the test cells, which nothing was chosen on.",
+        "Scores on the test cells, which were not used to choose anything.",
     )
     rows = []
     for name, entry in tree.items():
@@ -110,9 +110,9 @@ def write_crossval_report(
         report.table(
             f"{OURS} minus baseline",
             pd.DataFrame(rows),
-            "Mean of the differences over the same folds, with its 95 % interval by Student's t. Above zero,"
-            " ours is better. Few folds and"
-            " training cells that they share make such intervals rough.",
+            "Mean difference over the same folds, with a 95 % interval by Student's t. Above zero,"
+            " our model is better. With few folds and"
+            " shared training cells, these intervals are rough.",
         )
     scores = {
         entry["title"]: entry["metrics"]["macro_f1"]["values"]
@@ -145,15 +145,15 @@ def write_crossval_report(
             report.figure(
                 f"Confusion of {OURS}",
                 confusion_figure(pooled.confusion_kk, names),
-                "Rows are true types. In each field is the share of the row, and below it the number of"
-                " test cells of all folds.",
+                "Rows are true types. Each cell shows the share of its row and, below, the number of"
+                " test cells over all folds.",
                 f"Confusion matrix of {OURS}.",
             )
             if all(result.probabilities_nk is not None for result in results) and results:
                 report.figure(
                     "Reliability",
                     reliability_figure(_reliability_table(results)),
-                    "Share of right predictions against their probability; on the diagonal they agree."
+                    "Share of correct predictions against their probability; on the diagonal they agree."
                     f" Bins of fewer than {LEAST_CELLS} cells are not drawn.",
                     f"Reliability diagram of {OURS}.",
                 )
@@ -176,20 +176,21 @@ def write_crossval_report(
                 for entry in tree.values()
             ]
         ),
-        "Memory is that of the whole process. Cells/s of baselines divides the training cells by all of the"
-        " method's time.",
+        "Memory is that of the whole process. A baseline's cells/s is its number of training cells over"
+        " its total time.",
     )
     if len(trials) > 1:
         report.section("Search")
         report.table(
             "Configurations",
             pd.DataFrame(trials),
-            "Mean macro-F1 of the finished folds. The best one with all folds is ours above, and flattered by"
-            " the choice.",
+            "Mean macro-F1 of the finished folds. The best one with all folds is ours above; its score is"
+            " optimistic"
+            " because it was chosen here.",
         )
     report.section("Folds")
     report.table(
-        "Cells", _folds_table(study), "Validation cells choose the step and the baselines' settings."
+        "Cells", _folds_table(study), "The step and the baselines' settings are chosen on validation cells."
     )
     whole = {
         "split": folds.kind,
@@ -234,7 +235,7 @@ def _plain(chosen: Mapping[str, Any]) -> str:
 
 
 def log_report(study: Study, methods: Mapping[str, Any]) -> None:
-    """Put a study's report and its mean scores into the parent run."""
+    """Log a study's report and mean scores to the parent run."""
     assert study.run is not None
     log_study(study.run, study.run_dir)
     metrics = {}

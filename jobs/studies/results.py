@@ -1,7 +1,7 @@
-"""Results of a study: what a method predicted for the test cells of a fold, kept in two files.
+"""Results of a study: a method's predictions for the test cells of a fold, in two files.
 
-A finished fold leaves its predictions and an account of them, so that an interrupted study resumes where it
-stopped, and reports are made from files alone.
+A finished fold has its predictions and a summary on disk. An interrupted study resumes from these files, and
+reports need nothing else.
 
 Axes: n test cells, k classes of the whole query.
 """
@@ -33,18 +33,18 @@ class FoldResult:
     predicted_n: np.ndarray
     probabilities_nk: np.ndarray | None
     known: list[int]
-    """Classes that the fold's training cells have."""
+    """Classes present in the fold's training cells."""
     account: dict[str, Any]
     """`seconds`, `cells_per_s` of training, `peak_memory_gb`, `parameters`, `chosen` settings, `notes`;
     `prior`, the share of each of the k classes in training."""
 
     def save(self, folder: Path) -> None:
-        """Write both files; the account last, which marks the fold as finished."""
+        """Write both files, the summary last: it marks the fold as finished."""
         self.save_predictions(folder)
         self.finish(folder)
 
     def save_predictions(self, folder: Path) -> None:
-        """Write the predictions alone."""
+        """Write only the predictions."""
         folder.mkdir(parents=True, exist_ok=True)
         columns = {
             "joinid": self.joinids_n,
@@ -57,13 +57,13 @@ class FoldResult:
         pq.write_table(pa.table(columns), folder / f"fold-{self.fold}.parquet")
 
     def finish(self, folder: Path) -> None:
-        """Write the account: the fold will not run again."""
+        """Write the summary: the fold will not run again."""
         tree = {"method": self.method, "fold": self.fold, "known": self.known, **self.account}
         write_whole(folder / f"fold-{self.fold}.json", json.dumps(tree, indent=2))
 
     @classmethod
     def load(cls, folder: Path, fold: int) -> FoldResult | None:
-        """A finished fold, or None."""
+        """Read a finished fold; None if it is not finished."""
         path = folder / f"fold-{fold}.json"
         if not path.is_file():
             return None
@@ -86,6 +86,6 @@ class FoldResult:
 
 
 def results_of(folder: Path, num_folds: int) -> list[FoldResult]:
-    """The finished folds of one method, in their order."""
+    """The finished folds of one method, in order."""
     found = (FoldResult.load(folder, fold) for fold in range(num_folds))
     return [result for result in found if result is not None]

@@ -1,4 +1,4 @@
-"""scBERT's architecture as a baseline, and as the peer of the step benchmark."""
+"""scBERT's architecture, as a baseline and as the peer in the step benchmark."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ NUM_GENES, DIM, STEPS, BATCH, STEPS_PER_CANDIDATE = 200, 32, 150, 32, 50
 
 
 def scbert(cells: BaselineCells, seed: int) -> Candidates:
-    """The architecture of scBERT, small and without its pre-trained weights, after every 50 steps.
+    """A small scBERT without its pre-trained weights; a candidate after every 50 steps.
 
     Performer over binned expression of the most variable genes. Its classifier is a convolution over
-    features, then two layers over all genes. Gene embeddings are fixed, as its gene2vec ones are: the
-    truncated SVD of the training cells.
+    features, then two layers over all genes. Gene embeddings are fixed, like scBERT's gene2vec:
+    they come from a truncated SVD of the training cells.
     """
     from screformer.start import svd_gene_embeddings
 
@@ -39,7 +39,7 @@ def scbert(cells: BaselineCells, seed: int) -> Candidates:
         network = nn.ModuleList([body, conv, head])
 
         def logits(values_ng: np.ndarray) -> Tensor:
-            # Bins of scBERT: whole part of log2(1 + counts per 10,000), the highest five in one.
+            # scBERT's bins: integer part of log2(1 + counts per 10,000), values of 5 and above in one bin.
             bins = np.clip(np.floor(values_ng / np.log(2)), 0, NUM_BINS - 2).astype(np.int64)
             return head(torch.relu(conv(body.encode(torch.from_numpy(bins))).squeeze(-1)))
 
@@ -80,7 +80,7 @@ def _label(
         ]
     network.train()
     probabilities_nk = np.concatenate(found) if found else np.zeros((0, len(counts_k)), np.float32)
-    # A class without training cells still has an output; it must not be predicted.
+    # A class without training cells still has an output, but must not be predicted.
     probabilities_nk[:, counts_k == 0] = 0
     share_nk = probabilities_nk / np.maximum(probabilities_nk.sum(1, keepdims=True), 1e-12)
     return Labels(probabilities_nk.argmax(1), share_nk)
@@ -91,11 +91,11 @@ NUM_BINS = 7
 
 
 class ScBert(nn.Module):
-    """scBERT's network by performer-pytorch.
+    """scBERT's network, built with performer-pytorch.
 
-    Performer over expression and gene embeddings, bin scores of every token.
+    A Performer over expression and gene embeddings, with bin scores for every token.
 
-    Source: `performer_pytorch.PerformerLM` as scBERT's `pretrain.py` calls it, without its weights.
+    Source: `performer_pytorch.PerformerLM` as called in scBERT's `pretrain.py`, without its weights.
     """
 
     def __init__(self, num_genes: int, dim: int, depth: int, heads: int) -> None:
@@ -111,7 +111,7 @@ class ScBert(nn.Module):
         self.norm, self.to_out = nn.LayerNorm(dim), nn.Linear(dim, NUM_BINS)
 
     def forward(self, bin_ids_nl: Tensor) -> Tensor:
-        """Scores of bins at every token, (n, l, bins)."""
+        """Bin scores of every token, (n, l, bins)."""
         return self.to_out(self.encode(bin_ids_nl))
 
     def encode(self, bin_ids_nl: Tensor) -> Tensor:

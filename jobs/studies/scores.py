@@ -30,7 +30,7 @@ METRICS = {
     "ontology_f1": "ontology-aware macro-F1",
     "ece": "calibration error",
 }
-"""Scores by name, with how they are called."""
+"""Title of each score."""
 
 
 COMPARED = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy")
@@ -51,11 +51,9 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
     """Scores of one fold.
 
     Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which
-    leaves them out. In
-    `ontology_f1` a prediction below the true term counts as right, as in scTab: the true label is only the
-    more general one. In
-    `macro_f1_present` labels are dropped that the test cells as a whole do not hold
-    (`screformer.calibration.present_labels`); their own labels are not asked for that.
+    leaves them out. In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the
+    true label is just the more general one. `macro_f1_present` drops labels estimated to be absent from the
+    test cells as a whole (`screformer.calibration.present_labels`); true labels are not used for that.
     """
     k = len(study.label_names)
     whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)
@@ -79,7 +77,7 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by Student's t; the interval is infinite for a single value."""
+    """Mean with a 95 % interval by Student's t; the interval is infinite for a single value."""
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return mean, -np.inf, np.inf
@@ -88,9 +86,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference: str) -> dict[str, Any]:
-    """Scores of all methods over the folds that they finished.
+    """Scores of all methods over their finished folds.
 
-    And the differences `reference` - method on common folds.
+    Includes the differences `reference` - method on common folds.
     """
     by_fold = {
         name: {result.fold: scores(result, study) for result in results} for name, results in methods.items()
@@ -129,9 +127,9 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
 
 
 def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:
-    """What a model carries of the cross-validation of its settings.
+    """Cross-validation results stored with a model.
 
-    Which folds, and each metric's value in each of them.
+    The folds, and each metric's value in each fold.
     """
     scored = [scores(result, study) for result in results]
     return {
@@ -148,7 +146,7 @@ def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:
 
 
 def difference_text(difference: Mapping[str, float] | None) -> str:
-    """A difference with its interval, such as `+0.012 [-0.004, +0.028]`."""
+    """A difference with its interval, for example `+0.012 [-0.004, +0.028]`."""
     if difference is None:
         return ""
     if not np.isfinite(difference["low"]):
@@ -157,14 +155,14 @@ def difference_text(difference: Mapping[str, float] | None) -> str:
 
 
 def spread_text(entry: Mapping[str, Any] | None) -> str:
-    """A mean with its standard deviation over folds, such as `0.861 +- 0.020`."""
+    """A mean with its standard deviation over folds, for example `0.861 +- 0.020`."""
     if entry is None:
         return ""
     return f"{entry['mean']:.3f}" + (f" ± {entry['sd']:.3f}" if entry["sd"] is not None else "")
 
 
 def _accepted(cl_ids: Sequence[str]) -> np.ndarray:
-    """Whether a prediction (column) is right for a true label (row): the same, or a term below it.
+    """Whether a prediction (column) is correct for a true label (row): the same term, or one below it.
 
     Bool (k, k).
     """

@@ -1,4 +1,4 @@
-"""A study: methods over the folds of one query's cells. What `jobs.crossval` and `jobs.ablate` share.
+"""A study: methods over the folds of one query's cells. Shared by `jobs.crossval` and `jobs.ablate`.
 
 Axes: n cells of the query, k classes of the whole query.
 """
@@ -31,7 +31,7 @@ from screformer.metrics import OURS
 class Study:
     """The cells, folds and classes of a study, and the folder of its results.
 
-    Picklable; Ray tasks get it by reference.
+    Picklable; passed to Ray tasks by reference.
     """
 
     config: ExperimentConfig
@@ -41,7 +41,7 @@ class Study:
     """The k classes."""
     label_cl_ids: tuple[str, ...]
     labels_n: np.ndarray
-    """Class of each cell, int64; -1 for none."""
+    """Class of each cell, int64; -1 for unlabelled."""
     run_dir: Path
     run: TrackedRun | None
     """The parent run."""
@@ -52,26 +52,24 @@ class Study:
         return self.query.obs["donor_id"].astype(str).to_numpy()
 
     def split(self, fold: int) -> Split:
-        """The parts of one fold; with the number of folds, no cell is tested."""
+        """The parts of one fold; if `fold` equals the number of folds, no cell is held out for testing."""
         return self.folds.parts(fold, self.donors, self.labels_n, self.config.crossval.val_fraction)
 
     def notes(self) -> list[str]:
-        """What is to be known before anything runs."""
+        """Warnings to read before anything runs."""
         notes = list(self.folds.notes)
         for label, name in self.folds.labels_of_one_fold(self.labels_n).items():
             notes.append(
                 f"all cells of {self.label_names[label]!r} are in fold {name}: no method can learn it there,"
-                f" and each of its test cells counts as an error"
+                f" so each of its test cells counts as an error"
             )
         for fold in range(len(self.folds)):
             notes += [*self.split(fold).notes, *self._rare_labels(fold)]
         if self.config.crossval.pretrain == "once":
-            notes.append(
-                f"pre-training saw the cells of every fold, without their labels: it flatters {OURS}"
-            )
+            notes.append(f"pre-training saw the cells of every fold, without labels: this favours {OURS}")
         unlabelled = int((self.labels_n < 0).sum())
         if unlabelled:
-            notes.append(f"{unlabelled} cells without a label serve pre-training only")
+            notes.append(f"{unlabelled} cells without a label are used for pre-training only")
         return notes
 
     def _rare_labels(self, fold: int) -> list[str]:
@@ -86,11 +84,11 @@ class Study:
         return [text] if listed else []
 
     def trial_folder(self, settings: Mapping[str, Any]) -> Path:
-        """Where the folds of a configuration leave their results."""
+        """Folder for the results of a configuration's folds."""
         return self.run_dir / "trials" / settings_key(self.config.merge(settings).differences(self.config))
 
     def pretrained_folder(self, settings: Mapping[str, Any], fold: int) -> Path:
-        """Where a fold's pre-trained model is kept: one place for all configurations that pre-train alike."""
+        """Folder of a fold's pre-trained model, shared by all configurations that pre-train alike."""
         config = self.config.merge(settings)
         changed, read = config.differences(self.config), touching("pretraining")
         alike = {name: value for name, value in changed.items() if name in read}
@@ -98,11 +96,11 @@ class Study:
         return self.run_dir / "pretrained" / settings_key({**alike, "fold": part})
 
     def baseline_folder(self, name: str) -> Path:
-        """Where the folds of a baseline leave their results."""
+        """Folder for the results of a baseline's folds."""
         return self.run_dir / "baselines" / name
 
     def missing_baselines(self) -> dict[str, list[str]]:
-        """Wanted baselines that cannot run, with the modules that they lack."""
+        """Selected baselines that cannot run, with their missing modules."""
         wanted = {name: BASELINES[name].missing for name in check_names(self.config.crossval.baselines)}
         return {name: missing for name, missing in wanted.items() if missing}
 
@@ -116,16 +114,16 @@ class Study:
         return prepare_cells(config, task, start=start, query=self.query, split=split)
 
     def test_cells(self, cells: TrainingCells, positions: np.ndarray) -> TrainingCells:
-        """A fold's cells with given ones to test, in their class among all k."""
+        """A fold's cells with the given test cells, with classes among all k."""
         return dataclasses.replace(cells, codes_n=self.labels_n, parts={**cells.parts, "test": positions})
 
     def known(self, cells: TrainingCells) -> list[int]:
-        """The classes of a fold's training cells, in the order of its model's."""
+        """The classes of a fold's training cells, in the order of its model's classes."""
         return [self.label_names.index(name) for name in cells.labels["names"]]
 
 
 def settings_key(tree: Any) -> str:
-    """A short name for settings, the same for equal ones."""
+    """A short name for settings; equal settings get the same name."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -136,16 +134,16 @@ def open_study(
     folds_from: str | None = None,
     resume: bool = False,
 ) -> Study:
-    """Run the query, and make or read the folds. Nothing is written.
+    """Run the query, and create or read the folds. Writes nothing.
 
     Args:
         config: The recipe with its overrides.
-        run_dir: The study's folder; None is for a look ahead.
+        run_dir: The study's folder; None for a dry run.
         folds_from: A study's folder, its folds file, or the id of its MLflow run.
-        resume: The folder holds a study that was begun.
+        resume: The folder contains a study that was started.
 
     Raises:
-        ValueError: The query, labels or folds do not allow it.
+        ValueError: The query, labels or folds rule it out.
     """
     crossval = config.crossval
     check_names(crossval.baselines)
@@ -163,7 +161,7 @@ def open_study(
         "atlas.timestamp_ms": query.atlas.timestamp_ms,
         "crossval.group_by": folds.group_by,
     }
-    if folds.group_by != "none":  # what every model of the study records as held out together
+    if folds.group_by != "none":  # every model of the study records this as what was held out
         settled["split.group_by"] = folds.group_by
     return Study(
         config=config.merge(settled),
@@ -178,7 +176,7 @@ def open_study(
 
 
 def _labelled_cells(config: ExperimentConfig) -> tuple[QueryResult, np.ndarray, tuple[str, ...]]:
-    """The query's cells, at most `crossval.max_cells`; the class of each; the names of the classes."""
+    """The query's cells (at most `crossval.max_cells`), the class of each, and the names of the classes."""
     query = run_query(config)
     labels_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     most = config.crossval.max_cells
@@ -192,7 +190,7 @@ def _labelled_cells(config: ExperimentConfig) -> tuple[QueryResult, np.ndarray, 
     if len(present) < 2:
         raise ValueError(
             f"labels.column={config.labels.column!r} has {len(present)} labels among the query's cells;"
-            f" comparing needs at least 2"
+            f" a comparison needs at least 2"
         )
     new_code = np.full(len(all_names) + 1, -1, np.int64)
     new_code[present] = np.arange(len(present))

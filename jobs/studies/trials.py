@@ -1,8 +1,8 @@
-"""The door to Ray Tune: configurations as trials, each of which trains its folds in workers that stay warm.
+"""Ray Tune: each configuration is a trial that trains its folds in reused workers.
 
-A trial is a driver that holds next to nothing. Its folds are trained by actors that it owns, which keep their
-imports, process group and data connections from fold to fold and end with the trial, so that a stopped one
-gives everything back. After each fold it reports the mean of the folds so far: schedulers compare
+A trial is a driver that needs almost no resources. Its folds are trained by actors that it owns. They keep
+their imports, process group and data connections from fold to fold and end with the trial, so a stopped trial
+frees everything. After each fold the trial reports the mean of the folds so far, so schedulers compare
 configurations on the same folds.
 """
 
@@ -26,13 +26,13 @@ from screformer.config import ExperimentConfig
 
 
 def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) -> list[dict[str, Any]]:
-    """Run configurations over the folds, and give back the settings of each in the order they were started.
+    """Run configurations over the folds, and return the settings of each in the order they were started.
 
     Args:
-        study: With its parent run.
+        study: A study with a parent run.
         space: Setting to values, in Ray Tune's terms; `{"settings": tune.grid_search([...])}` lists whole
             configurations.
-        num_samples: Configurations to draw, where the space is drawn from.
+        num_samples: Number of configurations to draw if the space is sampled.
 
     Raises:
         RuntimeError: A trial failed; the first one's error.
@@ -76,7 +76,7 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     results = tuner.fit()
     if results.errors:
         raise RuntimeError(
-            f"a trial failed, finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}"
+            f"a trial failed; finished folds are kept: {str(results.errors[0]).strip().splitlines()[-1]}"
         )
     return [settings_of(result.config) for result in results]
 
@@ -90,8 +90,8 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     from ray import tune
 
     settings = settings_of(trial_config)
-    # In what the trial reserved; what the workers start in turn (read tasks, Ray Train's workers) is not
-    # bound to it.
+    # Uses the trial's reservation; whatever the workers start (read tasks, Ray Train's workers) is outside
+    # it.
     inside = PlacementGroupSchedulingStrategy(
         get_current_placement_group(), placement_group_capture_child_tasks=False
     )
@@ -101,7 +101,7 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     )
     shared, num_folds = ray.put(study), len(study.folds)
     workers = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, num_folds))]
-    # Folds are reported in their order, so that each report covers the same folds in every trial.
+    # Folds are reported in order: each report covers the same folds in every trial.
     values: list[float] = []
     for macro_f1 in ActorPool(workers).map(
         lambda actor, fold: actor.run.remote(settings, fold), range(num_folds)

@@ -17,7 +17,7 @@ class Variant(NamedTuple):
 
     axis: str
     name: str
-    """Its settings as on the command line, or `reference`."""
+    """Its settings as given on the command line, or `reference`."""
     settings: dict[str, Any]
 
     def with_seed(self, seed: int) -> dict[str, Any]:
@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     @property
     def of_the_study(self) -> dict[str, Any]:
-        """Its settings that need their own folds."""
+        """Its settings that require separate folds."""
         own = touching("cells")
         return {name: value for name, value in self.settings.items() if setting_name(name) in own}
 
@@ -36,19 +36,19 @@ def variants(config: ExperimentConfig, axes: Sequence[str] = ()) -> list[Variant
 
     Args:
         config: The recipe.
-        axes: Those to take; empty takes all.
+        axes: Axes to use; empty uses all.
 
     Raises:
-        ValueError: An unknown axis, or settings that the configuration does not take.
+        ValueError: An unknown axis, or invalid settings.
     """
     known = config.ablation.axes
     if not known:
         raise ValueError(
-            "ablation.axes is empty; give a recipe with axes, such as jobs/recipes/ablation.yaml"
+            "ablation.axes is empty; use a recipe with axes, for example jobs/recipes/ablation.yaml"
         )
     for axis in axes:
         if axis not in known:
-            raise ValueError(f"--axes: there is no axis {axis!r}; there is {', '.join(known)}")
+            raise ValueError(f"--axes: unknown axis {axis!r}; choose from {', '.join(known)}")
     found = [Variant(REFERENCE, REFERENCE, {})]
     for axis in axes or known:
         for text in known[axis]:
@@ -62,9 +62,9 @@ def variants(config: ExperimentConfig, axes: Sequence[str] = ()) -> list[Variant
 
 
 def by_folds(listed: Sequence[Variant]) -> list[tuple[dict[str, Any], list[Variant]]]:
-    """The variants by the settings that need their own folds.
+    """The variants, grouped by the settings that require separate folds.
 
-    None first, which is the reference's folds.
+    None comes first: the reference's folds.
     """
     groups: dict[str, tuple[dict[str, Any], list[Variant]]] = {}
     for variant in listed:

@@ -230,7 +230,10 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["crossval.baselines=[logistic]"], "crossval.baselines has no 'logistic'; there is all, majority"),
+        (
+            ["crossval.baselines=[logistic]"],
+            "crossval.baselines has no 'logistic'; choose from all, majority",
+        ),
         (["crossval.val_fraction=0"], "crossval.val_fraction=0.0 must be between 0 and 1"),
         (["crossval.num_fold=3"], "unknown setting crossval.num_fold; did you mean crossval.num_folds?"),
         (["--folds", "nowhere"], "crossval.num_folds has no effect with --folds nowhere"),
@@ -270,7 +273,7 @@ def test_dry_run_says_what_will_happen(
     assert "- model.attention=none" in listed and "- model.pooling=cls" in listed
     assert "- model.dim=64" not in listed
     assert ablate.main(["--config", str(recipe), *settings, "--axes", "atention", "--dry-run"]) == 2
-    assert "there is no axis 'atention'; there is attention" in capsys.readouterr().err
+    assert "unknown axis 'atention'; choose from attention" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 

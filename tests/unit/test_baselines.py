@@ -97,5 +97,5 @@ def test_names():
         and check_names(["mlp", "majority", "mlp"]) == ["mlp", "majority"]
         and check_names([]) == []
     )
-    with pytest.raises(ValueError, match="crossval.baselines has no 'svm'; there is all, majority"):
+    with pytest.raises(ValueError, match="crossval.baselines has no 'svm'; choose from all, majority"):
         check_names(["svm"])
