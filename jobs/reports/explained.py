@@ -45,7 +45,8 @@ def add_explanations(report: Report, run: LoggedRun) -> None:
             "Dot plot of the top genes",
             dot_figure(dots),
             "The genes that contribute most to each label, in the order of the labels. The area of a dot is"
-            " the share of the label's cells that express the gene, its colour how strongly.",
+            " the share of the label's cells that express the gene, its colour the mean of log1p of counts"
+            " per 10,000.",
             f"Expression of {dots['gene'].nunique()} genes in {dots['label'].nunique()} predicted labels.",
         )
     if "classes" in tables:
@@ -79,7 +80,7 @@ def _classes(classes: pd.DataFrame) -> pd.DataFrame:
         {
             "label": classes["label"],
             "cells": classes["cells"],
-            "known markers": [_some(text) for text in classes["markers"]],
+            "known markers": [_some(text) or "none" for text in classes["markers"]],
             "supporting genes": [_some(text) for text in classes["top_genes"]],
             "missing genes": [_some(text) for text in classes["top_lacking"]],
             "agreement": classes["shared_with_regression"],

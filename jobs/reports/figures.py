@@ -209,7 +209,7 @@ def dot_figure(dots: pd.DataFrame) -> Figure:
     axes.set(xlim=(-0.7, len(genes) - 0.3), ylim=(len(labels) - 0.4, -0.6))
     axes.grid(alpha=0.2)
     axes.set_axisbelow(True)
-    figure.colorbar(places, ax=axes, label="mean of log1p(counts per 10,000)", shrink=0.9)
+    figure.colorbar(places, ax=axes, label="mean log1p", shrink=0.9)
     return figure
 
 

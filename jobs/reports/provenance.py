@@ -11,6 +11,7 @@ import pandas as pd
 from jobs.reports.artifacts import read_config, read_identity
 from jobs.reports.page import Report
 from jobs.tracking.logged import LoggedRun
+from jobs.tracking.naming import flat
 from screformer.config import ExperimentConfig
 
 
@@ -21,6 +22,10 @@ def add_provenance(report: Report, run: LoggedRun) -> None:
     atlas = query.get("atlas", {})
     report.section("Provenance")
     rows = {"job": run.tags.get("job"), "run": run.run_id, "tracking store": run.store}
+    rows["model"] = identity.get("model")
+    source = identity.get("source")
+    if isinstance(source, Mapping):
+        rows |= {f"cells: {name}": value for name, value in flat(source).items()}
     if query:
         filters = query.get("obs_filter") or "every cell"
         if query.get("is_primary_data"):

@@ -45,6 +45,7 @@ _JOBS = {
     "finetune": "Fine-tuning",
     "crossval": "Cross-validation",
     "ablate": "Ablation",
+    "explain": "Explanations",
 }
 _CURVES = {"loss": "Loss", "macro_f1": "Macro-F1 on validation cells", "lr": "Learning rate"}
 _MOST_ROWS, _MOST_LETTERS = 40, 80

@@ -166,6 +166,7 @@ def test_it_fits_every_width_without_complaint(browser: Any, page: Path, width: 
         "return [...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))"
     )
     assert len(links) >= 5 and all(links)
+    assert browser.execute_script("return document.querySelectorAll('nav').length") == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

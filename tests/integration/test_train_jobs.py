@@ -95,6 +95,7 @@ def test_finetuning_learns_and_registers(
     ):
         assert name in run.data.metrics, name
     assert run.data.params["model.dim"] == "16"
+    assert run.data.tags["start.run_id"] == pretrained[0]["run_id"]
     kept = {
         entry.path
         for folder in ("", "test", "calibration")

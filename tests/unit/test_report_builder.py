@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -40,6 +41,17 @@ def test_html_holds_everything_escaped_and_is_the_same_each_time(tmp_path):
     assert re.findall(r'src="data:image/([^;]*);', page) == ["svg+xml", "png"]
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert _report().write_html(tmp_path / "again.html").read_text() == page
+
+
+@pytest.mark.parametrize("has_lead", [True, False])
+def test_contents_appear_once(tmp_path: Path, has_lead: bool) -> None:
+    report = Report("r")
+    if has_lead:
+        report.text("first")
+    for title in ("One", "Two", "Three"):
+        report.section(title)
+        report.text(title)
+    assert report.write_html(tmp_path / "r.html").read_text().count("<nav ") == 1
 
 
 def test_a_picture_without_words_is_refused():
