@@ -42,7 +42,7 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     searched = [path for folder in (tmp_path, logs) for path in folder.rglob("*") if path.is_file()]
     names = {path.name for path in searched}
-    assert {"run.json", "config.yaml", "mlflow.db", "MODEL_CARD.md", "meta.json"} <= names
+    assert {"run.json", "config.yaml", "server.db", "MODEL_CARD.md", "meta.json"} <= names
     assert any(name.startswith("report") and name.endswith(".html") for name in names)
     for secret in (*SECRETS.values(), PASSWORD):
         assert secret not in printed and secret not in failed
