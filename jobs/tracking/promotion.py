@@ -179,7 +179,7 @@ def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparis
             found = predictor.predict(source.read(positions[start : start + _CELLS_PER_CHUNK]))
             predicted.append(found.best_labels)
         right_n[name] = np.concatenate(predicted) == labels_n
-    return compare(right_n, labels_n, groups)
+    return compare({name: right_n[name] for name in (CANDIDATE, CHAMPION)}, labels_n, groups)
 
 
 def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) -> list[str]:
