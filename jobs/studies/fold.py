@@ -23,9 +23,10 @@ from jobs.studies.study import Study
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
 from jobs.training.launch import train
+from jobs.training.run_folder import write_run
 from jobs.training.task import training_task
 from screformer.checkpoint import add_meta, load_model
-from screformer.config import Task
+from screformer.config import ExperimentConfig, Task
 from screformer.cost import reset_peak_memory
 from screformer.metrics import OURS
 from screformer.predictor import Predictor
@@ -49,7 +50,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     reset_peak_memory()
     start_s, cpu_start_s = time.perf_counter(), time.process_time()
     config = study.config.merge({**settings, "tracking.run_name": f"fold {study.folds.names[fold]}"})
-    with start_run(config, "crossval", parent=study.run) as run:
+    with _start(study, config, "crossval", study.run) as run:
         run.set_tags({"fold": study.folds.names[fold], "settings": json.dumps(dict(settings))})
         start_dir = _pretrained(study, settings, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
@@ -128,7 +129,7 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
         return version
     everything = len(study.folds)  # this fold has no test cells, so all cells are used
     config = study.config.merge({**settings, "tracking.run_name": "all folds"})
-    with start_run(config, "crossval", parent=study.run) as run:
+    with _start(study, config, "crossval", study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
         start_dir = _pretrained(study, settings, everything, run)
         cells = study.cells(config, "finetune", everything, start_dir)
@@ -219,7 +220,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
         whole = np.sort(np.concatenate([cells.parts["train"], study.split(fold)["test"]]))
         cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
-    with start_run(config, "pretrain", parent=run) as own_run:
+    with _start(study, config, "pretrain", run) as own_run:
         model_dir, _ = train_fold("pretrain", cells, None, own_run, scratch)
     try:
         model_dir.rename(target)  # atomic; another trial may have been faster
@@ -228,6 +229,16 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
             raise
     shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _start(study: Study, config: ExperimentConfig, job: str, parent: TrackedRun | None) -> TrackedRun:
+    """Start a run whose entries wait in the study's folder while its server is slow or away."""
+    run = start_run(config, job, parent=parent)
+    folder = str(study.run_dir / "tracking" / run.run_id)
+    run = run.kept_in(folder)
+    if run.outbox:  # `jobs.sync --run-dir` finds the run there
+        write_run(folder, {"run": dataclasses.asdict(run)})
+    return run
 
 
 def train_fold(

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from data_ingest.atlas_cells import AtlasCells
-from data_ingest.query import find_cells, saved_query
+from data_ingest.query import QueryResult, find_cells, saved_query
 from jobs.studies.scores import mean_interval
 from jobs.tracking.models import CANDIDATE, CHAMPION, model_aliases, move_alias, resolve_model
 from jobs.tracking.runs import start_run
@@ -168,18 +168,20 @@ def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparis
             f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are"
             f" needed; hold more out"
         )
-    values, counts = np.unique(labels_n.astype(str), return_counts=True)
-    right_n = {CHAMPION: labels_n == values[counts.argmax()]}
-    for name, predictor in ((CANDIDATE, candidate), (CHAMPION, champion)):
-        if predictor is None:
-            continue
-        source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
-        predicted = []
-        for start in range(0, len(positions), _CELLS_PER_CHUNK):
-            found = predictor.predict(source.read(positions[start : start + _CELLS_PER_CHUNK]))
-            predicted.append(found.best_labels)
-        right_n[name] = np.concatenate(predicted) == labels_n
-    return compare({name: right_n[name] for name in (CANDIDATE, CHAMPION)}, labels_n, groups)
+    answers_n = {CANDIDATE: _best_labels(candidate, result, positions)}
+    if champion is not None:
+        answers_n[CHAMPION] = _best_labels(champion, result, positions)
+    else:
+        values, counts = np.unique(labels_n.astype(str), return_counts=True)
+        answers_n[CHAMPION] = np.full(len(labels_n), values[counts.argmax()], dtype=object)
+    return compare({name: answers == labels_n for name, answers in answers_n.items()}, labels_n, groups)
+
+
+def _best_labels(predictor: Predictor, result: QueryResult, positions: np.ndarray) -> np.ndarray:
+    source = AtlasCells.open(predictor, result, min_gene_overlap=MIN_GENE_OVERLAP)
+    chunks = range(0, len(positions), _CELLS_PER_CHUNK)
+    read = (source.read(positions[start : start + _CELLS_PER_CHUNK]) for start in chunks)
+    return np.concatenate([predictor.predict(cells).best_labels for cells in read])
 
 
 def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) -> list[str]:
