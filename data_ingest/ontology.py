@@ -30,7 +30,7 @@ class MajorType:
         cl_id: Term in `cell_type_major_ontology_term_id`.
         also: Further terms whose descendants belong here though the ontology does not place them below
             `cl_id`.
-        before: Names of types that lose a term to this one where it lies below both.
+        before: Names of types that lose a term to this one where it is below both.
     """
 
     name: str
@@ -91,7 +91,7 @@ MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="melanocyte", cl_id="CL:0000148"),
     MajorType(name="germ cell", cl_id="CL:0000586"),
 )
-"""The default set: types that most atlases name, and that expression alone tells apart."""
+"""The default set: types that most atlases name, and that can be distinguished by expression alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,14 +114,14 @@ class MajorTypes:
         """Check the set.
 
         Raises:
-            ValueError: A term is not in the ontology, or a name or term stands twice.
+            ValueError: A term is not in the ontology, or a name or term appears twice.
         """
         self.types = tuple(types)
         self._by_term: dict[str, MajorType] = {}
         names: set[str] = set()
         for major in self.types:
             if major.name in names:
-                raise ValueError(f"major type {major.name!r} stands twice")
+                raise ValueError(f"major type {major.name!r} appears twice")
             names.add(major.name)
             for term in (major.cl_id, *major.also):
                 if not is_cell_term(term):
@@ -199,7 +199,7 @@ def is_at_or_below(cl_id: str, general: str) -> bool:
 
 
 _FORM = {"CL:0000000", "CL:0000003", "CL:0000255", "CL:0002242", "CL:0000226", "CL:0000548", "CL:0000219"}
-"""Terms that tell a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate,
+"""Terms that describe a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate,
 animal, motile cell."""
 
 
@@ -207,7 +207,7 @@ def lineage(cl_ids: Sequence[str]) -> Lineage:
     """The terms above the labels of a model, for `screformer.calibration`.
 
     Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds
-    nothing to it; one that holds every label says nothing; one such as "nucleate cell" tells a cell's form.
+    nothing to it; one that holds every label says nothing; one such as "nucleate cell" describes a cell's form.
 
     Args:
         cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks,

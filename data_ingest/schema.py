@@ -56,7 +56,7 @@ OBS_COLUMNS: dict[str, pa.DataType] = {
     "raw_sum": pa.float64(),
     "nnz": pa.int64(),
 }
-"""Columns of obs beside `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of
+"""Columns of obs next to `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of
 its row of X.
 
 Strings are plain and not enumerated: value filters on unseen values, and appends with new values, then need
@@ -69,7 +69,7 @@ VAR_COLUMNS: dict[str, pa.DataType] = {
     "nnz": pa.int64(),
     "n_measured_obs": pa.int64(),
 }
-"""Columns of var beside `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the
+"""Columns of var next to `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the
 cells whose file had it."""
 DATASET_COLUMNS: dict[str, pa.DataType] = {
     "dataset_id": pa.large_string(),
@@ -168,7 +168,7 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
 def create_atlas(uri: str, context: soma.SOMATileDBContext) -> None:
     """Make an empty atlas.
 
-    A local one appears in one step (it is made beside its place and renamed). In an object store, where
+    A local one appears in one step (it is made next to its place and renamed). In an object store, where
     nothing can be renamed, whatever an interrupted creation left is completed.
 
     Args:

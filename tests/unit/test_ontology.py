@@ -67,7 +67,7 @@ def test_ancestors_stay_after_pickling() -> None:
     ("types", "message"),
     [
         ([MajorType(name="x", cl_id="CL:9999999")], "'CL:9999999' is not a term of the Cell Ontology"),
-        ([MajorType(name="x", cl_id="CL:0000084")] * 2, "'x' stands twice"),
+        ([MajorType(name="x", cl_id="CL:0000084")] * 2, "'x' appears twice"),
         (
             [MajorType(name="x", cl_id="CL:0000084"), MajorType(name="y", cl_id="CL:0000084")],
             "in two major types, 'x' and 'y'",
