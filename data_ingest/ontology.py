@@ -207,7 +207,8 @@ def lineage(cl_ids: Sequence[str]) -> Lineage:
     """The terms above the labels of a model, for `screformer.calibration`.
 
     Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds
-    nothing to it; one that holds every label says nothing; one such as "nucleate cell" describes a cell's form.
+    nothing to it; one that holds every label says nothing; "nucleate cell" and the like describe a cell's
+    form.
 
     Args:
         cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks,
