@@ -352,6 +352,8 @@ class TrainConfig:
     """Fine-tuning: train the heads only."""
     eval_every_steps: int = setting(200, "pretraining")
     """Steps between validations (and checkpoints)."""
+    checkpoint_every_minutes: float = setting(10.0)
+    """Minutes after which a checkpoint is saved between validations; 0 saves them with validations alone."""
     log_every_steps: int = setting(20)
     """Steps between log lines; metric values leave the device only then."""
     patience_evals: int = setting(0)
@@ -374,6 +376,7 @@ class TrainConfig:
             "weight_decay",
             "gradient_clipping",
             "patience_evals",
+            "checkpoint_every_minutes",
             "seed",
         ):
             value = getattr(self, name)

@@ -22,8 +22,8 @@ from jobs.studies.results import FoldResult
 from jobs.studies.study import Study
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
-from jobs.training.launch import train
-from jobs.training.run_folder import write_run
+from jobs.training.launch import Trained, train
+from jobs.training.run_folder import RUN_FILE, write_json
 from jobs.training.task import training_task
 from screformer.checkpoint import add_meta, load_model
 from screformer.config import ExperimentConfig, Task
@@ -55,7 +55,8 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
         start_dir = _pretrained(study, settings, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
         begun_s = time.perf_counter()
-        model_dir, trained = train_fold("finetune", cells, start_dir, run, folder / f"fold-{fold}")
+        trained = train_fold("finetune", cells, start_dir, run, folder / f"fold-{fold}")
+        model_dir, took = trained.model_dir, trained.account
         train_s = time.perf_counter() - begun_s
         predictor = Predictor.load(model_dir, device=None if config.cluster.use_gpu else "cpu")
         begun_s = time.perf_counter()
@@ -70,10 +71,11 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
             "train_seconds": train_s,
             "predict_seconds": time.perf_counter() - begun_s,
             "parameters": sum(parameter.numel() for parameter in load_model(model_dir).model.parameters()),
-            "chosen": {"step": trained.pop("best_step", None)},
+            "chosen": {"step": took.best_step},
             "notes": list(cells.notes),
             "run_id": run.run_id,
-            **trained,
+            "cells_per_s": took.cells_per_s,
+            "peak_memory_gb": took.peak_memory_gb,
         }
         result = FoldResult(
             method=OURS,
@@ -133,7 +135,7 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
         start_dir = _pretrained(study, settings, everything, run)
         cells = study.cells(config, "finetune", everything, start_dir)
-        model_dir, _ = train_fold("finetune", cells, start_dir, run, study.run_dir / "final")
+        model_dir = train_fold("finetune", cells, start_dir, run, study.run_dir / "final").model_dir
         add_meta(model_dir, {"folds": dict(folds)})
         version = run.register(model_dir, config.tracking.model_name)
     registered.write_text(json.dumps({"version": version, "settings": dict(settings)}))
@@ -221,7 +223,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
         cells = dataclasses.replace(cells, parts={**cells.parts, "train": whole})
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
     with _start(study, config, "pretrain", run) as own_run:
-        model_dir, _ = train_fold("pretrain", cells, None, own_run, scratch)
+        model_dir = train_fold("pretrain", cells, None, own_run, scratch).model_dir
     try:
         model_dir.rename(target)  # atomic; another trial may have been faster
     except OSError:
@@ -237,17 +239,16 @@ def _start(study: Study, config: ExperimentConfig, job: str, parent: TrackedRun 
     folder = str(study.run_dir / "tracking" / run.run_id)
     run = run.kept_in(folder)
     if run.outbox:  # `jobs.sync --run-dir` finds the run there
-        write_run(folder, {"run": dataclasses.asdict(run)})
+        write_json(folder, RUN_FILE, {"run": dataclasses.asdict(run)})
     return run
 
 
 def train_fold(
     task: Task, cells: TrainingCells, start_dir: Path | None, run: TrackedRun, folder: Path
-) -> tuple[Path, dict[str, float]]:
-    """Train on a fold's cells. Returns the folder of the best model and the cost of training."""
+) -> Trained:
+    """Train on a fold's cells."""
     start = load_model(start_dir) if start_dir else None
     if start is not None:
         run.set_tags({"start": {"run_id": start.meta.get("run_id", "")}})
     training = training_task(task, cells, run, model=start)
-    trained = train(training, str(folder), in_process=cells.config.cluster.num_workers == 1)
-    return trained.model_dir, trained.account
+    return train(training, str(folder), in_process=cells.config.cluster.num_workers == 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,14 @@ import ray.train.torch
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from jobs.training.run_folder import attempts
+from jobs.training.run_folder import attempts, keep_model, model_folder, write_json
+from jobs.training.stopping import stop_on_signals
 from jobs.training.task import TrainingTask
-from jobs.training.worker import train_loop_per_worker
+from jobs.training.worker import Account, train_loop_per_worker
 from screformer.config import ExperimentConfig
+from screformer.not_finite import NonFiniteError
+
+NON_FINITE = "non_finite.json"
 
 
 def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> None:
@@ -69,11 +72,9 @@ class Trained:
     """What a training leaves."""
 
     model_dir: Path
-    """The best model, on this machine."""
-    metrics: dict[str, float]
-    """`best_val/...` and `test/...` of that model."""
-    account: dict[str, float]
-    """`best_step`, `cells_per_s` (median) and `peak_memory_gb` (largest)."""
+    """The best model, on this machine; its meta data hold its scores."""
+    account: Account
+    """What the training took."""
 
 
 def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Trained:
@@ -87,26 +88,42 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
 
     Raises:
         ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
-        KeyboardInterrupt: Ctrl-C was pressed.
+        NonFiniteError: The loss or a weight became NaN or infinite; the cells of that step are in
+            `non_finite.json` of the folder.
+        KeyboardInterrupt: SIGTERM or SIGINT arrived; a checkpoint was saved, as its note says.
     """
-    model_dir = Path(tempfile.mkdtemp(prefix="screformer-model-") if "://" in folder else folder) / "model"
     if in_process:
+        model_dir = model_folder(folder)
         # Not a TorchTrainer: in local mode that ends the process group, which DeepSpeed holds on to.
         local = DataParallelTrainer(
             train_loop_per_worker,
-            train_loop_config={"task": task, "model_dir": str(model_dir)},
+            train_loop_config={"task": task, "model_dir": str(model_dir), "flag": ""},
             scaling_config=ray.train.ScalingConfig(num_workers=0),
         )
-        result = local.fit()
+        account: Account = local.fit().return_value
     else:
-        result = _on_workers(task, folder)
-        with result.checkpoint.as_directory() as kept:
-            shutil.copytree(Path(kept) / "model", model_dir, dirs_exist_ok=True)
-    metrics = {name: value for name, value in (result.metrics or {}).items() if isinstance(value, float)}
-    return Trained(model_dir=model_dir, metrics=metrics, account=result.return_value or {})
+        flag = f"stop-{uuid.uuid4().hex}"
+        with stop_on_signals(flag):
+            result = _on_workers(task, folder, flag)
+        account = result.return_value or Account()
+    if account.not_finite:
+        joinids = list(account.joinids)
+        write_json(folder, NON_FINITE, {"message": account.not_finite, "joinids": joinids})
+        raise NonFiniteError(
+            f"{account.not_finite}, and resume with --resume {folder} train.lr=...; {NON_FINITE} there names"
+            f" the step's cells",
+            joinids,
+        )
+    if account.stopped_after is not None:
+        stop = KeyboardInterrupt()
+        stop.add_note(f"the checkpoint of step {account.stopped_after} is saved")
+        raise stop
+    if not in_process:
+        model_dir = keep_model(result.checkpoint, folder)
+    return Trained(model_dir=model_dir, account=account)
 
 
-def _on_workers(task: TrainingTask, folder: str) -> ray.train.Result:
+def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
     # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the
     # next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -114,7 +131,7 @@ def _on_workers(task: TrainingTask, folder: str) -> ray.train.Result:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(
         train_loop_per_worker,
-        train_loop_config={"task": task, "model_dir": ""},
+        train_loop_config={"task": task, "model_dir": "", "flag": flag},
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -128,24 +145,24 @@ def _on_workers(task: TrainingTask, folder: str) -> ray.train.Result:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        return trainer.fit()
-    except SystemExit as stop:
-        # What Ray Train does on Ctrl-C, once its workers have ended.
-        raise KeyboardInterrupt from stop
+    return trainer.fit()
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Without the watcher that Ray Train starts for a controller that dies: it asks the dashboard.
-
-    A Ray without dashboard is one that ends with this process, so nothing is left to clean up; the watcher
-    would warn every second, or fail where another Ray runs on the machine.
-    """
+    """Without two things of Ray Train's that it has no public switch for."""
 
     def _create_default_callbacks(self) -> list[Any]:
+        """Without the watcher of a controller that dies, where there is no dashboard that it could ask.
+
+        Such a Ray ends with this process, so nothing is left to clean up; the watcher would warn every
+        second, or fail where another Ray runs on the machine.
+        """
         callbacks = super()._create_default_callbacks()
         if ray._private.worker.get_dashboard_url():
             return callbacks
         return [
             callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
         ]
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """None of Ray's, which would end the run without a checkpoint."""

@@ -18,13 +18,26 @@ import ray.train.torch
 import yaml
 
 from cluster.connect import connect
+from data_ingest.claims import only_writer
 from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, describe, prepare_cells
 from jobs.training.launch import check_layout, train
-from jobs.training.run_folder import new_run_dir, newest_checkpoint, read_run, resumable, write_run
+from jobs.training.run_folder import (
+    RESULT_FILE,
+    RUN_FILE,
+    filesystem,
+    keep_model,
+    new_run_dir,
+    newest_checkpoint,
+    read_result,
+    read_run,
+    resumable,
+    write_json,
+)
 from jobs.training.start import load_start
 from jobs.training.task import training_task
+from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
@@ -65,69 +78,86 @@ def run_training(
             `overrides`.
         task: `pretrain` or `finetune`.
         init_from: Model to start from: a run id, `runs:/...`, `models:/NAME@ALIAS` or a model directory.
-        resume: Run folder of a training that was killed; it goes on after its newest complete checkpoint.
+        resume: Run folder of a training that was interrupted; it resumes after its newest whole checkpoint.
         overrides: Settings that differ when resuming, such as `cluster.num_workers=1`.
 
     Raises:
-        ValueError: Settings, cells, start model or cluster do not allow the run.
+        ValueError: Settings, cells, start model or cluster do not allow the run; another process is writing
+            the run folder; or a loss or weight became NaN or infinite.
+        KeyboardInterrupt: SIGTERM or SIGINT arrived; its notes say how to resume.
         ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
     """
     saved: dict[str, Any] = {}
     if resume is not None:
         saved = read_run(resume)
-        config, task, init_from = (
-            ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=saved["task"]),
-            saved["task"],
-            saved["init_from"],
-        )
+        found = read_result(resume)
+        if found is not None:
+            print(f"{resume} is finished; there is nothing to resume", flush=True)
+            return TrainingResult(**found)
+        task, init_from = saved["task"], saved["init_from"]
+        config = ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=task)
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
     start = load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    config = cells.config
-    run = TrackedRun(**saved["run"]) if saved else start_run(config, task)
+    if saved and saved["query_hash"] != cells.query.hash:
+        raise ValueError(
+            f"{resume} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
+            f" {cells.query.hash[:12]})"
+        )
+    run = TrackedRun(**saved["run"]) if saved else start_run(cells.config, task)
     run_dir = resume or new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
-    with run, resumable(run_dir):
-        checkpoint = None
-        if saved:
-            if saved["query_hash"] != cells.query.hash:
-                raise ValueError(
-                    f"{run_dir} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
-                    f" {cells.query.hash[:12]})"
-                )
-            checkpoint = newest_checkpoint(run_dir)
-        else:
-            plain = {
-                "config": config.to_dict(),
-                "task": task,
-                "init_from": init_from,
-                "query_hash": cells.query.hash,
-            }
-            write_run(run_dir, {**plain, "run": dataclasses.asdict(run)})
-            run.log_identity(cells.identity())
-            if start is not None:
-                run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
-        print(cells.attention, flush=True)
-        for note in cells.notes:
-            print(f"note: {note}", flush=True)
-        print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
-        trained = train(training_task(task, cells, run, model=start, checkpoint=checkpoint), run_dir)
-        version = None
-        if task == "finetune":
-            _log_test_cells(run, cells, trained.model_dir)
-            version = run.register(trained.model_dir, config.tracking.model_name)
-        else:
-            run.log_file(trained.model_dir)
-        log_curves(run)
-    return TrainingResult(
-        run_id=run.run_id,
-        run_dir=run_dir,
-        model_dir=str(trained.model_dir),
-        metrics=trained.metrics,
-        model_version=version,
-    )
+    files, path = filesystem(run_dir)
+    with only_writer(files, f"{path}/writing", run_dir):
+        with run, resumable(run_dir):
+            if not saved:
+                started = {"config": cells.config.to_dict(), "task": task, "init_from": init_from}
+                started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run)}
+                write_json(run_dir, RUN_FILE, started)
+                run.log_identity(cells.identity())
+                if start is not None:
+                    run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
+            print(cells.attention, flush=True)
+            for note in cells.notes:
+                print(f"note: {note}", flush=True)
+            print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
+            model_dir = _trained_model(task, cells, run, run_dir, model=start, resumes=bool(saved))
+            version = None
+            if task == "finetune":
+                _log_test_cells(run, cells, model_dir)
+                version = run.register(model_dir, cells.config.tracking.model_name)
+            else:
+                run.log_file(model_dir)
+            log_curves(run)
+        result = TrainingResult(
+            run_id=run.run_id,
+            run_dir=run_dir,
+            model_dir=str(model_dir),
+            metrics=load_model(model_dir).meta["metrics"],
+            model_version=version,
+        )
+        write_json(run_dir, RESULT_FILE, dataclasses.asdict(result))
+    return result
+
+
+def _trained_model(
+    task: Task,
+    cells: TrainingCells,
+    run: TrackedRun,
+    run_dir: str,
+    *,
+    model: LoadedModel | None,
+    resumes: bool,
+) -> Path:
+    """Train, resume after the newest checkpoint, or take the model of a training that had ended."""
+    newest = newest_checkpoint(run_dir) if resumes else None
+    checkpoint, ended = newest or (None, False)
+    if checkpoint is not None and ended:
+        print("training had ended; doing what is left", flush=True)
+        return keep_model(checkpoint, run_dir)
+    return train(training_task(task, cells, run, model=model, checkpoint=checkpoint), run_dir).model_dir
 
 
 def describe_training(

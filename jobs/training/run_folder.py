@@ -1,8 +1,11 @@
-"""The folder of a training run: run.json, attempts and checkpoints."""
+"""The folder of a training run, on a disk or an object store: what it started with, checkpoints, result."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
-import ray
-import ray.train.torch
+import ray.train
 
 from screformer.config import ExperimentConfig, Task
 from screformer.training_checkpoint import damage, read_position
 
-RUN_FILE = "run.json"
+RUN_FILE, RESULT_FILE = "run.json", "result.json"
+_ATTEMPT = re.compile(r"attempt-\d+")
+_CHECKPOINT = re.compile(r"checkpoint_\d[\d_.-]*")
+"""Ray Train's names. It also keeps `checkpoint_manager_snapshot.json` beside the checkpoints."""
 
 
 def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
@@ -27,15 +32,16 @@ def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
     )
 
 
-def _filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
+def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """How to reach the folder, and its path there."""
     return pyarrow.fs.FileSystem.from_uri(run_dir if "://" in run_dir else Path(run_dir).resolve().as_uri())
 
 
-def write_run(run_dir: str, tree: dict[str, Any]) -> None:
-    """Write `run.json`."""
-    files, path = _filesystem(run_dir)
+def write_json(run_dir: str, name: str, tree: dict[str, Any]) -> None:
+    """Write a file of the folder, which is made where it does not exist."""
+    files, path = filesystem(run_dir)
     files.create_dir(path, recursive=True)
-    with files.open_output_stream(f"{path}/{RUN_FILE}") as out:
+    with files.open_output_stream(f"{path}/{name}") as out:
         out.write(json.dumps(tree, indent=2).encode())
 
 
@@ -47,10 +53,8 @@ def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
     Raises:
         ValueError: No such folder; the message names the command's option.
     """
-    files, path = _filesystem(run_dir)
     try:
-        with files.open_input_stream(f"{path}/{RUN_FILE}") as source:
-            return json.loads(source.read())
+        return _read_json(run_dir, RUN_FILE)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it"
@@ -58,41 +62,34 @@ def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
         ) from error
 
 
+def read_result(run_dir: str) -> dict[str, Any] | None:
+    """What a run left when it had ended well; None where it did not."""
+    try:
+        return _read_json(run_dir, RESULT_FILE)
+    except (OSError, ValueError):
+        return None
+
+
 def attempts(run_dir: str) -> list[str]:
     """Folders of the run's attempts, oldest first."""
-    files, path = _filesystem(run_dir)
-    found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
-    return sorted(
-        info.path
-        for info in found
-        if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("attempt-")
-    )
+    files, path = filesystem(run_dir)
+    return list(_folders(files, path, _ATTEMPT))
 
 
-def newest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
-    """The last checkpoint that was written to its end, or None where there is none yet.
+def newest_checkpoint(run_dir: str) -> tuple[ray.train.Checkpoint, bool] | None:
+    """The last checkpoint that is whole, and whether training ended with it; None where there is none yet.
 
-    Raises:
-        ValueError: The run is finished.
+    A damaged one is reported, and the one before it is taken.
     """
-    files, _ = _filesystem(run_dir)
+    files, _ = filesystem(run_dir)
     for attempt in reversed(attempts(run_dir)):
-        folders = [
-            info
-            for info in files.get_file_info(pyarrow.fs.FileSelector(attempt))
-            if info.type == pyarrow.fs.FileType.Directory and info.base_name.startswith("checkpoint_")
-        ]
-        for info in sorted(folders, key=lambda info: info.base_name, reverse=True):
-            checkpoint = ray.train.Checkpoint(info.path, filesystem=files)
+        for path in reversed(list(_folders(files, attempt, _CHECKPOINT))):
+            checkpoint = ray.train.Checkpoint(path, filesystem=files)
             with checkpoint.as_directory() as folder:
-                if fault := damage(folder):
-                    print(f"{info.path} is left out: {fault}", flush=True)
-                    continue
-                if read_position(folder)["finished"]:
-                    raise ValueError(
-                        f"--resume {run_dir}: that run is finished; its model is in {folder}/model"
-                    )
-                return checkpoint
+                fault = damage(folder)
+                if not fault:
+                    return checkpoint, bool(read_position(folder)["finished"])
+            print(f"{path} is left out: {fault}", flush=True)
     print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
     return None
 
@@ -105,3 +102,33 @@ def resumable(run_dir: str | Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         stop.add_note(f"resume with --resume {run_dir}")
         raise
+
+
+def keep_model(checkpoint: ray.train.Checkpoint, run_dir: str) -> Path:
+    """Copy the model of a checkpoint to where it outlives the checkpoints.
+
+    That is the run folder, or a temporary one where the run folder is remote.
+    """
+    target = model_folder(run_dir)
+    with checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / "model", target, dirs_exist_ok=True)
+    return target
+
+
+def model_folder(run_dir: str) -> Path:
+    """Where a run leaves its model on this machine."""
+    return Path(tempfile.mkdtemp(prefix="screformer-model-") if "://" in run_dir else run_dir) / "model"
+
+
+def _read_json(run_dir: str, name: str) -> dict[str, Any]:
+    files, path = filesystem(run_dir)
+    with files.open_input_stream(f"{path}/{name}") as source:
+        return json.loads(source.read())
+
+
+def _folders(files: pyarrow.fs.FileSystem, path: str, name: re.Pattern[str]) -> Iterator[str]:
+    """Folders in a folder whose name fits, by name."""
+    found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+    for info in sorted(found, key=lambda info: info.base_name):
+        if info.type == pyarrow.fs.FileType.Directory and name.fullmatch(info.base_name):
+            yield info.path

@@ -10,6 +10,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ import torch
 from cluster.quiet import quiet_data
 from jobs.training.ending import finish
 from jobs.training.progress import ProgressLines
+from jobs.training.stopping import StopWatch
 from jobs.training.task import TrainingTask
 from screformer.checkpoint import read_weights, save_model
 from screformer.engine import build_engine
 from screformer.metrics import sum_over_ranks
 from screformer.model import ScReformer
+from screformer.not_finite import NonFiniteError
 from screformer.objective import Batch, freeze_parameters
-from screformer.training import Parts, Progress, Weights, fit
+from screformer.training import Parts, Progress, Stopped, Weights, fit
 from screformer.training_checkpoint import (
     POSITION,
     load_training,
@@ -41,18 +44,39 @@ REPLAY_BYTES = 512 * 2**20
 reads nothing."""
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """How a training ended, and what it took."""
+
+    best_step: int = 0
+    cells_per_s: float = 0.0
+    """Median over the log lines."""
+    peak_memory_gb: float = 0.0
+    stopped_after: int | None = None
+    """Step of its last checkpoint, where it was asked to stop."""
+    not_finite: str = ""
+    """What became NaN or infinite, where it ended for that; its last checkpoint is from before."""
+    joinids: tuple[int, ...] = ()
+    """Cells of that step."""
+
+
+def train_loop_per_worker(loop_config: dict[str, Any]) -> Account:
     """Train on this rank's share of the cells; every rank calls it.
+
+    It does not raise what another attempt would only repeat; Ray Train would make it.
 
     Args:
         loop_config: `task`, the `TrainingTask`; `model_dir`, where the only rank leaves its model without
-            any checkpoint, or "" to leave both in checkpoints of Ray Train.
-
-    Returns:
-        What the training took: `best_step`, `cells_per_s` (median), `peak_memory_gb` (largest).
+            any checkpoint, or "" to leave both in checkpoints of Ray Train; `flag`, which asks to stop.
     """
     task: TrainingTask = loop_config["task"]
-    model_dir: str = loop_config["model_dir"]
+    try:
+        return _train(task, loop_config["model_dir"], loop_config["flag"])
+    finally:
+        task.run.settle()
+
+
+def _train(task: TrainingTask, model_dir: str, flag: str) -> Account:
     _prepare_process(task)
     rank = torch.distributed.get_rank()
     engine = _engine(task)
@@ -63,10 +87,11 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             if read_position(folder)["finished"]:
-                return {}
+                return Account()
             resume = _restore(Path(folder), engine)
     done_steps = resume[0].global_step if resume else 0
     lines = ProgressLines(task.config.train.max_steps, done_steps=done_steps)
+    watch = StopWatch(flag, every_s=60 * task.config.train.checkpoint_every_minutes)
     speeds: list[float] = []
     peaks: list[float] = []
 
@@ -90,18 +115,28 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
                 meta = {**task.meta, "best_step": progress.best_step, "metrics": metrics}
                 save_model(folder / "model", weights, task.config, task.vocabulary, task.labels, meta)
             _hand_over(folder, metrics)
+        watch.saved()
 
-    outcome = fit(
-        task.config,
-        engine,
-        _parts(task),
-        task=task.task,
-        class_counts_k=task.class_counts_k,
-        prior_shift_k=task.prior_shift_k,
-        report=report,
-        save_checkpoint=save,
-        resume=resume,
-    )
+    try:
+        outcome = fit(
+            task.config,
+            engine,
+            _parts(task),
+            task=task.task,
+            class_counts_k=task.class_counts_k,
+            prior_shift_k=task.prior_shift_k,
+            report=report,
+            save_checkpoint=save,
+            resume=resume,
+            checkpoint_due=lambda: rank == 0 and watch.checkpoint_due(),
+            stop_asked=lambda: rank == 0 and watch.stop_asked(),
+        )
+    except Stopped as ended:
+        return Account(stopped_after=ended.step)
+    except NonFiniteError as error:
+        return Account(not_finite=str(error), joinids=tuple(error.joinids))
+    finally:
+        watch.end()
     if model_dir:
         ray.train.report(finish(task, outcome, Path(model_dir)))
     else:
@@ -110,12 +145,11 @@ def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, float]:
             position = {**outcome.progress.to_dict(), "finished": True}
             (folder / POSITION).write_text(json.dumps(position, indent=2))
             _hand_over(folder, finish(task, outcome, folder / "model") if rank == 0 else {})
-    task.run.settle()
-    return {
-        "best_step": outcome.progress.best_step,
-        "cells_per_s": statistics.median(speeds) if speeds else 0.0,
-        "peak_memory_gb": max(peaks, default=0.0),
-    }
+    return Account(
+        best_step=outcome.progress.best_step,
+        cells_per_s=statistics.median(speeds) if speeds else 0.0,
+        peak_memory_gb=max(peaks, default=0.0),
+    )
 
 
 def _hand_over(folder: Path, metrics: dict[str, float]) -> None:

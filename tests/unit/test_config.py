@@ -60,6 +60,8 @@ BASE = ExperimentConfig()
         ),
         ("cluster.cpus_per_worker=0", "cluster.cpus_per_worker=0.0 must be positive"),
         ("cluster.max_failures=-2", "cluster.max_failures=-2 must be -1 or more"),
+        ("tracking.model_name=team/blood", "tracking.model_name='team/blood' must be a name without '/'"),
+        ("train.checkpoint_every_minutes=-1", "train.checkpoint_every_minutes=-1.0 must not be negative"),
         ("atlas.tiledb_config=x", "atlas.tiledb_config='x' must be a mapping"),
     ],
 )

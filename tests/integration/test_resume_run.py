@@ -1,0 +1,193 @@
+"""A training run on S3 from its first stop to its registered model.
+
+SIGTERM, a damaged checkpoint, two resumes at once, a kill after the last checkpoint, and a resume of a
+finished run."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+import pytest
+
+from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, start_python
+from helpers.servers import S3
+
+pytestmark = pytest.mark.timeout(1200)
+SMOKE = str(REPO_ROOT / "jobs" / "recipes" / "smoke.yaml")
+
+
+class Run(NamedTuple):
+    """A run folder on S3, and how to reach it."""
+
+    uri: str
+    folder: Path
+    environment: dict[str, str]
+    bucket: Any
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return start_python(
+            "-m",
+            "jobs.finetune",
+            *words,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def resume(self, *words: str) -> tuple[int, str]:
+        process = self.start("--resume", self.uri, *words)
+        printed, _ = process.communicate(timeout=500)
+        return process.returncode, printed
+
+    def steps(self) -> list[int]:
+        """Where its checkpoints stand, oldest first."""
+        found = [json.loads(item.get()["Body"].read()) for item in self.objects("position.json")]
+        return [position["global_step"] for position in found]
+
+    def objects(self, part: str) -> list[Any]:
+        return sorted(
+            (found for found in self.bucket.objects.all() if part in found.key), key=lambda found: found.key
+        )
+
+
+def _client() -> Any:
+    from mlflow import MlflowClient
+
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    return MlflowClient(uri, registry_uri=uri)
+
+
+@pytest.fixture(scope="module")
+def stopped(s3: S3, small_atlas: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+    """A run that got SIGTERM, as from `ray job stop`, between two evaluations; and what it printed last."""
+    variables = environment(AWS_ENDPOINT_URL=s3.endpoint)
+    bucket = boto3.resource("s3", endpoint_url=s3.endpoint).Bucket(s3.bucket)
+    folder = tmp_path_factory.mktemp("resume-run")
+    run = Run("", folder, variables, bucket)
+    process = run.start(
+        "--config",
+        SMOKE,
+        f"atlas.uri={small_atlas}",
+        f"cluster.storage_path={s3.uri}/runs",
+        "cluster.cpus_per_worker=0.5",
+        "tracking.model_name=resumed",
+        "train.max_steps=300",
+        "train.eval_every_steps=50",
+        "train.log_every_steps=10",
+    )
+    try:
+        uri = read_until(process, r"--resume (s3://\S+)\)")[1]
+        read_until(process, r"step +120/300")
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=120)
+        assert process.returncode == 130, printed
+        yield run._replace(uri=uri), printed
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+
+
+def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(stopped: tuple[Run, str]) -> None:
+    run, printed = stopped
+    assert re.search(
+        rf"interrupted; the checkpoint of step \d+ is saved; resume with --resume {run.uri}\n", printed
+    )
+    assert "Traceback" not in printed and "Fatal Python error" not in printed
+    assert run.steps()[-1] >= 120 and run.steps()[-1] not in (300, run.steps()[-2])
+    saved = json.loads(run.objects("run.json")[0].get()["Body"].read())
+    assert _client().get_run(saved["run"]["run_id"]).info.status == "KILLED"
+
+
+@pytest.fixture(scope="module")
+def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
+    """The run resumed to its end: the newest checkpoint is damaged, and another resume comes in between."""
+    run, _ = stopped
+    before = run.steps()[-2]
+    shard = run.objects("training_state.safetensors")[-1]
+    content = bytearray(shard.get()["Body"].read())
+    content[-1] ^= 1
+    shard.put(Body=bytes(content))
+    process = run.start("--resume", run.uri)
+    try:
+        line = read_until(process, r".* is left out: training_state.safetensors was changed: .*")[0]
+        status, refused = run.resume()
+        assert status == 2 and "is being written by process" in refused, refused
+        printed, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, printed
+    finally:
+        if process.poll() is None:
+            kill_tree(process)
+    assert "checkpoint_" in line and f"resumed after step {before} " in printed
+    return json.loads(printed.splitlines()[-1]), printed
+
+
+def test_a_damaged_checkpoint_is_left_out_and_a_second_resume_is_refused(
+    stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]
+) -> None:
+    result, _ = finished
+    assert result["model_version"] == 1 and result["run_dir"] == stopped[0].uri
+    assert len(_client().search_model_versions("name='resumed'")) == 1
+    assert _client().get_run(result["run_id"]).info.status == "FINISHED"
+
+
+def test_a_finished_run_is_left_alone(stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]) -> None:
+    before = _client().get_run(finished[0]["run_id"]).info
+    status, printed = stopped[0].resume()
+    assert status == 0 and "is finished; there is nothing to resume" in printed
+    assert json.loads(printed.splitlines()[-1]) == finished[0]
+    after = _client().get_run(finished[0]["run_id"]).info
+    assert (after.status, after.end_time) == ("FINISHED", before.end_time)
+
+
+def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
+    stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]
+) -> None:
+    """As after a kill before registration: no version, no result."""
+    run, (result, _) = stopped[0], finished
+    client = _client()
+    client.delete_registered_model("resumed")
+    for found in run.objects("result.json"):
+        found.delete()
+    status, printed = run.resume()
+    assert status == 0, printed
+    assert "training had ended; doing what is left" in printed and "step  10/" not in printed
+    again = json.loads(printed.splitlines()[-1])
+    assert again["metrics"] == result["metrics"] and again["model_version"] == 1
+    for found in run.objects("result.json"):  # and as after a kill right after registration
+        found.delete()
+    status, printed = run.resume()
+    assert status == 0 and json.loads(printed.splitlines()[-1])["model_version"] == 1
+    assert len(client.search_model_versions("name='resumed'")) == 1
+    assert client.get_run(result["run_id"]).info.status == "FINISHED"
+
+
+def test_a_nan_ends_the_run_without_a_model(small_atlas: str, tmp_path: Path) -> None:
+    process = start_python(
+        "-m",
+        "jobs.finetune",
+        "--config",
+        SMOKE,
+        f"atlas.uri={small_atlas}",
+        f"cluster.storage_path={tmp_path}",
+        "cluster.cpus_per_worker=0.5",
+        "tracking.model_name=diverged",
+        "train.lr=1e30",
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    printed, _ = process.communicate(timeout=500)
+    assert process.returncode == 2 and "Traceback" not in printed, printed
+    assert "became NaN or infinite at step" in printed and "lower train.lr=1e+30" in printed
+    (found,) = tmp_path.glob("finetune-*/non_finite.json")
+    assert json.loads(found.read_text())["joinids"]
+    run = json.loads((found.parent / "run.json").read_text())["run"]
+    assert _client().get_run(run["run_id"]).info.status == "FAILED"
+    assert not _client().search_model_versions("name='diverged'")

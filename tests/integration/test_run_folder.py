@@ -1,0 +1,119 @@
+"""The folder of a run on a disk and behind S3: which checkpoint a resume takes, and who may write."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from data_ingest.claims import only_writer
+from helpers.processes import run_python
+from helpers.servers import S3
+from jobs.training.run_folder import (
+    attempts,
+    filesystem,
+    keep_model,
+    newest_checkpoint,
+    read_result,
+    write_json,
+)
+
+
+@pytest.fixture(params=["disk", "s3"])
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "disk":
+        return str(tmp_path / "run")
+    s3: S3 = request.getfixturevalue("s3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    return f"{s3.uri}/{tmp_path.name}"
+
+
+def _write(run_dir: str, name: str, content: bytes) -> None:
+    files, path = filesystem(run_dir)
+    target = f"{path}/{name}"
+    files.create_dir(target.rpartition("/")[0], recursive=True)
+    with files.open_output_stream(target) as out:
+        out.write(content)
+
+
+def _checkpoint(run_dir: str, attempt: int, number: int, *, finished: bool = False) -> str:
+    """A checkpoint as Ray Train names it, sealed, with a file for its model."""
+    name = f"attempt-{attempt:03d}/checkpoint_2026-11-26_17-00-{number:02d}.000001"
+    files = {
+        "position.json": json.dumps({"finished": finished, "global_step": number}).encode(),
+        "model/part.bin": b"model %d" % number,
+    }
+    for file, content in files.items():
+        _write(run_dir, f"{name}/{file}", content)
+    manifest = {
+        file: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for file, content in files.items()
+    }
+    _write(run_dir, f"{name}/manifest.json", json.dumps({"format": "1", "files": manifest}).encode())
+    return name
+
+
+def _step(run_dir: str) -> tuple[int, bool] | None:
+    found = newest_checkpoint(run_dir)
+    if found is None:
+        return None
+    with found[0].as_directory() as folder:
+        return json.loads((Path(folder) / "position.json").read_text())["global_step"], found[1]
+
+
+def test_a_resume_takes_the_newest_whole_checkpoint(run_dir: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert attempts(run_dir) == [] and _step(run_dir) is None
+    _checkpoint(run_dir, 0, 1)
+    _write(run_dir, "attempt-000/checkpoint_manager_snapshot.json", b"{}")
+    _write(run_dir, "attempt-000/checkpoint_notes/anything", b"")
+    assert _step(run_dir) == (1, False)
+    newest = _checkpoint(run_dir, 1, 3)
+    _checkpoint(run_dir, 1, 2)
+    _write(run_dir, "attempt-002/checkpoint_manager_snapshot.json", b"{}")  # killed before its first one
+    assert [path.rpartition("/")[2] for path in attempts(run_dir)] == [f"attempt-{n:03d}" for n in range(3)]
+    assert _step(run_dir) == (3, False)
+
+    for spoil, reason in (
+        (
+            lambda: _write(run_dir, f"{newest}/model/part.bin", b"Model 3"),
+            "part.bin was changed: its SHA-256",
+        ),
+        (lambda: _write(run_dir, f"{newest}/model/part.bin", b"\0"), "part.bin has 1 bytes, not 7"),
+        (lambda: _write(run_dir, f"{newest}/manifest.json", b'{"format"'), "it has no whole manifest.json"),
+    ):
+        spoil()
+        capsys.readouterr()
+        assert _step(run_dir) == (2, False)
+        printed = capsys.readouterr().out
+        assert f"{newest} is left out: " in printed and reason in printed
+
+
+def test_a_run_that_ended_is_known_by_its_checkpoint_or_its_result(run_dir: str) -> None:
+    _checkpoint(run_dir, 0, 1)
+    _checkpoint(run_dir, 0, 2, finished=True)
+    found = newest_checkpoint(run_dir)
+    assert found is not None and found[1]
+    assert (keep_model(found[0], run_dir) / "part.bin").read_bytes() == b"model 2"
+    assert read_result(run_dir) is None
+    write_json(run_dir, "result.json", {"model_version": 3})
+    assert read_result(run_dir) == {"model_version": 3}
+
+
+def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) -> None:
+    files, path = filesystem(run_dir)
+    refused = pytest.raises(ValueError, match=r"is being written by process \d+ of .* wait for it")
+    with (
+        only_writer(files, f"{path}/writing", run_dir),
+        refused,
+        only_writer(files, f"{path}/writing", run_dir),
+    ):
+        pass
+    # A process that is killed leaves its claim behind.
+    script = (
+        "import os, sys; from data_ingest.claims import only_writer;"
+        " from jobs.training.run_folder import filesystem; files, path = filesystem(sys.argv[1]);"
+        " only_writer(files, f'{path}/writing', 'run').__enter__(); print('claimed', flush=True); os._exit(0)"
+    )
+    assert "claimed" in run_python("-c", script, run_dir).stdout
+    with only_writer(files, f"{path}/writing", run_dir):
+        pass
