@@ -78,7 +78,9 @@ def start_run(
     }
     if parent is not None:
         tags["mlflow.parentRunId"] = parent.run_id
-    name = config.tracking.run_name or run_name(job, what or cells_of(config))
+    what = what or cells_of(config)
+    tags["mlflow.note.content"] = f"`screformer {job}`" + (f" on {what}" if what else "")
+    name = config.tracking.run_name or run_name(job, what)
     with answering(uri):
         experiment_id = _experiment(uri, config.tracking.experiment)
         info = mlflow_client(uri).create_run(experiment_id, tags=tags, run_name=name).info

@@ -230,6 +230,7 @@ def test_a_run_is_called_by_what_it_does(config: ExperimentConfig, store: str) -
         run.log_identity({"query": {"hash": "ab" * 32, "atlas": atlas, "obs_filter": "tissue == 'blood'"}})
     logged = MlflowClient(store).get_run(run.run_id)
     assert re.fullmatch(r"finetune blood, tissue == 'blood', \d{4}-\d\d-\d\d \d\d:\d\d", logged.info.run_name)
+    assert logged.data.tags["mlflow.note.content"] == "`screformer finetune` on blood, tissue == 'blood'"
     (dataset,) = (entry.dataset for entry in logged.inputs.dataset_inputs)
     assert (dataset.name, dataset.digest) == ("blood@12", ("ab" * 32)[:36])
     with start_run(on_blood.merge({"tracking.run_name": "mine"}), "finetune") as run:
