@@ -109,10 +109,9 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
     if account.not_finite:
         joinids = list(account.joinids)
         write_json(folder, NON_FINITE, {"message": account.not_finite, "joinids": joinids})
+        resume = "" if in_process else f", and resume with --resume {folder} train.lr=..."
         raise NonFiniteError(
-            f"{account.not_finite}, and resume with --resume {folder} train.lr=...; {NON_FINITE} there names"
-            f" the step's cells",
-            joinids,
+            f"{account.not_finite}{resume}; {folder}/{NON_FINITE} names the step's cells", joinids
         )
     if account.stopped_after is not None:
         stop = KeyboardInterrupt()
