@@ -6,7 +6,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format site benchmark clean docs/settings.md
+.PHONY: help install quickstart test lint format site benchmark wheel clean docs/settings.md
 
 help:
 	@echo "make install      .venv with screformer in it"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make docs/settings.md   the page of all settings, from screformer/config.py"
 	@echo "make site      the documentation site, in ./site"
+	@echo "make wheel        wheel and sdist in dist/, tried in an environment of their own"
 	@echo "make benchmark    the stream and the attention against their peers"
 
 install: $(VENV)/installed
@@ -42,11 +43,18 @@ benchmark: $(VENV)/installed-for-tests
 	$(RUN) -m jobs.benchmark attention
 	$(RUN) -m jobs.benchmark step
 
+wheel: $(VENV)/installed-for-tests
+	rm -rf build dist
+	$(RUN) -m build --quiet --outdir dist .
+	$(RUN) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/screformer-*.whl
+	$(RUN) tests/wheel.py build/fresh
+
 site: $(VENV)/installed-for-tests
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(RUN):
 	@test -n "$(PYTHON)" && $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
@@ -54,9 +62,9 @@ $(RUN):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(RUN)
-	$(PIP) --quiet -e .
+	$(PIP) --quiet -e ".[all]"
 	@touch $@
 
 $(VENV)/installed-for-tests: pyproject.toml constraints.txt | $(RUN)
-	$(PIP) --quiet -e ".[test,dev,docs,baselines]"
+	$(PIP) --quiet -e ".[all,test,dev,docs,baselines]"
 	@touch $@ $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,8 +52,6 @@ def map_tasks(
     Raises:
         Exception: The error of the call that failed first, as the function raised it.
     """
-    import ray
-
     sizes = sizes or [1] * len(calls)
     results: list[Any] = [None] * len(calls)
     num_done, total = done_before, done_before + sum(sizes)
@@ -75,7 +74,8 @@ def map_tasks(
             if note:
                 note(index)
 
-        if in_process or not ray.is_initialized():
+        ray = sys.modules.get("ray")  # a process that never imported it is not connected to it
+        if in_process or ray is None or not ray.is_initialized():
             for index, call in enumerate(calls):
                 finish(index, function(*call))
             return results
@@ -83,7 +83,7 @@ def map_tasks(
         shared = ray.put(function)
         at_once = at_once or 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         waiting = list(range(len(calls)))[::-1]
-        running: dict[ray.ObjectRef, int] = {}
+        running: dict[Any, int] = {}
         while waiting or running:
             while waiting and len(running) < at_once:
                 index = waiting.pop()

@@ -40,6 +40,7 @@ main = Command(
     doc=__doc__,
     arguments=arguments,
     work=work,
+    extra="train",
     check=check_study,
     recipe="",
 )

@@ -127,7 +127,7 @@ def work(args: argparse.Namespace) -> Result:
     return None
 
 
-main = Command(name="annotate", doc=__doc__, arguments=arguments, work=work, check=check)
+main = Command(name="annotate", doc=__doc__, arguments=arguments, work=work, extra="train", check=check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -60,6 +60,8 @@ class Command:
     """Adds the command's own arguments. One that stands for a setting has its name as `dest`."""
     work: Callable[[argparse.Namespace], Result]
     """Imports what it needs, and does what the arguments ask."""
+    extra: str = "all"
+    """Extra of the package that installs what it needs."""
     check: Callable[[argparse.Namespace], None] = lambda args: None
     """Raises ValueError for arguments that do not go together."""
     recipe: str | None = None
@@ -77,6 +79,12 @@ class Command:
         except KeyboardInterrupt as stop:
             hints = getattr(stop, "__notes__", None) or ["the same command starts it again"]
             return self._refuse("; ".join(["interrupted", *hints]), INTERRUPTED)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", *_OURS):
+                raise
+            remedy = f"pip install 'screformer[{self.extra}]'"
+            return self._refuse(f"it needs {package}, which is not installed; {remedy}", USER)
         except (*_THE_USERS, RuntimeError) as error:
             if verbose:
                 traceback.print_exc()
@@ -396,6 +404,8 @@ def _messages(*, verbose: bool, quiet: bool) -> Iterator[None]:
     logging.basicConfig(level=logging.WARNING, format=style)
     for name in _OURS:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not (verbose or quiet or sys.stderr.isatty()):
+        logging.getLogger("data_ingest.tasks").setLevel(logging.INFO)  # where a progress bar is not shown
     quiet_ray()
     if not quiet:
         yield

@@ -54,7 +54,7 @@ def work(args: argparse.Namespace) -> Result:
     return {key: value for key, value in summary.items() if key != "classes"}
 
 
-main = Command(name="explain", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="explain", doc=__doc__, arguments=arguments, work=work, extra="explain")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -33,7 +33,7 @@ def work(args: argparse.Namespace) -> Result:
     return dataclasses.asdict(run_training(args.settings, "finetune", **given))
 
 
-main = Command(name="finetune", doc=__doc__, arguments=arguments, work=work, recipe="")
+main = Command(name="finetune", doc=__doc__, arguments=arguments, work=work, extra="train", recipe="")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -144,7 +144,7 @@ def summary(report: IngestReport) -> str:
     return "\n".join(lines)
 
 
-main = Command(name="ingest", doc=__doc__, arguments=arguments, work=work, check=check)
+main = Command(name="ingest", doc=__doc__, arguments=arguments, work=work, extra="train", check=check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -27,7 +27,7 @@ def work(args: argparse.Namespace) -> Result:
     return dataclasses.asdict(result)
 
 
-main = Command(name="pretrain", doc=__doc__, arguments=arguments, work=work, recipe="")
+main = Command(name="pretrain", doc=__doc__, arguments=arguments, work=work, extra="train", recipe="")
 
 if __name__ == "__main__":
     sys.exit(main())

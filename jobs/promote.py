@@ -53,7 +53,7 @@ def work(args: argparse.Namespace) -> Result:
     return found
 
 
-main = Command(name="promote", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="promote", doc=__doc__, arguments=arguments, work=work, extra="train")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -87,7 +87,7 @@ def _rows(counts: dict[str, int]) -> list[str]:
     return [*rows, f"  and {len(counts) - _MOST_ROWS} more"] if len(counts) > _MOST_ROWS else rows
 
 
-main = Command(name="query", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="query", doc=__doc__, arguments=arguments, work=work, extra="train")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -47,7 +47,7 @@ def work(args: argparse.Namespace) -> Result:
     return {"run_id": run.run_id, "report": str(out)}
 
 
-main = Command(name="report", doc=__doc__, arguments=arguments, work=work, check=check)
+main = Command(name="report", doc=__doc__, arguments=arguments, work=work, extra="report", check=check)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -41,7 +41,7 @@ def work(args: argparse.Namespace) -> Result:
     return {"run_id": run.run_id, "sent": sent}
 
 
-main = Command(name="sync", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="sync", doc=__doc__, arguments=arguments, work=work, extra="train")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -46,4 +46,4 @@ def work(args: argparse.Namespace) -> Result:
     return measure(args)
 
 
-main = Command(name="benchmark attention", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="benchmark attention", doc=__doc__, arguments=arguments, work=work, extra="baselines")

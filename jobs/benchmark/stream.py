@@ -44,4 +44,4 @@ def work(args: argparse.Namespace) -> Result:
     return measure(args)
 
 
-main = Command(name="benchmark stream", doc=__doc__, arguments=arguments, work=work)
+main = Command(name="benchmark stream", doc=__doc__, arguments=arguments, work=work, extra="train,baselines")

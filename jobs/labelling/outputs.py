@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from data_ingest.atlas_cells import query_cells
 from data_ingest.cells import H5adCells
 from jobs.labelling.h5ad_copy import annotate, empty_cells_text
-from jobs.labelling.shards import OBS_PREFIX, PLAN, label_cells, write_to_atlas
+from jobs.labelling.shards import PLAN, label_cells
 from jobs.tracking.models import pinned_model, resolve_model
 from screformer.cells import CellSource
 from screformer.config import ExperimentConfig
@@ -93,6 +92,10 @@ class Labeller:
 
     def atlas(self, target: Path, *, write_obs: bool = False) -> str:
         """Label an atlas query into a folder of Parquet files, perhaps also into obs; returns the summary."""
+        # Labelling files needs neither TileDB-SOMA nor what comes with it.
+        from data_ingest.atlas_cells import query_cells
+        from jobs.labelling.atlas_obs import OBS_PREFIX, write_to_atlas
+
         started = time.perf_counter()
         cells = query_cells(
             self.predictor,

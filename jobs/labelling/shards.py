@@ -5,7 +5,6 @@ In parallel where they are many, and going on where an interrupted run stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -16,25 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import tiledbsoma
-import tiledbsoma.io
 
-from cluster.connect import connect
-from data_ingest.atlas import census_release, open_atlas
-from data_ingest.atlas_cells import AtlasCells
 from data_ingest.tasks import map_tasks
 from screformer.calibration import FEW_COUNTS
 from screformer.cells import CellSource
 from screformer.files import write_whole
-from screformer.predictor import ANSWER_COLUMNS, Predictor, loaded_predictor
+from screformer.predictor import Predictor, loaded_predictor
 
 CELLS_FOR_RAY = 20_000
 """From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling
 fewer."""
-
-
-OBS_PREFIX = "screformer_"
-"""Of the obs columns in an atlas, whose own columns are never touched."""
 
 
 PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
@@ -52,7 +42,7 @@ class LabelledCells:
 
     def shards(self) -> Iterator[pd.DataFrame]:
         """The cells in their order, some thousands at a time."""
-        for path in _files(self.folder):
+        for path in shard_files(self.folder):
             yield pd.read_parquet(path)
 
     def discard(self) -> None:
@@ -122,6 +112,8 @@ def label_cells(
     if in_process:
         label = partial(label, predictor)
     else:
+        from cluster.connect import connect  # needs Ray, which few cells do without
+
         connect()
         label = partial(_label_task, label, str(predictor.directory))
     try:
@@ -139,50 +131,6 @@ def label_cells(
             shutil.rmtree(folder)
         raise
     return _summary(predictor, folder)
-
-
-def write_to_atlas(source: AtlasCells, folder: Path) -> None:
-    """Put the labels into obs of the atlas they came from, as columns `screformer_...`.
-
-    Cells outside the query keep what they had.
-
-    The new columns make a new version of the atlas; a pinned one stays as it is. obs is held in memory for
-    it.
-
-    Raises:
-        ValueError: A public release of Census, which nobody can write to.
-    """
-    if census_release(source.atlas) is not None:
-        raise ValueError(f"{source.atlas.uri} cannot be written to; name a folder with --out instead")
-    labels = pd.concat([pd.read_parquet(path) for path in _files(folder)]).set_index("cell")
-    labels.index = labels.index.astype(np.int64)
-    texts = labels.select_dtypes("category").columns
-    labels = labels.astype(dict.fromkeys(texts, object))
-    newest = dataclasses.replace(source.atlas, timestamp_ms=0)
-    with open_atlas(newest) as experiment:
-        obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
-    place = pd.Index(obs["soma_joinid"]).get_indexer(labels.index)
-    assert (place >= 0).all(), "cells of the query are cells of the atlas"
-    for name in ANSWER_COLUMNS:
-        column, values = OBS_PREFIX + name, labels[name].to_numpy()
-        if column not in obs:
-            obs[column] = (
-                ""
-                if labels[name].dtype == object
-                else False
-                if labels[name].dtype == bool
-                else np.float32("nan")
-            )
-        whole = obs[column].to_numpy(
-            dtype=object if labels[name].dtype == object else labels[name].dtype, copy=True
-        )
-        whole[place] = values
-        obs[column] = whole
-    writable = tiledbsoma.SOMATileDBContext(
-        tiledb_config=dict(context.tiledb_config)
-    )  # the newest version, not a pinned one
-    with tiledbsoma.Experiment.open(uri, "w", context=writable) as experiment:
-        tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))
 
 
 def _label_task(label: Callable[..., None], model_dir: str, shard: tuple[int, int]) -> None:
@@ -223,7 +171,8 @@ def _path(folder: Path, start: int) -> Path:
     return folder / f"{start:012d}.parquet"
 
 
-def _files(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
+    """The Parquet files of a folder of labels, in order."""
     return sorted(folder.glob("[0-9]*.parquet"))
 
 
@@ -231,7 +180,7 @@ def _summary(predictor: Predictor, folder: Path) -> LabelledCells:
     cells: dict[str, int] = {}
     confidence: dict[str, float] = {}
     num_empty = 0
-    for path in _files(folder):
+    for path in shard_files(folder):
         shard = pd.read_parquet(path, columns=["predicted_labels", "conf_score", "unknown_reason"])
         num_empty += int((shard["unknown_reason"] == FEW_COUNTS).sum())
         part = shard.groupby(shard["predicted_labels"].astype(str))["conf_score"]

@@ -5,11 +5,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import anndata
+import numpy as np
+import pandas as pd
 import pytest
 
 import screformer
 from helpers.processes import run_python
-from helpers.tiny_model import write_tiny_model
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 
 ROOT = Path(screformer.__file__).parents[1]
 DYNAMIC = ("import_module", "__import__")
@@ -61,6 +64,11 @@ STEPS = {
         "from screformer.predictor import Predictor; Predictor.load(sys.argv[1], device='cpu')",
         OTHERS | {"data_ingest", "jobs", "cluster"},
     ),
+    "label a file with a model directory": (
+        "from jobs.annotate import main; assert main(['-q', '--model', sys.argv[1], '--device', 'cpu',"
+        " '--h5ad', sys.argv[1] + '.h5ad', '--out', sys.argv[1] + '.labelled.h5ad']) == 0",
+        (OTHERS | {"sklearn", "matplotlib", "requests", "cellxgene_ontology_guide"}) - {"anndata"},
+    ),
     "measure attention and step": (
         "import jobs.benchmark.measure_attention, jobs.benchmark.measure_step",
         HEAVY,
@@ -72,6 +80,9 @@ STEPS = {
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """Packages that each step added to a fresh process."""
     model_dir = write_tiny_model(tmp_path_factory.mktemp("model") / "model")
+    genes = list(tiny_vocabulary().feature_ids)
+    cells = anndata.AnnData(np.full((5, len(genes)), 3, np.float32), var=pd.DataFrame(index=genes))
+    cells.write_h5ad(f"{model_dir}.h5ad")
     program = """if True:
         import json, sys
         for name, code in json.loads(sys.argv[2]).items():
