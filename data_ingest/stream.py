@@ -5,9 +5,8 @@ Axes: `n` cells, `l` token slots, `g` genes of the vocabulary, `p` gene panels.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ import pyarrow as pa
 import ray
 import torch
 from ray.data import ExecutionResources
+from ray.data.collate_fn import ArrowBatchCollateFn
 from scipy.sparse import csr_array, vstack
 
 from data_ingest.atlas import MEASUREMENT, open_atlas
@@ -182,18 +182,19 @@ class CellStream:
         num_batches = (self.steps_per_epoch - start_step) * per_step
         if num_batches <= 0:
             return
-        blocks = self.blocks(epoch, rank=rank, world_size=world_size, start_step=start_step)
+        dataset = self.dataset(epoch, rank=rank, world_size=world_size, start_step=start_step)
+        collate = _Collate(partial(self._tokenized, CellTokenizer(self.tokens, self.vocabulary), epoch))
         delivered = 0
-        for batch in _ahead(self._tokenized(blocks, micro_batch_size, epoch), _PREFETCHED_BATCHES):
+        for batch, num_cut in dataset.iter_torch_batches(
+            batch_size=micro_batch_size, collate_fn=collate, prefetch_batches=_PREFETCHED_BATCHES
+        ):
             delivered += 1
+            self.num_cut += num_cut
             yield batch
         assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"
 
-    def blocks(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> Iterable[pa.Table]:
-        """The cells of `batches` before they become tokens.
-
-        Tables in the schema of `datasource.SCHEMA`, of any number of rows.
-        """
+    def dataset(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> ray.data.Dataset:
+        """The cells of `batches` before they become tokens, in the schema of `datasource.SCHEMA`."""
         tasks, num_cpus, store_bytes = _share_of_cluster(world_size, self.read_cpus)
         source = SomaDatasource(
             self.atlas,
@@ -214,7 +215,7 @@ class CellStream:
         context.execution_options.resource_limits = ExecutionResources.for_limits(
             object_store_memory=store_bytes
         )
-        return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        return dataset
 
     def sample(self, max_cells: int, seed: int, *, even_labels: bool = False) -> Sample:
         """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
@@ -268,30 +269,28 @@ class CellStream:
             self._reference = ray.put(self._arrays)
         return self._reference
 
-    def _tokenized(self, blocks: Iterable[pa.Table], size: int, epoch: int) -> Iterator[Batch]:
-        tokenizer = CellTokenizer(self.tokens, self.vocabulary)
-        for table in _micro_batches(blocks, size):
-            columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
-            joinids, labels, total_n = columns
-            cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
-            counts = CellCounts(self._matrix(table), total_n, self.arrays.panels.take(cells))
-            if self.augmentation is not None:
-                counts = self.augmentation(counts, joinids, epoch)
-            tokens = tokenizer(counts)
-            self.num_cut += tokens["num_cut"]
-            tokens["token_ids"][joinids < 0] = PAD
-            batch = {
-                "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
-                "values": torch.from_numpy(tokens["values"]),
-                "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
-                "labels": torch.from_numpy(labels),
-                "joinids": torch.from_numpy(joinids),
-                "measured": torch.from_numpy(counts.panels.measured_pg),
-                "panels": torch.from_numpy(counts.panels.panels_n),
-            }
-            if self.weights is not None:
-                batch["weights"] = torch.from_numpy(np.where(joinids >= 0, self.weights[cells], 0))
-            yield batch
+    def _tokenized(self, tokenizer: CellTokenizer, epoch: int, table: pa.Table) -> tuple[Batch, int]:
+        """The batch of a table, and how many of its cells lost genes; several threads call it at a time."""
+        columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
+        joinids, labels, total_n = columns
+        cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
+        counts = CellCounts(self._matrix(table), total_n, self.arrays.panels.take(cells))
+        if self.augmentation is not None:
+            counts = self.augmentation(counts, joinids, epoch)
+        tokens = tokenizer(counts)
+        tokens["token_ids"][joinids < 0] = PAD
+        batch = {
+            "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
+            "values": torch.from_numpy(tokens["values"]),
+            "bin_ids": torch.from_numpy(tokens["bin_ids"]).long(),
+            "labels": torch.from_numpy(labels),
+            "joinids": torch.from_numpy(joinids),
+            "measured": torch.from_numpy(counts.panels.measured_pg),
+            "panels": torch.from_numpy(counts.panels.panels_n),
+        }
+        if self.weights is not None:
+            batch["weights"] = torch.from_numpy(np.where(joinids >= 0, self.weights[cells], 0))
+        return batch, tokens["num_cut"]
 
     def _matrix(self, table: pa.Table) -> csr_array:
         """The counts of a table in the schema of `datasource.SCHEMA`."""
@@ -301,66 +300,14 @@ class CellStream:
         return csr_array(parts, shape=(len(table), len(self.vocabulary)))
 
 
-def _micro_batches(blocks: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """Cut blocks of any size into micro-batches of `size` cells, in order.
+class _Collate(ArrowBatchCollateFn):
+    """What Ray Data calls with the rows of each micro-batch, in its threads."""
 
-    Ray may cut and join blocks as it likes.
-    """
-    pieces: list[pa.Table] = []
-    missing = size
-    for block in blocks:
-        first = 0
-        while first < len(block):
-            piece = block.slice(first, missing)
-            pieces.append(piece)
-            first += len(piece)
-            missing -= len(piece)
-            if not missing:
-                yield pa.concat_tables(pieces)
-                pieces, missing = [], size
-    assert not pieces, "the rows of a rank fill whole micro-batches"
+    def __init__(self, tokenized: Callable[[pa.Table], tuple[Batch, int]]) -> None:
+        self._tokenized = tokenized
 
-
-def _ahead(items: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """Run an iterator in one thread of its own, `depth` items ahead.
-
-    Order, exceptions and an early stop pass through.
-    """
-    ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def offer(item: Batch | None, error: BaseException | None = None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-
-    def run() -> None:
-        try:
-            for item in items:
-                offer(item)
-                if stopped.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            return offer(None, error)
-        finally:
-            items.close()  # type: ignore[attr-defined]
-        offer(None)
-
-    thread = threading.Thread(target=run, name="cell-stream", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if error is not None:
-                raise error
-            if item is None:
-                return
-            yield item
-    finally:
-        stopped.set()
-        thread.join()
+    def __call__(self, batch: pa.Table) -> tuple[Batch, int]:
+        return self._tokenized(batch)
 
 
 def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:

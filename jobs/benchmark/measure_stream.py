@@ -79,7 +79,7 @@ def _measure(
         "raw SOMA scan": lambda number: _scan(query, cores),
         "our read tasks, called directly": lambda number: _read_directly(stream, number, pool, cores),
         "our read tasks, through Ray": lambda number: sum(
-            block.num_rows for block in stream.blocks(number, rank=0, world_size=1)
+            block.num_rows for block in _blocks(stream, number)
         ),
         "our stream, tokens in the loop": lambda number: sum(
             len(batch["joinids"])
@@ -108,7 +108,7 @@ def _measure(
             )  # type: ignore[misc]
         joinids = np.concatenate(list(_peer(query, PEER_IO_BATCH, cores, arguments.seed)))
         entropy["tiledbsoma-ml"] = _entropy(codes[np.searchsorted(query.obs_joinids, joinids)])
-    next(iter(stream.blocks(0, rank=0, world_size=1)))  # Ray's worker processes start before the clock does
+    next(iter(_blocks(stream, 0)))  # Ray's worker processes start before the clock does
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in tqdm(range(arguments.rounds), desc="rounds", disable=None):
         for name, run in contestants.items():
@@ -164,6 +164,12 @@ def _scan(query: QueryResult, threads: int) -> int:
         for table in x.read((pa.array(query.obs_joinids),)).tables():
             table["soma_data"].nbytes  # noqa: B018 - the buffers are filled by now; nothing else is to be done with them
     return len(query.obs_joinids)
+
+
+def _blocks(stream: CellStream, epoch: int) -> Iterable[pa.Table]:
+    """The blocks that Ray's read tasks give, as they are."""
+    dataset = stream.dataset(epoch, rank=0, world_size=1)
+    return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
 def _read_directly(stream: CellStream, epoch: int, pool: Executor, processes: int) -> int:
