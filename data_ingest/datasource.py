@@ -24,6 +24,7 @@ from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
 from data_ingest.epoch_plan import EpochPlan, ReadUnit
 from screformer.config import AtlasConfig
 from screformer.counts import CellCounts, Panels
+from screformer.tokenizer import GeneVocabulary
 
 SCHEMA = pa.schema(
     [
@@ -262,3 +263,24 @@ def _open_x(atlas: AtlasConfig, threads: int) -> tuple[Any, ExitStack]:
     stack = ExitStack()
     experiment = stack.enter_context(open_atlas(atlas, threads=threads))
     return experiment.ms[MEASUREMENT].X[X_LAYER], stack
+
+
+def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:
+    """Vocabulary index of each var joinid, int32, -1 for a gene outside the vocabulary.
+
+    Raises:
+        ValueError: The atlas has none of the vocabulary's genes.
+    """
+    with open_atlas(atlas) as experiment:
+        var = experiment.ms[MEASUREMENT].var.read(column_names=["soma_joinid", "feature_id"]).concat()
+    joinids = var["soma_joinid"].to_numpy()
+    found = vocabulary.index(var["feature_id"].to_pylist())
+    if not (found >= 0).any():
+        raise ValueError(
+            f"the atlas {atlas.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
+            f" {vocabulary.feature_ids[0]!r};"
+            f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
+        )
+    genes = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
+    genes[joinids] = found
+    return genes

@@ -153,3 +153,25 @@ class EpochPlan:
             )
             positions = positions + missing * (positions >= end_of_short)
         return self._run_order[positions // self.run_length] * self.run_length + positions % self.run_length
+
+
+def sampled_cells(labels_n: np.ndarray, most: int, seed: int, *, even_labels: bool) -> np.ndarray:
+    """Indices of a random sample of cells, increasing.
+
+    Args:
+        labels_n: Label code of each cell.
+        most: Most cells; all, where there are no more.
+        seed: Of the choice.
+        even_labels: Take as many cells of each label, or all of a label that has fewer.
+    """
+    num_cells = len(labels_n)
+    if num_cells <= most:
+        return np.arange(num_cells)
+    shuffled = np.random.default_rng([seed, 1]).permutation(num_cells)
+    if even_labels:
+        labels = labels_n[shuffled]
+        by_label = np.argsort(labels, kind="stable")
+        place_in_label = np.empty(num_cells, np.int64)
+        place_in_label[by_label] = np.arange(num_cells) - np.searchsorted(labels[by_label], labels[by_label])
+        shuffled = shuffled[np.argsort(place_in_label, kind="stable")]
+    return np.sort(shuffled[:most])

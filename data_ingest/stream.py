@@ -17,21 +17,21 @@ from ray.data import ExecutionResources
 from ray.data.collate_fn import ArrowBatchCollateFn
 from scipy.sparse import csr_array, vstack
 
-from data_ingest.atlas import MEASUREMENT, open_atlas
-from data_ingest.datasource import BLOCK_BYTES, CellArrays, SomaDatasource, read_cells
-from data_ingest.epoch_plan import EpochPlan
-from data_ingest.tasks import map_tasks
+from data_ingest.datasource import (
+    BLOCK_BYTES,
+    CellArrays,
+    SomaDatasource,
+    gene_of_var,
+    read_cells,
+)
+from data_ingest.epoch_plan import EpochPlan, sampled_cells
+from data_ingest.tasks import map_tasks, share_of_cluster
 from screformer.augmentation import Augmentation
 from screformer.config import AtlasConfig, StreamConfig, TokensConfig, grad_accum_steps
 from screformer.counts import CellCounts, Panels
 from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
 
 Batch = dict[str, torch.Tensor]
-
-
-_MOST_READ_TASKS = 8
-"""Read tasks at a time for one rank; more than any model here can take cells from."""
-
 
 _CELLS_PER_SAMPLE_TASK = 4096
 _PREFETCHED_BATCHES = 4
@@ -136,11 +136,6 @@ class CellStream:
             self._arrays = ray.get(self._reference)
         return self._arrays
 
-    @property
-    def num_padding(self) -> int:
-        """Padding rows at the end of each epoch."""
-        return self.steps_per_epoch * self.global_batch_size - self.num_cells
-
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch."""
         return EpochPlan(
@@ -195,7 +190,7 @@ class CellStream:
 
     def dataset(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> ray.data.Dataset:
         """The cells of `batches` before they become tokens, in the schema of `datasource.SCHEMA`."""
-        tasks, num_cpus, store_bytes = _share_of_cluster(world_size, self.read_cpus)
+        tasks, num_cpus, store_bytes = share_of_cluster(world_size, self.read_cpus)
         source = SomaDatasource(
             self.atlas,
             self._shared(),
@@ -229,19 +224,8 @@ class CellStream:
             The sample; memory grows with the detected genes of its cells.
         """
         reference = self._shared()
-        chosen = np.arange(self.num_cells)
-        if self.num_cells > max_cells:
-            shuffled = np.random.default_rng([seed, 1]).permutation(self.num_cells)
-            if even_labels:
-                labels = self.arrays.labels[shuffled]
-                by_label = np.argsort(labels, kind="stable")
-                place_in_label = np.empty(self.num_cells, np.int64)
-                place_in_label[by_label] = np.arange(self.num_cells) - np.searchsorted(
-                    labels[by_label], labels[by_label]
-                )
-                shuffled = shuffled[np.argsort(place_in_label, kind="stable")]
-            chosen = np.sort(shuffled[:max_cells])
-        tasks, num_cpus, _ = _share_of_cluster(1, self.read_cpus)
+        chosen = sampled_cells(self.arrays.labels, max_cells, seed, even_labels=even_labels)
+        tasks, num_cpus, _ = share_of_cluster(1, self.read_cpus)
         calls = [
             (self.atlas, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
@@ -310,43 +294,7 @@ class _Collate(ArrowBatchCollateFn):
         return self._tokenized(batch)
 
 
-def _share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:
-    """Read tasks at a time, CPUs that Ray reserves for each.
-
-    And object store bytes, for one of `world_size` ranks.
-
-    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused
-    training stream could starve the validation stream, and one rank another, for ever. So tasks reserve next
-    to nothing (nothing at all where nothing is free) and their number is bounded instead.
-    """
-    free = ray.available_resources().get("CPU", 0.0)
-    tasks = max(1, min(_MOST_READ_TASKS, int(free / (world_size * read_cpus))))
-    store_bytes = ray.cluster_resources().get("object_store_memory", 2**30)
-    return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size
-
-
 def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> CellCounts:
     found = read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, arrays.panels.take(cells))
     arrays.check_sums(cells, found.total_n)
     return found
-
-
-def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:
-    """Vocabulary index of each var joinid, int32, -1 for a gene outside the vocabulary.
-
-    Raises:
-        ValueError: The atlas has none of the vocabulary's genes.
-    """
-    with open_atlas(atlas) as experiment:
-        var = experiment.ms[MEASUREMENT].var.read(column_names=["soma_joinid", "feature_id"]).concat()
-    joinids = var["soma_joinid"].to_numpy()
-    found = vocabulary.index(var["feature_id"].to_pylist())
-    if not (found >= 0).any():
-        raise ValueError(
-            f"the atlas {atlas.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
-            f" {vocabulary.feature_ids[0]!r};"
-            f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
-        )
-    genes = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
-    genes[joinids] = found
-    return genes

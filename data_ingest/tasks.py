@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+_MOST_READ_TASKS = 8
+"""Read tasks at a time for one rank; more than any model here can take cells from."""
 _PROGRESS_EVERY_S = 10.0
 
 
@@ -102,3 +104,20 @@ def map_tasks(
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
+
+
+def share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:
+    """Read tasks at a time, CPUs that Ray reserves for each.
+
+    And object store bytes, for one of `world_size` ranks.
+
+    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused
+    training stream could starve the validation stream, and one rank another, for ever. So tasks reserve next
+    to nothing (nothing at all where nothing is free) and their number is bounded instead.
+    """
+    import ray
+
+    free = ray.available_resources().get("CPU", 0.0)
+    tasks = max(1, min(_MOST_READ_TASKS, int(free / (world_size * read_cpus))))
+    store_bytes = ray.cluster_resources().get("object_store_memory", 2**30)
+    return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from screformer.answers import PROVENANCE
-from screformer.calibration import FEW_COUNTS, present_labels
+from screformer.calibration import FEW_COUNTS
 from screformer.cells import AnnDataCells, predictions
+from screformer.composition import present_labels
 from screformer.genes import MIN_GENE_OVERLAP, GeneMatch
 from screformer.predictor import Predictions, Predictor
 

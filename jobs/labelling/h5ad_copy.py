@@ -99,7 +99,7 @@ def annotate(
         majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most
             frequent best label of the cell's cluster. Empty writes none.
         drop_absent: Also write `present_label`, the best label among those that the file's cells as a whole
-            hold (`screformer.calibration.present_labels`); holds 4 bytes per cell and label in memory.
+            hold (`screformer.composition.present_labels`); holds 4 bytes per cell and label in memory.
         overwrite: Replace an existing target.
 
     Returns:

@@ -14,7 +14,7 @@ from data_ingest.ontology import is_at_or_below
 from jobs.studies.baselines import baseline_title
 from jobs.studies.results import FoldResult
 from jobs.studies.study import Study
-from screformer.calibration import present_labels
+from screformer.composition import present_labels
 from screformer.metrics import LabelCounts, expected_calibration_error
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
     Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which
     leaves them out. In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the
     true label is just the more general one. `macro_f1_present` drops labels estimated to be absent from the
-    test cells as a whole (`screformer.calibration.present_labels`); true labels are not used for that.
+    test cells as a whole (`screformer.composition.present_labels`); true labels are not used for that.
     """
     k = len(study.label_names)
     whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)

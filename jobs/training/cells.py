@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from data_ingest.datasource import gene_of_var
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
-from data_ingest.stream import CellStream, Sample, gene_of_var
+from data_ingest.stream import CellStream, Sample
 from screformer.attention import settle_attention
 from screformer.augmentation import Augmentation
 from screformer.checkpoint import NO_LABELS, LoadedModel

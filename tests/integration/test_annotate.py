@@ -20,7 +20,7 @@ from jobs.labelling.h5ad_copy import Annotation, annotate
 from jobs.labelling.shards import label_cells
 from jobs.tracking.models import register_model
 from jobs.tracking.runs import start_run
-from screformer.calibration import present_labels
+from screformer.composition import present_labels
 from screformer.config import AtlasConfig, ExperimentConfig, TrackingConfig
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 

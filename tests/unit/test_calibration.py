@@ -7,8 +7,9 @@ import torch
 
 from data_ingest.ontology import lineage
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
-from screformer.calibration import LEVELS, Calibration, composition, fit_calibration, present_labels
+from screformer.calibration import LEVELS, Calibration, fit_calibration
 from screformer.checkpoint import load_model, save_model
+from screformer.composition import composition, present_labels
 from screformer.lineage import Lineage, Term
 from screformer.metrics import CellOutputs, OutputSample, expected_calibration_error, reliability
 from screformer.predictor import Predictor
