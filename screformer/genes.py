@@ -5,6 +5,7 @@ Axes: n cells, v columns of an input, g genes of the vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,10 +19,14 @@ from screformer.counts import CellCounts, Panels, raw_counts
 from screformer.gene_names import Columns, Symbols, find_genes, find_genes_of_var, texts_of
 from screformer.tokenizer import GeneVocabulary
 
+logger = logging.getLogger(__name__)
+
 MIN_GENE_OVERLAP = 0.1
 """Least share of the model's expected expression that the input's genes must carry. By expression and not by
 number of genes, because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a
 whole atlas is mostly genes that are never seen."""
+_REPORTED_OVERLAP = 0.8
+"""Below it, what was found is logged as a warning."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,6 +87,9 @@ class GeneMatch:
                 understood.
         """
         if self.num_found and self.expression_share >= minimum:
+            if self.expression_share < _REPORTED_OVERLAP:
+                names = f"; not found: {self.examples}, ..." if self.examples else ""
+                logger.warning("%s: %s%s", source, self, names)
             return
         looks = f" These are genes of another species: {self.species}." if self.species else ""
         names = f" Not found: {self.examples}, ..." if self.examples else ""

@@ -80,6 +80,13 @@ def test_the_library_size_is_the_same_with_and_without_antibodies() -> None:
     np.testing.assert_array_equal(alone.counts_ng.toarray(), beside.counts_ng.toarray())
 
 
+def test_lost_expression_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    MATCHER.match([*IDS[:7], "x"]).require(0.1, source="most.h5ad")
+    assert not caplog.records
+    MATCHER.match([*IDS[:2], "x", "y"]).require(0.1, source="few.h5ad")
+    assert "few.h5ad: 2 of the model's 8 genes found" in caplog.text and "'x', 'y', ..." in caplog.text
+
+
 def test_the_error_shows_names_that_were_not_found() -> None:
     with pytest.raises(ValueError, match=r"too few genes: 0 of .* Not found: 'p0', 'p1', 'p2', 'p3', \.\.\."):
         MATCHER.match([f"p{i}" for i in range(9)]).require(0.1, source="x.h5ad")
