@@ -2,11 +2,9 @@
 
 import json
 import multiprocessing
-import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,11 +19,11 @@ from data_ingest.atlas_lock import locked
 from data_ingest.ingest import ingest
 from data_ingest.verify import verify_atlas
 from helpers.cells import atlas_content, cells, differences, write
+from helpers.processes import start_python
 from helpers.servers import S3
 from screformer.config import AtlasConfig
 from screformer.files import write_whole
 
-REPO_ROOT = Path(__file__).resolve().parents[2]
 HOLD = (
     "import sys, json; from data_ingest.atlas_lock import locked\n"
     "with locked(sys.argv[1], json.loads(sys.argv[2])):\n"
@@ -33,15 +31,10 @@ HOLD = (
 )
 
 
-def holder(uri: str, tiledb_config: dict[str, str] | None = None) -> subprocess.Popen:
+def holder(uri: str, tiledb_config: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Another process that holds the lock until its stdin is closed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, uri, json.dumps(tiledb_config or {})],
-        env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    words = ["-c", HOLD, uri, json.dumps(tiledb_config or {})]
+    process = start_python(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
 
@@ -67,15 +60,7 @@ def test_two_at_once_leave_a_right_atlas(tmp_path: Path) -> None:
     for name in ("both", "one"):
         ingest([first], str(tmp_path / name))
     program = "import sys; from data_ingest.ingest import ingest; ingest([sys.argv[1]], sys.argv[2])"
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, path, tmp_path / "both"],
-            env=os.environ | {"PYTHONPATH": str(REPO_ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for path in more
-    ]
+    jobs = [start_python("-c", program, path, tmp_path / "both", stderr=subprocess.PIPE) for path in more]
     errors = [job.communicate()[1] for job in jobs]
     done = [job.returncode == 0 for job in jobs]
     for succeeded, error in zip(done, errors, strict=True):

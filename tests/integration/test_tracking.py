@@ -1,9 +1,7 @@
 import json
-import os
 import pickle
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import yaml
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from helpers.processes import REPO_ROOT, run_python
+from helpers.processes import REPO_ROOT, run_python, start_python
 from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.identity import code_identity, git_revision
@@ -190,17 +188,8 @@ def test_two_jobs_that_start_together_on_a_new_store_both_work(tmp_path: Path) -
         "    run.log_metrics({'train/loss': 1.0}, step=0)\n"
         "print(run.run_id)\n"
     )
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPO_ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(3)
-    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    jobs = [start_python("-c", code, cwd=tmp_path, **pipes) for _ in range(3)]
     ids = set()
     for job in jobs:
         out, err = job.communicate(timeout=240)

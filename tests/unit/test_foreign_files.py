@@ -2,7 +2,6 @@
 
 import gzip
 import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -13,6 +12,7 @@ import pytest
 from data_ingest.foreign_files import unreadable_part
 from data_ingest.h5ad import H5adFile
 from helpers.cells import cells, write
+from helpers.processes import start_python
 
 
 def mudata(path: Path) -> None:
@@ -78,9 +78,7 @@ def test_an_address_is_shown_as_it_was_given(address: str) -> None:
 def test_a_locked_file_is_not_called_damaged(tmp_path: Path) -> None:
     path = write(tmp_path / "a.h5ad", cells())
     code = f"import h5py; file = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as writer:
+    with start_python("-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "open\n"
         with pytest.raises(ValueError, match="is locked: another program has it open for writing; close it"):
             H5adFile.open(path)
