@@ -1,8 +1,6 @@
 """Labels for an AnnData, from the library alone."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata
@@ -11,6 +9,7 @@ import pytest
 from scipy import sparse
 
 import screformer
+from helpers.processes import run_python
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from screformer.predictor import ANSWER_COLUMNS
 
@@ -46,9 +45,7 @@ def test_a_copy_of_the_package_alone_labels_an_anndata(model_dir: Path, tmp_path
         "print(sorted({'jobs', 'data_ingest', 'mlflow', 'ray', 'tiledbsoma'} & set(sys.modules)))\n"
     )
     places = [str(tmp_path / name) for name in ("code", "cells.h5ad", "labels.csv")]
-    command = [sys.executable, "-I", "-c", script, *places[:2], str(model_dir), places[2]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-I", "-c", script, *places[:2], model_dir, places[2], cwd=tmp_path)
     assert done.stdout.strip() == "[]"
     found = pd.read_csv(tmp_path / "labels.csv", index_col=0)
     expected = screformer.annotate(adata, model=model_dir).obs
