@@ -84,9 +84,33 @@ class AdditiveEncoder(nn.Module):
                 )
             ours.copy_(given)
 
+    def forward(
+        self,
+        token_ids_nl: Tensor,
+        values_nl: Tensor,
+        measured_pg: Tensor | None = None,
+        panels_n: Tensor | None = None,
+    ) -> Tensor:
+        """Cell vectors (n, d): `pool` of `tokens`, by products of matrices over all input genes.
+
+        Several times as fast as these two, which explanations need.
+        """
+        num_inputs = len(self.center)
+        slots_nl = self._slots(token_ids_nl)
+        values_ni = values_nl.new_zeros(len(values_nl), num_inputs + 1)
+        values_ni.scatter_(1, torch.where(slots_nl < 0, num_inputs, slots_nl), values_nl)
+        answers_nir = responses(values_ni[:, :num_inputs]) - self.center
+        if measured_pg is not None:
+            measured_pi = self._measured(measured_pg).to(values_nl.dtype)
+            measured_ni = measured_pi[panels_n] if panels_n is not None else measured_pi
+            answers_nir = answers_nir * measured_ni.unsqueeze(-1)
+        found_nrd = torch.einsum("nir,id->nrd", answers_nir, self._all_genes())
+        mixed_nd = (found_nrd * self.mix(torch.eye(NUM_RESPONSES, device=values_nl.device))).sum(1)
+        return self._cell(mixed_nd)
+
     def tokens(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
         """What each token says, (n, l, d); 0 for special tokens and genes that are no input."""
-        slots_nl = F.pad(self.slots, (NUM_SPECIAL, 0), value=-1)[token_ids_nl]
+        slots_nl = self._slots(token_ids_nl)
         answers_nlr = responses(values_nl) * (slots_nl >= 0).unsqueeze(-1)
         return self.genes(slots_nl.clamp(min=0)) * self.mix(answers_nlr)
 
@@ -105,18 +129,31 @@ class AdditiveEncoder(nn.Module):
             measured_pg: Genes of each panel; None: all were measured.
             panels_n: Panel of each cell; None: all have the first one.
         """
-        usual_id = self.genes(torch.arange(len(self.center), device=x_nld.device)) * self.mix(self.center)
+        usual_id = self._all_genes() * self.mix(self.center)
         if measured_pg is None:
             usual_pd = usual_id.sum(0, keepdim=True)
         else:
-            genes = torch.nonzero(self.slots >= 0).squeeze(1)
-            measured_pi = torch.zeros(len(measured_pg), len(self.center), device=x_nld.device)
-            measured_pi[:, self.slots[genes]] = measured_pg[:, genes].float()
-            usual_pd = measured_pi.to(usual_id.dtype) @ usual_id
+            usual_pd = self._measured(measured_pg).to(usual_id.dtype) @ usual_id
         found_nd = (x_nld if presence_nl is None else x_nld * presence_nl.unsqueeze(-1)).sum(1)
         usual_nd = usual_pd if panels_n is None else usual_pd[panels_n]
-        h_nd = self.affine((found_nd - usual_nd) / self.scale.to(x_nld.dtype))
+        return self._cell(found_nd - usual_nd)
+
+    def _cell(self, sum_nd: Tensor) -> Tensor:
+        h_nd = self.affine(sum_nd / self.scale.to(sum_nd.dtype))
         return h_nd + self.outer(F.gelu(self.inner(h_nd)))
+
+    def _slots(self, token_ids_nl: Tensor) -> Tensor:
+        return F.pad(self.slots, (NUM_SPECIAL, 0), value=-1)[token_ids_nl]
+
+    def _all_genes(self) -> Tensor:
+        return self.genes(torch.arange(len(self.center), device=self.center.device))
+
+    def _measured(self, measured_pg: Tensor) -> Tensor:
+        """The input genes of each panel, bool (p, i)."""
+        genes = torch.nonzero(self.slots >= 0).squeeze(1)
+        measured_pi = measured_pg.new_zeros(len(measured_pg), len(self.center))
+        measured_pi[:, self.slots[genes]] = measured_pg[:, genes]
+        return measured_pi
 
 
 class _Affine(nn.Module):

@@ -476,7 +476,8 @@ class CrossvalConfig:
     max_cells: int = setting(0, "cells")
     """Use at most this many cells of the query, the same share of each donor and label; 0 uses all."""
     pretrain: Literal["fold", "once", "none"] = setting("fold", "pretraining")
-    """Pre-train in each fold without its test cells, once on all of them (which flatters), or not at all."""
+    """Pre-train in each fold without its test cells, once on all of them (which flatters), or not at all.
+    An additive encoder is never pre-trained."""
     pretrain_steps: int = setting(100, "pretraining")
     """Optimizer steps of pre-training, in place of `train.max_steps`."""
     baselines: tuple[str, ...] = setting(("all",))

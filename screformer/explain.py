@@ -124,7 +124,7 @@ class Explainer:
         seen = np.zeros(num_genes + NUM_SPECIAL, dtype=bool)
         pairs = [_Pair.of(cell, other) for other in self._background]
         for group in _groups(pairs, len(self._nodes)):
-            ids, gradients = self._integrate(group, labels)
+            ids, gradients = self._integrate(group, labels, cell.measured_g)
             for row, token_ids in enumerate(ids):
                 seen[token_ids] = True
                 for index in range(len(labels)):
@@ -174,11 +174,12 @@ class Explainer:
         return {name: tensor.to(self._device) for name, tensor in batch.items()}
 
     def _integrate(
-        self, pairs: Sequence[_Pair], labels: Sequence[int]
+        self, pairs: Sequence[_Pair], labels: Sequence[int], measured_g: np.ndarray
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """Token ids of each pair.
 
-        And by class and pair the integrated gradient times change of each token.
+        And by class and pair the integrated gradient times change of each token. The whole path is on the
+        cell's own panel: with an additive encoder the sums are right where the background has the same one.
         """
         model, device, count = self._model, self._device, len(self._nodes)
         ids = torch.from_numpy(_pad([pair.token_ids for pair in pairs])).long().to(device)
@@ -211,7 +212,8 @@ class Explainer:
             points.append((tiled[0] + node_r.view(shape) * tiled[1]).requires_grad_())
         with torch.enable_grad():
             x_rld, presence_rl, values_rl = points
-            batch = {"token_ids": ids.repeat(count, 1), "values": values_rl}
+            measured_pg = torch.from_numpy(measured_g[None]).to(device)
+            batch = {"token_ids": ids.repeat(count, 1), "values": values_rl, "measured": measured_pg}
             output = model.forward_embedded(
                 x_rld, batch, task="finetune", hash_seed=self._hash_seed, presence_nl=presence_rl
             )

@@ -95,6 +95,9 @@ class ScReformer(nn.Module):
                 be False everywhere.
             hash_seed: Seeds the LSH hashes, and the dropout in training.
         """
+        if self.additive is not None:
+            panels = (batch.get("measured"), batch.get("panels"))
+            return self._labelled(self.additive(batch["token_ids"], batch["values"], *panels), task)
         x_nld = self.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"], hidden)
         return self.forward_embedded(x_nld, batch, task=task, hidden=hidden, hash_seed=hash_seed)
 
@@ -123,12 +126,10 @@ class ScReformer(nn.Module):
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         panels = (batch.get("measured"), batch.get("panels"))
         if self.additive is not None:
-            assert task != "pretrain", "the additive encoder is not pre-trained"
-            embedding_nd = self.additive.pool(x_nld, presence_nl, *panels)
-        else:
-            real_nl = batch["token_ids"] != PAD
-            x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed, key_weight_nl=presence_nl)
-            embedding_nd = self.pooling(x_nld, real_nl, presence_nl)
+            return self._labelled(self.additive.pool(x_nld, presence_nl, *panels), task)
+        real_nl = batch["token_ids"] != PAD
+        x_nld = self.encoder(x_nld, real_nl, hash_seed=hash_seed, key_weight_nl=presence_nl)
+        embedding_nd = self.pooling(x_nld, real_nl, presence_nl)
 
         if task == "pretrain" and hidden is not None:
             return ModelOutput(embedding_nd, None, self.expression_head(x_nld, embedding_nd, hidden))
@@ -141,6 +142,14 @@ class ScReformer(nn.Module):
                 batch["token_ids"], batch["values"].to(x_nld.dtype), *panels
             )
         return ModelOutput(embedding_nd, logits_nk, None)
+
+    def _labelled(self, embedding_nd: Tensor, task: ModelTask) -> ModelOutput:
+        """The output of an additive encoder."""
+        assert task != "pretrain", "an additive encoder is never pre-trained"
+        if task == "embed":
+            return ModelOutput(embedding_nd, None, None)
+        assert self.classification_head is not None, "a network without classes cannot classify"
+        return ModelOutput(embedding_nd, self.classification_head(embedding_nd), None)
 
     def embed_tokens(
         self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None

@@ -205,7 +205,7 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
     """A fold's pre-trained model, shared by all configurations that pre-train alike; None without one."""
     config = study.config.merge(settings)
     crossval, target = config.crossval, study.pretrained_folder(settings, fold)
-    if crossval.pretrain == "none":
+    if crossval.pretrain == "none" or config.model.encoder == "additive":
         return None
     if target.is_dir():
         return target

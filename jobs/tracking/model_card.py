@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,22 @@ from screformer.checkpoint import LoadedModel, load_model
 _SHOWN_GROUPS = 12
 
 
-def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
+def model_card(
+    model_dir: str | Path,
+    *,
+    name: str,
+    run_id: str = "",
+    about: Sequence[str] = (),
+    more: Mapping[str, list[str]] | None = None,
+) -> str:
     """Write the card of a fine-tuned model.
 
     Args:
         model_dir: Model directory.
         name: Registered model.
-        run_id: MLflow run that trained it.
+        run_id: MLflow run that trained it; empty leaves out what is true of one machine only.
+        about: Lines for the top.
+        more: Further sections, by title, after the labels.
     """
     loaded = load_model(model_dir)
     meta = loaded.meta
@@ -32,7 +41,9 @@ def model_card(model_dir: str | Path, *, name: str, run_id: str) -> str:
         "scReformer-BERT, a cell-type classifier for human single-cell RNA-seq. Input: raw counts, genes by"
         " Ensembl id or symbol;"
         " output: cell type with Cell Ontology id, calibrated probability and an unknown flag.",
+        "\n".join(about),
         _section("Labels", _labels(loaded)),
+        *(_section(title, lines) for title, lines in (more or {}).items()),
         _section("Trained on", _training(meta, run_id)),
         _section("Scores", _scores(meta)),
         _section("Confidence", _confidence(loaded)),
@@ -71,24 +82,28 @@ def _labels(loaded: LoadedModel) -> list[str]:
 def _training(meta: Mapping[str, Any], run_id: str) -> list[str]:
     query, split = meta.get("query", {}), meta.get("split", {})
     atlas = query.get("atlas", meta.get("atlas", {}))
-    lines = [
-        f"- atlas {_code_span(atlas.get('uri', 'not recorded'))} at timestamp_ms"
-        f" {atlas.get('timestamp_ms', 'not recorded')}"
-    ]
-    for field in ("obs_filter", "var_filter", "is_primary_data"):
-        if field in query:
-            lines.append(f"- {field}: {_code_span(query[field])}")
-    lines.append(
-        f"- hash of the query's cells and genes:"
-        f" `{query.get('hash', meta.get('query_hash', 'not recorded'))}`"
-    )
+    lines = []
+    if run_id:
+        lines.append(
+            f"- atlas {_code_span(atlas.get('uri', 'not recorded'))} at timestamp_ms"
+            f" {atlas.get('timestamp_ms', 'not recorded')}"
+        )
+        lines += [
+            f"- {field}: {_code_span(query[field])}"
+            for field in ("obs_filter", "var_filter", "is_primary_data")
+            if field in query
+        ]
+        lines.append(
+            f"- hash of the query's cells and genes:"
+            f" `{query.get('hash', meta.get('query_hash', 'not recorded'))}`"
+        )
     for part, cells in split.get("cells", {}).items():
         groups = split.get("groups", {}).get(part, [])
         shown = ", ".join(map(_plain, groups[:_SHOWN_GROUPS])) + (
             f" and {len(groups) - _SHOWN_GROUPS} more" if len(groups) > _SHOWN_GROUPS else ""
         )
         lines.append(f"- {part}: {cells:,} cells of {len(groups)} {_code_span(split['group_by'])} ({shown})")
-    return [*lines, f"- MLflow run `{run_id}`"]
+    return [*lines, f"- MLflow run `{run_id}`"] if run_id else lines
 
 
 def _scores(meta: Mapping[str, Any]) -> list[str]:
@@ -148,10 +163,14 @@ def _code(loaded: LoadedModel) -> list[str]:
             "- " + ", ".join(f"{package} {version}" for package, version in code["packages"].items())
         )
     model = loaded.config.model
+    network = (
+        f"width {model.dim}, depth {model.depth}, {model.heads} heads, attention {model.attention}"
+        if model.encoder == "reformer"
+        else f"additive encoder of width {model.dim} on {model.input_genes:,} genes, without attention"
+    )
     return [
         *lines,
         f"- tokens: {tokens.input_mode}, at most {tokens.max_genes} genes, {tokens.expression} expression in"
         f" {tokens.num_bins} bins",
-        f"- network: width {model.dim}, depth {model.depth}, {model.heads} heads, attention"
-        f" {model.attention}",
+        f"- network: {network}",
     ]

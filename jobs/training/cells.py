@@ -197,10 +197,7 @@ def prepare_cells(
             " same expression; choose another encoding, or fine-tune without pre-training"
         )
     if task == "pretrain" and config.model.encoder == "additive":
-        raise ValueError(
-            "model.encoder=additive is not pre-trained; fine-tune it right away, in a study with"
-            " crossval.pretrain=none"
-        )
+        raise ValueError("model.encoder=additive is never pre-trained; fine-tune it right away")
     query = query or run_query(config)
     config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
     codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)

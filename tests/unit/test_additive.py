@@ -14,6 +14,7 @@ from screformer.augmentation import LEAST_DEPTH, Augmentation
 from screformer.checkpoint import load_model, save_model
 from screformer.config import ExperimentConfig, ModelConfig
 from screformer.counts import CellCounts, Panels
+from screformer.explain import CellTokens, Explainer
 from screformer.model import ScReformer
 from screformer.objective import dataset_weights, prior_shift
 from screformer.predictor import Predictor
@@ -108,6 +109,10 @@ def test_tokens_give_the_dense_formula_on_every_panel() -> None:
     with torch.no_grad():
         logits = model(batch_of(config, vocabulary, found.cells), task="finetune").logits_nk
         torch.testing.assert_close(logits, dense_logits(model, found.cells, vocabulary), rtol=1e-4, atol=1e-4)
+        batch = batch_of(config, vocabulary, found.cells)
+        tokens = model.embed_tokens(batch["token_ids"], batch["values"], batch["bin_ids"])
+        explained = model.forward_embedded(tokens, batch, task="finetune").logits_nk
+        torch.testing.assert_close(explained, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_undetected_gene_counts_unless_it_was_not_measured() -> None:
@@ -160,6 +165,25 @@ def test_a_saved_model_answers_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = dense_logits(model, found.cells, vocabulary).softmax(1).numpy()
     np.testing.assert_allclose(said.probabilities_nk, expected, atol=1e-4)
+
+
+def test_explanations_add_up_on_a_panel() -> None:
+    config, vocabulary, model, found = started()
+    cells = found.cells.take(np.flatnonzero(found.datasets_n == 1)[:6])
+    tokens, lengths = (
+        CellTokenizer(config.tokens, vocabulary)(cells),
+        1 + CellTokenizer(config.tokens, vocabulary).lengths(cells),
+    )
+    parts = [
+        CellTokens(
+            **{name: tokens[name][row, : lengths[row]] for name in ("token_ids", "values", "bin_ids")},
+            measured_g=cells.panels.measured_pg[cells.panels.panels_n[row]],
+        )
+        for row in range(len(cells))
+    ]
+    explained = Explainer(model, parts[1:], num_nodes=8).attribute(parts[0], [0, 1])
+    for attribution in explained:
+        assert attribution.additivity_error < 1e-3 * max(1, abs(attribution.output - attribution.base))
 
 
 def test_a_start_of_another_shape_is_refused() -> None:
