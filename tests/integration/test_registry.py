@@ -252,6 +252,27 @@ def test_files_outside_the_root_are_not_read(
         mlflow.pyfunc.load_model(uri).predict(str(root / "cells.h5ad"))
 
 
+def test_rows_are_by_position_and_nullable_numbers_are_read(
+    pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.DataFrame, tmp_path: Path
+) -> None:
+    rich = {"probabilities": True, "embedding": True}
+    expected = pyfunc.predict(cells, params=rich)
+    twice = cells.set_axis(["same"] * len(cells))
+    adata = anndata.AnnData(
+        cells.to_numpy(np.float32),
+        obs=pd.DataFrame(index=[f"c{i // 2}" for i in range(len(cells))]),
+        var=pd.DataFrame(index=cells.columns),
+    )
+    adata.write_h5ad(tmp_path / "twice.h5ad")
+    for same in (twice, adata, str(tmp_path / "twice.h5ad"), cells.convert_dtypes()):
+        found = pyfunc.predict(same, params=rich)
+        pd.testing.assert_frame_equal(found.set_axis(expected.index), expected, check_dtype=False)
+    missing = cells.convert_dtypes()
+    missing.iloc[3, 4] = pd.NA
+    with pytest.raises(ValueError, match=r"input holds nan at cell 'cell3', gene '.*': it is missing"):
+        pyfunc.predict(missing)
+
+
 def test_the_model_card_says_what_the_model_is(registered: TrackedRun, store: TrackingConfig) -> None:
     card = (resolve_model("models:/blood/1", store).parents[1] / "MODEL_CARD.md").read_text()
     assert MlflowClient(store.uri).get_model_version("blood", "1").description == card
