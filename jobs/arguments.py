@@ -144,6 +144,7 @@ class Command:
         parser = Parser(
             prog=program(self.name),
             description=self.doc,
+            epilog="exit status: 0 done, 1 failed, 2 something you can fix, 130 interrupted",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

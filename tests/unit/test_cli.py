@@ -191,7 +191,9 @@ def test_an_atlas_is_reached_as_its_tiledb_settings_say(name: str) -> None:
 def test_the_help_gives_the_default_that_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("annotate").parse(["--help"])
-    assert f"must carry (default {MIN_GENE_OVERLAP})" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"must carry (default {MIN_GENE_OVERLAP})" in said
+    assert "exit status: 0 done, 1 failed, 2 something you can fix" in said
 
 
 def test_recipes_have_names(tmp_path: Path) -> None:
