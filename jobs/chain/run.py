@@ -23,7 +23,7 @@ from jobs.reports.run_report import write_report
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.logged import logged_run
 from jobs.tracking.runs import TrackedRun
-from jobs.training.cells import prepare_cells
+from jobs.training.prepare import prepare_cells
 from jobs.training.run import run_training
 from screformer.config import ExperimentConfig
 from screformer.genes import MIN_GENE_OVERLAP

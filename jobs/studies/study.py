@@ -21,7 +21,8 @@ from data_ingest.split import Split, sample_cells
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.tracking.logged import run_file
 from jobs.tracking.runs import TrackedRun
-from jobs.training.cells import TrainingCells, prepare_cells
+from jobs.training.cells import TrainingCells
+from jobs.training.prepare import prepare_cells
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig, Task, touching
 from screformer.metrics import OURS

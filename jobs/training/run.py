@@ -21,8 +21,9 @@ from cluster.connect import connect
 from data_ingest.claims import only_writer
 from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
-from jobs.training.cells import TrainingCells, describe, prepare_cells
+from jobs.training.cells import TrainingCells, describe
 from jobs.training.launch import check_layout, train
+from jobs.training.prepare import prepare_cells
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,

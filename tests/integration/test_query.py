@@ -12,7 +12,7 @@ from data_ingest.h5ad import H5adFile
 from data_ingest.measured import measured_genes
 from data_ingest.query import find_cells, load_query, resolve_query, run_query
 from jobs.query import main
-from jobs.training.cells import prepare_cells
+from jobs.training.prepare import prepare_cells
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
 
 
