@@ -1,4 +1,6 @@
-"""The command line that all commands share: arguments, settings, messages and exit statuses.
+"""The command line that all commands share; one file, because it is their whole grammar.
+
+Arguments, settings, messages and exit statuses are here.
 
 Nothing heavy is imported before the arguments and settings are checked, so typing errors are
 reported at once.
