@@ -156,7 +156,8 @@ def raw_counts(
             else "; give raw counts (often in a layer such as `counts`, or in `raw`)"
         )
         raise ValueError(f"{source} holds {values[position]:g} at {where}: it {what}; {remedy}{places}")
-    return matrix.astype(np.float32, copy=False).sorted_indices()
+    counts = matrix.astype(np.float32, copy=False)
+    return counts if counts.has_sorted_indices else counts.sorted_indices()
 
 
 def as_csr(counts_nv: Any, *, source: str) -> sparse.csr_matrix:

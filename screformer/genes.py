@@ -87,9 +87,8 @@ class GeneMatch:
                 understood.
         """
         if self.num_found and self.expression_share >= minimum:
-            if self.expression_share < _REPORTED_OVERLAP:
-                names = f"; not found: {self.examples}, ..." if self.examples else ""
-                logger.warning("%s: %s%s", source, self, names)
+            if self.expression_share < _REPORTED_OVERLAP and self.examples:
+                logger.warning("%s: %s; not found: %s, ...", source, self, self.examples)
             return
         looks = f" These are genes of another species: {self.species}." if self.species else ""
         names = f" Not found: {self.examples}, ..." if self.examples else ""
