@@ -1,4 +1,4 @@
-"""The additive encoder: a cell is the sum of what its genes say, each by itself.
+"""The additive encoder: a cell vector is a sum of independent contributions of its genes.
 
 Axes: n cells, l token slots, g genes of the vocabulary, i input genes, p gene panels, d model width, r
 responses.
@@ -7,8 +7,8 @@ responses.
     cell:  h = gain * (sum of its tokens - sum over the measured genes of their usual token) / scale + bias
            h + W2 gelu(W1 h)
 
-A gene that was measured and not detected has no token, and so counts with minus its usual token; one that was
-not measured counts with nothing. Reasons and figures: docs/log/2026-11-26-additive-encoder.md.
+A gene that was measured but not detected has no token, so it contributes minus its usual token. A gene that
+was not measured contributes nothing. Reasons and numbers: docs/log/2026-11-26-additive-encoder.md.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from screformer.tokenizer import NUM_SPECIAL
 
 NUM_RESPONSES = 4
 _RESPONSE_STD = 0.3
-"""Of the random weights of the responses other than the first."""
+"""Standard deviation of the random initial weights of all responses but the first."""
 
 
 def responses(values: Tensor) -> Tensor:
-    """How a gene answers to its expression: linear, soon full, from about 1.5 on, from about 3 on.
+    """Response curves to expression: linear, early saturation, onset at about 1.5, onset at about 3.
 
     Each is exactly 0 where the value is 0. Shape (..., r).
     """
@@ -37,10 +37,10 @@ def responses(values: Tensor) -> Tensor:
 
 
 class AdditiveEncoder(nn.Module):
-    """Tokens of a cell in, cell vector out, without attention.
+    """Maps the tokens of a cell to its cell vector, without attention.
 
     Args:
-        model: `dim` and `input_genes` apply.
+        model: Uses `dim` and `input_genes`.
         num_genes: Size of the vocabulary.
     """
 
@@ -53,7 +53,7 @@ class AdditiveEncoder(nn.Module):
         self.inner = nn.Linear(model.dim, model.dim)
         self.outer = nn.Linear(model.dim, model.dim)
         self.slots: Tensor
-        """Row in `genes` of each gene of the vocabulary, int64 (g,); -1 for one that is no input."""
+        """Row in `genes` of each gene of the vocabulary, int64 (g,); -1 for a gene that is not an input."""
         self.center: Tensor
         """Usual responses of each input gene, (i, r)."""
         self.scale: Tensor
@@ -64,17 +64,17 @@ class AdditiveEncoder(nn.Module):
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> None:
-        """Random start of what is no plain layer: the first response as it is, and nothing added yet."""
+        """Initialise the parameters outside plain layers: only the first response is active."""
         self.mix.weight.normal_(0, _RESPONSE_STD, generator=generator)
         self.mix.weight[:, 0] = 1
         nn.init.zeros_(self.outer.weight)
 
     @torch.no_grad()
     def set_start(self, slots_g: Tensor, center_ir: Tensor, genes_id: Tensor, scale: Tensor) -> None:
-        """Start from given input genes, as `screformer.additive_start` finds them.
+        """Start from the input genes found by `screformer.additive_start`.
 
         Raises:
-            ValueError: Another shape.
+            ValueError: The shapes differ.
         """
         pairs = ((self.slots, slots_g), (self.center, center_ir), (self.genes.weight, genes_id))
         for ours, given in (*pairs, (self.scale, scale)):
@@ -124,10 +124,10 @@ class AdditiveEncoder(nn.Module):
         """The cell vector, (n, d).
 
         Args:
-            x_nld: Of `tokens`.
+            x_nld: Output of `tokens`.
             presence_nl: Weight of each token in [0, 1], for explanations; None is 1.
-            measured_pg: Genes of each panel; None: all were measured.
-            panels_n: Panel of each cell; None: all have the first one.
+            measured_pg: Genes of each panel; None if all were measured.
+            panels_n: Panel of each cell; None if all cells have the first one.
         """
         usual_id = self._all_genes() * self.mix(self.center)
         if measured_pg is None:

@@ -1,4 +1,4 @@
-"""What an additive encoder starts from: its input genes, a reference profile, an SVD.
+"""Starting values of an additive encoder: input genes, a reference profile, an SVD.
 
 Axes: n cells, g genes of the vocabulary, i input genes, p gene panels, d model width, r responses.
 """
@@ -18,12 +18,12 @@ from screformer.counts import CellCounts, Panels
 
 EMBEDDING_RMS = 0.05
 _MIN_CELLS = 3
-"""Cells of a type in a data set that say which genes are its own."""
+"""Cells of one type in one data set that are used to find its marker genes."""
 _ALIGNMENTS = 20
 
 
 class AdditiveStart(NamedTuple):
-    """As `AdditiveEncoder.set_start` takes it."""
+    """Starting values for `AdditiveEncoder.set_start`."""
 
     slots_g: np.ndarray
     center_ir: np.ndarray
@@ -42,17 +42,18 @@ class Labelled(NamedTuple):
 
 
 def informative_genes(found: Labelled, most: int) -> np.ndarray:
-    """The genes that tell a label from the others within a data set, best first over labels and data sets.
+    """The genes that best separate each label from the others within a data set.
 
     Each data set ranks its genes for each label by the difference of mean log expression to the other labels,
-    over the spread within labels; a gene's rank is its best one. So no large panel decides for a small one.
+    over the spread within labels; a gene's rank is its best one. So a large panel does not crowd out a small
+    one.
 
     Args:
         found: Training cells.
-        most: How many genes.
+        most: Number of genes to keep.
 
     Returns:
-        Vocabulary indices, increasing; all genes where there are no more than `most`.
+        Vocabulary indices, increasing; all genes if there are at most `most`.
     """
     values_ng = found.cells.normalised()
     best_g = np.full(values_ng.shape[1], np.inf)
@@ -82,10 +83,10 @@ def informative_genes(found: Labelled, most: int) -> np.ndarray:
 
 
 def reference_profile(found: Labelled) -> np.ndarray:
-    """A mean profile over all genes, joined from data sets that measured different ones, float64 (g,).
+    """A mean profile over all genes, combined from data sets with different panels, float64 (g,).
 
-    A data set's profile is the mean over its labels, weighted by the square root of their cells. The profiles
-    are aligned on the genes that they share with the largest panel, whose genes sum to 1.
+    A data set's profile is the mean over its labels, weighted by the square root of their numbers of cells.
+    Profiles are aligned on the genes shared with the largest panel, whose genes sum to 1.
     """
     profiles, panels = [], []
     for rows, measured_g in _datasets(found):
@@ -126,12 +127,12 @@ def additive_start(
     """Usual responses, the SVD of the centred values, and the spread of the first cell vectors.
 
     Args:
-        values_ng: Expression values of training cells as the tokenizer makes them.
+        values_ng: Expression values of training cells, as produced by the tokenizer.
         panels: Which genes were measured in these cells.
         weights_n: Weight of each cell in the loss.
         inputs: Vocabulary indices of the input genes, increasing.
         dim: Model width.
-        seed: Seeds the randomised SVD, and what fills dimensions beyond its rank.
+        seed: Seeds the randomised SVD and the random values in dimensions beyond its rank.
     """
     values_ni = torch.from_numpy(values_ng[:, inputs].toarray())
     measured_ni = torch.from_numpy(panels.measured_pg[:, inputs])[torch.from_numpy(panels.panels_n)].float()

@@ -1,6 +1,6 @@
-"""Names of what a model says of a cell, in the tables of users: what may be overwritten, and is no label.
+"""Names of the columns a model writes into users' tables: they may be overwritten and are never labels.
 
-Light to import: readers of files need it without the model.
+Light to import: file readers need it without the model.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ ANSWER_COLUMNS = (
     "best_label",
     "unknown_reason",
 )
-"""What is said of a cell, as columns: made by `Predictions.table`."""
+"""The columns of a cell's answer, as built by `Predictions.table`."""
 
 _OURS_ALONE = {"predicted_labels", "label_level", "unknown_score", "best_label"}
-"""Columns that every version of ours wrote, and that no other tool writes together."""
+"""Columns that every version writes and that no other tool writes together."""
 
 PROVENANCE = "screformer"
-"""Where `uns` says which model wrote which columns."""
+"""Key in `uns` of the record of which model wrote which columns."""
 
 
 def predicted_columns(columns: Collection[str], record: Any) -> set[str]:
@@ -32,8 +32,8 @@ def predicted_columns(columns: Collection[str], record: Any) -> set[str]:
 
     Args:
         columns: Columns of obs.
-        record: `uns[PROVENANCE]`, or None. It gets lost when files are joined; then all of our columns
-            together tell.
+        record: `uns[PROVENANCE]`, or None. It is lost when files are joined; then the columns are recognised
+            if all of ours are present.
     """
     if isinstance(record, Mapping):
         return set(columns) & set(record.get("columns", ANSWER_COLUMNS))
@@ -41,6 +41,6 @@ def predicted_columns(columns: Collection[str], record: Any) -> set[str]:
 
 
 def original_column(name: str, columns: Collection[str]) -> str | None:
-    """Where the column is that was in the place of one of ours, None where there was none."""
+    """New name of the column that ours replaced; None if there was none."""
     kept = [column for column in columns if column.startswith(f"{name}_original")]
     return max(kept, key=lambda column: (len(column), column), default=None)

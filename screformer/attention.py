@@ -17,10 +17,10 @@ from screformer.config import ModelConfig
 from screformer.lsh import SortedTokens, hash_buckets, lsh_attention, random_buckets, sort_tokens
 
 _LEAST_WEIGHT = 1e-6
-"""Keys of weight 0 count this little, so that nothing is divided by 0."""
+"""Effective weight of keys of weight 0; avoids a division by 0."""
 CROSSOVER_TOKENS = 1536
-"""Cell length from which a training step of the base recipe is faster with lsh than with full attention, on a
-CPU (docs/log/2026-11-24-speed.md)."""
+"""Tokens per cell at which a training step of the base recipe becomes faster with lsh than with full
+attention, on a CPU (docs/log/2026-11-24-speed.md)."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class HashMemo:
 
 
 class SelfAttention(Protocol):
-    """What the encoder asks of an attention layer."""
+    """The interface of an attention layer."""
 
     def __call__(
         self,
@@ -54,12 +54,12 @@ class LSHSelfAttention(nn.Module):
 
     Args:
         dim: Width.
-        heads: Heads, which divide the width.
+        heads: Number of heads; divides the width.
         bucket_size: Tokens per bucket.
         n_hashes: Hash rounds; may be changed at any time, no parameter depends on it.
-        eval_n_hashes: Hash rounds in eval mode; 0 takes `n_hashes`.
-        random: Shuffle the tokens into buckets instead of hashing them; a control that shows what the hashes
-            are worth.
+        eval_n_hashes: Hash rounds in eval mode; 0 uses `n_hashes`.
+        random: Shuffle the tokens into buckets instead of hashing them; a control that measures the benefit
+            of hashing.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class LSHSelfAttention(nn.Module):
             x_nld: Tokens, shape (n, l, d).
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the rotations; equal seeds give equal results.
-            memo: Takes the hashes of this call, or gives those of an earlier one.
+            memo: Stores the hashes of this call, or supplies those of an earlier one.
             key_weight_nl: How much each token counts as a key, in [0, 1], shape (n, l); None is 1.
 
         Returns:
@@ -114,8 +114,8 @@ class LSHSelfAttention(nn.Module):
         attend = partial(lsh_attention, qk, tokens=tokens, bucket_size=self.bucket_size)
         if key_weight_nl is None:
             return self.to_out(attend(v).flatten(2))
-        # With weights w of the softmax over all keys, those over keys of weight p are w p / sum(w p): two
-        # calls of the same attention, one on p times the values and one on p.
+        # If w are the softmax weights over all keys, those over keys of weight p are w p / sum(w p). That is
+        # two calls of the same attention: one on p times the values and one on p.
         weight = key_weight_nl[..., None, None].expand_as(v).contiguous()
         return self.to_out((attend(v * weight) / attend(weight).clamp(min=_LEAST_WEIGHT)).flatten(2))
 
@@ -142,7 +142,7 @@ class LSHSelfAttention(nn.Module):
 
 
 class FullSelfAttention(nn.Module):
-    """PyTorch's fused attention of every token to every token."""
+    """PyTorch's fused attention from every token to every token."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class FullSelfAttention(nn.Module):
 
 
 class LocalSelfAttention(FullSelfAttention):
-    """Attention of each token to its own window of `bucket_size` tokens and to both neighbouring windows."""
+    """Attention from each token to its own window of `bucket_size` tokens and both neighbouring windows."""
 
     def __init__(self, dim: int, heads: int, *, bucket_size: int) -> None:
         super().__init__(dim, heads)
@@ -193,7 +193,7 @@ class LocalSelfAttention(FullSelfAttention):
         memo: HashMemo | None = None,
         key_weight_nl: Tensor | None = None,
     ) -> Tensor:
-        """Attend; shapes as in `LSHSelfAttention.forward`. Keys have no weights here."""
+        """Attend; shapes as in `LSHSelfAttention.forward`. Key weights are not supported."""
         assert key_weight_nl is None, "local attention does not weigh its keys"
         m, length = self.bucket_size, x_nld.shape[1]
         fill = -length % m
@@ -223,14 +223,14 @@ class NoAttention(nn.Module):
     ) -> Tensor:
         """Return zeros, through x.
 
-        Each parameter before this layer still gets a gradient, as ZeRO expects.
+        Parameters before this layer still get a gradient, as ZeRO expects.
         """
         return x_nld * 0
 
 
 def make_attention(config: ModelConfig) -> nn.Module:
-    """Build the attention layer that `model.attention` names; a `SelfAttention`."""
-    assert config.attention != "auto", "attention is settled before layers are built; see settle_attention"
+    """Build the `SelfAttention` named by `model.attention`."""
+    assert config.attention != "auto", "attention must be settled first; see settle_attention"
     if config.attention in ("lsh", "random"):
         return LSHSelfAttention(
             config.dim,
@@ -248,15 +248,15 @@ def make_attention(config: ModelConfig) -> nn.Module:
 
 
 def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig, str]:
-    """Replace `auto` by the faster one of `lsh` and `full`, and say in words what was taken.
+    """Replace `auto` with the faster of `lsh` and `full`, and describe the choice.
 
     Args:
-        config: The architecture; what is not `auto` stays.
+        config: The architecture; anything but `auto` is kept.
         most_slots: Tokens of the longest cell.
 
     Returns:
-        The architecture with its attention named, and a line for the log, which also names settings that have
-        no effect with it.
+        The architecture with its attention resolved, and a line for the log that also lists settings without
+        effect.
     """
     if config.encoder == "additive":
         return replace(config, attention="none"), "encoder: additive, without attention"
@@ -264,8 +264,7 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
     if config.attention == "auto":
         config = replace(config, attention="lsh" if most_slots >= CROSSOVER_TOKENS else "full")
         why = (
-            f" (auto: cells have up to {most_slots:,} tokens, and lsh is the faster one from"
-            f" {CROSSOVER_TOKENS:,} on)"
+            f" (auto: cells have up to {most_slots:,} tokens; lsh is faster from {CROSSOVER_TOKENS:,} tokens)"
         )
     idle = [
         f"model.{name}={getattr(config, name)}"

@@ -1,7 +1,7 @@
-"""Training cells as other experiments would have seen them: shallower, and with fewer genes measured.
+"""Training cells as other experiments would see them: at lower depth, with fewer genes measured.
 
-A pure function of seed, epoch and cell: the number of ranks, the batch, and where a run was resumed do not
-matter.
+A pure function of seed, epoch and cell: independent of the number of ranks, the batch, and where a run was
+resumed.
 
 Axes: n cells, g genes of the vocabulary.
 """
@@ -16,30 +16,30 @@ from scipy import sparse
 from screformer.counts import CellCounts, Panels
 
 LEAST_DEPTH = 0.25
-"""A thinned cell keeps between this share of its counts and all of them."""
+"""Smallest share of its counts that a thinned cell keeps."""
 LEAST_GENES = 0.15
-"""A cell with a random panel keeps between this share of its measured input genes and all of them."""
+"""Smallest share of its measured input genes that a cell with a random panel keeps."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Augmentation:
-    """What happens to training cells before they become tokens. Picklable."""
+    """Changes training cells before they become tokens. Picklable."""
 
     thinned_share: float
-    """Share of the cells whose counts are thinned, binomially."""
+    """Share of the cells whose counts are thinned binomially."""
     panel_share: float
-    """Share of the cells that lose some genes, which then are unknown, not zero."""
+    """Share of the cells that lose some genes; these are then unknown, not zero."""
     genes: np.ndarray
-    """Vocabulary indices of the genes that can be lost, increasing."""
+    """Vocabulary indices of the genes that can be removed, increasing."""
     seed: int
 
     def __call__(self, cells: CellCounts, joinids_n: np.ndarray, epoch: int) -> CellCounts:
-        """The cells as they are seen in one epoch.
+        """The cells as seen in one epoch.
 
         Args:
             cells: Raw counts.
-            joinids_n: Which cells these are; negative ones (padding) are left alone.
-            epoch: Number of the epoch, in which every cell comes once.
+            joinids_n: Ids of the cells; negative ones (padding) are left unchanged.
+            epoch: Number of the epoch; every cell occurs once per epoch.
         """
         counts_ng = cells.counts_ng.copy()
         total_n = cells.total_n.copy()

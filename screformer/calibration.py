@@ -1,11 +1,11 @@
-"""What a model's probabilities are worth: calibration, "unknown", and the step back to a more general term.
+"""From logits to answers: calibrated probabilities, "unknown", and fallback to a broader term.
 
-Learned on the validation cells after training and saved in the model directory as `calibration.json`: a
-temperature, so that of the cells with probability 0.8 about 80 % are right; and what tells a cell that is
-like nothing the model was trained on: how high each label's logit usually is for its own cells, and the bound
-of a cell's shortfall from that which a stated share of the validation cells (`FALSE_ALARM_RATE`) exceeds.
-Where no label is more likely right than wrong, the nearest more general term of the Cell Ontology whose
-labels together are likely enough is said instead.
+Learned on the validation cells after training and saved in the model directory as `calibration.json`. A
+temperature makes about 80 % of the cells with probability 0.8 correct. Cells unlike the training data are
+found by their best label's logit: the calibration stores the usual logit of each label for its own cells, and
+the shortfall that only a given share of the validation cells (`FALSE_ALARM_RATE`) exceeds. If no label is
+more likely right than wrong, the answer is the nearest broader Cell Ontology term whose labels together are
+likely enough.
 
 Axes: n cells, d model width, k classes, a answers.
 """
@@ -28,29 +28,29 @@ FORMAT = "1"
 UNKNOWN = "unknown"
 LABEL, BROADER = "label", "broader term"
 LEVELS = (LABEL, BROADER, UNKNOWN)
-"""At which level an answer stands: the best label, a more general term that holds it, or neither."""
+"""Level of an answer: the best label, a broader term above it, or neither."""
 FEW_COUNTS, UNLIKE, UNSURE = "too few counts", "unlike the training cells", "no label likely enough"
 REASONS = ("", FEW_COUNTS, UNLIKE, UNSURE)
 """Why a cell is unknown."""
 FALSE_ALARM_RATE = 0.05
-"""Share of validation cells, all of known types, that the threshold of the unknown score calls unknown."""
+"""Share of validation cells (all of known types) that the unknown threshold marks as unknown."""
 MIN_PROBABILITY = 0.5
 """Least calibrated probability of what is said, of a label or of all labels below a term: more likely right
 than wrong."""
 _PRIOR_CELLS = 10
-"""Weight, in cells, of what is usual over all labels in what is usual for one: a rare label has few
+"""Weight, in cells, of the mean over all labels in the usual logit of one label: rare labels have few
 validation cells or none."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Answers:
-    """What is said of n cells. Codes index the answers that `answer_names` lists."""
+    """Answers for n cells. Codes index the list from `answer_names`."""
 
     codes_n: np.ndarray
     """int64."""
     probability_n: np.ndarray
-    """Calibrated probability of the label, or of all labels below the term; of an unknown cell that of its
-    best label, 0 with too few counts. float32."""
+    """Calibrated probability of the label, or of all labels below the term; for an unknown cell that of its
+    best label, or 0 with too few counts. float32."""
     levels_n: np.ndarray
     """Index into `LEVELS`, int8."""
     reasons_n: np.ndarray
@@ -59,41 +59,40 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How the logits of one model become answers.
+    """Turns the logits of one model into answers.
 
-    The default is that of a model without calibration: softmax, and the best label.
+    The default is for a model without calibration: softmax and the best label.
     """
 
     temperature: float = 1.0
-    """Logits are divided by it."""
+    """Logits are divided by this."""
     logit_mean_k: tuple[float, ...] = ()
-    """Mean of each label's logit over its own cells; empty where the model was not calibrated."""
+    """Mean of each label's logit over its own cells; empty if the model was not calibrated."""
     logit_std_k: tuple[float, ...] = ()
-    """Standard deviation beside it."""
+    """Standard deviation of each label's logit over its own cells."""
     unknown_threshold: float = float("inf")
-    """Cells whose unknown score is above it are unknown."""
+    """Cells with a higher unknown score are unknown."""
     min_probability: float = 0.0
-    """Least probability of what is said of a cell."""
+    """Minimum probability of an answer."""
     lineage: Lineage = Lineage()
-    """Where to step back to."""
+    """The broader terms to fall back to."""
     prior_k: tuple[float, ...] = ()
-    """Share of each label in what the network was trained on, weighted as in its loss; empty where that is
-    not known."""
+    """Share of each label in the training data, weighted as in the loss; empty if unknown."""
     measured: Mapping[str, float] | None = None
-    """On which cells and how well: see `fit_calibration`. None where the model was not calibrated."""
+    """Cells used and quality reached: see `fit_calibration`. None if the model was not calibrated."""
 
     def probabilities(self, logits_nk: np.ndarray) -> np.ndarray:
         """Calibrated probabilities, float32 (n, k)."""
         return softmax(logits_nk.astype(np.float64) / self.temperature, axis=1).astype(np.float32)
 
     def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
-        """How unlike the known cells a cell is, float32 (n,); zeros where the model was not calibrated.
+        """How unlike the training cells each cell is, float32 (n,); zeros if the model was not calibrated.
 
-        It is by how many standard deviations the logit of its best label falls short of what is usual for
-        that label. A cell that no label fits has low logits throughout, where its probabilities may be sure
-        of the least bad label.
+        The number of standard deviations by which the logit of a cell's best label falls short of the usual
+        value for that label. A cell that fits no label has low logits throughout, even if its probabilities
+        strongly favour the least bad label.
 
-        Chosen by leaving each blood type out in turn, against the largest probability, energy (Liu et al.,
+        Chosen by leaving out each blood cell type in turn, over the largest probability, energy (Liu et al.,
         NeurIPS 2020), Mahalanobis distances to class centroids of embeddings and of logits, and sums of them:
         docs/log/2026-11-25-confidence.md.
         """
@@ -106,9 +105,9 @@ class Calibration:
         )
 
     def answer_names(self, names: Sequence[str], cl_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Names and CL ids of all that may be said.
+        """Names and CL ids of all possible answers.
 
-        The labels, then the terms that are no label themselves, then "unknown".
+        The labels, then the terms that are not labels themselves, then "unknown".
         """
         new = [term for term in self.lineage.terms if term.cl_id not in cl_ids]
         names = [*names, *(term.name for term in new), UNKNOWN]
@@ -121,14 +120,14 @@ class Calibration:
         cl_ids: Sequence[str],
         informative_n: np.ndarray | None = None,
     ) -> Answers:
-        """Say the best label, else the nearest term above it that is likely enough, else "unknown".
+        """Choose the best label, else the nearest term above it that is likely enough, else "unknown".
 
         Args:
-            probabilities_nk: Of `probabilities`.
-            unknown_score_n: Of `unknown_scores`.
-            cl_ids: Of the labels.
-            informative_n: Cells with enough counts; the others are unknown, whatever the network says. None:
-                all are.
+            probabilities_nk: Output of `probabilities`.
+            unknown_score_n: Output of `unknown_scores`.
+            cl_ids: CL ids of the labels.
+            informative_n: Cells with enough counts; all others are unknown, whatever the network predicts.
+                None if all have enough.
         """
         num_cells = len(probabilities_nk)
         codes = probabilities_nk.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
@@ -173,10 +172,10 @@ class Calibration:
         }
 
     def check_classes(self, num_classes: int) -> None:
-        """Refuse a calibration of another number of classes, or with numbers that answer nothing.
+        """Refuse a calibration for a different number of classes, or with unusable numbers.
 
         Raises:
-            ValueError: Says what does not fit.
+            ValueError: Names the part that does not fit.
         """
         for name in ("logit_mean_k", "logit_std_k", "prior_k"):
             values = getattr(self, name)
@@ -196,11 +195,11 @@ class Calibration:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: Another format, or a part is missing.
+            ValueError: The format differs, or a part is missing.
         """
         if tree.get("format") != FORMAT:
             raise ValueError(
-                f"calibration has format {tree.get('format')}, this screformer reads {FORMAT}; use the"
+                f"calibration has format {tree.get('format')}, but this screformer reads {FORMAT}; use the"
                 f" version that wrote it"
             )
         missing = {
@@ -238,10 +237,10 @@ def fit_calibration(
     """Learn the temperature, the usual logits and the unknown threshold.
 
     Args:
-        outputs: Of validation cells, at least one; none of them trained the weights.
+        outputs: Outputs of at least one validation cell; none of the cells was used for training.
         lineage: Terms above the labels.
-        prior_k: Share of each label in what the network was trained on, weighted as in its loss.
-        false_alarm_rate: Share of these cells that the threshold calls unknown, in (0, 1).
+        prior_k: Share of each label in the training data, weighted as in the loss.
+        false_alarm_rate: Share of these cells that the threshold marks as unknown, in (0, 1).
 
     Returns:
         The calibration; `measured` holds `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
@@ -256,7 +255,7 @@ def fit_calibration(
         scaled = logits / np.exp(log_temperature)
         return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
 
-    # Bounded: with a handful of cells that are all right the best temperature would be 0.
+    # Bounded: with a handful of cells, all predicted correctly, the best temperature would be 0.
     temperature = float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20.0)), method="bounded").x))
     mean_k, std_k = _usual_logits(logits[rows, labels], labels, logits.shape[1])
     fitted = Calibration(temperature=temperature, logit_mean_k=mean_k, logit_std_k=std_k)
@@ -282,7 +281,7 @@ def _usual_logits(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each label's logit over its own cells.
 
-    Drawn to those of all labels by `_PRIOR_CELLS`.
+    Shrunk towards those of all labels by `_PRIOR_CELLS`.
     """
     groups = [own_n[labels_n == label] for label in range(num_classes)]
     mean = np.mean([group.mean() for group in groups if len(group)])

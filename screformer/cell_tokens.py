@@ -1,4 +1,4 @@
-"""Single cells as their tokens, without padding: what explanations start from.
+"""Single cells as tokens without padding: the input of explanations.
 
 Axes: l token slots, g genes.
 """
@@ -15,7 +15,7 @@ from screformer.tokenizer import CLS, NUM_SPECIAL, PAD
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellTokens:
-    """The tokens of one cell, [CLS] first; arrays (l,) but for the last."""
+    """The tokens of one cell, [CLS] first; arrays have shape (l,) except the last."""
 
     token_ids: np.ndarray
     values: np.ndarray
@@ -25,7 +25,7 @@ class CellTokens:
 
 
 def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellTokens]:
-    """Cut what `CellTokenizer` gives into cells, without padding."""
+    """Split the output of `CellTokenizer` into cells, without padding."""
     cells = []
     for ids, values, bins, panel in zip(
         tokens["token_ids"], tokens["values"], tokens["bin_ids"], panels.panels_n, strict=True
@@ -43,7 +43,7 @@ def cell_tokens(tokens: dict[str, np.ndarray], panels: Panels) -> list[CellToken
 
 
 def without_genes(cell: CellTokens, genes: np.ndarray) -> CellTokens:
-    """The cell as if some genes (vocabulary indices) had not been detected."""
+    """The cell as if the given genes (vocabulary indices) had not been detected."""
     kept = ~np.isin(cell.token_ids, np.asarray(genes) + NUM_SPECIAL)
     assert kept[cell.token_ids == CLS].all()
     return replace(cell, token_ids=cell.token_ids[kept], values=cell.values[kept], bin_ids=cell.bin_ids[kept])

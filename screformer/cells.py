@@ -1,4 +1,4 @@
-"""Cells to be labelled or explained: what a source of them is, and the source in memory.
+"""Cells to label or explain: the interface of a source, and the source in memory.
 
 Files and atlases are in `data_ingest.cells` and `data_ingest.atlas_cells`.
 
@@ -21,7 +21,7 @@ CELLS_PER_READ = 4_096
 
 
 class CellSource(Protocol):
-    """Cells that can be read by position. Picklable and small; opens what it reads where it reads."""
+    """Cells that can be read by position. Picklable and small; opens its data in the process that reads."""
 
     @property
     def num_cells(self) -> int:
@@ -31,7 +31,7 @@ class CellSource(Protocol):
         """Name of each cell, object (n,)."""
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
-        """Known label of each cell, object (n,), "" where none is known."""
+        """Known label of each cell, object (n,), "" if unknown."""
 
     def read(self, positions: np.ndarray) -> CellCounts:
         """Raw counts over the model's genes of cells at increasing positions."""
@@ -40,11 +40,11 @@ class CellSource(Protocol):
         """Which of the model's genes were measured in which cells."""
 
     def identity(self) -> dict[str, str]:
-        """What it is, as plain values that change with the cells."""
+        """Plain values that identify the cells and change when they do."""
 
     @property
     def cells_per_read(self) -> int:
-        """How many cells are best read together."""
+        """Recommended number of cells per read."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -53,7 +53,7 @@ class AnnDataCells:
 
     adata: Any
     counts: Any
-    """The matrix of counts: X, a layer or raw.X."""
+    """The count matrix: X, a layer or raw.X."""
     gene_names: Any
     match: GeneMatch
     source: str
@@ -75,10 +75,10 @@ class AnnDataCells:
         Args:
             predictor: The model.
             adata: The cells.
-            min_gene_overlap: As `GeneMatch.require`.
+            min_gene_overlap: As in `GeneMatch.require`.
             layer: Counts are in this layer instead of X.
             raw: Counts are in `raw.X` instead of X.
-            source: What it is called in messages.
+            source: Name used in messages.
 
         Raises:
             ValueError: No such layer or raw, no X, or too few genes.
@@ -87,7 +87,7 @@ class AnnDataCells:
         if layer and layer not in adata.layers:
             raise ValueError(f"{source} has no layer {layer!r}; it has {layers}")
         if raw and adata.raw is None:
-            raise ValueError(f"{source} has no raw; leave raw=False to use X")
+            raise ValueError(f"{source} has no raw; use raw=False to read X")
         owner = adata.raw if raw else adata
         counts = adata.layers[layer] if layer else owner.X
         if counts is None:
@@ -111,14 +111,14 @@ class AnnDataCells:
         return self.adata.obs_names.astype(str).to_numpy(dtype=object)[positions]
 
     def labels(self, positions: np.ndarray) -> np.ndarray:
-        """As `CellSource.labels`: none is known."""
+        """As `CellSource.labels`: none are known."""
         return np.full(len(positions), "", dtype=object)
 
     def read(self, positions: np.ndarray) -> CellCounts:
         """As `CellSource.read`.
 
         Raises:
-            ValueError: Values that are no raw counts.
+            ValueError: The values are not raw counts.
         """
         rows = slice(int(positions[0]), int(positions[-1]) + 1) if len(positions) else slice(0, 0)
         block = self.counts[rows] if rows.stop - rows.start == len(positions) else self.counts[positions]
@@ -132,16 +132,16 @@ class AnnDataCells:
         return self.match.select(block, source=self.source, place=place, elsewhere=" or ".join(places))
 
     def panels(self, positions: np.ndarray) -> Panels:
-        """As `CellSource.panels`: the genes that it has."""
+        """As `CellSource.panels`: the genes in the AnnData."""
         return Panels.one(self.match.measured_g, len(positions))
 
     def identity(self) -> dict[str, str]:
-        """As `CellSource.identity`: none, as nothing of it is kept."""
+        """As `CellSource.identity`: empty, because nothing is saved for it."""
         return {}
 
 
 def predictions(predictor: Predictor, source: CellSource) -> Iterator[Predictions]:
-    """Label all cells of a source, some thousands at a time; at least one, perhaps empty, part."""
+    """Label all cells of a source, a few thousand at a time; yields at least one part, possibly empty."""
     for start in range(0, max(source.num_cells, 1), source.cells_per_read):
         stop = min(start + source.cells_per_read, source.num_cells)
         yield predictor.predict(source.read(np.arange(start, stop)))

@@ -1,7 +1,7 @@
-"""A model directory: weights and what belongs to them, without pickles.
+"""A model directory: weights and everything needed to use them, without pickles.
 
-It holds `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after
-fine-tuning with validation cells `calibration.json`. Reading one says what is wrong with it.
+It contains `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after
+fine-tuning with validation cells `calibration.json`. Errors on reading name what is wrong.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ WEIGHTS, CONFIG, VOCABULARY, LABELS, META = (
 )
 CALIBRATION = "calibration.json"
 WEIGHTS_HASH = "weights_sha256"
-"""Entry of the meta data; models of earlier versions have none."""
+"""Key in the metadata; models of earlier versions do not have it."""
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
-"""Labels of a model that was only pre-trained."""
+"""Labels of a pre-trained model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class LoadedModel:
     """`column` of obs, `names` of the k classes in the order of the logits, and their `cl_ids` ("" where
     unknown)."""
     meta: dict[str, Any]
-    """Where it comes from: atlas, query hash, versions, metrics."""
+    """Provenance: atlas, query hash, versions, metrics."""
     calibration: Calibration = Calibration()
-    """How logits become answers; the default for a model without one, such as those of earlier versions."""
+    """Turns logits into answers; the default for a model without one, for example from an earlier version."""
 
 
 def save_model(
@@ -68,14 +68,13 @@ def save_model(
     """Write a model directory.
 
     Args:
-        directory: Made where it does not exist.
+        directory: Created if it does not exist.
         model: The network or its state by name; floating-point weights are written in fp32.
         config: The settings it was trained with.
         vocabulary: Its genes.
         labels: As `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
-        meta: Plain values of JSON.
-        calibration: How its logits become answers; None where there were no validation cells to learn it
-            from.
+        meta: Plain JSON values.
+        calibration: Turns its logits into answers; None without validation cells to learn it from.
 
     Raises:
         ValueError: A weight is NaN or infinite.
@@ -86,7 +85,7 @@ def save_model(
     for name, tree in ((CONFIG, config.to_dict()), (LABELS, dict(labels))):
         (directory / name).write_text(json.dumps(tree, indent=2, default=str))
     hashed = [CONFIG, VOCABULARY, LABELS]
-    (directory / CALIBRATION).unlink(missing_ok=True)  # of weights that lay here before
+    (directory / CALIBRATION).unlink(missing_ok=True)  # belongs to earlier weights
     if calibration is not None:
         (directory / CALIBRATION).write_text(json.dumps(calibration.to_json(), indent=2))
         hashed.append(CALIBRATION)
@@ -109,11 +108,11 @@ def save_model(
 
 
 def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
-    """Add to the meta data of a model directory; no weight depends on them.
+    """Add to the metadata of a model directory; no weight depends on it.
 
     Args:
         directory: Model directory.
-        more: Plain values of JSON.
+        more: Plain JSON values.
     """
     path = Path(directory) / META
     path.write_text(json.dumps(read_json(path) | dict(more), indent=2, default=str))
@@ -122,26 +121,26 @@ def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
 def load_model(directory: str | Path) -> LoadedModel:
     """Read a model directory onto the CPU, in eval mode.
 
-    The directory may come from anywhere: nothing in it is unpickled, and sizes are compared before a network
-    of that size is built.
+    The directory may come from an untrusted source: nothing is unpickled, and sizes are compared before a
+    network of that size is built.
 
     Raises:
-        ValueError: A missing or unreadable file, another format, a file that was changed since, weights of
-            other shapes, or weights that are NaN or infinite; says which.
+        ValueError: A file is missing, unreadable or modified, the format is different, or weights have the
+            wrong shape or are NaN or infinite. The message names it.
     """
     directory = Path(directory)
     for name in (WEIGHTS, CONFIG, VOCABULARY, LABELS, META):
         if not (directory / name).is_file():
             raise ValueError(
-                f"model directory {directory} has no {name}; give a directory written by training, or"
+                f"model directory {directory} has no {name}; use a directory written by training, or"
                 f" models:/NAME@ALIAS"
             )
     weights, metadata = read_tensors(directory / WEIGHTS)
     if metadata.get("kind") != "screformer model":
-        raise ValueError(f"{directory / WEIGHTS} holds weights of something else than a screformer model")
+        raise ValueError(f"{directory / WEIGHTS} does not contain weights of a screformer model")
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"model directory {directory} has format {metadata.get('format')}, this screformer reads"
+            f"model directory {directory} has format {metadata.get('format')}, but this screformer reads"
             f" {FORMAT}; load it with"
             f" screformer {_writer(directory)}, which wrote it"
         )
@@ -151,12 +150,11 @@ def load_model(directory: str | Path) -> LoadedModel:
     for name in hashed:
         if not (directory / name).is_file() or metadata.get(name) != sha256(directory / name):
             raise ValueError(
-                f"{directory / name} is not the file that was saved with these weights; restore it, or train"
-                f" again"
+                f"{directory / name} is not the file saved with these weights; restore it, or train again"
             )
     meta = read_json(directory / META)
     if WEIGHTS_HASH in meta and meta.pop(WEIGHTS_HASH) != sha256(directory / WEIGHTS):
-        raise ValueError(f"{directory / WEIGHTS} was changed since it was saved; restore it, or train again")
+        raise ValueError(f"{directory / WEIGHTS} was changed after it was saved; restore it, or train again")
     check_finite(weights, source=str(directory / WEIGHTS))
     with _content_of(directory / CONFIG):
         config = ExperimentConfig.from_saved(read_json(directory / CONFIG))
@@ -172,7 +170,7 @@ def load_model(directory: str | Path) -> LoadedModel:
         num_classes=len(labels["names"]),
         seed=config.train.seed,
     )
-    if model.linear_skip is not None:  # versions before it took a gene that was not measured as zero
+    if model.linear_skip is not None:  # earlier versions treated unmeasured genes as zero
         weights.setdefault("linear_skip.center", torch.zeros(len(vocabulary)))
     check_weights(model, weights, source=str(directory))
     model.load_state_dict(weights)
@@ -198,7 +196,7 @@ def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _content_of(path: Path) -> Iterator[None]:
-    """Name the file whose content cannot be used."""
+    """Add the name of the file to errors about its content."""
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -207,27 +205,27 @@ def _content_of(path: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, and metadata, of a safetensors file; a ValueError names a file that is not whole."""
+    """Tensors by name, and metadata, of a safetensors file; raises ValueError if it is incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; a ValueError names a file that holds none."""
+    """Read a JSON object; raises ValueError if the file does not contain one."""
     try:
         tree = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it") from error
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} holds {type(tree).__name__}, not a JSON object; restore it")
+        raise ValueError(f"{path} contains {type(tree).__name__}, not a JSON object; restore it")
     return tree
 
 
 def _writer(directory: Path) -> str:
-    """Version of screformer that wrote a model directory, as its meta.json says."""
+    """Version of screformer that wrote a model directory, according to its meta.json."""
     code = read_json(directory / META).get("code", {})
     return f"{code.get('screformer', '(version not recorded)')} (git {code.get('git', 'not recorded')})"
 

@@ -1,6 +1,6 @@
-"""What a training costs: memory by formula and as measured, and arithmetic.
+"""The cost of training: estimated and measured memory, and arithmetic.
 
-Estimates are rough on purpose. They are printed before a run starts and checked against real runs.
+Estimates are deliberately rough. They are printed before a run starts and checked against real runs.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ _FP32_BYTES = 4
 
 def state_bytes(config: ExperimentConfig, num_parameters: int) -> float:
     """Bytes of weights, gradients and optimizer state on each worker, in fp32."""
-    # Weights 4, gradients 4, moments 8 for each parameter; ZeRO spreads them over the workers from the end.
+    # Per parameter: weights 4, gradients 4, moments 8. ZeRO partitions moments first, then gradients, then
+    # weights.
     spread = {0: 0, 1: 8, 2: 12, 3: 16}[config.zero.stage]
     return num_parameters * (16 - spread + spread / config.cluster.num_workers)
 
 
 def activation_bytes(config: ExperimentConfig, most_slots: int) -> float:
-    """Bytes that one forward and backward pass of a micro-batch holds at its peak, in fp32.
+    """Peak bytes of one forward and backward pass of a micro-batch, in fp32.
 
     Args:
         config: The run's settings.
         most_slots: Tokens of the longest cell.
     """
     model, tokens = config.model, config.train.micro_batch_size * most_slots
-    # A block holds about 14 + 2 ff_mult vectors per token, LSH some more per hash round; reversible blocks
-    # hold one at a time.
+    # A block needs about 14 + 2 ff_mult vectors per token, plus some per hash round with LSH. Reversible
+    # blocks are in memory one at a time.
     hashes = model.attention in ("lsh", "random")
     per_block = 14 + 2 * model.ff_mult + (6 * model.n_hashes if hashes else 0)
     numbers = tokens * model.dim * (6 + per_block * (1 if model.reversible else model.depth))
@@ -43,9 +44,9 @@ def activation_bytes(config: ExperimentConfig, most_slots: int) -> float:
 
 
 def step_flops(model: ModelConfig, length: int) -> float:
-    """Arithmetic of one training step for a cell of `length` tokens, in products of matrices.
+    """FLOPs of the matrix products in one training step for a cell of `length` tokens.
 
-    What is recomputed does not count.
+    Recomputation does not count.
 
     Forward, for each block and token: 2 x (p + 2 x ff_mult) x dim^2 of the linear layers, with p = 3
     projections (shared queries and keys, values, output) or 4 in full attention; and 4 x dim for each key of
@@ -63,17 +64,17 @@ def step_flops(model: ModelConfig, length: int) -> float:
 
 
 def attention_flops(length: int, *, heads: int, head_width: int, n_hashes: int, bucket_size: int) -> float:
-    """Arithmetic of one forward and backward pass of LSH attention over a cell.
+    """FLOPs of one forward and backward pass of LSH attention over a cell.
 
     Two products forward and four backward, each of 2 x head width operations for every query and its 2 x
-    bucket keys in every round. Scores that are computed again in the backward pass do not count, as is usual
-    for model FLOPs.
+    bucket keys in every round. Scores recomputed in the backward pass do not count, as is usual for model
+    FLOPs.
     """
     return 6 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
 
 
 def peak_memory_gb(device: torch.device | str = "cpu") -> float:
-    """Most memory that this process held so far, in GB: of a GPU its tensors, else resident memory."""
+    """Peak memory of this process so far, in GB: tensors on a GPU, else resident memory."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,9 +82,9 @@ def peak_memory_gb(device: torch.device | str = "cpu") -> float:
 
 
 def reset_peak_memory() -> None:
-    """Start the peak of resident memory again, so that a warm process does not report an earlier one.
+    """Reset the peak of resident memory, so a reused process does not report an earlier one.
 
-    Linux only; elsewhere nothing happens.
+    Linux only; does nothing elsewhere.
     """
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

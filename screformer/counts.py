@@ -1,4 +1,4 @@
-"""Raw counts of cells, from any reader to the model: one shape, one check, one normalisation.
+"""Raw counts of cells, from every reader to the model: one type, one check, one normalisation.
 
 Axes: n cells, v columns of an input, g genes of the vocabulary, p gene panels.
 """
@@ -13,21 +13,22 @@ import numpy as np
 from scipy import sparse
 
 COUNTS_PER_CELL = 10_000.0
-"""Expression values are log1p of counts per so many counts."""
+"""Expression values are log1p of counts per this many counts."""
 
 LEAST_COUNTS, GENES_PER_COUNT = 100, 20
-"""A cell with fewer counts in all than 100, and than one in twenty measured genes, says nothing. Of the data
-sets in docs/results.md at most 1 % of the cells are below, though some measure 100 genes only."""
+"""A cell is uninformative if it has fewer than 100 counts in total and fewer than one per twenty measured
+genes. In the data sets of docs/results.md that is at most 1 % of the cells, although some measure only 100
+genes."""
 
 _LARGEST_EXACT = 1 << 24
-"""Above it, float32 no longer holds every integer; counts are stored as float32, as in Census."""
+"""Largest count allowed: float32 is exact up to here. Counts are float32, as in Census."""
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
     """Which of the vocabulary's genes were measured in which cells.
 
-    A gene outside of a cell's panel is unknown there, not zero.
+    A gene outside a cell's panel is unknown, not zero.
     """
 
     measured_pg: np.ndarray
@@ -41,19 +42,19 @@ class Panels:
         return cls(np.asarray(measured_g, dtype=bool)[None], np.zeros(num_cells, dtype=np.int64))
 
     def take(self, cells: np.ndarray) -> Panels:
-        """Those of some cells, without the panels that none of them has."""
+        """The panels of some cells, without unused panels."""
         used, panels_n = np.unique(self.panels_n[cells], return_inverse=True)
         return Panels(self.measured_pg[used], panels_n.astype(np.int64))
 
 
 @dataclass(frozen=True, eq=False)
 class CellCounts:
-    """Raw counts of n cells over the model's genes, with what is needed to read them."""
+    """Raw counts of n cells over the model's genes, with library sizes and panels."""
 
     counts_ng: sparse.csr_array
-    """Raw counts, float32. Columns increase within each row, and no zero is stored."""
+    """Raw counts, float32. Columns increase within each row, and zeros are not stored."""
     total_n: np.ndarray
-    """Library size: counts of each cell over all genes that were measured, float32 (n,)."""
+    """Library size: total counts of each cell over all measured genes, float32 (n,)."""
     panels: Panels
     """Which genes were measured in which cells."""
 
@@ -61,12 +62,12 @@ class CellCounts:
     def of(
         cls, counts_ng: Any, *, total_n: np.ndarray | None = None, panels: Panels | None = None
     ) -> CellCounts:
-        """Put any matrix of counts into this form.
+        """Convert any matrix of counts.
 
         Args:
             counts_ng: Raw counts, (n, g), dense or sparse.
-            total_n: Library sizes; None sums the given counts.
-            panels: None: every gene was measured in every cell.
+            total_n: Library sizes; None to sum the given counts.
+            panels: None if every gene was measured in every cell.
         """
         matrix = sparse.csr_array(counts_ng, dtype=np.float32, copy=True)
         matrix.sum_duplicates()
@@ -87,26 +88,26 @@ class CellCounts:
 
     @property
     def informative_n(self) -> np.ndarray:
-        """Which cells hold enough counts to say anything of them, bool (n,).
+        """Which cells have enough counts to be labelled, bool (n,).
 
-        Empty droplets do not: they hold a little of everything. A cell needs one count in twenty measured
-        genes, and never more than 100 in all.
+        Empty droplets do not: they contain a little of everything. A cell needs one count per twenty measured
+        genes, but never more than 100 in total.
         """
         measured_n = self.panels.measured_pg.sum(axis=1)[self.panels.panels_n]
         least_n = np.clip(measured_n / GENES_PER_COUNT, 1, LEAST_COUNTS)
         return (self.total_n >= least_n) & (self.lengths_n > 0)
 
     def take(self, cells: np.ndarray) -> CellCounts:
-        """Those of some cells, in the given order."""
+        """The counts of some cells, in the given order."""
         return CellCounts(self.counts_ng[cells], self.total_n[cells], self.panels.take(cells))
 
     def per_10k(self, reference_g: np.ndarray | None = None) -> np.ndarray:
         """Counts per 10,000 of each stored count, float32 (z,).
 
         Args:
-            reference_g: A usual profile, (g,). With it the 10,000 are what the cell would have over the whole
-                profile: the genes of its panel count as their share of it. So a cell has the same values
-                whichever genes were measured beside them. None: per 10,000 counts of the library size.
+            reference_g: A typical profile, (g,). Values are then per 10,000 counts over the whole profile,
+                estimated from the share that the cell's panel has of it. So a cell has the same values no
+                matter which other genes were measured. None: per 10,000 counts of the library size.
         """
         if reference_g is None:
             total_n, share_n = self.total_n, np.ones(len(self))
@@ -131,13 +132,13 @@ def raw_counts(
     place: Callable[[int, int], str] | None = None,
     elsewhere: str = "",
 ) -> sparse.csr_matrix:
-    """Refuse anything that is no raw count, and give the rest as float32.
+    """Check that values are raw counts, and return them as float32.
 
     Args:
         counts_nv: Counts of any dtype, (n, v), dense or sparse.
-        source: Where they come from, for the message.
-        place: Names the cell and gene of a row and column, where they have names.
-        elsewhere: Where counts may be instead, such as `--layer counts`.
+        source: Their origin, for the message.
+        place: Names the cell and gene of a row and column, if they have names.
+        elsewhere: Another place to look for counts, for example `--layer counts`.
 
     Raises:
         ValueError: A value is missing, infinite, negative, fractional or above 2^24. The message names the
@@ -151,9 +152,9 @@ def raw_counts(
         column = int(matrix.indices[position])
         where = place(row, column) if place else f"row {row}, column {column}"
         places = (
-            f"; the counts may be elsewhere: try {elsewhere}"
+            f"; if the counts are elsewhere, try {elsewhere}"
             if elsewhere
-            else "; give raw counts (often in a layer such as `counts`, or in `raw`)"
+            else "; pass raw counts (often in a layer named `counts`, or in `raw`)"
         )
         raise ValueError(f"{source} holds {values[position]:g} at {where}: it {what}; {remedy}{places}")
     counts = matrix.astype(np.float32, copy=False)
@@ -161,10 +162,10 @@ def raw_counts(
 
 
 def as_csr(counts_nv: Any, *, source: str) -> sparse.csr_matrix:
-    """Any matrix of numbers as csr, in a dtype whose sums do not wrap around.
+    """Convert any matrix of numbers to csr, in a dtype whose sums do not overflow.
 
     Raises:
-        ValueError: It holds something other than numbers.
+        ValueError: Something in it is not a number.
     """
     if hasattr(counts_nv, "compute"):  # a dask array
         counts_nv = counts_nv.compute()
@@ -174,15 +175,15 @@ def as_csr(counts_nv: Any, *, source: str) -> sparse.csr_matrix:
 
 
 def sum_dtype(dtype: np.dtype, *, source: str) -> np.dtype:
-    """The dtype in which values of a stored dtype are read: sums of narrow integers would wrap around.
+    """The dtype for reading values of a stored dtype: sums of narrow integers would overflow.
 
     Raises:
-        ValueError: Values of this dtype are no counts.
+        ValueError: Values of this dtype cannot be counts.
     """
     if dtype.kind not in "iuf":
-        what = "which only says whether a gene was detected" if dtype.kind == "b" else "not numbers"
+        what = "which only shows whether a gene was detected" if dtype.kind == "b" else "not numbers"
         raise ValueError(
-            f"{source}: values are of type {dtype}, {what}; give raw counts, and keep cell names in the index"
+            f"{source}: values are of type {dtype}, {what}; pass raw counts, and keep cell names in the index"
         )
     if dtype.kind == "f":
         return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
@@ -190,16 +191,16 @@ def sum_dtype(dtype: np.dtype, *, source: str) -> np.dtype:
 
 
 def _are_counts(values: np.ndarray) -> bool:
-    if not (values.min() >= 0 and values.max() <= _LARGEST_EXACT):  # also false where one is missing
+    if not (values.min() >= 0 and values.max() <= _LARGEST_EXACT):  # also false if one is missing
         return False
     return values.dtype.kind != "f" or bool((values == np.rint(values)).all())
 
 
 def _first_bad(values: np.ndarray) -> tuple[int, str, str]:
-    """Position of the first value that is no raw count, what is wrong with it, and what helps."""
+    """Position of the first value that is not a raw count, the problem, and the remedy."""
     with np.errstate(invalid="ignore"):
         kinds = (
-            (~np.isfinite(values), "is missing or infinite", "fill genes that were not detected with 0"),
+            (~np.isfinite(values), "is missing or infinite", "use 0 for genes that were not detected"),
             (values < 0, "is negative", "raw counts are needed, not scaled or centred values"),
             (
                 values != np.rint(values),
@@ -208,7 +209,7 @@ def _first_bad(values: np.ndarray) -> tuple[int, str, str]:
             ),
             (
                 values > _LARGEST_EXACT,
-                "is larger than 2^24, which float32 does not hold exactly",
+                "is larger than 2^24, which float32 cannot represent exactly",
                 "check that these are counts",
             ),
         )

@@ -1,7 +1,6 @@
-"""The one door to DeepSpeed: its configuration and the engine. `engine_state` reads and writes an engine.
+"""The interface to DeepSpeed: its configuration and the engine. `engine_state` reads and writes an engine.
 
-DeepSpeed is imported when an engine is built, never before: its import takes seconds and picks an accelerator
-for good.
+DeepSpeed is imported only when an engine is built: the import takes seconds and fixes the accelerator.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from torch import nn
 from screformer.config import ExperimentConfig, TrainConfig
 
 BUCKET_ELEMENTS = 20_000_000
-"""Elements that ZeRO reduces or gathers together. DeepSpeed's own 5e8 would hold 2 GB of buffers per rank for
-networks of a few MB."""
+"""Elements that ZeRO reduces or gathers at a time. DeepSpeed's default of 5e8 would take 2 GB of buffers per
+rank for networks of a few MB."""
 PERSISTENCE_THRESHOLD = 100_000
 """Parameters with fewer elements stay whole on every rank at stage 3."""
 MIN_LR_RATIO = 0.05
@@ -30,7 +29,7 @@ MIN_LR_RATIO = 0.05
 def learning_rate(step: int, train: TrainConfig) -> float:
     """Linear warm-up, then a cosine down to `MIN_LR_RATIO` of the peak at the last step.
 
-    Pure, so that a resumed run has it exactly.
+    A pure function, so a resumed run follows it exactly.
     """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / (train.warmup_steps + 1)
@@ -39,7 +38,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def uses_bf16(config: ExperimentConfig, device_type: str) -> bool:
-    """Whether the network computes in bfloat16: `train.precision`, or with `auto` whether a GPU has it."""
+    """Whether the network uses bfloat16: as set by `train.precision`; with `auto`, if the GPU supports it."""
     if config.train.precision == "auto":
         return device_type == "cuda" and torch.cuda.is_bf16_supported()
     return config.train.precision == "bf16"
@@ -56,16 +55,16 @@ def deepspeed_config(
 
     Args:
         config: The run's settings.
-        world_size: Ranks; the global batch stays the same.
+        world_size: Number of ranks; does not change the global batch.
         device_type: "cpu" or "cuda".
-        persistence_threshold: Tests lower it, since stage 3 would partition nothing of a tiny network.
+        persistence_threshold: Tests lower it; otherwise stage 3 would not partition a tiny network.
 
     Raises:
         ValueError: The global batch is not a multiple of micro-batch x world size.
     """
     zero, bf16 = config.zero, uses_bf16(config, device_type)
     zero_config: dict[str, Any] = {
-        # fp32 masters of bf16 weights, which AdamW's small updates need, are kept from stage 1 on.
+        # AdamW's small updates need fp32 masters of bf16 weights; DeepSpeed keeps them from stage 1 on.
         "stage": max(zero.stage, 1) if bf16 else zero.stage,
         # Streams that overlap with the backward pass exist on GPUs only.
         "overlap_comm": device_type == "cuda",
@@ -85,8 +84,8 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
         "gradient_clipping": config.train.gradient_clipping,
-        # PyTorch's own AdamW: DeepSpeed's are compiled at first use, which needs a compiler that a user's
-        # machine may lack.
+        # PyTorch's own AdamW: DeepSpeed compiles its versions at first use, and a user's machine may have no
+        # compiler.
         "optimizer": {
             "type": "AdamW",
             "params": {"torch_adam": True, "lr": config.train.lr, "weight_decay": config.train.weight_decay},
@@ -106,7 +105,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters in two AdamW groups: matrices decay; biases, norms and embeddings do not.
 
     Returns:
-        At most two groups, without empty ones, in the order of `model.named_parameters()`.
+        One or two non-empty groups, in the order of `model.named_parameters()`.
     """
     embeddings = {
         id(p)
@@ -130,19 +129,19 @@ def build_engine(
 ) -> Any:
     """Wrap a network in a DeepSpeed engine.
 
-    Torch.distributed must be initialised; every rank calls it with the same weights.
+    `torch.distributed` must be initialised, and every rank must call this with the same weights.
 
     Args:
-        config: The run's settings; `cluster.use_gpu` chooses the device.
-        model: The network; parameters with `requires_grad=False` stay as they are.
-        world_size: Ranks.
-        persistence_threshold: As `deepspeed_config`.
+        config: The run's settings; `cluster.use_gpu` selects the device.
+        model: The network; parameters with `requires_grad=False` are not trained.
+        world_size: Number of ranks.
+        persistence_threshold: As in `deepspeed_config`.
 
     Returns:
         A `deepspeed.DeepSpeedEngine`.
 
     Raises:
-        ValueError: The global batch does not divide over the ranks, or nothing is trainable.
+        ValueError: The global batch does not divide evenly over the ranks, or nothing is trainable.
     """
     groups = parameter_groups(model, config.train.weight_decay)
     if not groups:
@@ -165,28 +164,28 @@ def build_engine(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """The rate of the next optimizer step."""
+    """The learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The module, for the device `cpu` or `cuda` alone."""
-    # Without it DeepSpeed guesses, and takes a GPU that the run was told to leave alone.
+    """The DeepSpeed module, set up for the device `cpu` or `cuda` only."""
+    # Otherwise DeepSpeed guesses, and uses a GPU that the run was told not to use.
     os.environ["DS_ACCELERATOR"] = device_type
     import deepspeed
 
-    # About DeepSpeed's own calls.
+    # Triggered by DeepSpeed's own calls.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning
     )
     if device_type == "cpu":
-        # The shared-memory collective is compiled at first use: a minute with a compiler, an exception
-        # without. gloo does the same.
+        # The shared-memory collective is compiled at first use: that takes a minute with a compiler and fails
+        # without one. gloo does the same job.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 def quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """Drop what DeepSpeed prints: memory use and names of functions."""
+    """Suppress what DeepSpeed prints: memory use and function names."""
     return contextlib.redirect_stdout(io.StringIO())

@@ -1,6 +1,6 @@
-"""Weights and optimizer state of a DeepSpeed engine: whole out of any ZeRO stage and back, or as shards.
+"""Weights and optimizer state of a DeepSpeed engine, consolidated from any ZeRO stage or as shards.
 
-Every rank calls each function but `weights_norm`.
+Every rank must call every function except `weights_norm`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARDS_TAG = "state"
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """Whole parameters (fp32 masters) and buffers by name on rank 0, on the CPU; empty elsewhere.
+    """Full parameters (fp32 masters) and buffers by name, on rank 0's CPU; empty on other ranks.
 
     Every rank calls it.
     """
@@ -40,7 +40,7 @@ def gather_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Put rank 0's weights, as `gather_weights` gave them, into the network and its fp32 masters.
+    """Load rank 0's weights, as returned by `gather_weights`, into the network and its fp32 masters.
 
     Every rank calls it.
     """
@@ -61,15 +61,15 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def weights_norm(engine: Any) -> float:
-    """Norm of the weights that this rank holds: not finite as soon as one of them is not."""
+    """Norm of this rank's weights: not finite if any of them is not."""
     held = [param.ds_tensor if _is_partitioned(param) else param for param in engine.module.parameters()]
     return float(nn.utils.get_total_norm([part.detach() for part in held]))
 
 
 def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """AdamW's state, whole.
+    """AdamW's full state.
 
-    `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0 (empty elsewhere), and its count of steps.
+    `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0 (empty elsewhere), and the number of steps.
 
     Every rank calls it, after at least one optimizer step.
     """
@@ -92,7 +92,7 @@ def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
 
 
 def load_moments(engine: Any, moments: dict[str, torch.Tensor], num_steps: int) -> None:
-    """Restore AdamW's state from rank 0's `gather_moments`, also into another ZeRO stage or world size.
+    """Restore AdamW's state from rank 0's `gather_moments`, for any ZeRO stage and world size.
 
     Every rank calls it.
     """
@@ -118,7 +118,7 @@ def load_moments(engine: Any, moments: dict[str, torch.Tensor], num_steps: int) 
 
 
 def shard_layout(engine: Any) -> dict[str, Any]:
-    """What two engines must share for one to read the other's shards."""
+    """Properties that must match for one engine to read another's shards."""
     return {
         "world_size": torch.distributed.get_world_size(),
         "stage": engine.zero_optimization_stage(),
@@ -128,7 +128,7 @@ def shard_layout(engine: Any) -> dict[str, Any]:
 
 
 def save_shards(engine: Any, directory: Path) -> None:
-    """Each rank's part of DeepSpeed's own state, into a folder that only this rank's node may see.
+    """Save each rank's part of DeepSpeed's own state to a folder that may be local to the rank's node.
 
     Every rank calls it.
     """
@@ -137,9 +137,9 @@ def save_shards(engine: Any, directory: Path) -> None:
 
 
 def load_shards(engine: Any, directory: Path) -> None:
-    """Read what `save_shards` wrote into an engine of the same `shard_layout`. Every rank calls it."""
-    # DeepSpeed would unpickle anything it finds there; PyTorch's restricted reader takes tensors and the
-    # types named here only.
+    """Load what `save_shards` wrote into an engine with the same `shard_layout`. Every rank calls it."""
+    # DeepSpeed would unpickle anything it finds; PyTorch's restricted reader accepts only tensors and the
+    # types named here.
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -163,7 +163,7 @@ def _shard_types() -> list[Any]:
 def broadcast(
     value: torch.Tensor | None, device: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Rank 0's tensor on every rank; the others give None. Every rank calls it."""
+    """Broadcast rank 0's tensor; the other ranks pass None. Every rank calls it."""
     if torch.distributed.get_rank() == 0:
         assert value is not None and tuple(value.shape) == shape
         full = value.to(device=device, dtype=dtype, copy=True)
@@ -178,8 +178,8 @@ def _is_partitioned(param: nn.Parameter) -> bool:
 
 
 def _own_part(full: torch.Tensor, param: Any) -> torch.Tensor:
-    # `safe_set_full_*` of DeepSpeed 0.19 fails at stage 3 where the elements do not divide over the ranks;
-    # the last part is padded.
+    # `safe_set_full_*` of DeepSpeed 0.19 fails at stage 3 if the elements do not divide evenly over the
+    # ranks; the last part is padded.
     size, rank = param.ds_tensor.numel(), torch.distributed.get_rank()
     part = full.flatten()[rank * size : (rank + 1) * size]
     return nn.functional.pad(part, (0, size - part.numel()))
@@ -195,7 +195,7 @@ def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def _optimized_tensors(engine: Any) -> list[torch.Tensor]:
-    # Stage 3 keeps its groups' `params` empty between steps.
+    # At stage 3, the groups' `params` are empty between steps.
     flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     return (
         list(flat)
@@ -205,8 +205,8 @@ def _optimized_tensors(engine: Any) -> list[torch.Tensor]:
 
 
 def _link_moments(engine: Any) -> None:
-    # DeepSpeed 0.19 links parameters to their state after the first group's first step, when the other groups
-    # have no state yet.
+    # DeepSpeed 0.19 links parameters to their state after the first group's first step, before the other
+    # groups have state.
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()

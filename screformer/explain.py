@@ -1,28 +1,27 @@
-"""Why a cell got its label.
+"""Explain why a cell got its label.
 
-Expected gradients of a logit, as one value per gene, that add up to the whole logit.
+Computes expected gradients of a logit: one value per gene, adding up to the logit.
 
 A cell is compared with background cells, and the difference between the two logits is divided among genes. A
-background cell has other genes, and here a gene that is not detected is no token. So the path between the two
-cells runs over the tokens of both: at its ends each cell is itself, and on the way three things move in a
-straight line,
+background cell has different genes, and an undetected gene has no token. So the path between the two cells
+uses the tokens of both: at each end it equals one of the cells, and in between three things change linearly:
 
-- the embedding of each token (gene and expression together), where both cells have the gene;
+- the embedding of each token (gene and expression together), if both cells have the gene;
 - the presence of each token, 0 or 1 at the ends: its weight as a key of attention and in the pooling;
 - the expression value that the linear skip sees.
 
 The gradient along each of them, times its change, is summed for each gene and integrated over the path by
-Gauss-Legendre nodes, then averaged over the background. A gene that only the background has gets a value too:
-its absence is evidence. So does, where the background's datasets measured other genes than the cell's, a gene
-that was measured on one side only. This is expected gradients with the integral by quadrature in place of
-random points, which costs fewer passes for the same error. The values of a cell sum to its logit minus the
-background's mean logit; `additivity_error` is what is missing: the error of the quadrature, and the
-jumps of LSH attention where a hash changes on the way.
+Gauss-Legendre quadrature, then averaged over the background. A gene that only the background has also gets a
+value: its absence is evidence. So does a gene measured on one side only, if the background's datasets
+measured different genes. This is expected gradients with quadrature instead of random points, which needs
+fewer passes for the same error. The values of a cell sum to its logit minus the background's mean logit, up
+to `additivity_error`: the error of the quadrature, plus jumps of LSH attention when a hash changes along the
+path.
 
-`shap.GradientExplainer` cannot be asked for this: its inputs have one shape for cell and background, with no
+`shap.GradientExplainer` cannot be used here: its inputs have one shape for cell and background, without
 presence, and its `(model, layer)` mode multiplies gradients by the interpolated activation instead of the
-difference, so that the sums are wrong. Where neither matters (a network whose every gene is a token) the two
-agree, which tests/unit/test_explain.py holds.
+difference, so the sums are wrong. If neither matters (a network in which every gene is a token), the two
+agree; tests/unit/test_explain.py checks this.
 
 Everything runs in eval mode on the ordinary (not reversible) backward pass with the hashes of `HASH_SEED`.
 
@@ -48,14 +47,14 @@ from screformer.model import HASH_SEED, ScReformer
 from screformer.tokenizer import NUM_SPECIAL
 
 NUM_NODES = 3
-"""Points of the path for each background cell: with 2 the sums are right to about 2 %, with 4 to 0.2 % (blood
-cells, LSH attention)."""
+"""Points on the path for each background cell. With 2, the sums are accurate to about 2 %, with 4 to 0.2 %
+(blood cells, LSH attention)."""
 _TOKENS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attribution:
-    """Why one cell has its logit of one class."""
+    """Explanation of one cell's logit of one class."""
 
     genes: np.ndarray
     """Vocabulary indices of the genes of the cell and of the background, increasing, int32."""
@@ -70,21 +69,21 @@ class Attribution:
 
     @property
     def additivity_error(self) -> float:
-        """Distance of the summed values from output minus base."""
+        """Absolute difference between the summed values and output minus base."""
         return abs(float(self.values.sum(dtype=np.float64)) - (self.output - self.base))
 
 
 class Explainer:
-    """Attributes logits of a model to genes, against a fixed background.
+    """Attributes a model's logits to genes, against a fixed background.
 
     Args:
-        model: A network with classes, in eval mode. Its attention may be any but local.
+        model: A network with classes, in eval mode; any attention except local.
         background: Cells to compare with.
         num_nodes: Points of each path.
-        hash_seed: Seeds the LSH hashes; other values than the default only show how much the hashes matter.
+        hash_seed: Seeds the LSH hashes; change it only to measure how much the hashes matter.
 
     Raises:
-        ValueError: A model with local attention, or no background.
+        ValueError: The model has local attention, or the background is empty.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Explainer:
         hash_seed: int = HASH_SEED,
     ):
         if not background:
-            raise ValueError("the background has no cells; give at least one")
+            raise ValueError("the background has no cells; pass at least one")
         if any(isinstance(layer, LocalSelfAttention) for layer in model.modules()):
             raise ValueError(
                 "a model with model.attention='local' cannot be explained; any other attention can"
@@ -118,7 +117,7 @@ class Explainer:
         return output.logits_nk.float().cpu().numpy()
 
     def attribute(self, cell: CellTokens, labels: Sequence[int]) -> list[Attribution]:
-        """The contribution of each gene to the cell's logits of some classes."""
+        """The contribution of each gene to the cell's logits of the given classes."""
         num_genes = self._model.num_genes
         sums = np.zeros((len(labels), num_genes + NUM_SPECIAL))
         seen = np.zeros(num_genes + NUM_SPECIAL, dtype=bool)
@@ -147,9 +146,9 @@ class Explainer:
     def _add_panels(
         self, cell: CellTokens, labels: Sequence[int], sums: np.ndarray, seen: np.ndarray
     ) -> None:
-        """Add what it makes that the cell's dataset measured other genes than the background's.
+        """Add the effect of different gene panels in the cell's and the background's datasets.
 
-        Exact, as that part is linear.
+        Exact, because that part is linear.
         """
         skip = self._model.linear_skip
         if skip is None:
@@ -198,7 +197,7 @@ class Explainer:
                     device
                 )
                 ends[side] = [model.embed_tokens(ids, values, bins), present, values]
-            # A token that one cell lacks has no embedding there: only its presence moves.
+            # A token that only one cell has does not change its embedding, only its presence.
             for side, else_side in (("cell", "other"), ("other", "cell")):
                 lacks = (ends[side][1] == 0).unsqueeze(-1)
                 ends[side][0] = torch.where(lacks, ends[else_side][0], ends[side][0])
@@ -229,8 +228,8 @@ class Explainer:
             for grad, change in zip(grads, changes, strict=True):
                 if (
                     grad is None
-                    # Values of a network without linear skip, presence where it has neither attention nor
-                    # pooling over tokens
+                    # None for values in a network without linear skip, and for presence in one without
+                    # attention and pooling over tokens.
                 ):
                     continue
                 part = grad.unflatten(0, (count, len(pairs))).sum(0) * change
@@ -242,7 +241,7 @@ class Explainer:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """The tokens of a cell and of a background cell together, in the order of the vocabulary, [CLS] first."""
+    """The tokens of a cell and a background cell combined, in vocabulary order, [CLS] first."""
 
     token_ids: np.ndarray
     cell_values: np.ndarray
@@ -266,7 +265,7 @@ class _Pair:
 
 
 def _groups(pairs: Sequence[_Pair], num_nodes: int) -> list[list[_Pair]]:
-    """Pairs of like length together, each group within a bound on tokens."""
+    """Group pairs of similar length, with a limit on tokens per group."""
     ordered = sorted(pairs, key=lambda pair: len(pair.token_ids))
     groups: list[list[_Pair]] = [[]]
     for pair in ordered:

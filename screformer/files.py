@@ -1,4 +1,4 @@
-"""Write files that other processes, or spreadsheets, read."""
+"""Write files that other processes or spreadsheets read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a cell of a spreadsheet begins that it would compute."""
+"""First characters of a value that a spreadsheet would treat as a formula."""
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Write a file at once or not at all.
+    """Write a file atomically.
 
-    A reader sees the old content or the new one, and a killed process leaves neither half. Several processes
-    may write one file: the last one wins.
+    A reader sees either the old or the new content, and a killed process never leaves half a file. Several
+    processes may write the same file: the last one wins.
 
     Args:
-        path: The file; its folder exists.
+        path: The file; its folder must exist.
         content: Text is written as UTF-8.
     """
     path = Path(path)
@@ -38,8 +38,8 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 def csv_text(table: pd.DataFrame) -> str:
     """A table as CSV without its index.
 
-    Text that a spreadsheet would compute (`=1+1`, and names such as `-x`) starts with an apostrophe;
-    `read_csv` takes it off.
+    Text that a spreadsheet would treat as a formula (`=1+1`, and names like `-x`) gets a leading apostrophe;
+    `read_csv` removes it.
     """
     guarded = _with_text(table, lambda text: f"'{text}" if text.startswith(("'", *_FORMULA)) else text)
     return guarded.to_csv(index=False)

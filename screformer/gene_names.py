@@ -1,8 +1,8 @@
-"""Find genes by the names that the columns of an input have: the one matcher, for models and for ingests.
+"""Match the columns of an input to genes by name; used for models and for ingest.
 
-Names of genes arrive dressed: with blanks, versions (`ENSG00000156738.18`), `_PAR_Y`, a genome
+Gene names come in many forms: with blanks, versions (`ENSG00000156738.18`), `_PAR_Y`, a genome
 (`GRCh38_CD3D`), an id and a symbol in one (`ENSG00000167286_CD3D`), R's `make.names` (`HLA.DRA`), or the
-suffix that makes repeated names unique (`CD3D-1`). Columns of one gene are added up.
+suffix that makes repeated names unique (`CD3D-1`). Columns of the same gene are summed.
 
 Axes: v columns of an input.
 """
@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol")
-"""var columns of symbols, where their content does not decide."""
+"""Usual names of var columns with symbols, used if their content does not decide."""
 
 FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "feature_biotype")
-"""var columns that tell genes from other features: of Cell Ranger and CELLxGENE."""
+"""var columns that separate genes from other features, as written by Cell Ranger and CELLxGENE."""
 
 _NO_GENE_TYPE = re.compile(r"antibody|capture|peak|crispr|multiplex|spike|custom|hashtag|\btag|adt|hto", re.I)
 _NO_GENE_NAME = re.compile(r"^ERCC-\d{5}$|TotalSeq|^(?:ADT|HTO|CMO|AB)[_:-]|^Hashtag|^CMO\d+$", re.I)
@@ -42,7 +42,7 @@ _REPEATED = re.compile(r"(.+)[-.]\d{1,2}")
 
 
 def ensembl_id(text: str) -> str:
-    """The human Ensembl gene id in a text, without version or `_PAR_Y`; "" where there is none."""
+    """The human Ensembl gene id in a text, without version or `_PAR_Y`; "" if there is none."""
     found = _HUMAN_ID.search(text)
     if found is None:
         return ""
@@ -50,17 +50,17 @@ def ensembl_id(text: str) -> str:
 
 
 def texts_of(values: Sequence[Any] | pd.Index | pd.Series) -> np.ndarray:
-    """Values as stripped texts, object (v,), "" where one is missing."""
+    """Values as stripped text, object (v,), "" for missing ones."""
     missing = pd.isna(pd.Series(values, dtype=object)).to_numpy()
     pairs = zip(values, missing, strict=True)
     return np.array(["" if gone else str(value).strip() for value, gone in pairs], dtype=object)
 
 
 class Symbols:
-    """Gene symbols and the ids that they stand for; finds a symbol also when it is dressed."""
+    """Maps gene symbols to ids, including symbols with prefixes or altered characters."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Read pairs of symbol and feature id; a symbol of several ids stands for none of them."""
+        """Read pairs of symbol and feature id; a symbol with several ids matches none of them."""
         ids: dict[str, set[str]] = {}
         for symbol, feature_id in pairs:
             if symbol:
@@ -71,11 +71,11 @@ class Symbols:
         self._upper = frozenset(upper)
 
     def exact(self, name: str) -> str:
-        """The id of a symbol as it is written, else ""."""
+        """The id of an exact symbol, else ""."""
         return self._id_of.get(name, "")
 
     def dressed(self, name: str, prefix: str = "") -> str:
-        """The id of a symbol behind a prefix or an id, or with its signs replaced as R does it, else ""."""
+        """The id of a symbol after a prefix or an id, or with characters replaced as R does, else ""."""
         bare = _HUMAN_ID.sub("", name.removeprefix(prefix)).strip("_|:.- ")
         for text in (bare, _GENOME.sub("", bare, count=1)):
             found = self._id_of.get(text) or self._by_letters.get(_letters(text))
@@ -84,12 +84,12 @@ class Symbols:
         return ""
 
     def looks_like_mouse(self, name: str) -> bool:
-        """Whether a name is one of these but for its case, in the way of mouse and rat (`Cd3d`)."""
+        """Whether a name is a known symbol in the case used for mouse and rat (`Cd3d`)."""
         return bool(_MOUSE_SYMBOL.match(name)) and name.upper() in self._upper
 
     @cached_property
     def _by_letters(self) -> dict[str, str]:
-        """Ids by `_letters` of their symbol, where one symbol alone has them."""
+        """Ids by `_letters` of their symbol, if only one symbol has these letters."""
         found: dict[str, set[str]] = {}
         for symbol, feature_id in self._id_of.items():
             letters = _letters(symbol)
@@ -100,31 +100,31 @@ class Symbols:
 
 
 def _letters(symbol: str) -> str:
-    """A symbol with all its signs as dots, as R's `make.names` leaves it."""
+    """A symbol with every special character as a dot, as R's `make.names` writes it."""
     return re.sub(r"[^A-Za-z0-9]", ".", symbol)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Columns:
-    """What the columns of an input are."""
+    """The genes of an input's columns."""
 
     feature_ids: np.ndarray
-    """Id of each column's gene, object (v,); "" where it was not found. Columns may share a gene."""
+    """Id of each column's gene, object (v,); "" if not found. Columns may share a gene."""
     by_name: np.ndarray
     """Which columns were found by name, bool (v,)."""
     names: np.ndarray
     """Name of each column, object (v,), for reports."""
     counted_v: np.ndarray
-    """Which columns belong to a cell's library size, bool (v,): genes of human, known or not. Not antibodies,
-    tags, spike-ins and genes of other species."""
+    """Which columns count towards a cell's library size, bool (v,): human genes, known or not; but not
+    antibodies, tags, spike-ins or genes of other species."""
     num_ambiguous: int
-    """Columns left out because their name stands for several genes."""
+    """Columns left out because their name matches several genes."""
     species: str
-    """Another species than human that most columns look like, with an example; empty where they don't."""
+    """Non-human species that most columns appear to be from, with an example; empty otherwise."""
 
     @property
     def examples(self) -> str:
-        """Some names that were not found, for messages."""
+        """A few names that were not found, for messages."""
         lost = self.names[self.feature_ids == ""][:4]
         return ", ".join(repr(str(name)) for name in lost)
 
@@ -140,15 +140,15 @@ def find_genes(
     """Find the gene of each column: by its id, else by its name.
 
     Args:
-        ids: Text of each column that may hold an id, as `texts_of` gives it.
-        names: Text of each column that may hold a symbol.
-        symbols: Symbols that are known.
-        known: Ids that are known; None takes every human Ensembl id.
-        is_gene_v: Which columns are genes, where the input says so.
+        ids: Text of each column that may contain an id, as returned by `texts_of`.
+        names: Text of each column that may contain a symbol.
+        symbols: Known symbols.
+        known: Known ids; None accepts every human Ensembl id.
+        is_gene_v: Which columns are genes, if the input states this.
     """
     if len(ids) != len(names):
         raise ValueError(
-            f"genes have {len(ids)} ids but {len(names)} names; give one of each for every column"
+            f"genes have {len(ids)} ids but {len(names)} names; pass one of each for every column"
         )
     is_gene_v = np.ones(len(ids), dtype=bool) if is_gene_v is None else is_gene_v
     ids, names_of_genes = (np.where(is_gene_v, texts, "").astype(object) for texts in (ids, names))
@@ -164,7 +164,7 @@ def find_genes(
     for column, name in enumerate(names_of_genes):
         if found[column] or not name:
             continue
-        # A column whose id is known to be another gene is found by its exact name only.
+        # A column whose id belongs to another gene is matched only by its exact name.
         found[column] = symbols.exact(name) or ("" if ensembl[column] else symbols.dressed(name, prefix))
         by_name[column] = bool(found[column])
         num_ambiguous += name in symbols.ambiguous
@@ -189,17 +189,17 @@ def find_genes_of_var(
 ) -> tuple[Columns, str]:
     """Find the gene of each row of a table of genes.
 
-    Ids and names are each taken from where most of them are, index or text column. Rows that a column such as
-    `feature_types` calls something else than a gene are none, whatever their name.
+    Ids and names are read from the index or text column with the most matches. Rows marked as something other
+    than a gene, for example in `feature_types`, are not genes, whatever their name.
 
     Args:
-        var: A row per column of the counts, as `AnnData.var`.
-        symbols: Symbols that are known.
-        known: Ids that are known; None takes every human Ensembl id.
-        id_column: Ids are in this column.
+        var: A row per column of the counts, like `AnnData.var`.
+        symbols: Known symbols.
+        known: Known ids; None accepts every human Ensembl id.
+        id_column: Column with the ids.
 
     Returns:
-        The columns, and where their ids are, for reports.
+        The columns, and where their ids were found, for reports.
     """
     places = {"var index": texts_of(var.index)}
     for name, column in var.items():
@@ -228,7 +228,7 @@ def find_genes_of_var(
 
 def _counted(ids: np.ndarray, names: np.ndarray, ensembl: list[str], by_name: np.ndarray) -> np.ndarray:
     human_v = np.array([bool(text) for text in ensembl], dtype=bool)
-    if 2 * human_v.sum() > len(ids):  # what has no id among columns that do is no gene
+    if 2 * human_v.sum() > len(ids):  # if most columns have an id, one without an id is not a gene
         return human_v | by_name
     foreign = (_FOREIGN_ID.search(text) or _NO_GENE_NAME.search(text) for text in ids)
     other = (_NO_GENE_NAME.search(text) for text in names)
@@ -236,19 +236,19 @@ def _counted(ids: np.ndarray, names: np.ndarray, ensembl: list[str], by_name: np
 
 
 def _common_prefix(names: np.ndarray) -> str:
-    """What most names begin with, up to a sign: a genome or a sample; "" where nothing is common."""
+    """Common prefix of most names, up to a separator: a genome or a sample; "" if there is none."""
     heads = Counter(head[0] for name in names if (head := re.match(r"[^_:|]+[_:|]+", name)))
     prefix, times = heads.most_common(1)[0] if heads else ("", 0)
     return prefix if len(names) > 1 and 2 * times > len(names) else ""
 
 
 def _other_species(ids: np.ndarray, names: np.ndarray, symbols: Symbols) -> str:
-    """What most columns look like, if not human: ids with a species in them, or symbols as of mouse."""
+    """Describe most columns if they are not human: ids of another species, or mouse-style symbols."""
     foreign = [found[0] for text in ids if (found := _FOREIGN_ID.search(text))]
     if 2 * len(foreign) > len(ids):
         prefix = foreign[0].rstrip("0123456789")
-        return f"ids such as {foreign[0]} ({_SPECIES.get(prefix, 'not human')})"
+        return f"ids like {foreign[0]} ({_SPECIES.get(prefix, 'not human')})"
     mouse = [name for name in names if symbols.looks_like_mouse(name)]
     if len(mouse) > sum(bool(symbols.exact(name)) or name in symbols.ambiguous for name in names):
-        return f"symbols such as {mouse[0]} instead of {mouse[0].upper()} (mouse or rat)"
+        return f"symbols like {mouse[0]} instead of {mouse[0].upper()} (mouse or rat)"
     return ""

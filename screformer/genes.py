@@ -1,4 +1,4 @@
-"""The genes of a model in the columns of an input, and the counts over them.
+"""Match a model's genes to the columns of an input, and collect their counts.
 
 Axes: n cells, v columns of an input, g genes of the vocabulary.
 """
@@ -31,27 +31,27 @@ _REPORTED_OVERLAP = 0.8
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GeneMatch:
-    """Which column of an input is which gene of the model."""
+    """Which column of an input is which gene of a model."""
 
     vocabulary_index: np.ndarray
-    """Vocabulary index of each input column, int32, -1 where the model does not know it. Columns of one gene
-    are summed."""
+    """Vocabulary index of each input column, int32, -1 for genes unknown to the model. Columns of the same
+    gene are summed."""
     counted_v: np.ndarray
-    """Which columns belong to a cell's library size, bool (v,): human genes, known to the model or not."""
+    """Which columns count towards the library size, bool (v,): human genes, known to the model or not."""
     num_by_id: int
     """Genes of the model found by `feature_id`."""
     num_by_name: int
     """Genes of the model found by name."""
     num_ambiguous: int
-    """Columns left out because several genes of the model have their name."""
+    """Columns left out because their name matches several genes of the model."""
     num_model_genes: int
     """Genes of the model, found or not."""
     expression_share: float
-    """Share of the model's expected expression that the found genes carry, in [0, 1]."""
+    """Share of the model's expected expression covered by the genes found, in [0, 1]."""
     species: str = ""
-    """Another species than human that most columns look like, with an example; empty where they don't."""
+    """Non-human species that most columns appear to be from, with an example; empty otherwise."""
     examples: str = ""
-    """Some names of columns that were not found."""
+    """A few names of columns that were not found."""
 
     @property
     def num_found(self) -> int:
@@ -68,34 +68,34 @@ class GeneMatch:
     def __str__(self) -> str:
         ambiguous = f", {self.num_ambiguous:,} ambiguous ones left out" if self.num_ambiguous else ""
         others = int((~self.counted_v).sum())
-        left_out = f"; {others:,} columns are no human genes and not counted" if others else ""
+        left_out = f"; {others:,} columns are not human genes and are ignored" if others else ""
         return (
             f"{self.num_found:,} of the model's {self.num_model_genes:,} genes found ({self.num_by_id:,} by"
-            f" id, {self.num_by_name:,} by name{ambiguous}), {self.expression_share:.1%} of the expression it"
-            f" knows{left_out}"
+            f" id, {self.num_by_name:,} by name{ambiguous}), covering {self.expression_share:.1%} of its"
+            f" expected expression{left_out}"
         )
 
     def require(self, minimum: float, *, source: str) -> None:
-        """Stop where the input has too few of the model's genes.
+        """Raise an error if the input has too few of the model's genes.
 
         Args:
-            minimum: Least share of expected expression, in [0, 1].
-            source: Whose genes they are, for the message.
+            minimum: Minimum share of expected expression, in [0, 1].
+            source: Origin of the genes, for the message.
 
         Raises:
-            ValueError: Too few; the message says how many were found, and some names that were not
-                understood.
+            ValueError: Too few genes; the message gives the number found and some names that were not
+                found.
         """
         if self.num_found and self.expression_share >= minimum:
             if self.expression_share < _REPORTED_OVERLAP and self.examples:
                 logger.warning("%s: %s; not found: %s, ...", source, self, self.examples)
             return
-        looks = f" These are genes of another species: {self.species}." if self.species else ""
+        looks = f" These look like genes of another species: {self.species}." if self.species else ""
         names = f" Not found: {self.examples}, ..." if self.examples else ""
         raise ValueError(
             f"{source}: too few genes: {self}; at least {minimum:.1%} of the expression is needed."
-            f"{names}{looks} Give human Ensembl gene ids"
-            " (ENSG...) or HGNC symbols; another species needs its own model"
+            f"{names}{looks} Use human Ensembl gene ids"
+            " (ENSG...) or HGNC symbols; other species need their own model"
         )
 
     def select(
@@ -106,16 +106,16 @@ class GeneMatch:
         place: Callable[[int, int], str] | None = None,
         elsewhere: str = "",
     ) -> CellCounts:
-        """Raw counts over the model's genes, from a matrix over the columns that were matched.
+        """Raw counts over the model's genes, from a matrix over the matched columns.
 
         Args:
             counts_nv: Raw counts, cells by columns, dense or sparse, of any dtype.
-            source: Where they come from, for messages.
-            place: Names the cell and gene of a row and column, where they have names.
-            elsewhere: Where counts may be instead.
+            source: Their origin, for messages.
+            place: Names the cell and gene of a row and column, if they have names.
+            elsewhere: Another place to look for counts.
 
         Raises:
-            ValueError: Another number of columns, or a value that is no raw count.
+            ValueError: The number of columns differs, or a value is not a raw count.
         """
         if counts_nv.shape[1] != len(self.vocabulary_index):
             raise ValueError(
@@ -132,7 +132,7 @@ class GeneMatch:
 
     @cached_property
     def _to_genes(self) -> sparse.csr_matrix:
-        """Adds up the columns of each gene, float32 (v, g)."""
+        """Matrix that sums the columns of each gene, float32 (v, g)."""
         known = np.flatnonzero(self.vocabulary_index >= 0)
         entries = (np.ones(len(known), dtype=np.float32), (known, self.vocabulary_index[known]))
         return sparse.csr_matrix(entries, shape=(len(self.vocabulary_index), self.num_model_genes))
@@ -150,8 +150,8 @@ class GeneMatcher:
         """Find the model's genes among columns.
 
         Args:
-            feature_ids: Ensembl id of each column; anything else that stands there is simply not found.
-            names: Gene symbol of each column; None takes `feature_ids` for both.
+            feature_ids: Ensembl id of each column; anything else counts as not found.
+            names: Gene symbol of each column; None uses `feature_ids` for both.
         """
         ids = texts_of(feature_ids)
         return self._match(
@@ -159,13 +159,13 @@ class GeneMatcher:
         )
 
     def match_var(self, var: pd.DataFrame) -> GeneMatch:
-        """Find the model's genes in a table of genes, a row per column of the counts, as `AnnData.var`."""
+        """Find the model's genes in a table with a row per column of the counts, like `AnnData.var`."""
         return self._match(find_genes_of_var(var, self._symbols, known=self._known)[0])
 
     def _match(self, columns: Columns) -> GeneMatch:
         index = self._vocabulary.index(columns.feature_ids.tolist())
         by_id = np.unique(index[(index >= 0) & ~columns.by_name])
-        index[columns.by_name & np.isin(index, by_id)] = -1  # a gene is taken once, by its id
+        index[columns.by_name & np.isin(index, by_id)] = -1  # a gene found by id is not matched by name too
         weight = self._vocabulary.weight_g
         found = np.unique(index[index >= 0])
         return GeneMatch(

@@ -1,4 +1,4 @@
-"""Label the cells of an AnnData with a model directory. Needs no registry, no Ray and no atlas.
+"""Label the cells of an AnnData with a model directory, without registry, Ray or atlas.
 
 Axes: n cells, d model width, k classes.
 """
@@ -25,7 +25,7 @@ from screformer.predictor import Predictions, Predictor
 MAJORITY_COLUMN, PRESENT_COLUMN = "majority_label", "present_label"
 PROBABILITIES_KEY, EMBEDDING_KEY = "screformer_probabilities", "X_screformer"
 """In obsm."""
-"""In uns: which model wrote which columns."""
+"""Key in uns of the record of which model wrote which columns."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +44,23 @@ def annotate(
     """Label the cells of an AnnData.
 
     Args:
-        adata: Raw counts in X, genes by Ensembl id or symbol. It is not changed.
+        adata: Raw counts in X, genes by Ensembl id or symbol. Not modified.
         model: A model directory, or a loaded model.
         layer: Counts are in this layer instead of X.
         raw: Counts are in `raw.X` instead of X.
-        min_gene_overlap: Least share of the model's expected expression that the genes must carry, in [0, 1].
+        min_gene_overlap: Minimum share of the model's expected expression covered by the genes, in [0, 1].
         probabilities: Adds `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the labels'
             categories.
         majority_vote: obs column of clusters; adds `majority_label`.
-        drop_absent: Adds `present_label`, the best label among those that the cells as a whole hold.
+        drop_absent: Adds `present_label`, the best label among the types estimated to be present.
 
     Returns:
         A copy in memory with the obs columns `screformer.predictor.ANSWER_COLUMNS`,
-        `obsm["X_screformer"]`, float32 (n, d), and a record in `uns["screformer"]`. Columns of these names
-        that were there are kept as `NAME_original`, unless an earlier call wrote them.
+        `obsm["X_screformer"]`, float32 (n, d), and a record in `uns["screformer"]`. Existing columns
+        with these names are kept as `NAME_original`, unless an earlier call wrote them.
 
     Raises:
-        ValueError: No such model, layer or raw, too few genes, or values that are no raw counts.
+        ValueError: No such model, layer or raw, too few genes, or values that are not raw counts.
     """
     predictor = model if isinstance(model, Predictor) else _load(str(model))
     require_prior(predictor, drop_absent)
@@ -86,13 +86,13 @@ def answers(
     clusters_n: np.ndarray | None = None,
     probabilities_nk: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """All obs columns of some cells.
+    """All obs columns for some cells.
 
     Args:
         predictor: The model that labelled them.
-        parts: What it said, part by part, or the tables of that.
+        parts: Its predictions, part by part, or their tables.
         clusters_n: Cluster of each cell, -1 for none; adds `majority_label`.
-        probabilities_nk: Of each label; adds `present_label`.
+        probabilities_nk: Probability of each label; adds `present_label`.
     """
     tables = [part.table() if isinstance(part, Predictions) else part for part in parts]
     table = pd.concat([table.astype(predictor.names.dtypes) for table in tables], ignore_index=True)
@@ -109,7 +109,7 @@ def answers(
 
 
 def _write_columns(adata: Any, table: pd.DataFrame) -> None:
-    """Put columns into obs; those of the input with the same name move, unless an earlier call wrote them."""
+    """Add columns to obs; existing ones with the same name are renamed, unless an earlier call wrote them."""
     record = adata.uns.get(PROVENANCE)
     written = record.get("columns", {}) if isinstance(record, Mapping) else {}
     for name in [*table, *(name for name in written if name not in table)]:
@@ -126,7 +126,7 @@ def _write_columns(adata: Any, table: pd.DataFrame) -> None:
 
 
 def kept_as(name: str, taken: Container[str]) -> str:
-    """A free name for a column of the input whose own name we need."""
+    """An unused name for an input column whose name we need."""
     kept, number = f"{name}_original", 1
     while kept in taken:
         number += 1
@@ -135,7 +135,7 @@ def kept_as(name: str, taken: Container[str]) -> str:
 
 
 def fingerprint(column: pd.Series) -> str:
-    """What tells a column that we wrote from one that was changed since."""
+    """Fingerprint of a column we wrote, to detect later changes."""
     values = column.astype(object) if column.dtype == "category" else column
     hashes_n = pd.util.hash_pandas_object(values, index=False).to_numpy()
     return hashlib.sha256(hashes_n.tobytes()).hexdigest()[:16]
@@ -157,9 +157,10 @@ def provenance(predictor: Predictor, table: pd.DataFrame, *, match: GeneMatch, c
 
 
 def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int, votes_n: np.ndarray) -> np.ndarray:
-    """The most frequent label code of each cell's cluster (ties: the first label).
+    """The most frequent label code in each cell's cluster (ties: the first label).
 
-    A cell without cluster (-1) keeps its own. Cells outside `votes_n` get the cluster's, but do not vote.
+    A cell without a cluster (-1) keeps its own label. Cells outside `votes_n` get the cluster's label but do
+    not vote.
     """
     inside = clusters_n >= 0
     votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
@@ -173,7 +174,7 @@ def require_prior(predictor: Predictor, drop_absent: bool) -> None:
     """Refuse `drop_absent` for a model without label shares."""
     if drop_absent and not predictor.calibration.prior_k:
         raise ValueError(
-            "--drop-absent needs a model that knows its labels' shares in training; this one is older, or had"
+            "--drop-absent needs a model with its labels' shares in training; this one is older, or had"
             " no validation cells"
         )
 
@@ -191,8 +192,8 @@ def cluster_codes(obs: pd.DataFrame, column: str) -> np.ndarray:
 def _load(model: str) -> Predictor:
     if model.startswith(("models:/", "runs:/")):
         raise ValueError(
-            f"model {model!r} is an address in a registry; give a model directory, such as"
-            f" `jobs.tracking.models.resolve_model({model!r})` finds, or use"
+            f"model {model!r} is an address in a registry; pass a model directory, for example the result of"
+            f" `jobs.tracking.models.resolve_model({model!r})`, or use"
             f" `mlflow.pyfunc.load_model({model!r}).predict(adata)`"
         )
     return Predictor.load(model)

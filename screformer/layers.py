@@ -1,4 +1,4 @@
-"""The parts of the network around its encoder: what a token becomes, and what is read from the tokens.
+"""The layers around the encoder: token embedding, pooling, and heads.
 
 Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads.
 """
@@ -13,14 +13,14 @@ from screformer.config import ModelConfig, TokensConfig
 from screformer.tokenizer import NUM_SPECIAL
 
 LINEAR_SCALE = 16.0
-"""Length of the values that the linear part sees, about that of a cell's log1p values."""
+"""Norm of the linear part's input, about that of a cell's log1p values."""
 
 
 class ExpressionEmbedding(nn.Module):
-    """How strongly a gene is expressed, as a shift and a gain of its embedding.
+    """Encodes the expression of a gene as a shift and a gain of its embedding.
 
-    The gain lets a sum over tokens be a weighted sum of gene embeddings, which with an SVD start is the
-    cell's place in the SVD.
+    The gain makes a sum over tokens a weighted sum of gene embeddings; with an SVD start, that is the cell's
+    position in the SVD.
     """
 
     def __init__(self, dim: int, tokens: TokensConfig):
@@ -33,7 +33,7 @@ class ExpressionEmbedding(nn.Module):
             self.bins: nn.Module = nn.Linear(tokens.num_bins, 2 * dim, bias=False)
             self.magnitude = nn.Linear(
                 1, 2 * dim, bias=False
-            )  # soft bins alone go flat beyond the values seen in training
+            )  # soft bins alone are flat beyond the values seen in training
         else:
             self.bins = nn.Embedding(tokens.num_bins, 2 * dim)
         self.hidden = nn.Embedding(1, 2 * dim)
@@ -41,7 +41,7 @@ class ExpressionEmbedding(nn.Module):
     def forward(
         self, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Shift and gain of each slot, two times (n, l, d); alike for all hidden slots."""
+        """Shift and gain of each slot, both (n, l, d); the same for all hidden slots."""
         if self.continuous:
             values = values_nl.unsqueeze(-1)
             both = self.bins(self.to_bins(values).softmax(-1)) + self.magnitude(values)
@@ -56,7 +56,7 @@ class ExpressionEmbedding(nn.Module):
 
 
 class Pooling(nn.Module):
-    """One vector per cell from its real tokens."""
+    """Pools the real tokens of a cell into one vector."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -67,14 +67,14 @@ class Pooling(nn.Module):
         self.norm = nn.LayerNorm(model.dim)
 
     def forward(self, x_nld: Tensor, real_nl: Tensor, presence_nl: Tensor | None = None) -> Tensor:
-        """Pool; `presence_nl` in [0, 1] weighs the tokens, for explanations."""
+        """Pool; `presence_nl` in [0, 1] weights the tokens, for explanations."""
         if self.kind == "cls":
             return self.norm(x_nld[:, 0])
         if self.kind == "mean":
             weights_nlh = real_nl.unsqueeze(-1) / real_nl.sum(1).clamp(min=1)[:, None, None]
         else:
             scores_nlh = self.score(self.score_norm(x_nld))
-            # The lowest finite number, not -inf: the softmax over a cell of PAD only must not be NaN.
+            # The lowest finite number, not -inf: the softmax over a cell with only PAD must not be NaN.
             weights_nlh = scores_nlh.masked_fill(
                 ~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min
             ).softmax(1)
@@ -86,9 +86,9 @@ class Pooling(nn.Module):
 
 
 class ExpressionHead(nn.Module):
-    """Expression of hidden genes, from the token and from the cell.
+    """Predicts the expression of hidden genes from the token and the cell.
 
-    With the cell it can be learned without attention too.
+    Using the cell vector, it can be learned even without attention.
     """
 
     def __init__(self, dim: int, tokens: TokensConfig):
@@ -108,16 +108,16 @@ class ExpressionHead(nn.Module):
 
 
 class LinearSkip(nn.Module):
-    """A linear classifier on the cell's expression values, scaled to one length.
+    """A linear classifier on the cell's expression values, scaled to a fixed norm.
 
-    Which evens out depth and size of gene panels.
+    The scaling evens out depth and panel size.
 
-    Values count from their usual one, `center`, over the genes that were measured in the cell. So a gene that
-    was measured and not found speaks against the labels that have it, and one that was not measured says
-    nothing.
+    Values are taken relative to their usual value, `center`, over the genes measured in the cell. So a gene
+    that was measured but not detected counts against the labels that express it, and an unmeasured gene has
+    no influence.
 
-    Sums over hundreds of genes are taken in float64: in float32 their last digits would hang on the padding
-    and on the cells beside.
+    Sums over hundreds of genes use float64: in float32, their last digits would depend on the padding and the
+    other cells in the batch.
     """
 
     def __init__(self, num_genes: int, num_classes: int):
@@ -133,7 +133,7 @@ class LinearSkip(nn.Module):
         measured_pg: Tensor | None = None,
         panels_n: Tensor | None = None,
     ) -> Tensor:
-        """Label scores (n, k); without `measured_pg` and `panels_n` all genes were measured in all cells."""
+        """Label scores (n, k); without `measured_pg` and `panels_n`, all genes count as measured."""
         found_nk = self.weight(token_ids_nl, F.normalize(values_nl.double(), dim=1) * LINEAR_SCALE)
         usual_pg = self.center.expand(1, -1) if measured_pg is None else measured_pg * self.center
         genes = torch.arange(NUM_SPECIAL, NUM_SPECIAL + usual_pg.shape[1], device=usual_pg.device)

@@ -12,24 +12,24 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """A term of the Cell Ontology above several of a model's labels."""
+    """A Cell Ontology term above several of a model's labels."""
 
     cl_id: str
     name: str
     labels: tuple[int, ...]
-    """Classes at or below it, increasing."""
+    """Classes at or below the term, increasing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
-    """The terms above each label that hold more than the label and not every label.
+    """The terms above each label that cover more than that label but not all labels.
 
-    Made at training time (`data_ingest.ontology.lineage`), so that prediction needs no ontology.
+    Built at training time (`data_ingest.ontology.lineage`), so prediction does not need the ontology.
     """
 
     terms: tuple[Term, ...] = ()
     above_k: tuple[tuple[int, ...], ...] = ()
-    """Of each class, indices of its terms, nearest first: those with the fewest labels."""
+    """Indices of each class's terms, nearest first (fewest labels first)."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the inverse of `from_json`."""

@@ -1,19 +1,19 @@
-"""LSH attention, longer than other files since its parts share one layout of the buffer.
+"""LSH attention; longer than other files because its parts share one buffer layout.
 
 Axes: n cells, l token slots, h heads, e head width, d model width, r hash rounds, m slots of a bucket, w
-windows (a bucket of queries beside two buckets of keys), s slots of the sorted buffer.
+windows (a bucket of queries and two buckets of keys), s slots of the sorted buffer.
 
 For each cell, head and round, tokens are sorted by hash, and a query sees the keys of its own bucket of
-`bucket_size` sorted slots and of the bucket before (the first bucket of a round looks back at the last one of
-the round before, as in Reformer). All sorted sequences of a batch are in a single buffer of rows [q | k | v],
-one after another, filled by one gather. Each sequence starts with a copy of its last bucket, so that the keys
-of every window are a *view*: two neighbouring buckets. A window then differs from any other only by its data,
-except the first one of a round (a token may meet itself again there) and those with padded slots, which are
-attended once more with a mask. The rounds are one softmax over all keys of all rounds, so the backward pass
-needs only the joined output and the joined log-sum-exp, and no gradient through the joining.
+`bucket_size` sorted slots and of the previous bucket (the first bucket of a round looks back at the last one
+of the previous round, as in Reformer). All sorted sequences of a batch are in a single buffer of rows
+[q | k | v], one after another, filled by one gather. Each sequence starts with a copy of its last bucket, so
+the keys of every window are a *view*: two adjacent buckets. All windows can then be processed alike, except
+the first one of a round (a token may meet itself again there) and those with padded slots; these are attended
+once more with a mask. The rounds form one softmax over all keys of all rounds, so the backward pass needs
+only the combined output and log-sum-exp, and no gradient through the combination.
 
-A cell's result depends on its own tokens only: its number of hash buckets and of windows follows its own
-length, and the rotations do not depend on the batch.
+A cell's result depends only on its own tokens: its numbers of hash buckets and windows depend on its length,
+and the rotations do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 SELF_SCORE = -5e4
-"""Score of a token with itself, taken only where there is nothing else to attend to. reformer-pytorch's
-value, safe in half precision."""
+"""Score of a token with itself, which matters only if there is nothing else to attend to. The value used by
+reformer-pytorch; safe in half precision."""
 _MAX_COLUMNS = 64
-"""Rotation columns drawn for each hash factor, whatever the length, so that a cell's rotations do not depend
-on its neighbours."""
+"""Rotation columns drawn for each hash factor, regardless of length: a cell's rotations do not depend on the
+other cells."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
-"""Memory given back and taken anew costs more than the arithmetic in it; blocks of this size stay in
-allocator and cache."""
+"""Releasing memory and allocating it again costs more than the arithmetic; blocks of this size stay in the
+allocator and the cache."""
 
 
 class SortedTokens(NamedTuple):
     """The result of hashing.
 
-    All that the backward pass has to keep of it, a few bytes for each token, head and round.
+    The backward pass needs nothing more: a few bytes per token, head and round.
     """
 
     order_nhrl: Tensor
@@ -61,18 +61,18 @@ def _num_buckets(length: int, bucket_size: int) -> int:
 def hash_buckets(
     qk_nlhe: Tensor, lengths: Sequence[int], *, bucket_size: int, n_hashes: int, seed: int
 ) -> Tensor:
-    """Hash each token by random rotations, factorised: two small hashes in place of one over all buckets.
+    """Hash each token by factorised random rotations: two small hashes instead of one over all buckets.
 
     A cell with B buckets has about B hash values, f1 x f2 with even f1 near the square root of B. Each factor
     is the cross-polytope hash of Reformer: the index of the largest of [x R, -x R]. So a token needs about
-    sqrt(B) columns for a round, not B.
+    sqrt(B) columns per round instead of B.
 
     Args:
         qk_nlhe: Shared queries and keys, shape (n, l, h, e).
         lengths: Tokens of each cell.
         bucket_size: Slots of a bucket.
         n_hashes: Rounds.
-        seed: Seeds the rotations, which all cells and heads share.
+        seed: Seeds the rotations, which are shared by all cells and heads.
 
     Returns:
         Hash values, shape (n, h, r, l), int16, at least 0.
@@ -86,8 +86,8 @@ def hash_buckets(
     bucket_nlhr = torch.empty(n, length, h, n_hashes, dtype=torch.int16, device=qk_nlhe.device)
     for cells in _cell_groups([length * h] * n, _ROWS_AT_ONCE if qk_nlhe.device.type == "cpu" else None):
         widest = max(max(pair) for pair in columns[cells])
-        # Columns first in memory would make the product's rows long; last, the largest of a few neighbours is
-        # found in one cache line.
+        # Columns first in memory would make the product's rows long; with columns last, the maximum of a few
+        # adjacent values is in one cache line.
         turned = qk_nlhe[cells] @ rotations[:widest].transpose(0, 1).reshape(-1, width).T
         turned = turned.unflatten(-1, (2, n_hashes, widest))
         count_nf = torch.tensor(columns[cells], device=turned.device).view(-1, 1, 1, 2, 1)
@@ -101,10 +101,10 @@ def hash_buckets(
 
 
 def random_buckets(qk_nlhe: Tensor, *, n_hashes: int, seed: int) -> Tensor:
-    """Random numbers in the place and shape of `hash_buckets`' hashes: tokens sorted by them are shuffled.
+    """Random numbers in place of `hash_buckets`' hashes, with the same shape: they shuffle the tokens.
 
-    The number of a token follows from seed, slot and round, so that a cell does not depend on its neighbours
-    or on padding.
+    A token's number depends on seed, slot and round only, so a cell does not depend on other cells or on
+    padding.
     """
     n, length, h, _ = qk_nlhe.shape
     generator = torch.Generator().manual_seed(seed)
@@ -115,16 +115,16 @@ def random_buckets(qk_nlhe: Tensor, *, n_hashes: int, seed: int) -> Tensor:
 
 
 def _hash_columns(num_buckets: int) -> tuple[int, int]:
-    """Split about `num_buckets` hash values in two factors.
+    """Factorise about `num_buckets` hash values.
 
-    Half of the first, half of the second (0: no second one).
+    Returns half of the first factor and half of the second (0: no second factor).
     """
     first = min(max(round(num_buckets**0.5 / 2), 1), _MAX_COLUMNS)
     return first, min(round(num_buckets / first / 4), _MAX_COLUMNS)
 
 
 def _cell_groups(sizes: Sequence[int], most: int | None) -> list[slice]:
-    """Group neighbouring cells so that each group has at most `most` rows, or is one cell."""
+    """Group consecutive cells; each group has at most `most` rows, or is a single cell."""
     groups, start, total = [], 0, 0
     for cell, size in enumerate(sizes):
         if most is not None and cell > start and total + size > most:
@@ -148,7 +148,7 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
             torch.arange(bucket.shape[-1], device=bucket.device) >= length_n, torch.iinfo(torch.int16).max
         )
     if bucket.device.type == "cpu":
-        # NumPy sorts 16-bit integers by radix, in a twentieth of the time of torch.sort.
+        # NumPy uses radix sort for 16-bit integers: a twentieth of the time of torch.sort.
         order = torch.from_numpy(np.argsort(bucket.contiguous().numpy(), axis=-1, kind="stable"))
     else:
         order = bucket.argsort(dim=-1, stable=True)
@@ -156,29 +156,29 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
 
 
 class _Slots(NamedTuple):
-    """Where the sorted tokens of some cells and heads lie in the buffer.
+    """Positions of the sorted tokens of some cells and heads in the buffer.
 
     Rows are tokens, flat (cell, head, slot of the cell).
     """
 
     row_s: Tensor
-    """Token row of each slot; the row after the last one is the empty token."""
+    """Token row of each slot; the row after the last is the empty token."""
     slot_tr: Tensor
     """Query slot (window and place in it, flat) of each token row in each round; 0 for padding."""
     head_w: Tensor
     """First window of each sequence."""
     tail_w: Tensor
-    """The window after the last one of each sequence, whose result nobody reads."""
+    """The window after the last of each sequence; its result is unused."""
     special_w: Tensor
-    """Windows where a token may meet itself twice, or that hold padding."""
+    """Windows where a token may meet itself twice, or that contain padding."""
     pad_t: Tensor | None
     """True for padded token rows; None if there are none."""
 
 
 def _place(order_brl: Tensor, lengths: Sequence[int], bucket_size: int) -> _Slots:
-    """Lay the sorted sequences of one or more cells and heads one after another.
+    """Place the sorted sequences of one or more cells and heads one after another.
 
-    Each behind a copy of its last bucket.
+    Each follows a copy of its last bucket.
     """
     b, r, length = order_brl.shape
     m, device, empty = bucket_size, order_brl.device, b * length
@@ -228,9 +228,9 @@ def _special_mask(slots: _Slots, bucket_size: int, like: Tensor) -> Tensor:
 
 
 def _sum_rows(table: Tensor, rows_tr: Tensor, weights_tr: Tensor | None = None) -> Tensor:
-    """Add up rows of a table (weighted) for each token, without materialising them.
+    """Sum (weighted) rows of a table for each token, without materialising them.
 
-    A scatter in fixed order.
+    A scatter with a fixed order.
     """
     return F.embedding_bag(
         rows_tr, table.reshape(-1, table.shape[-1]), mode="sum", per_sample_weights=weights_tr
@@ -238,7 +238,7 @@ def _sum_rows(table: Tensor, rows_tr: Tensor, weights_tr: Tensor | None = None) 
 
 
 def _windows(rows: Tensor, width: int, bucket_size: int) -> list[Tensor]:
-    """Cut gathered rows of parts [q | k | v | ...] into windows, without a copy.
+    """Split gathered rows of parts [q | k | v | ...] into windows, without a copy.
 
     Two buckets of k and v, one bucket of the others.
     """
@@ -266,7 +266,7 @@ def _attend_backward(parts: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, ...
 class _FusedBuckets(torch.autograd.Function):
     """LSH attention for given hashes on PyTorch's fused CPU attention.
 
-    Block by block so that working memory stays small and warm.
+    Works block by block to keep working memory small and in the cache.
     """
 
     @staticmethod
@@ -309,9 +309,8 @@ class _FusedBuckets(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nlhe: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # The rounds are one softmax over the keys of all rounds, so with the joined output and log-sum-exp
-        # the kernel's backward pass gives the gradient of the whole, and none has to pass through the
-        # joining.
+        # The rounds form one softmax over the keys of all rounds. Given the combined output and log-sum-exp,
+        # the kernel's backward pass gives the full gradient, and none has to pass through the combination.
         qk_nlhe, v_nlhe, out_nlhe, lse_nlh = ctx.saved_tensors
         width, m = qk_nlhe.shape[3], ctx.bucket_size
         grad_qk_nlhe, grad_v_nlhe = torch.empty_like(out_nlhe), torch.empty_like(out_nlhe)
@@ -356,9 +355,9 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _source(qk: Tensor, v: Tensor, *others: Tensor) -> Tensor:
-    """Put [q | normalised q | v | others] of each token in one row, (cells x heads x l + 1, parts x e).
+    """Pack [q | normalised q | v | others] of each token into one row, (cells x heads x l + 1, parts x e).
 
-    The last row is empty, zeros.
+    The last row is all zeros.
     """
     n, length, h, width = qk.shape
     source = qk.new_empty(n * h * length + 1, (3 + len(others)) * width)
@@ -372,7 +371,7 @@ def _source(qk: Tensor, v: Tensor, *others: Tensor) -> Tensor:
 
 
 def _gather(scratch: Tensor, source: Tensor, rows: Tensor) -> Tensor:
-    """Gather rows into memory that the next block uses again: new pages cost more than the copy."""
+    """Gather rows into memory that the next block reuses: new pages cost more than the copy."""
     size = len(rows) * source.shape[1]
     if scratch.numel() < size:
         scratch.resize_(size)
@@ -391,9 +390,9 @@ def _self_mask(m: int, like: Tensor) -> Tensor:
 
 
 def _blocks(tokens: SortedTokens, bucket_size: int) -> Iterator[tuple[slice, slice, _Slots]]:
-    """Cut a batch in blocks of whole cells, or of heads of one cell.
+    """Split a batch into blocks of whole cells, or of heads of one cell.
 
-    Of about `_WINDOWS_AT_ONCE` windows each.
+    Each has about `_WINDOWS_AT_ONCE` windows.
     """
     heads, rounds = tokens.order_nhrl.shape[1:3]
     sizes = [rounds * _num_buckets(length, bucket_size) + 1 for length in tokens.lengths]
@@ -410,9 +409,10 @@ def _blocks(tokens: SortedTokens, bucket_size: int) -> Iterator[tuple[slice, sli
 
 
 def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_size: int) -> Tensor:
-    """The same by FlexAttention, for GPUs.
+    """The same with FlexAttention, for GPUs.
 
-    The whole batch at once, self and padding decided where scores are made, ordinary autograd.
+    Processes the whole batch at once, handles self and padding in the score function, and uses ordinary
+    autograd.
     """
     n, length, h, width = qk_nlhe.shape
     m, empty = bucket_size, n * h * length
@@ -447,7 +447,7 @@ def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_
 
 @cache
 def _compiled_flex() -> Any:
-    """FlexAttention is only fused when compiled; once per process, and for any number of windows."""
+    """FlexAttention, compiled once per process for any number of windows: it is fused only when compiled."""
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -459,15 +459,15 @@ def lsh_attention(
     bucket_size: int,
     kernel: Literal["auto", "fused", "flex"] = "auto",
 ) -> Tensor:
-    """Attend within sorted buckets, as reformer_pytorch.LSHAttention does for the same hashes.
+    """Attend within sorted buckets, like reformer_pytorch.LSHAttention with the same hashes.
 
     Args:
         qk_nlhe: Shared queries and keys, shape (n, l, h, e).
         v_nlhe: Values, same shape.
         tokens: From `sort_tokens`.
         bucket_size: Slots of a bucket.
-        kernel: `fused`: PyTorch's CPU attention; `flex`: FlexAttention; `auto`: `fused` on CPU, `flex`
-            elsewhere.
+        kernel: `fused` (PyTorch's CPU attention), `flex` (FlexAttention), or `auto` (`fused` on CPU, `flex`
+            elsewhere).
 
     Returns:
         Attended values, same shape; zeros at padded slots.
@@ -476,8 +476,8 @@ def lsh_attention(
     rounds joined by log-sum-exp).
     """
     if not any(tokens.lengths):
-        # Through both: a rank whose cells are all padding must reach the same parameters in its backward pass
-        # as the others, or ZeRO-3, which gathers them there, waits for ever.
+        # Uses both: a rank with only padding must reach the same parameters in its backward pass as the
+        # others. Otherwise ZeRO-3, which gathers parameters there, waits forever.
         return (qk_nlhe + v_nlhe) * 0
     if kernel == "flex" or (kernel == "auto" and qk_nlhe.device.type != "cpu"):
         return _flex_buckets(qk_nlhe, v_nlhe, tokens, bucket_size)

@@ -1,4 +1,4 @@
-"""What a classifier said of labelled cells, and the scores made of it; adds up over batches and ranks.
+"""Predictions for labelled cells and their scores, summed over batches and ranks.
 
 Axes: n cells, k classes.
 """
@@ -15,23 +15,23 @@ import torch
 from screformer.splitmix import GOLDEN
 
 OURS = "scReformer-BERT"
-"""Our method in tables of scores."""
+"""Name of our method in score tables."""
 MOST_CELLS = 50_000
-"""Cells, at most, whose outputs are kept for calibration; it learns a few numbers."""
+"""Most cells whose outputs are kept for calibration, which fits only a few numbers."""
 _BINS = 15
 
 
 class LabelCounts:
     """Confusion counts and loss sums.
 
-    Sums are joined first and divided last, so batches and ranks of any size weigh right.
+    Sums are combined first and divided last, so batches and ranks of any size are weighted correctly.
 
-    Scores follow scikit-learn's defaults: macro and weighted averages run over the classes that occur among
-    the true or the predicted labels, balanced accuracy over those among the true ones; a precision, recall or
-    F1 of 0/0 is 0. Without any cell a score is 0.
+    Scores follow scikit-learn's defaults: macro and weighted averages cover the classes among the true or
+    predicted labels, balanced accuracy those among the true labels; a precision, recall or F1 of 0/0 is 0.
+    Without cells, a score is 0.
 
     Args:
-        num_classes: k; 0 counts losses only, as in pre-training.
+        num_classes: k; 0 to track losses only, as in pre-training.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -48,17 +48,17 @@ class LabelCounts:
         self.confusion_kk += torch.bincount(pairs, minlength=k * k).reshape(k, k).cpu().numpy()
 
     def add_loss(self, loss_sum: float, weight: float) -> None:
-        """Add a loss summed over elements whose weights sum to `weight`."""
+        """Add a loss that is summed over elements with total weight `weight`."""
         self.loss_sum += loss_sum
         self.loss_weight += weight
 
     def merge(self, other: LabelCounts) -> None:
-        """Add the counts of another part of the cells."""
+        """Add the counts of other cells."""
         self.confusion_kk += other.confusion_kk
         self.add_loss(other.loss_sum, other.loss_weight)
 
     def all_reduce(self, device: torch.device) -> None:
-        """Sum over all ranks, in place; every rank calls it. Nothing happens outside torch.distributed."""
+        """Sum over all ranks in place; every rank calls it. Does nothing outside torch.distributed."""
         if not torch.distributed.is_initialized():
             return
         confusion_kk = torch.from_numpy(self.confusion_kk).to(device)
@@ -68,7 +68,7 @@ class LabelCounts:
 
     @property
     def num_cells(self) -> int:
-        """Labelled cells counted."""
+        """Number of labelled cells."""
         return int(self.confusion_kk.sum())
 
     @property
@@ -78,7 +78,7 @@ class LabelCounts:
 
     @property
     def accuracy(self) -> float:
-        """Share of cells with the right label."""
+        """Share of cells with the correct label."""
         return float(np.trace(self.confusion_kk)) / max(self.num_cells, 1)
 
     @property
@@ -88,7 +88,7 @@ class LabelCounts:
 
     @property
     def precision_k(self) -> np.ndarray:
-        """Share of right ones among the cells given each label, float64 (k,)."""
+        """Share of correct cells among those given each label, float64 (k,)."""
         return _ratio(np.diagonal(self.confusion_kk), self.confusion_kk.sum(axis=0))
 
     @property
@@ -119,9 +119,9 @@ class LabelCounts:
         return float(self.recall_k[present_k].mean()) if present_k.any() else 0.0
 
     def scores(self, prefix: str) -> dict[str, float]:
-        """The scores as metrics `prefix/loss`.
+        """The scores as metrics, `prefix/loss` first.
 
-        And with classes `prefix/accuracy`, `/macro_f1`, `/weighted_f1`, `/balanced_accuracy`.
+        With classes, also `prefix/accuracy`, `/macro_f1`, `/weighted_f1` and `/balanced_accuracy`.
         """
         names = ["loss"]
         if len(self.confusion_kk):
@@ -150,7 +150,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellOutputs:
-    """What the network said of labelled cells."""
+    """The network's outputs for labelled cells."""
 
     logits_nk: np.ndarray
     """float32."""
@@ -164,7 +164,7 @@ class CellOutputs:
 class OutputSample:
     """Outputs of at most `MOST_CELLS` labelled cells of a stream.
 
-    The same ones however the cells are spread over ranks and batches.
+    The same cells are chosen regardless of how they are spread over ranks and batches.
     """
 
     def __init__(self, num_classes: int, most_cells: int = MOST_CELLS) -> None:
@@ -177,12 +177,12 @@ class OutputSample:
         """Keep a batch; cells with label -1 are left out."""
         labels = labels_n.cpu().numpy()
         known = labels >= 0
-        # Scattered, and unique as the joinids are.
+        # Pseudo-random, and unique because joinids are.
         keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(GOLDEN)
         self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
 
     def gather(self) -> CellOutputs:
-        """The sample of all ranks, on every rank, in an order that does not depend on their number.
+        """The sample of all ranks, on every rank, in an order independent of their number.
 
         Every rank calls it.
         """
@@ -205,18 +205,18 @@ class OutputSample:
 
 
 def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:
-    """Confidence against accuracy of best labels; see `reliability_rows`."""
+    """Confidence versus accuracy of best labels; see `reliability_rows`."""
     return reliability_rows(probabilities_nk.max(axis=1), probabilities_nk.argmax(axis=1) == labels_n)
 
 
 def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict[str, float]]:
-    """Confidence against accuracy.
+    """Confidence versus accuracy.
 
     One row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`.
 
     Args:
         confidence_n: Probability of each cell's best label.
-        right_n: Whether that label is right, bool.
+        right_n: Whether that label is correct, bool.
     """
     bins = np.minimum((confidence_n * _BINS).astype(np.int64), _BINS - 1)
     rows = []
@@ -235,7 +235,7 @@ def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict
 
 
 def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Mean distance of confidence and accuracy over 15 bins of equal width, weighted by their cells.
+    """Mean distance between confidence and accuracy over 15 bins of equal width, weighted by cells.
 
     In [0, 1].
     """

@@ -1,4 +1,4 @@
-"""The network: tokens of a cell in; cell vector, label logits and hidden expression out.
+"""The network: maps the tokens of a cell to a cell vector, label logits and hidden expression.
 
 Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, b expression bins.
 
@@ -8,8 +8,8 @@ Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, 
 
 or, with `model.encoder=additive`, the sum of `screformer.additive` -> cell vector -> label logits.
 
-Parameters are only reached through calls of the modules that own them, because ZeRO-3 fetches them there and
-nowhere else.
+Parameters are used only by calling the modules that own them: that is the only place where ZeRO-3 fetches
+them.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from screformer.reversible import ReversibleEncoder
 from screformer.tokenizer import NUM_SPECIAL, PAD
 
 HASH_SEED = 0
-"""Seed of the LSH hashes in inference; fixed, so that a cell has one prediction."""
+"""Seed of the LSH hashes in inference; fixed, so predictions are reproducible."""
 EMBEDDING_STD = 0.1
-"""Of random gene embeddings, and the root mean square of SVD ones."""
+"""Standard deviation of random gene embeddings, and root mean square of SVD ones."""
 ModelTask = Literal["pretrain", "finetune", "embed"]
 
 
 class ModelOutput(NamedTuple):
-    """What one forward pass gives."""
+    """Output of one forward pass."""
 
     embedding_nd: Tensor
     """Cell vectors."""
     logits_nk: Tensor | None
-    """Label scores; only of the task `finetune`."""
+    """Label scores; only for the task `finetune`."""
     expression: Tensor | None
-    """Of the task `pretrain`: at the hidden slots, in row-major order, bin scores (num_hidden, b) or values
-    (num_hidden,)."""
+    """Only for the task `pretrain`: bin scores (num_hidden, b) or values (num_hidden,) of hidden slots, in
+    row-major order."""
 
 
 class ScReformer(nn.Module):
     """scReformer-BERT.
 
-    In eval mode the result is a function of the input, the weights and `hash_seed`; padding and the other
-    cells of a batch change a cell's result by rounding only.
+    In eval mode, the result is a function of the input, the weights and `hash_seed`. Padding and the other
+    cells of a batch change a cell's result only by rounding.
 
     Args:
-        model: Architecture, its attention named: `auto` is settled before, by `settle_attention`.
-        tokens: Encoding of expression, as the tokenizer's.
+        model: Architecture, with `auto` attention already resolved by `settle_attention`.
+        tokens: Encoding of expression, same as the tokenizer's.
         num_genes: Size of the vocabulary.
         num_classes: Labels; 0 builds no classification head.
-        seed: Seeds the weights; the global generator is neither read nor changed.
+        seed: Seeds the weights; the global generator is not used.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class ScReformer(nn.Module):
 
         Args:
             batch: `token_ids` int64 (n, l), real tokens first, then PAD; `values` float32 (n, l); `bin_ids`
-                int64 (n, l). Cells of PAD only are allowed and get finite results without meaning. `measured`
-                bool (p, g) and `panels` int64 (n,) say which genes were measured in which cells; without them
-                all were in all.
+                int64 (n, l). Cells with only PAD are allowed and get finite, meaningless results. `measured`
+                bool (p, g) and `panels` int64 (n,) give the genes measured in each cell; without them, all
+                genes count as measured in all cells.
             task: Which heads run. Every rank calls the same modules, whatever its cells.
-            hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); it may
-                be False everywhere.
-            hash_seed: Seeds the LSH hashes, and the dropout in training.
+            hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); may be
+                False everywhere.
+            hash_seed: Seeds the LSH hashes and, in training, the dropout.
         """
         if self.additive is not None:
             panels = (batch.get("measured"), batch.get("panels"))
@@ -111,17 +111,17 @@ class ScReformer(nn.Module):
         hash_seed: int = 0,
         presence_nl: Tensor | None = None,
     ) -> ModelOutput:
-        """Run the network behind the token embeddings.
+        """Run the network after the token embeddings.
 
         Args:
-            x_nld: What `embed_tokens` gives.
-            batch: As `forward` takes it; `bin_ids` is not read.
-            task: As `forward`.
-            hidden: As `forward`.
-            hash_seed: As `forward`.
-            presence_nl: How far each token is there, in [0, 1], shape (n, l): its weight as a key of
-                attention and in the pooling, for explanations. At 0 and 1 the result is that of the network
-                without the absent tokens, up to the room that these take in LSH's buckets. None is 1.
+            x_nld: Output of `embed_tokens`.
+            batch: As in `forward`; `bin_ids` is not used.
+            task: As in `forward`.
+            hidden: As in `forward`.
+            hash_seed: As in `forward`.
+            presence_nl: Presence of each token in [0, 1], shape (n, l): its weight as a key of attention and
+                in the pooling, for explanations. With only 0 and 1, the result is that of the network without
+                the absent tokens, except that these take up space in LSH buckets. None is 1.
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         panels = (batch.get("measured"), batch.get("panels"))
@@ -135,7 +135,7 @@ class ScReformer(nn.Module):
             return ModelOutput(embedding_nd, None, self.expression_head(x_nld, embedding_nd, hidden))
         if task == "embed":
             return ModelOutput(embedding_nd, None, None)
-        assert self.classification_head is not None, "a network without classes cannot classify"
+        assert self.classification_head is not None, "this network has no classes and cannot classify"
         logits_nk = self.classification_head(embedding_nd)
         if self.linear_skip is not None:
             logits_nk = logits_nk + self.linear_skip(
@@ -157,19 +157,19 @@ class ScReformer(nn.Module):
         """Gene and expression of each token as one vector, (n, l, d): what the encoder reads."""
         if self.additive is not None:
             return self.additive.tokens(token_ids_nl, values_nl)
-        # Where all genes share one vector, it is the last one.
+        # If all genes share one vector, it is the last one.
         x_nld = self.gene_embedding(token_ids_nl.clamp(max=self.gene_embedding.num_embeddings - 1))
         shift_nld, gain_nld = self.expression_embedding(values_nl.to(x_nld.dtype), bin_ids_nl, hidden_nl)
         return x_nld * (1 + gain_nld) + shift_nld
 
     @torch.no_grad()
     def set_gene_embeddings(self, matrix_gd: Tensor) -> None:
-        """Start from given gene embeddings, such as those of `svd_gene_embeddings`.
+        """Start from given gene embeddings, for example from `svd_gene_embeddings`.
 
-        Before an engine is built.
+        Call it before an engine is built.
 
         Raises:
-            ValueError: Another shape.
+            ValueError: The shape differs.
         """
         weight = self.gene_embedding.weight[NUM_SPECIAL:]
         if matrix_gd.shape != weight.shape:
@@ -181,12 +181,12 @@ class ScReformer(nn.Module):
 
     @torch.no_grad()
     def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor, center_g: Tensor) -> None:
-        """Start as a given linear classifier (`screformer.linear`), to which the encoder adds nothing yet.
+        """Start as a given linear classifier, with no contribution from the encoder yet.
 
-        Before an engine is built.
+        Call it before an engine is built.
 
         Raises:
-            ValueError: Another shape, or a network without a linear part.
+            ValueError: The shapes differ, or the network has no linear part.
         """
         if self.linear_skip is None or self.classification_head is None:
             raise ValueError("a linear start needs model.linear_skip=true and labels")
@@ -219,8 +219,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
         if network.classification_head is not None:
             nn.init.zeros_(network.classification_head.weight)
     for module in network.modules():
-        # Soft bins whose borders spread over the range of log1p(counts per 10,000), about 0 to 6, instead of
-        # all lying at 0.
+        # Soft bins whose borders cover the range of log1p(counts per 10,000), about 0 to 6, instead of all
+        # being at 0.
         if isinstance(module, ExpressionEmbedding) and module.continuous:
             first = module.to_bins[0]
             assert isinstance(first, nn.Linear)
@@ -231,11 +231,11 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
 def classification_loss(
     logits_nk: Tensor, labels_n: Tensor, class_weights_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy as a sum, so that ranks and micro-batches can be joined exactly.
+    """Weighted cross-entropy as a sum, which can be combined exactly over ranks and micro-batches.
 
     Args:
         logits_nk: Label scores.
-        labels_n: Label codes, int64; -1 takes no part.
+        labels_n: Label codes, int64; -1 is ignored.
         class_weights_k: Weight of a cell of each label; None is 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the parts of a model directory must satisfy before a network is built from them."""
+"""Checks on the parts of a model directory before a network is built from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sour
     """Compare names and shapes.
 
     Raises:
-        ValueError: A weight is missing, too many, or of another shape; names the first one.
+        ValueError: A weight is missing, unexpected, or has the wrong shape; names the first one.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -30,7 +30,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sour
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Refuse weights that predict nothing.
+    """Refuse weights that are not finite.
 
     Raises:
         ValueError: A weight is NaN or infinite; names the first one.
@@ -48,10 +48,10 @@ def check_sizes(
     *,
     source: str,
 ) -> None:
-    """Compare what decides the size of a network with its weights, before it is built.
+    """Check the settings that determine a network's size against its weights, before it is built.
 
     Raises:
-        ValueError: The configuration asks for another size; names the setting.
+        ValueError: The configuration implies a different size; names the setting.
     """
     model = config.model
     names: tuple[tuple[str, int, str], ...] = (
@@ -84,9 +84,9 @@ def check_sizes(
 
 
 def checked_labels(labels: dict[str, Any]) -> dict[str, Any]:
-    """The labels as they are; a ValueError says what is wrong with them."""
+    """Return the labels unchanged; raises ValueError if they are invalid."""
     names, cl_ids = labels["names"], labels["cl_ids"]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in [*names, *cl_ids])
     if not texts or len(names) != len(cl_ids) or len(set(names)) != len(names):
-        raise ValueError("names and cl_ids must be two lists of text of one length, names without repeats")
+        raise ValueError("names and cl_ids must be lists of text of one length, and names must be unique")
     return labels

@@ -1,4 +1,4 @@
-"""Losses and weights that became NaN or infinite: the error that ends a training."""
+"""The error that ends a training when a loss or weight becomes NaN or infinite."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class NonFiniteError(ValueError):
     def __init__(self, message: str, joinids: list[int]) -> None:
         super().__init__(message)
         self.joinids = joinids
-        """Cells of the step, of all ranks."""
+        """Cells of the step, over all ranks."""
 
 
 def non_finite(what: str, micro_batches: list[Batch], step: int, train: TrainConfig) -> NonFiniteError:
-    """The error, with the cells of all ranks; every rank calls it.
+    """Build the error with the cells of all ranks; every rank calls it.
 
     Args:
         what: What is not finite.
         micro_batches: This rank's part of the step.
-        step: Steps taken so far, this one included.
+        step: Steps taken so far, including this one.
         train: The run's settings.
     """
     own = torch.cat([batch["joinids"] for batch in micro_batches]).tolist()
     parts: list[list[int]] = [[]] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, own)
     return NonFiniteError(
-        f"{what} became NaN or infinite at step {step}, at a learning rate of"
+        f"{what} became NaN or infinite at step {step} with a learning rate of"
         f" {learning_rate(step - 1, train):.3g}; lower train.lr={train.lr}, or raise"
         f" train.warmup_steps={train.warmup_steps}",
         sorted(joinid for part in parts for joinid in part if joinid >= 0),

@@ -1,4 +1,4 @@
-"""What is learned: hidden expression or labels, and which parameters learn it.
+"""The training objectives, hidden expression or labels, and the parameters they train.
 
 Axes: n cells, l token slots, k classes.
 """
@@ -19,20 +19,20 @@ from screformer.tokenizer import NUM_SPECIAL
 
 Batch = dict[str, torch.Tensor]
 """token_ids int64 (n, l), values float32 (n, l), bin_ids int64 (n, l), labels int64 (n,), joinids int64 (n,);
-see `data_ingest.stream`. `weights` float32 (n,), where it is there, weighs each cell in the loss."""
+see `data_ingest.stream`. An optional `weights` float32 (n,) weights each cell in the loss."""
 
 EVALUATION_STEP = -1
-"""Stands for the step where masks are drawn for an evaluation, so that every evaluation hides the same."""
+"""Replaces the step number when masks are drawn for an evaluation: every evaluation hides the same genes."""
 
 
 def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, freeze_linear: bool) -> None:
-    """Leave out of training what fine-tuning does not use, and what is to stay as it is.
+    """Exclude parameters from training that the task does not use or that should stay fixed.
 
     Args:
         model: The network.
-        task: `pretrain` trains all.
-        freeze_encoder: Train pooling, classifier and linear skip only.
-        freeze_linear: Leave the linear skip's weights alone.
+        task: `pretrain` trains everything.
+        freeze_encoder: Train only pooling, classifier and linear skip.
+        freeze_linear: Keep the linear skip's weights fixed.
     """
     heads = ("pooling.", "classification_head.", "linear_skip.")
     left = ("expression_head.", "expression_embedding.hidden.", *(("linear_skip.",) if freeze_linear else ()))
@@ -42,7 +42,7 @@ def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, fre
 
 
 def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
-    """Weight of a cell in the loss by its label's frequency, float32 (k,): mean 1 over the training cells.
+    """Weight of a cell in the loss by its label's frequency, float32 (k,); mean 1 over the training cells.
 
     0 for labels without cells.
     """
@@ -53,13 +53,13 @@ def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
 
 
 def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
-    """Share of each label in the loss, (k,): what a network takes for granted before it sees a cell."""
+    """Share of each label in the loss, (k,): the prior that a network learns."""
     shares_k = counts_k * class_weights(counts_k, weighting)
     return shares_k / max(shares_k.sum(), 1e-12)
 
 
 def dataset_weights(labels_n: np.ndarray, datasets_n: np.ndarray) -> np.ndarray:
-    """Weight of each cell by the frequency^-1/2 of its label in its data set, float32 (n,), of mean 1."""
+    """Weight of each cell by the frequency^-1/2 of its label in its data set, float32 (n,), with mean 1."""
     _, which_n, counts = np.unique(
         np.stack([labels_n, datasets_n]), axis=1, return_inverse=True, return_counts=True
     )
@@ -68,12 +68,12 @@ def dataset_weights(labels_n: np.ndarray, datasets_n: np.ndarray) -> np.ndarray:
 
 
 def prior_shift(shares_k: np.ndarray, counts_k: np.ndarray, strength: float) -> np.ndarray:
-    """What to add to the logits of a network that learned from `shares_k` of each label, float64 (k,).
+    """Logit shift for a network trained with label shares `shares_k`, float64 (k,).
 
     Args:
         shares_k: Share of each label in the loss.
-        counts_k: Training cells of each label, before any was left out.
-        strength: 0 leaves the logits; 1 moves them all the way to the frequencies of the training cells.
+        counts_k: Training cells of each label, before any were left out.
+        strength: 0 leaves the logits unchanged; 1 shifts them fully to the frequencies of the training cells.
     """
     known_k = (shares_k > 0) & (counts_k > 0)
     natural_k = counts_k / max(counts_k.sum(), 1)
@@ -90,7 +90,7 @@ def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tenso
 
 
 class Objective:
-    """What is learned: prepares a batch and gives its summed loss."""
+    """A training objective: prepares a batch and computes its summed loss."""
 
     def __init__(
         self, config: ExperimentConfig, engine: Any, task: Task, class_counts_k: np.ndarray | None
@@ -107,7 +107,7 @@ class Objective:
     def prepare(self, batch: Batch, step: int) -> tuple[Batch, torch.Tensor | None, float]:
         """The batch on the device, its hidden slots, and the weight of its loss.
 
-        Made on the CPU, where batches come from.
+        Computed on the CPU, where batches arrive.
         """
         train, hidden_nl = self.config.train, None
         if self.task == "pretrain":
@@ -141,9 +141,9 @@ class Objective:
         return classification_loss(output.logits_nk, batch["labels"], self.class_weights_k)[0]
 
     def hash_seed(self, step: int, micro_step: int, accumulation: int) -> int:
-        """New hashes in each step, alike on all ranks.
+        """New hashes in each step, the same on all ranks.
 
-        With dropout, whose masks have the same seed, each micro-batch has its own.
+        With dropout, whose masks use the same seed, each micro-batch has its own seed.
         """
         if self.config.model.dropout == 0:
             return mix(self.config.train.seed, step)

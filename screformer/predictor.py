@@ -1,4 +1,4 @@
-"""The only inference path: raw counts of cells in, cell types out. No Ray, MLflow or SOMA.
+"""The only inference path, from raw counts of cells to cell types. Needs no Ray, MLflow or SOMA.
 
 Axes: n cells, g genes of the vocabulary, d model width, k classes.
 """
@@ -26,7 +26,7 @@ from screformer.tokenizer import CellTokenizer, GeneVocabulary
 _TOKENS_PER_BATCH = {
     "cpu": 8_192,
     "cuda": 131_072,
-}  # small batches stay in a CPU's cache: a quarter less time than 32,768
+}  # small batches fit in a CPU's cache: 25 % faster than 32,768
 
 
 _CELLS_PER_BATCH = 256
@@ -34,18 +34,18 @@ _CELLS_PER_BATCH = 256
 
 @dataclass(frozen=True, eq=False)
 class AnswerNames:
-    """What a model can say."""
+    """The possible answers of a model."""
 
     labels: np.ndarray
-    """Its labels, object (k,)."""
+    """The labels, object (k,)."""
     answers: np.ndarray
-    """Its labels, the broader terms above them, and `unknown`, object (a,)."""
+    """The labels, the broader terms above them, and `unknown`, object (a,)."""
     cl_ids: np.ndarray
-    """Cell Ontology id of each answer, object (a,), `unknown` where it has none."""
+    """Cell Ontology id of each answer, object (a,); `unknown` if it has none."""
 
     @cached_property
     def dtypes(self) -> dict[str, pd.CategoricalDtype]:
-        """Of the columns of text in a table of answers; the categories of `best_label` are the labels."""
+        """Categories of the text columns in a table of answers; those of `best_label` are the labels."""
         categories: dict[str, Any] = {
             "predicted_labels": self.answers,
             "cell_type_ontology_term_id": np.unique(self.cl_ids.astype(str)),
@@ -60,27 +60,26 @@ class AnswerNames:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Predictions:
-    """What the model says of n cells, in the order of the input.
+    """Predictions for n cells, in input order.
 
-    A model without calibration always says its best label.
+    A model without calibration always answers with its best label.
     """
 
     names: AnswerNames
     answer_codes: np.ndarray
-    """What is said, as an index of `names.answers`, int64 (n,): a label, a more general Cell Ontology term
-    where no label is likely enough, or `unknown`."""
+    """The answer as an index into `names.answers`, int64 (n,): a label, a broader Cell Ontology term if no
+    label is likely enough, or `unknown`."""
     confidence: np.ndarray
-    """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, of an
-    unknown cell's best label; 0 of a cell with too few counts."""
+    """Calibrated probability, float32 (n,), in [0, 1]: of the label, of all labels below the term, or of an
+    unknown cell's best label; 0 for a cell with too few counts."""
     level_codes: np.ndarray
-    """Index into `screformer.calibration.LEVELS`: whether a label, a broader term or `unknown` is said, int8
-    (n,)."""
+    """Index into `screformer.calibration.LEVELS`: a label, a broader term or `unknown`; int8 (n,)."""
     unknown_score: np.ndarray
-    """How unlike the training cells, float32 (n,); above the calibration's threshold a cell is unknown."""
+    """How unlike the training cells, float32 (n,); above the calibration's threshold, a cell is unknown."""
     reason_codes: np.ndarray
-    """Why a cell is unknown, as an index of `screformer.calibration.REASONS`, int8 (n,)."""
+    """Why a cell is unknown, as an index into `screformer.calibration.REASONS`, int8 (n,)."""
     label_codes: np.ndarray
-    """The best label, whatever is said, as an index of `names.labels`, int64 (n,)."""
+    """The best label, whatever the answer, as an index into `names.labels`, int64 (n,)."""
     probabilities_nk: np.ndarray
     """Calibrated probability of every label, float32 (n, k)."""
     embedding_nd: np.ndarray
@@ -91,12 +90,12 @@ class Predictions:
 
     @property
     def labels(self) -> np.ndarray:
-        """What is said, object (n,)."""
+        """The answer, object (n,)."""
         return self.names.answers[self.answer_codes]
 
     @property
     def cl_ids(self) -> np.ndarray:
-        """Cell Ontology id of what is said, object (n,)."""
+        """Cell Ontology id of the answer, object (n,)."""
         return self.names.cl_ids[self.answer_codes]
 
     @property
@@ -106,11 +105,11 @@ class Predictions:
 
     @property
     def unknown(self) -> np.ndarray:
-        """Which cells are said to be unknown, bool (n,)."""
+        """Which cells are unknown, bool (n,)."""
         return self.level_codes == LEVELS.index(UNKNOWN)
 
     def table(self) -> pd.DataFrame:
-        """The columns that every way of applying a model gives: `ANSWER_COLUMNS`, one row per cell."""
+        """The columns common to all ways of applying a model: `ANSWER_COLUMNS`, one row per cell."""
         levels = np.array(LEVELS, dtype=object)[self.level_codes]
         columns = (
             self.labels,
@@ -126,9 +125,9 @@ class Predictions:
 
 
 class Predictor:
-    """A trained model that is ready to label cells.
+    """A trained model, ready to label cells.
 
-    The same cell gets the same result in every call, up to rounding whatever the cells beside it.
+    A cell gets the same result in every call, up to rounding, regardless of the other cells.
     """
 
     def __init__(
@@ -154,15 +153,15 @@ class Predictor:
 
         Args:
             directory: Written by `screformer.checkpoint.save_model` after fine-tuning.
-            device: Such as `cpu` or `cuda:1`; None takes a GPU where there is one.
+            device: For example `cpu` or `cuda:1`; None uses a GPU if available.
 
         Raises:
-            ValueError: Not a model directory, or a model without labels.
+            ValueError: Not a model directory, or the model has no labels.
         """
         loaded = load_model(directory)
         if not loaded.labels["names"]:
             raise ValueError(
-                f"model {directory} knows no labels, because it was only pre-trained; fine-tune it with"
+                f"model {directory} has no labels because it was only pre-trained; fine-tune it with"
                 f" `python -m jobs.finetune --from {directory}`"
             )
         return cls(loaded, directory, device=device)
@@ -173,7 +172,7 @@ class Predictor:
         return GeneMatcher(self.vocabulary)
 
     def predict(self, cells: CellCounts) -> Predictions:
-        """Label cells; the result is in their order."""
+        """Label cells; the result is in the same order."""
         logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
         for batch in self._batches(self.tokenizer.lengths(cells)):
@@ -208,7 +207,7 @@ class Predictor:
             return output.logits_nk.float().cpu().numpy(), output.embedding_nd.float().cpu().numpy()
 
     def _batches(self, lengths_n: np.ndarray) -> Iterator[np.ndarray]:
-        """Cells of like length together, so that little is padded; each batch within a bound on tokens."""
+        """Group cells of similar length, to pad little, with a limit on tokens per batch."""
         slots = 1 + lengths_n
         order = np.argsort(slots, kind="stable")
         budget = _TOKENS_PER_BATCH.get(self.device.type, 32_768)
@@ -222,5 +221,5 @@ class Predictor:
 
 @lru_cache(maxsize=2)
 def loaded_predictor(directory: str) -> Predictor:
-    """The model of a directory, loaded once in this process: for tasks that label one shard each."""
+    """The model of a directory, loaded once per process, for tasks that label one shard each."""
     return Predictor.load(directory)

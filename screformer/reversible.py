@@ -1,11 +1,10 @@
-"""The encoder: reversible blocks of attention and feed-forward, whose memory does not grow with depth.
+"""The encoder: reversible blocks of attention and feed-forward, with memory independent of depth.
 
 Axes: n cells, l token slots, d model width.
 
 Two residual streams start as copies of the input: y1 = x1 + f(x2), y2 = x2 + g(y1), with f attention and g
 feed-forward; the result is the mean of the two. The backward pass recovers each block's input from its
-output. Streams are float32 also when the weights are bfloat16, so that the recovery is exact to float32
-rounding.
+output. Streams are float32 even if the weights are bfloat16, so the recovery is exact up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from screformer.splitmix import derive_seed
 
 
 def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout whose mask depends on the seed only, so that a recomputation drops the same elements."""
+    """Dropout whose mask depends only on the seed: a recomputation drops the same elements."""
     generator = torch.Generator(x_nld.device).manual_seed(seed)
     keep = torch.empty_like(x_nld).bernoulli_(1 - p, generator=generator)
     return x_nld * keep.div_(1 - p)
@@ -32,7 +31,7 @@ def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
 class _Sublayer(nn.Module):
     """One branch of a block: norm, then `_body`, then dropout.
 
-    Works in the type of its weights, answers in that of the stream.
+    Computes in the dtype of its weights and returns the dtype of the stream.
     """
 
     def __init__(self, dim: int, dropout: float) -> None:
@@ -150,7 +149,7 @@ def _undo(
     seed: int,
     memo: HashMemo | None,
 ) -> tuple[Tensor, Tensor]:
-    """Take back out = before + branch(source): return `before` and the full gradient of `source`."""
+    """Invert out = before + branch(source): return `before` and the full gradient of `source`."""
     with torch.enable_grad():
         leaf = source.detach().requires_grad_()
         change = branch(leaf, mask, seed=seed, memo=memo)
@@ -162,9 +161,9 @@ def _undo(
 class ReversibleEncoder(nn.Module):
     """A stack of `depth` blocks.
 
-    In training with `reversible`, activations are recomputed in the backward pass from the outputs, with the
-    same hashes and the same dropout. In eval mode, and without `reversible`, gradients take the ordinary way
-    through the same parameters.
+    In training with `reversible`, the backward pass recomputes activations from the outputs, with the same
+    hashes and dropout. In eval mode, or without `reversible`, ordinary autograd is used with the same
+    parameters.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -188,16 +187,15 @@ class ReversibleEncoder(nn.Module):
                 training. None is 1.
 
         Returns:
-            Encoded tokens, shape (n, l, d), in the type of x; padded slots hold finite values without
-            meaning.
+            Encoded tokens, shape (n, l, d), in the dtype of x; padded slots contain finite, meaningless
+            values.
         """
         streams = x_nld.to(torch.promote_types(x_nld.dtype, torch.float32))
         if self.reversible and self.training and torch.is_grad_enabled():
             if not streams.requires_grad:
-                # Without it autograd would see no reason to enter the function, and the blocks would not
-                # learn.
+                # Without this, autograd would skip the function, and the blocks would not learn.
                 streams = streams.detach().requires_grad_()
-            assert key_weight_nl is None, "keys are weighed in eval mode only"
+            assert key_weight_nl is None, "key weights are supported in eval mode only"
             return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(
                 x_nld.dtype
             )

@@ -1,4 +1,4 @@
-"""Secrets are no settings: a setting is saved with every run, checkpoint, model and report."""
+"""Keep secrets out of settings: settings are saved with every run, checkpoint, model and report."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _SECRET = re.compile(
     r"|(^|[._-])(sas|sig|key)$",
     re.IGNORECASE,
 )
-"""Names of options that hold a secret. Better one too many than one too few."""
+"""Names of options that contain a secret. A false alarm is better than a leak."""
 
 _HIDDEN = "***"
 
 
 def refuse_secrets(setting: str, options: Mapping[str, Any], remedy: str) -> None:
-    """Refuse options that hold a secret.
+    """Refuse options that contain a secret.
 
     Args:
         setting: Name of the setting, for the message.
-        options: Its options; names alone are looked at.
+        options: Its options; only names are checked.
         remedy: Where the secret belongs.
 
     Raises:
-        ValueError: With the option's name, never its value.
+        ValueError: Names the option, never its value.
     """
     found = next((name for name in options if _SECRET.search(name)), None)
     if found is not None:
         raise ValueError(
-            f"{setting} has the option {found}; settings are saved with every run and model, so secrets must"
-            f" not be among them: {remedy}"
+            f"{setting} has the option {found}; settings are saved with every run and model, so they must"
+            f" not contain secrets: {remedy}"
         )
 
 
@@ -45,17 +45,17 @@ def refuse_secret_address(setting: str, address: str, remedy: str) -> None:
         remedy: Where the secret belongs.
 
     Raises:
-        ValueError: Without the address.
+        ValueError: Does not show the address.
     """
     if without_secret(address) != address:
         raise ValueError(
             f"{setting} is an address with a password or key in it; settings are saved with every run and"
-            f" model, so secrets must not be among them: {remedy}"
+            f" model, so they must not contain secrets: {remedy}"
         )
 
 
 def without_secret(address: str) -> str:
-    """The address with `***` in place of its password and of secrets in its query."""
+    """The address with `***` in place of its password and any secrets in its query."""
     if "://" not in address:
         return address
     parts = urlsplit(address)

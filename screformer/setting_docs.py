@@ -1,4 +1,4 @@
-"""What each setting means, read from the docstrings in `screformer/config.py`."""
+"""Descriptions of all settings, read from the docstrings in `screformer/config.py`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Setting:
     """One field of a section."""
 
     name: str
-    """Such as `model.dim`."""
+    """For example `model.dim`."""
     values: tuple[str, ...]
-    """The choices; or, where they are not listed, nothing."""
+    """The allowed choices; empty if not a fixed list."""
     kind: str
     """`text`, `integer`, `number`, `true or false`, `list` or `mapping`."""
     default: str
-    """As one writes it on the command line."""
+    """As written on the command line."""
     meaning: str
     refused_by: tuple[str, ...]
-    """Commands in which it has no effect."""
+    """Commands in which the setting has no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def described() -> list[Section]:
 
 
 def written(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """A value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
@@ -57,7 +57,7 @@ def written(value: Any) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in words: `a`, `a and b`, `a, b and c`."""
+    """Names as a phrase: `a`, `a and b`, `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
@@ -87,7 +87,7 @@ def _refused_by(name: str) -> tuple[str, ...]:
 
 
 def _docstrings(cls: type) -> tuple[str, dict[str, str]]:
-    """Docstring of a section, and that of each of its fields."""
+    """Docstring of a section and of each of its fields."""
     (tree,) = (
         node
         for node in ast.parse(inspect.getsource(config)).body

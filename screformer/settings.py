@@ -1,4 +1,4 @@
-"""Trees of settings: how they are declared, read, checked, varied and written.
+"""Trees of settings: declare, read, check, override and write them.
 
 `screformer.config` declares the settings; nothing here depends on any of them.
 """
@@ -15,16 +15,16 @@ from typing import Any, Literal
 import yaml
 
 Touch = Literal["cells", "pretraining", "weights"]
-"""What a setting can change.
+"""What changing a setting affects.
 
-`cells`: which cells, labels or folds there are. `pretraining`: what pre-training learns from given cells.
-`weights`: their shapes or meaning, so that a model to start from must agree.
+`cells`: the cells, labels or folds. `pretraining`: what pre-training learns from given cells. `weights`:
+their shapes or meaning, so a model to start from must have the same value.
 """
 TOUCHES = typing.get_args(Touch)
 
 
 def setting(default: Any, *touches: Touch) -> Any:
-    """A field of a section: its default, and what it touches."""
+    """A field of a section: its default, and what it affects."""
     metadata = {"touches": touches}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -35,22 +35,22 @@ def require(holds: bool, message: str) -> None:
     """Refuse a setting.
 
     Raises:
-        ValueError: With `message`, unless `holds`.
+        ValueError: With `message`, if `holds` is false.
     """
     if not holds:
         raise ValueError(message)
 
 
 def names(cls: type) -> list[str]:
-    """Names of a dataclass's fields, in their order."""
+    """Names of a dataclass's fields, in order."""
     return [item.name for item in dataclasses.fields(cls)]
 
 
 def check_known(name: str, known: list[str], *, where: str) -> None:
-    """Refuse a name that no setting has.
+    """Refuse the name of an unknown setting.
 
     Raises:
-        ValueError: With the nearest known name, or all of them.
+        ValueError: Suggests the nearest known name, or lists all.
     """
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(known)}"
@@ -61,7 +61,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Name and value of `section.field=value`; the value is YAML.
 
     Raises:
-        ValueError: There is no `=`.
+        ValueError: The `=` is missing.
     """
     path, equals, value = text.partition("=")
     require(bool(equals), f"override {text!r} must read section.field=value")
@@ -69,15 +69,15 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def build(cls: type, tree: Mapping[str, Any], *, where: str = "") -> Any:
-    """Make a tree of dataclasses from nested plain values; what the tree leaves out keeps its default.
+    """Build a tree of dataclasses from nested plain values; missing fields keep their defaults.
 
     Args:
         cls: The dataclass; fields may be dataclasses.
         tree: Field to value.
-        where: Path of `cls` in the whole tree, for errors: empty, or ends with a dot.
+        where: Path of `cls` in the whole tree, for errors; empty, or ending with a dot.
 
     Raises:
-        ValueError: An unknown field, or a value of another type.
+        ValueError: An unknown field, or a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
     for name in tree:
@@ -95,7 +95,7 @@ def build(cls: type, tree: Mapping[str, Any], *, where: str = "") -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Nested str, int, float, bool, list and dict, fit for YAML, JSON and another process."""
+    """Nested str, int, float, bool, list and dict, suitable for YAML, JSON and other processes."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {name: plain(getattr(value, name)) for name in names(type(value))}
     if isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def plain(value: Any) -> Any:
 
 
 def _checked(kind: Any, value: Any, path: str) -> Any:
-    """The value in the field's own type; YAML's `1e-3` is a string and its `4` may be meant as a float."""
+    """Convert a value to the field's type; YAML reads `1e-3` as a string, and `4` may be meant as a float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
@@ -112,14 +112,14 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
         require(bool(matches), f"{path}={value!r} must be one of {', '.join(map(str, choices))}")
         return value
     if origin is tuple:
-        require(isinstance(value, list | tuple), f"{path}={value!r} must be a list, such as [A, B]")
+        require(isinstance(value, list | tuple), f"{path}={value!r} must be a list, for example [A, B]")
         return tuple(str(item) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         require(isinstance(value, Mapping), f"{path}={value!r} must be a mapping")
         item_kind = typing.get_args(kind)[1]
         return {str(key): _text(item) if item_kind is str else plain(item) for key, item in value.items()}
     assert not isinstance(kind, types.UnionType), (
-        f"{path} has a type that the configuration does not read: {kind}"
+        f"{path} has a type that the configuration does not support: {kind}"
     )
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -133,5 +133,5 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value of a mapping of strings; TileDB writes true, not True."""
+    """A value of a mapping of strings; TileDB expects true, not True."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
-"""SplitMix64: well-mixed numbers as a pure function of a few whole ones.
+"""SplitMix64: pseudo-random numbers as a pure function of a few integers.
 
-Every random choice that must be the same for any number of ranks, or again in a recomputation, comes from
-here: hashes, dropout, hidden genes, and which cells a sample keeps.
+Every random choice that must not depend on the number of ranks, or must be repeated in a recomputation, comes
+from here: hashes, dropout, hidden genes, and sampled cells.
 
 Axes: n cells, l token slots.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: multiples of it are spread evenly, and different for different numbers."""
+"""2^64 over the golden ratio: its multiples are evenly spread and distinct."""
 _OTHER = 0xD1B54A32D192ED03
 _OFFSET = 0x632BE59BD9B4E019
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -21,7 +21,7 @@ _LAST_SHIFT = 31
 
 
 def mix(*numbers: int) -> int:
-    """One number in [0, 2^63) that depends on all of several."""
+    """One number in [0, 2^63) that depends on all the given numbers."""
     state = 0
     for number in numbers:
         state = _finalise((state + (number + 1) * GOLDEN) % 2**64)
@@ -34,7 +34,7 @@ def derive_seed(seed: int, stream: int) -> int:
 
 
 def uniform24(joinids_n: torch.Tensor, token_ids_nl: torch.Tensor, *numbers: int) -> torch.Tensor:
-    """Integers in [0, 2^24) for each slot, int64 (n, l), that depend on cell, gene and `numbers` alone."""
+    """Integers in [0, 2^24) for each slot, int64 (n, l), that depend only on cell, gene and `numbers`."""
     state = joinids_n.unsqueeze(1) * _signed(GOLDEN) + token_ids_nl * _signed(_OTHER) + mix(*numbers)
     for shift, factor in _ROUNDS:
         state = (state ^ _shifted(state, shift)) * _signed(factor)

@@ -1,4 +1,4 @@
-"""What a network starts from: given weights, SVD gene embeddings, a logistic regression.
+"""Starting points of a network: given weights, SVD gene embeddings, a logistic regression.
 
 Axes: n cells, g genes, p gene panels, d model width, k classes.
 """
@@ -26,35 +26,35 @@ INVERSE_PENALTY = 1.0
 little (docs/log/2026-11-24-accuracy-trials.md)."""
 _MAX_ITERATIONS = 100
 _TOLERANCE = 1e-4
-"""Of the largest gradient; a start need not be converged."""
+"""Tolerance on the largest gradient; a starting point need not be converged."""
 _NEVER = -8.0
-"""Bias of a class that the sample does not hold."""
+"""Bias of a class that is missing from the sample."""
 
 
 class LinearStart(NamedTuple):
-    """A linear classifier, as `ScReformer.set_linear_start` takes it; float32."""
+    """A linear classifier for `ScReformer.set_linear_start`; float32."""
 
     weights_gk: np.ndarray
     bias_k: np.ndarray
     center_g: np.ndarray
-    """Mean of each gene's scaled value over the cells that measured it, 0 where none did."""
+    """Mean of each gene's scaled value over the cells that measured it; 0 if none did."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Start:
-    """What is put into a new network; without any of it the random start is left."""
+    """Starting values for a new network; whatever is missing stays random."""
 
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """By name, of another network; may leave out some."""
+    """Weights of another network by name; may be incomplete."""
     gene_embeddings_gd: np.ndarray | None = None
     linear: LinearStart | None = None
     additive: AdditiveStart | None = None
 
     def put_into(self, model: ScReformer) -> None:
-        """Replace the weights of a network that no engine holds yet.
+        """Replace the weights of a network before an engine is built.
 
         Raises:
-            ValueError: Something has another shape than the network needs.
+            ValueError: A shape does not match the network.
         """
         if self.gene_embeddings_gd is not None:
             model.set_gene_embeddings(_tensor(self.gene_embeddings_gd))
@@ -74,7 +74,7 @@ def logistic_start(
     """Fit a regression for the network's linear part.
 
     Args:
-        values_ng: Expression values as the tokenizer makes them.
+        values_ng: Expression values as produced by the tokenizer.
         labels_n: Class of each cell, int64 in [0, k); at least two classes.
         class_weights_k: Weight of a cell of each class in the loss, (k,).
         panels: Which genes were measured in these cells.
@@ -123,13 +123,13 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
     """Right singular vectors of the truncated SVD, times the square root of the singular values.
 
     Args:
-        values_ng: log1p of counts per 10,000 of training cells; a few thousand cells are enough.
+        values_ng: log1p of counts per 10,000 of training cells; a few thousand are enough.
         dim: Width of the embeddings.
-        seed: Seeds the randomised SVD, and what fills dimensions beyond the rank of a small matrix.
+        seed: Seeds the randomised SVD and the random values in dimensions beyond the rank of a small matrix.
 
     Returns:
-        Embeddings float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest
-        entry of a dimension is > 0.
+        Embeddings, float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest
+        entry of each dimension is > 0.
     """
     num_genes = values_ng.shape[1]
     rank = min(dim, *values_ng.shape)
@@ -143,4 +143,4 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(array))  # a copy: what comes from Ray's object store is read-only
+    return torch.from_numpy(np.array(array))  # a copy: arrays from Ray's object store are read-only

@@ -1,4 +1,4 @@
-"""From the counts of a cell to tokens.
+"""Turn the counts of a cell into tokens.
 
 Axes: n cells, l token slots, g genes of the vocabulary.
 
@@ -21,39 +21,39 @@ from screformer.config import TokensConfig
 from screformer.counts import CellCounts
 
 PAD, CLS = 0, 1
-"""Token ids of an unused slot and of the token that stands for the whole cell."""
+"""Token ids of an unused slot and of the token for the whole cell."""
 NUM_SPECIAL = 2
 """The token id of gene i is i + NUM_SPECIAL."""
 
 
 @dataclass(frozen=True, eq=False)
 class GeneVocabulary:
-    """The genes that a model knows, in its order."""
+    """The genes of a model, in its order."""
 
     feature_ids: tuple[str, ...]
-    """Such as ENSG00000156738; unique."""
+    """Ensembl ids, for example ENSG00000156738; unique."""
     feature_names: tuple[str, ...]
     """Symbols; need not be unique."""
     mean_expression_g: np.ndarray
     """Mean log1p of counts per 10,000 over the training cells, float32; zeros where unknown."""
     reference_g: np.ndarray | None = None
-    """A usual profile by which values are scaled, float32; None scales by library size. See
+    """A typical profile used to scale values, float32; None scales by library size. See
     `CellCounts.per_10k`."""
     inputs_g: np.ndarray | None = None
-    """Which genes become tokens, bool; None is all. The others are still counted."""
+    """Which genes become tokens, bool; None means all. The others still count towards the library size."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.feature_ids), len(self.feature_names), len(self.mean_expression_g))
         if len(set(sizes)) != 1:
             raise ValueError(
                 f"a vocabulary has {sizes[0]} feature ids, {sizes[1]} names and {sizes[2]} mean expressions;"
-                f" give one per gene"
+                f" pass one of each per gene"
             )
         if not self.feature_ids:
-            raise ValueError("a vocabulary has no genes; check the var filter")
+            raise ValueError("the vocabulary has no genes; check the var filter")
         if len(self._position) != len(self.feature_ids):
             first = next(name for index, name in enumerate(self.feature_ids) if self._position[name] != index)
-            raise ValueError(f"feature id {first!r} stands twice in a vocabulary; ids must be unique")
+            raise ValueError(f"feature id {first!r} appears twice in a vocabulary; ids must be unique")
 
     @cached_property
     def _position(self) -> dict[str, int]:
@@ -64,26 +64,26 @@ class GeneVocabulary:
 
     @property
     def weight_g(self) -> np.ndarray:
-        """Expression that is expected of each gene that becomes a token, (g,); 1 where none is known."""
+        """Expected expression of each gene that becomes a token, (g,); 1 if unknown."""
         weight_g = self.mean_expression_g
         if self.inputs_g is not None:
             weight_g = weight_g * self.inputs_g
         return weight_g if weight_g.any() else np.ones(len(self), dtype=np.float32)
 
     def index(self, feature_ids: Sequence[str]) -> np.ndarray:
-        """Index of each gene, int32, -1 for those that the model does not know."""
+        """Index of each gene, int32, -1 for genes unknown to the model."""
         return np.fromiter(
             (self._position.get(name, -1) for name in feature_ids), dtype=np.int32, count=len(feature_ids)
         )
 
     @property
     def readable_names(self) -> np.ndarray:
-        """A name of each gene, object (g,): its symbol, or its id where it has none."""
+        """Name of each gene, object (g,): its symbol, or its id if it has none."""
         pairs = zip(self.feature_names, self.feature_ids, strict=True)
         return np.array([name or feature_id for name, feature_id in pairs], dtype=object)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` gives the same vocabulary, to the bit."""
+        """Plain values; `from_json` restores exactly the same vocabulary."""
         tree: dict[str, Any] = {
             "feature_ids": list(self.feature_ids),
             "feature_names": list(self.feature_names),
@@ -100,7 +100,7 @@ class GeneVocabulary:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: A part is missing, the parts differ in length, or an id stands twice.
+            ValueError: A part is missing, the parts differ in length, or an id appears twice.
         """
         missing = {"feature_ids", "feature_names", "mean_expression"} - set(tree)
         if missing:
@@ -130,14 +130,14 @@ class GeneVocabulary:
 
 
 class CellTokenizer:
-    """Turns detected genes of cells into padded tokens. Pure, picklable, numpy only.
+    """Turns the detected genes of cells into padded tokens. Pure, picklable, NumPy only.
 
-    A cell's tokens do not depend on the cells beside it, except for the number of padded slots at its end.
+    A cell's tokens do not depend on the other cells, except for the number of padded slots at the end.
 
     Args:
         config: Input mode, length limit and expression encoding.
-        vocabulary: The model's genes; says which become tokens and how values are scaled, and by mean
-            expression which genes a cell that is too long keeps.
+        vocabulary: The model's genes; determines which genes become tokens, how values are scaled and, by
+            mean expression, which genes are kept in cells that are too long.
     """
 
     def __init__(self, config: TokensConfig, vocabulary: GeneVocabulary):
@@ -146,7 +146,7 @@ class CellTokenizer:
         self._reference_g, self._inputs_g = vocabulary.reference_g, vocabulary.inputs_g
 
     def lengths(self, cells: CellCounts) -> np.ndarray:
-        """Gene tokens that each cell gets, int64 (n,)."""
+        """Number of gene tokens of each cell, int64 (n,)."""
         if self.config.input_mode == "all":
             return np.full(len(cells), len(self._mean_expression_g))
         lengths_n = cells.lengths_n
@@ -158,9 +158,9 @@ class CellTokenizer:
     def __call__(self, cells: CellCounts) -> dict[str, Any]:
         """Tokenize a batch of cells.
 
-        Slot 0 is [CLS]; genes follow in the order of the vocabulary; PAD fills the rest. In `detected` mode a
-        cell with more than `max_genes` genes keeps those whose value exceeds the gene's mean expression most
-        (ties: the first gene).
+        Slot 0 is [CLS]; genes follow in vocabulary order; PAD fills the rest. In `detected` mode, a cell with
+        more than `max_genes` genes keeps those whose value exceeds the gene's mean expression most (ties: the
+        first gene).
 
         Args:
             cells: Raw counts over the vocabulary.
@@ -172,7 +172,7 @@ class CellTokenizer:
             that lost genes. l is 1 + the number of genes of the longest cell.
 
         Raises:
-            ValueError: Another number of genes, or columns that do not increase.
+            ValueError: The number of genes differs, or columns do not increase.
         """
         genes, lengths_n = cells.counts_ng.indices, cells.lengths_n
         rows = np.repeat(np.arange(len(cells), dtype=np.int32), lengths_n)
@@ -182,7 +182,7 @@ class CellTokenizer:
                 f" {len(self._mean_expression_g)}"
             )
         if not ((genes[1:] > genes[:-1]) | (rows[1:] != rows[:-1])).all():
-            raise ValueError("genes do not increase within each cell; make counts with CellCounts.of")
+            raise ValueError("genes do not increase within each cell; build counts with CellCounts.of")
 
         cp10k = cells.per_10k(self._reference_g)
         if self._inputs_g is not None:
@@ -218,9 +218,9 @@ class CellTokenizer:
         return {**tokens, "num_cut": 0}
 
     def _shown(self, values: np.ndarray) -> np.ndarray:
-        """What the network gets of the values.
+        """Encode the values for the network.
 
-        Which genes a cell keeps is decided before, alike for every encoding.
+        The genes a cell keeps are chosen earlier, in the same way for every encoding.
         """
         return np.ones_like(values) if self.config.expression == "binary" else values
 
@@ -241,12 +241,12 @@ class CellTokenizer:
     def _kept(
         self, rows: np.ndarray, genes: np.ndarray, values: np.ndarray, lengths_n: np.ndarray
     ) -> np.ndarray:
-        """Mask of the entries that stay, `max_genes` for each cell that is too long."""
+        """Mask of the entries to keep, `max_genes` for each cell that is too long."""
         long_n = lengths_n > self.config.max_genes
         of_long = long_n[rows]
         long_genes, kept_lengths = genes[of_long], lengths_n[long_n]
-        # Order of the score in the upper half, the gene in the lower: distinct keys, hence one answer however
-        # the cells are batched.
+        # Rank of the score in the upper half, gene in the lower half: keys are distinct, so the result does
+        # not depend on the batch.
         bits = (values[of_long] - self._mean_expression_g[long_genes]).view(np.int32)
         ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
         keys = (ordered << 32) - long_genes

@@ -1,8 +1,8 @@
-"""The one training loop, for pre-training and fine-tuning, on any number of ranks.
+"""The training loop for pre-training and fine-tuning, on any number of ranks.
 
-The mathematics of a step does not depend on how its cells are spread over ranks and micro-batches: losses are
-sums over the whole global batch, divided once; what is hidden from a cell follows from (seed, step, cell,
-gene); hashes follow from (seed, step).
+A step does not depend on how its cells are spread over ranks and micro-batches: losses are sums over the
+whole global batch, divided once; hidden genes depend on (seed, step, cell, gene); hashes depend on (seed,
+step).
 
 Axes: n cells, l token slots, k classes.
 """
@@ -32,30 +32,30 @@ from screformer.window import Window
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Where a rank's micro-batches come from. All ranks get equally many."""
+    """The source of a rank's micro-batches. All ranks get the same number."""
 
     steps_per_epoch: int
     train: Callable[[int, int], Iterator[Batch]]
-    """From (epoch, first step in it) the micro-batches of the steps that are left."""
+    """Maps (epoch, first step) to the micro-batches of the remaining steps."""
     val: Callable[[], Iterator[Batch]] | None = None
-    """The part that chooses the best step; None takes the last one."""
+    """The part used to choose the best step; None keeps the last step."""
     test: Callable[[], Iterator[Batch]] | None = None
-    """The part that is looked at once, in the end."""
+    """The part that is evaluated once, at the end."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """Progress of a run; saved with every checkpoint."""
 
     seed: int
     epoch: int = 0
     step_in_epoch: int = 0
     cells_consumed: int = 0
-    """Cells of this epoch that were trained on, over all ranks, padding rows included."""
+    """Cells of this epoch trained on so far, over all ranks, including padding rows."""
     global_step: int = 0
     best_step: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
-    """Of the best step so far: macro-F1 and minus the loss (fine-tuning), or minus the loss and 0."""
+    """Score of the best step so far: macro-F1 and minus the loss (fine-tuning), or minus the loss and 0."""
     evals_without_gain: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Progress:
-        """From a saved position; other keys are left alone."""
+        """Build from a saved position; other keys are ignored."""
         names = cls.__dataclass_fields__
         return cls(
             **{name: value for name, value in tree.items() if name in names}
@@ -74,20 +74,20 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What training gives."""
+    """Result of a training."""
 
     weights: Weights
-    """Of the best step, on rank 0; empty elsewhere."""
+    """Weights of the best step, on rank 0; empty elsewhere."""
     progress: Progress
     val: LabelCounts | None
-    """Of the best weights."""
+    """Validation scores of the best weights."""
     test: LabelCounts | None
     val_outputs: CellOutputs | None = None
-    """Of the best weights, for calibration; only of fine-tuning."""
+    """Outputs of the best weights, for calibration; only in fine-tuning."""
     test_outputs: CellOutputs | None = None
 
     def scores(self) -> dict[str, float]:
-        """`best_val/...` and `test/...` of the best weights, as far as there are such cells."""
+        """`best_val/...` and `test/...` of the best weights, if there are such cells."""
         return {
             **(self.val.scores("best_val") if self.val else {}),
             **(self.test.scores("test") if self.test else {}),
@@ -95,7 +95,7 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """Training ended early because it was asked to, after a checkpoint; raised on every rank."""
+    """Training was asked to stop and ended after a checkpoint; raised on every rank."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -120,23 +120,23 @@ def fit(
 
     Args:
         config: The run's settings.
-        engine: A DeepSpeed engine around a `ScReformer`, its state restored when resuming.
+        engine: A DeepSpeed engine around a `ScReformer`, with its state restored when resuming.
         parts: This rank's cells.
         task: `pretrain` learns hidden expression, `finetune` learns labels.
-        class_counts_k: For `finetune`, training cells of each label, which `train.class_weighting` weighs.
+        class_counts_k: For `finetune`, training cells of each label, for `train.class_weighting`.
         prior_shift_k: Added to the logits once training is over; see `screformer.objective.prior_shift`.
-        report: Takes metrics and the step, on every rank alike.
+        report: Called with metrics and the step, on every rank.
         save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank
-            0; before the first evaluation the present ones), the average of the weights (empty without one)
+            0; the current ones before the first evaluation), the average of the weights (empty without one)
             and the metrics.
-        resume: Progress, best weights and average (rank 0) of the checkpoint that the engine's state comes
+        resume: Progress, best weights and average (rank 0) of the checkpoint that the engine was restored
             from.
-        checkpoint_due: Asked after each step; if any rank says so, a checkpoint is saved there too.
-        stop_asked: Asked after each step; if any rank says so, a checkpoint is saved and training ends.
+        checkpoint_due: Called after each step; if it is true on any rank, a checkpoint is saved.
+        stop_asked: Called after each step; if true on any rank, a checkpoint is saved and training ends.
 
     Raises:
         NonFiniteError: The loss, or a weight after the step, is not finite. Nothing is saved after that.
-        Stopped: As `stop_asked` wished.
+        Stopped: `stop_asked` was true.
     """
     train, world_size = config.train, torch.distributed.get_world_size()
     accumulation = config.grad_accum_steps(world_size)
@@ -162,7 +162,7 @@ def fit(
             loss = objective.loss(batch, hidden, objective.hash_seed(step, index, accumulation)) / max(
                 total_weight, 1e-12
             )
-            # DeepSpeed takes the mean over ranks; ours is a sum over all cells of the global batch.
+            # DeepSpeed averages over ranks; our loss is a sum over all cells of the global batch.
             engine.backward(loss * world_size, scale_wrt_gas=False)
             engine.step()
             step_loss += loss.detach()
@@ -173,9 +173,9 @@ def fit(
         progress.cells_consumed += train.global_batch_size
         num_cells = sum(int((batch["joinids"] >= 0).sum()) for batch in micro_batches)
         window.add(step_loss, wait_s, num_cells)
-        # Weights show what gradients were: AdamW makes them NaN where a gradient is not finite.
+        # Checking weights covers gradients: AdamW turns a weight into NaN if its gradient is not finite.
         healthy = math.isfinite(step_loss.item()) and math.isfinite(weights_norm(engine))
-        # Summed, so that all ranks do the same.
+        # Summed, so all ranks act alike.
         sick, due, stops = sum_over_ranks(engine.device, not healthy, checkpoint_due(), stop_asked())
         if sick:
             what = "the weights" if math.isfinite(step_loss.item()) else "the loss"
@@ -241,7 +241,7 @@ def fit(
 def evaluate(
     engine: Any, batches: Iterator[Batch], objective: Objective, sample: OutputSample | None = None
 ) -> LabelCounts:
-    """Loss and label counts over all ranks' batches, unweighted by class; logits go to `sample`.
+    """Loss and label counts over all ranks' batches, without class weights; logits are added to `sample`.
 
     The same weights and cells give the same bits.
     """
@@ -267,9 +267,9 @@ def evaluate(
 def _steps(
     parts: Parts, progress: Progress, accumulation: int
 ) -> Generator[tuple[list[Batch], float], None, None]:
-    """The micro-batches of each step and the seconds they were waited for.
+    """The micro-batches of each step, and the seconds spent waiting for them.
 
-    Epoch after epoch from where `progress` stands.
+    Runs epoch after epoch, starting at `progress`.
     """
     while True:
         if progress.step_in_epoch >= parts.steps_per_epoch:
@@ -286,12 +286,12 @@ def _steps(
 def _choose(
     config: ExperimentConfig, engine: Any, parts: Parts, objective: Objective, progress: Progress
 ) -> dict[str, float]:
-    """Validate, and note in `progress` whether this step is the best one so far."""
+    """Validate, and record in `progress` whether this step is the best so far."""
     if parts.val is None:
         progress.best_step, progress.evals_without_gain = progress.global_step, 0
         return {}
     counts = evaluate(engine, parts.val(), objective)
-    # On few validation cells macro-F1 is often equal; then the loss decides.
+    # With few validation cells, macro-F1 is often tied; then the loss decides.
     score = (counts.macro_f1, -counts.loss) if objective.task == "finetune" else (-counts.loss, 0.0)
     if score > progress.best_score:
         progress.best_step, progress.best_score, progress.evals_without_gain = progress.global_step, score, 0

@@ -1,8 +1,8 @@
 """A checkpoint of a training run, without pickles; complete once its manifest is written.
 
-It holds the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same
-state whole and by parameter name in `training_state.safetensors` (so that another world size or ZeRO stage
-can resume), `position.json`, and `manifest.json`, written last.
+It contains the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same
+state consolidated by parameter name in `training_state.safetensors` (to resume with a different world size or
+ZeRO stage), `position.json`, and `manifest.json`, written last.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def save_training(
 ) -> None:
     """Write the state of a training run, after at least one step.
 
-    Every rank calls it, with a directory that may be its own.
+    Every rank calls it; each may pass its own directory.
 
     The checkpoint counts as complete only after `seal`.
 
     Args:
-        directory: Where it goes; rank 0's gets the consolidated files.
+        directory: Target; rank 0's gets the consolidated files.
         engine: The DeepSpeed engine.
-        position: Plain values that say where training stands.
-        average: State of the `WeightAverage`, where there is one.
+        position: Plain values with the progress of training.
+        average: State of the `WeightAverage`, if there is one.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,10 @@ def save_training(
 
 
 def load_training(directory: str | Path, engine: Any) -> None:
-    """Put a training checkpoint into a fresh engine. Every rank calls it.
+    """Load a training checkpoint into a new engine. Every rank calls it.
 
-    The same world size, ZeRO stage and precision read DeepSpeed's shards, each rank its own; any other layout
-    reads the consolidated file.
+    With the same world size, ZeRO stage and precision, each rank reads its own DeepSpeed shards; any other
+    layout reads the consolidated file.
     """
     directory = Path(directory)
     if read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
@@ -83,7 +83,7 @@ def load_training(directory: str | Path, engine: Any) -> None:
 
 
 def read_average(directory: str | Path) -> dict[str, torch.Tensor]:
-    """State of the `WeightAverage` in a training checkpoint; empty where there was none."""
+    """State of the `WeightAverage` in a training checkpoint; empty if there was none."""
     tensors = read_tensors(Path(directory) / TRAINING_STATE)[0]
     return {
         name.removeprefix(_AVERAGE): tensor for name, tensor in tensors.items() if name.startswith(_AVERAGE)
@@ -91,12 +91,12 @@ def read_average(directory: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_position(directory: str | Path) -> dict[str, Any]:
-    """Where the training run of a checkpoint stood."""
+    """Progress of the training run at a checkpoint."""
     return read_json(Path(directory) / POSITION)
 
 
 def seal(directory: str | Path) -> None:
-    """Declare a checkpoint complete: rank 0 lists all ranks' files with their SHA-256.
+    """Mark a checkpoint as complete: rank 0 lists all ranks' files with their SHA-256.
 
     Every rank calls it, once its files are written.
     """
@@ -114,15 +114,16 @@ def seal(directory: str | Path) -> None:
 
 
 def damage(directory: str | Path) -> str:
-    """What is wrong with a checkpoint, naming the file; empty for a whole one.
+    """Describe what is wrong with a checkpoint, naming the file; empty if it is complete.
 
-    A run killed while it wrote leaves one without a manifest. Manifests of earlier versions know sizes only.
+    A run killed while writing leaves a checkpoint without a manifest. Manifests of earlier versions only list
+    sizes.
     """
     directory = Path(directory)
     try:
         files = json.loads((directory / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"it has no whole {MANIFEST}"
+        return f"it has no complete {MANIFEST}"
     for name, entry in files.items():
         path = directory / name
         size = entry["size"] if isinstance(entry, dict) else entry

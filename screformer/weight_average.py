@@ -1,4 +1,4 @@
-"""A moving average of the weights of a training, which is validated and kept in their place."""
+"""A moving average of the weights, which is validated and saved in their place."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Weights = dict[str, torch.Tensor]
 class WeightAverage:
     """The average of the trained parameters over the steps so far; the same on every rank.
 
-    Of each parameter, in fp32: after step t (from 0) it moves by 1 - min(decay, (t + 1) / (t + 10)) towards
-    the parameter, so that the first steps count little for long.
+    For each parameter, in fp32: after step t (from 0), the average moves towards the parameter by
+    1 - min(decay, (t + 1) / (t + 10)), so the first steps are soon forgotten.
 
     Args:
         engine: A DeepSpeed engine whose ranks hold whole parameters (ZeRO stages 0 to 2).
-        decay: Per step, in (0, 1).
+        decay: Decay per step, in (0, 1).
         resumed: An average to continue from, on rank 0; None starts with the weights.
     """
 
@@ -39,14 +39,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, step: int) -> None:
-        """Take in the weights after an optimizer step (from 0)."""
+        """Update with the weights after an optimizer step (from 0)."""
         decay = min(self._decay, (step + 1) / (step + 10))
         for name, parameter in self._parameters.items():
             self._average[name].lerp_(parameter.float(), 1 - decay)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """The network computes with the average; its own weights are back afterwards."""
+        """Use the average in the network; its own weights are restored afterwards."""
         with torch.no_grad():
             own = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
             for name, parameter in self._parameters.items():
@@ -56,10 +56,10 @@ class WeightAverage:
                 parameter.copy_(own[name])
 
     def gather(self) -> Weights:
-        """Weights and buffers as `gather_weights` gives them, the trained ones replaced by their average."""
+        """Weights and buffers as from `gather_weights`, with trained weights replaced by their average."""
         weights = gather_weights(self._engine)
         return weights and weights | self.state()
 
     def state(self) -> Weights:
-        """The average by name, on the CPU; `resumed` takes it."""
+        """The average by name, on the CPU; pass it as `resumed`."""
         return {name: average.to("cpu", copy=True) for name, average in self._average.items()}

@@ -1,4 +1,4 @@
-"""What happened in a training since the last log line."""
+"""Training metrics since the last log line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from screformer.metrics import sum_over_ranks
 
 
 class Window:
-    """What happened since the last log line; tensors are read only when it closes."""
+    """Collects metrics since the last log line; tensors are read only when it closes."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
@@ -29,7 +29,7 @@ class Window:
         self.start = time.perf_counter()
 
     def add(self, loss: torch.Tensor, wait_s: float, num_cells: int) -> None:
-        """Count a step: this rank's part of its loss, seconds waited for cells, and cells."""
+        """Add a step: this rank's part of the loss, seconds waited for cells, and number of cells."""
         self.loss += loss
         self.wait_s += wait_s
         self.num_cells += num_cells
@@ -37,7 +37,7 @@ class Window:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """What happens within it takes no time in the window."""
+        """Time spent inside does not count in the window."""
         began_s = time.perf_counter()
         yield
         self.start += time.perf_counter() - began_s

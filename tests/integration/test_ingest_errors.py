@@ -189,7 +189,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "mouse genes": (
         var_change(set_ids({i: f"ENSMUSG{100 + i:011d}" for i in range(30)})),
-        r"genes are of another species, ids such as ENSMUSG00000000100 \(mouse\)",
+        r"genes are of another species, ids like ENSMUSG00000000100 \(mouse\)",
     ),
     "no gene ids": (
         var_change(no_ids),

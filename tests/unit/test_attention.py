@@ -198,13 +198,13 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
             {},
             CROSSOVER_TOKENS - 1,
             "full",
-            f"attention: full (auto: cells have up to {CROSSOVER_TOKENS - 1:,} tokens, and lsh is",
+            f"attention: full (auto: cells have up to {CROSSOVER_TOKENS - 1:,} tokens; lsh is",
         ),
         (
             {},
             CROSSOVER_TOKENS,
             "lsh",
-            f"attention: lsh (auto: cells have up to {CROSSOVER_TOKENS:,} tokens, and lsh is the faster one",
+            f"attention: lsh (auto: cells have up to {CROSSOVER_TOKENS:,} tokens; lsh is faster from",
         ),
         ({"attention": "lsh", "n_hashes": 8}, 10, "lsh", "attention: lsh"),
         (

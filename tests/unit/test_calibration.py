@@ -182,12 +182,10 @@ def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:
     (tmp_path / "model" / "calibration.json").write_text(
         json.dumps(calibration.to_json() | {"temperature": 1.0})
     )
-    with pytest.raises(
-        ValueError, match=r"calibration.json is not the file that was saved with these weights"
-    ):
+    with pytest.raises(ValueError, match=r"calibration.json is not the file saved with these weights"):
         load_model(tmp_path / "model")
     (tmp_path / "model" / "calibration.json").unlink()
     with pytest.raises(ValueError, match=r"calibration.json is not the file"):
         load_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="calibration has format 9, this screformer reads 1"):
+    with pytest.raises(ValueError, match="calibration has format 9, but this screformer reads 1"):
         Calibration.from_json({"format": "9"})

@@ -83,15 +83,15 @@ def _resave(
     [
         (
             lambda d: (d / "vocabulary.json").unlink(),
-            r"has no vocabulary.json; give a directory written by training",
+            r"has no vocabulary.json; use a directory written by training",
         ),
         (lambda d: (d / "weights.safetensors").unlink(), r"has no weights.safetensors"),
         (
             lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-40]),
-            r"is not a whole safetensors",
+            r"is not a complete safetensors",
         ),
-        (lambda d: _resave(d, {"format": "99"}), r"has format 99, this screformer reads 1"),
-        (lambda d: _resave(d, {"kind": "dog"}), r"something else than a screformer model"),
+        (lambda d: _resave(d, {"format": "99"}), r"has format 99, but this screformer reads 1"),
+        (lambda d: _resave(d, {"kind": "dog"}), r"does not contain weights of a screformer model"),
         (
             lambda d: _resave(d, drop="pooling.norm.bias"),
             r"weight pooling.norm.bias has shape none, but .* has \(8,\)",
@@ -104,7 +104,7 @@ def _resave(
             lambda d: (d / "vocabulary.json").write_text(
                 (d / "vocabulary.json").read_text().replace("ENSG00000000001", "ENSG00000000009")
             ),
-            r"vocabulary.json is not the file that was saved with these weights",
+            r"vocabulary.json is not the file saved with these weights",
         ),
         (
             lambda d: (d / "labels.json").write_text(json.dumps({**LABELS, "names": ["T cell", "B cell"]})),
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_whole_only_with_every_byte(tmp_path: Path) -> None:
         manifest.write_text(json.dumps({"format": "1", "files": {"part.bin": entry}}))
 
     part.write_bytes(b"12345")
-    assert damage(tmp_path) == "it has no whole manifest.json", "killed before it was sealed"
+    assert damage(tmp_path) == "it has no complete manifest.json", "killed before it was sealed"
     sealed({"size": 5, "sha256": hashlib.sha256(b"12345").hexdigest()})
     assert damage(tmp_path) == ""
     part.write_bytes(b"12349")
@@ -159,7 +159,7 @@ def test_a_flipped_byte_in_the_weights_is_found(saved: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="weights.safetensors was changed since it was saved"):
+    with pytest.raises(ValueError, match="weights.safetensors was changed after it was saved"):
         load_model(saved)
 
 

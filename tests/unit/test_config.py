@@ -47,7 +47,7 @@ BASE = ExperimentConfig()
         ),
         ("train.global_batch_size=8", r"global_batch_size=8 is not a multiple of .*; try 16$"),
         ("split.test_fraction=1.0", r"split.test_fraction=1.0 must be in \[0, 1\)"),
-        ("split.test_groups=A", r"split.test_groups='A' must be a list, such as \[A, B\]"),
+        ("split.test_groups=A", r"split.test_groups='A' must be a list, for example \[A, B\]"),
         ("stream.run_length=0", "stream.run_length=0 must be at least 1"),
         ("stream.cells_per_task=32", "stream.cells_per_task=32 must be at least stream.run_length=64"),
         ("labels.min_cells=0", "labels.min_cells=0 must be at least 1"),

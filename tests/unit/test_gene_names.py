@@ -59,7 +59,7 @@ def test_what_is_not_a_human_gene_does_not_count() -> None:
     others = ["AB_01_TotalSeqC", "ERCC-00002", "ENSSASG00005000002", "ENSMUSG00000000001"]
     with_ids = MATCHER.match([*IDS, *others])
     assert with_ids.counted_v.tolist() == [True] * 8 + [False] * 4
-    assert "4 columns are no human genes and not counted" in str(with_ids)
+    assert "4 columns are not human genes and are ignored" in str(with_ids)
     symbols = MATCHER.match([*SYMBOLS, "SOMEGENE", *others])
     assert symbols.counted_v.tolist() == [True] * 9 + [False] * 4
     kinds = pd.Categorical(["Gene Expression"] * 8 + ["Antibody Capture"] * 2)

@@ -224,7 +224,7 @@ def test_counts_must_be_numbers_and_fit_the_genes(predictor: Predictor, counts: 
 def test_a_model_without_labels_is_refused(tmp_path: Path) -> None:
     directory = write_tiny_model(tmp_path / "pretrained", has_labels=False)
     with pytest.raises(
-        ValueError, match=r"knows no labels, because it was only pre-trained; .*jobs.finetune --from"
+        ValueError, match=r"has no labels because it was only pre-trained; .*jobs.finetune --from"
     ):
         Predictor.load(directory)
 
