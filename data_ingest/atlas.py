@@ -1,4 +1,4 @@
-"""Where an atlas is and which version of it: the one door to TileDB-SOMA's handles.
+"""Locate, pin and open an atlas: the only access to TileDB-SOMA's handles.
 
 An atlas has the layout of CELLxGENE Census, `URI/census_data/homo_sapiens`, whether it lies in a folder,
 behind S3's protocol or is a public release of Census itself.
@@ -32,17 +32,17 @@ CLOCK_AHEAD = (
 
 
 def located(atlas: AtlasConfig) -> AtlasConfig:
-    """The same atlas with an absolute path, so that every process finds it whatever its working directory.
+    """The same atlas with an absolute path, valid in any working directory.
 
     Raises:
         ValueError: An empty uri or an ill-formed Census release.
     """
     if not atlas.uri:
-        raise ValueError("atlas.uri is empty; give a folder, s3://bucket/prefix, census or census:YYYY-MM-DD")
+        raise ValueError("atlas.uri is empty; use a folder, s3://bucket/prefix, census or census:YYYY-MM-DD")
     release = census_release(atlas)
     if release not in (None, "") and not re.fullmatch(r"\d{4}-\d{2}-\d{2}", release or ""):
         raise ValueError(
-            f"atlas.uri={atlas.uri!r} names no release of Census; write census or census:YYYY-MM-DD, such"
+            f"atlas.uri={atlas.uri!r} is not a release of Census; write census or census:YYYY-MM-DD, such"
             f" as census:2025-11-08"
         )
     if release is not None or _SCHEME.match(atlas.uri):
@@ -74,7 +74,7 @@ def census_release(atlas: AtlasConfig) -> str | None:
 
 
 def pinned(atlas: AtlasConfig) -> AtlasConfig:
-    """The same atlas, located, at a version that stays.
+    """The same atlas, located, at a fixed version.
 
     A Census release by its date, any other atlas as it is at this moment.
 
@@ -146,7 +146,7 @@ def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
             return cellxgene_census.open_soma(census_version=release, context=context)
         except (OSError, ValueError, tiledbsoma.SOMAError) as error:
             raise ValueError(
-                f"release {release} of Census could not be opened; is the network there? ({_brief(error)})"
+                f"release {release} of Census could not be opened; check the network ({_brief(error)})"
             ) from error
     is_local = not _SCHEME.match(atlas.uri)
     if is_local and not os.path.exists(atlas.uri):
@@ -202,11 +202,11 @@ def _census_release(release: str) -> str:
 
     try:
         directory = cellxgene_census.get_census_version_directory()
-    except OSError as error:  # what requests raises is one, too
+    except OSError as error:  # includes the errors of requests
         wanted = f"census:{release}" if release else "census"
         raise ValueError(
-            f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; is the"
-            f" network there? ({_brief(error)})"
+            f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; check the"
+            f" network ({_brief(error)})"
         ) from error
     known = {entry["release_build"]: entry for entry in directory.values()}
     if not release:

@@ -1,4 +1,4 @@
-"""Cells of an atlas query, to be labelled or explained.
+"""Cells of an atlas query, to label or explain.
 
 Axes: n cells.
 """
@@ -98,13 +98,13 @@ def query_cells(
     min_gene_overlap: float,
     resumed: Path | None = None,
 ) -> AtlasCells:
-    """Cells of an atlas that fulfil a filter.
+    """Cells of an atlas that match a filter.
 
     Args:
         predictor: The model.
         atlas: The atlas, and how TileDB reaches it.
         obs_filter: The filter.
-        min_gene_overlap: As `GeneMatch.require`.
+        min_gene_overlap: As in `GeneMatch.require`.
         resumed: JSON file with the `source` (`CellSource.identity`) of a run that may be there already: of
             the same atlas, the version that it took is taken again. None, and where there is no such file,
             takes the newest.

@@ -1,4 +1,4 @@
-"""Ray Data's source of cells: one read task per unit of an epoch's plan, from SOMA to Arrow list columns.
+"""Ray Data source of cells: one read task per unit of an epoch's plan, from SOMA to Arrow list columns.
 
 Axes: `n` cells (rows), `z` stored values of them. Rows with joinid -1 are the plan's padding; cells without
 any count stay as empty lists.
@@ -38,14 +38,14 @@ SCHEMA = pa.schema(
 """joinid (-1: padding), label code (-1: none), sum of all counts of the cell, vocabulary indices in
 increasing order, their raw counts."""
 BLOCK_BYTES = 32 * 2**20
-"""Blocks stay small, so that a small object store holds several of them."""
+"""Blocks are small: several fit in a small object store."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellArrays:
-    """What all read tasks share.
+    """Data shared by all read tasks.
 
-    It travels once, as one object of Ray's store, and is mapped into each process without a copy.
+    Sent once, as one object in Ray's store, and mapped into each process without a copy.
     """
 
     joinids: np.ndarray
@@ -60,7 +60,7 @@ class CellArrays:
     """Shape (n,), float32: the sum of each cell's counts as obs has it; None checks nothing."""
 
     def check_sums(self, cells: np.ndarray, total_n: np.ndarray) -> None:
-        """Refuse cells whose counts are not those that were ingested, as after a changed byte in X.
+        """Refuse cells whose counts differ from those ingested, for example after a changed byte in X.
 
         Args:
             cells: Positions of the cells that were read.
@@ -256,7 +256,7 @@ def _num_rows(plan: EpochPlan, unit: ReadUnit) -> int:
 
 @lru_cache(maxsize=2)
 def _open_x(atlas: AtlasConfig, threads: int) -> tuple[Any, ExitStack]:
-    """X of the atlas and what keeps it open in this process until it ends.
+    """X of the atlas, with the handles that keep it open until the process ends.
 
     Opening costs more than a small read.
     """

@@ -1,6 +1,6 @@
 """The order of an epoch as a pure function of (seed, epoch).
 
-Which cell is in which global batch, and which rank reads it.
+It determines which global batch each cell is in, and which rank reads it.
 
 Words: a *run* is `run_length` neighbouring cells, the unit that is permuted over the whole query. A *task* is
 a stretch of that order of about `cells_per_task` cells that are mixed with each other. A task is cut into
@@ -22,7 +22,7 @@ from screformer.config import check_task_size, grad_accum_steps
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """What one read task reads: some lanes of some tasks, without the first steps of the first task."""
+    """The part read by one read task: some lanes of some tasks, without the first steps of the first task."""
 
     first_task: int
     num_tasks: int
@@ -46,7 +46,7 @@ class EpochPlan:
     once."""
 
     def __post_init__(self) -> None:
-        """Check what every rank relies on.
+        """Check the assumptions of all ranks.
 
         Raises:
             ValueError: A task can't hold one global batch.
@@ -122,8 +122,8 @@ class EpochPlan:
     def units(self, rank: int, world_size: int, start_step: int = 0) -> Iterator[ReadUnit]:
         """Read units of a rank from global batch `start_step` on, in order.
 
-        Tasks are joined until a unit has at least half of `cells_per_task`, so that many ranks do not read in
-        crumbs.
+        Tasks are merged until a unit has at least half of `cells_per_task`: with many ranks, reads would
+        otherwise be tiny.
 
         Raises:
             ValueError: The global batch is not a multiple of the world size.
@@ -143,7 +143,7 @@ class EpochPlan:
     def _cells_at(self, positions: np.ndarray) -> np.ndarray:
         """Cell at each position of the epoch's order of runs.
 
-        Of which one, the query's last, may be shorter than the others.
+        One run, the query's last, may be shorter than the others.
         """
         short = self.num_cells % self.run_length
         if short:
@@ -160,7 +160,7 @@ def sampled_cells(labels_n: np.ndarray, most: int, seed: int, *, even_labels: bo
 
     Args:
         labels_n: Label code of each cell.
-        most: Most cells; all, where there are no more.
+        most: Most cells; all if there are no more.
         seed: Of the choice.
         even_labels: Take as many cells of each label, or all of a label that has fewer.
     """

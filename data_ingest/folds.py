@@ -1,6 +1,6 @@
-"""Folds of a cross-validation: which cells each fold tests, and which choose its model.
+"""Folds of a cross-validation: the test and validation cells of each fold.
 
-Axes: `n` cells, `d` groups (such as donors), `k` labels, `f` folds.
+Axes: `n` cells, `d` groups (for example donors), `k` labels, `f` folds.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from screformer.config import GroupBy
 
 FILE = "folds.parquet"
 _TRIALS = 64
-"""Orders in which the groups are dealt out; fewer where there are very many groups."""
+"""Number of orders in which groups are dealt out; fewer if there are very many groups."""
 _META = b"screformer.folds"
 _KINDS: dict[GroupBy, str] = {"donor_id": "donor", "dataset_id": "dataset", "none": "random"}
-"""How folds are called by what they keep together; files of earlier versions hold this word."""
+"""Name of folds by what they keep together; files of earlier versions contain this name."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Folds:
     """A division of cells into test folds.
 
-    Every cell is tested once; validation cells come out of a fold's other cells.
+    Every cell is tested once; validation cells are taken from a fold's other cells.
     """
 
     group_by: GroupBy
@@ -39,10 +39,10 @@ class Folds:
     fold_n: np.ndarray
     """Test fold of each cell, int16 (n,)."""
     names: tuple[str, ...]
-    """What each fold tests: the dataset with `dataset_id`, else its number."""
+    """Name of each fold: its dataset with `dataset_id`, else its number."""
     seed: int
     notes: tuple[str, ...]
-    """What a reader of the results must know."""
+    """Caveats for a reader of the results."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -53,13 +53,13 @@ class Folds:
         return _KINDS[self.group_by]
 
     def name(self, fold: int) -> str:
-        """What a fold is called; `all` when `fold` is f, where every cell trains or validates."""
+        """The name of a fold; `all` if `fold` is f, where every cell trains or validates."""
         return self.names[fold] if fold < len(self) else "all"
 
     def parts(
         self, fold: int, donors: Sequence[str] | np.ndarray, labels: np.ndarray, val_fraction: float
     ) -> Split:
-        """The cells that train, choose and test in one fold.
+        """The training, validation and test cells of one fold.
 
         The validation part is made of whole donors where that works out (see `choose_validation`), of random
         cells where folds are random cells.
@@ -87,7 +87,7 @@ class Folds:
     def labels_of_one_fold(self, labels: np.ndarray) -> dict[int, str]:
         """Label codes whose cells are all in one fold, with its name.
 
-        When it is tested nobody can have learned them.
+        No method can have learned them when that fold is tested.
         """
         labels = np.asarray(labels, np.int64)
         found = {
@@ -96,7 +96,7 @@ class Folds:
         return {label: self.names[int(fold_f[0])] for label, fold_f in found.items() if len(fold_f) == 1}
 
     def hash(self, joinids: np.ndarray) -> str:
-        """Names the division of these cells.
+        """Hash of the division of these cells.
 
         Two runs with the same hash tested the same cells in each fold.
         """
@@ -115,20 +115,20 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
 
     Args:
         path: Written by `Folds.save`.
-        joinids: Shape (n,), the query's cells; the file may hold more.
+        joinids: Shape (n,), the query's cells; the file may contain more.
 
     Raises:
-        ValueError: No such file, or it lacks some of the cells.
+        ValueError: The file is missing, or lacks some of the cells.
     """
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"folds {path} cannot be read ({error}); give a run of jobs.crossval, or its {FILE}"
+            f"folds {path} cannot be read ({error}); use the folder of a run of jobs.crossval, or its {FILE}"
         ) from error
     saved = (table.schema.metadata or {}).get(_META)
     if saved is None:
-        raise ValueError(f"{path} holds no folds; give the {FILE} of a run of jobs.crossval")
+        raise ValueError(f"{path} contains no folds; use the {FILE} of a run of jobs.crossval")
     meta: dict[str, Any] = json.loads(saved)
     theirs = table["joinid"].to_numpy()
     order = np.argsort(theirs)
@@ -171,7 +171,7 @@ def make_folds(
         datasets: Shape (n,).
         labels: Shape (n,), label code of each cell, -1 for none.
         num_folds: f, at least 2; `dataset_id` does not use it.
-        seed: Of every choice.
+        seed: Seed of every random choice.
 
     Raises:
         ValueError: Fewer than two folds are possible.
@@ -205,7 +205,9 @@ def make_folds(
             raise ValueError(
                 f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it"
             )
-        notes.append("folds are random cells: a donor's cells are on both sides, which flatters every method")
+        notes.append(
+            "folds are random cells: a donor's cells are on both sides, so all scores are optimistic"
+        )
         shuffled = rng.permutation(len(label_n))
         by_label = shuffled[np.argsort(label_n[shuffled], kind="stable")]
         fold_n = np.empty(len(label_n), np.int16)
@@ -243,7 +245,7 @@ def make_folds(
 
 
 def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each group, int (d,): of many greedy deals the one with the most even share of each label.
+    """Fold of each group, int (d,): the greedy assignment, out of many, with the most even labels.
 
     scikit-learn's `StratifiedGroupKFold` gives no bound on the sizes of folds. On 300 random divisions of at
     most 14 donors of 1 to 60 cells, its largest difference between folds was 1.15 times the largest donor
@@ -278,8 +280,8 @@ def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np
             share_fk[fold] += share_dk[group]
         return fold_d
 
-    # The largest first, each to the smallest fold: this deal keeps the promise on sizes, the others are taken
-    # where they keep it too.
+    # The largest group first, each to the smallest fold: this assignment meets the bound on sizes. Others are
+    # used only if they meet it too.
     best = deal(np.argsort(-sizes_d, kind="stable"), True)
     best_cost = cost(best)
     for _ in range(min(_TRIALS, max(8, 20_000 // len(sizes_d)))):

@@ -1,4 +1,4 @@
-"""Which cells and genes take part: SOMA value filters, their checked result, and the hash that identifies it.
+"""Select cells and genes of an atlas: SOMA value filters, their result, and the hash that identifies it.
 
 Axes: `n` cells of the query, `g` genes of the query.
 """
@@ -36,7 +36,7 @@ from screformer.tokenizer import GeneVocabulary
 OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
 RAW_SUM = "raw_sum"
 FILTERS = ("obs_filter", "var_filter", "is_primary_data")
-"""Settings of a query that say which cells and genes it finds."""
+"""Settings that determine which cells and genes a query finds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +51,9 @@ class QueryResult:
     obs: pd.DataFrame
     """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id and
     what else was asked for, and
-    `label` (categorical; missing where the atlas tells no label)."""
+    `label` (categorical; missing if the atlas has no label)."""
     label_cl_ids: Mapping[str, str]
-    """Cell Ontology term of each label, "" where the atlas tells none."""
+    """Cell Ontology term of each label, "" if the atlas has none."""
     var_joinids: np.ndarray
     """Shape (g,), int64, increasing."""
     feature_ids: tuple[str, ...]
@@ -63,7 +63,7 @@ class QueryResult:
     def hash(self) -> str:
         """Hexadecimal SHA-256 of the joinids of cells and genes.
 
-        Equal for equal results, whatever the filter's wording.
+        Equal results have equal hashes, however the filter is written.
         """
         digest = hashlib.sha256(self.obs_joinids.astype("<i8").tobytes())
         digest.update(b"var" + self.var_joinids.astype("<i8").tobytes())
@@ -86,7 +86,7 @@ class QueryResult:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What has to be kept beside everything that is made of these cells.
+        """The identity to store with everything made from these cells.
 
         Atlas, version, filters, hash.
         """
@@ -100,10 +100,10 @@ class QueryResult:
         )
 
     def vocabulary(self, kept_g: np.ndarray | None = None) -> GeneVocabulary:
-        """The query's genes in the order of their joinids; their mean expression is not known yet and zero.
+        """The query's genes in joinid order; their mean expression is not known yet and is zero.
 
         Args:
-            kept_g: Which of them, bool (g,); None takes all.
+            kept_g: Genes to include, bool (g,); None includes all.
         """
         kept = range(len(self.feature_ids)) if kept_g is None else np.flatnonzero(kept_g).tolist()
         ids, names = (
@@ -122,7 +122,7 @@ class QueryResult:
         return cells_d @ measured_dv[:, self.var_joinids] / cells_d.sum()
 
     def raw_sums(self, positions: np.ndarray) -> np.ndarray | None:
-        """Sum of the counts of some cells of the query, as obs has it; None where it does not say."""
+        """Sum of the counts of some cells of the query, from obs; None if obs does not have it."""
         return self.obs[RAW_SUM].to_numpy(np.float32)[positions] if RAW_SUM in self.obs else None
 
     def panels(self, gene_of_var: np.ndarray, num_genes: int) -> Panels:
@@ -156,7 +156,7 @@ def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:
     """The atlas, pinned, the filters and the hash that `QueryResult.save` wrote.
 
     Raises:
-        ValueError: The file is missing, no JSON, or no saved query.
+        ValueError: The file is missing, is not JSON, or is not a saved query.
     """
     try:
         tree = json.loads(Path(path).read_text())
@@ -168,7 +168,7 @@ def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:
     missing = [key for key in ("atlas", *FILTERS, "hash") if not isinstance(tree, dict) or key not in tree]
     if missing:
         raise ValueError(
-            f"query.file={str(path)!r} is no saved query: it lacks {', '.join(missing)}; write one with"
+            f"query.file={str(path)!r} is not a saved query: it lacks {', '.join(missing)}; write one with"
             f" `python -m jobs.query --out`"
         )
     return saved_query(tree)
@@ -188,15 +188,15 @@ def find_cells(
     *,
     expected_hash: str = "",
 ) -> QueryResult:
-    """Find the cells and genes that fulfil a query's filters.
+    """Find the cells and genes that match a query's filters.
 
     Args:
-        atlas: Where to look; pin it first where the result shall be found again.
+        atlas: The atlas; pin it first if the result must be reproducible.
         query: The filters; `file` and `min_measured` are not used.
         label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as
             Census does), is rolled up from `cell_type_ontology_term_id`.
-        columns: More obs columns to bring along.
-        expected_hash: Hash that the result must have; empty checks nothing.
+        columns: Additional obs columns to read.
+        expected_hash: Hash that the result must have; empty to skip the check.
 
     Returns:
         The result, with at least one cell and one gene.
@@ -241,7 +241,7 @@ def find_cells(
     for rows, what, text in ((obs, "cell", full_obs_filter(query)), (var, "gene", query.var_filter)):
         if rows.empty:
             raise ValueError(
-                f"no {what} of the atlas {atlas.uri} fulfils {text!r}"
+                f"no {what} of the atlas {atlas.uri} matches {text!r}"
                 if text
                 else f"the atlas {atlas.uri} has no {what}"
             )
@@ -259,10 +259,10 @@ def find_cells(
     )
     if expected_hash not in ("", result.hash):
         raise ValueError(
-            f"the query gives other cells or genes than when it was saved: hash {result.hash} instead of"
+            f"the query finds different cells or genes than when it was saved: hash {result.hash} instead of"
             f" {expected_hash}"
             f" (atlas {atlas.uri} at timestamp_ms={atlas.timestamp_ms}); the atlas has changed, so"
-            f" save the query anew"
+            f" save the query again"
         )
     return result
 
@@ -281,7 +281,7 @@ def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, s
         given = located(config.atlas)
         if given.uri not in (atlas.uri, "census" if census_release(atlas) else atlas.uri):
             raise ValueError(
-                f"atlas.uri={given.uri!r} is another atlas than that of query.file={config.query.file!r},"
+                f"atlas.uri={given.uri!r} is another atlas than the one in query.file={config.query.file!r},"
                 f" {atlas.uri!r}; drop one"
             )
     settings = {**atlas.tiledb_config, **config.atlas.tiledb_config}

@@ -9,7 +9,7 @@ from data_ingest.ontology import MajorTypes, is_cell_term
 
 MAJOR = "cell_type_major"
 UNKNOWN = ("", "unknown", "na", "nan")
-"""Values of a label column that tell no label; `unknown` is what Census writes."""
+"""Values of a label column that mean no label; Census writes `unknown`."""
 
 
 def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
@@ -29,7 +29,7 @@ def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str,
         of_category = {category: str(category) for category in names.cat.categories}
     else:
         names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
-        # A release of Census may know terms that the ontology shipped here does not.
+        # A release of Census may use terms that are missing from the ontology shipped here.
         rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
         of_category = {
             term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories

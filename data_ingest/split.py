@@ -1,6 +1,6 @@
-"""Which cells train, which choose the model, and which are used only for the final test.
+"""Divide cells into training, validation and test parts.
 
-Axes: `n` cells, `d` groups (such as donors), `k` labels.
+Axes: `n` cells, `d` groups (for example donors), `k` labels.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from screformer.config import SplitConfig
 
 logger = logging.getLogger(__name__)
 _TRIALS = 256
-"""Random orders of the groups that are tried for each part."""
+"""Random orders of the groups to try for each part."""
 _LARGEST_MISS = 0.5
-"""A part of whole groups may miss its share of cells by so much of it, else single cells do better."""
+"""Tolerated relative error in the size of a part of whole groups, else single cells are used."""
 
 
 class Split(dict[str, np.ndarray]):
     """Indices of the cells of `train`, `val` and `test`, increasing, int64.
 
-    `notes` lists what could not be done as asked.
+    `notes` lists what could not be done as requested.
     """
 
     def __init__(self, parts: dict[str, np.ndarray], notes: Sequence[str]) -> None:
@@ -34,9 +34,9 @@ class Split(dict[str, np.ndarray]):
 def split_cells(
     groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: SplitConfig, seed: int
 ) -> Split:
-    """Divide cells so that no group is on both sides of the test.
+    """Divide cells without splitting a group between training and test.
 
-    And labels are shared out as evenly as whole groups allow.
+    Labels are distributed as evenly as whole groups allow.
 
     The validation part is made of whole groups too. Where there are too few of them (no choice comes near its
     share of cells, or each one takes a label away from training), it is random cells of the training groups
@@ -46,8 +46,8 @@ def split_cells(
     Args:
         groups: Shape (n,), name of each cell's group.
         labels: Shape (n,), label code of each cell, -1 for none.
-        config: Shares and groups that are held out.
-        seed: Of every choice.
+        config: Shares and groups to hold out.
+        seed: Seed of every random choice.
 
     Returns:
         The three parts; together they are all cells, and none is in two.
@@ -91,17 +91,17 @@ def choose_validation(
 ) -> tuple[np.ndarray, str]:
     """Take whole groups out of the training cells.
 
-    Or a share of each label's cells where whole groups will not do.
+    Takes a share of each label's cells instead if whole groups do not work.
 
     Args:
         group_n: Code of each cell's group, int (n,).
         label_n: Label code of each cell, int (n,), -1 for none.
         among_n: The cells that may be taken, bool (n,).
         fraction: Share of them to take, above 0.
-        rng: Makes the choice.
+        rng: Random generator of the choice.
 
     Returns:
-        The chosen cells, bool (n,), and a note where they are no whole groups.
+        The chosen cells, bool (n,), and a note if they are not whole groups.
     """
     _, own_n = np.unique(group_n[among_n], return_inverse=True)
     counts_dk = np.zeros((int(own_n.max(initial=-1)) + 1, int(label_n.max(initial=-1)) + 2), np.int64)
@@ -115,7 +115,7 @@ def choose_validation(
     val_n[random_cells(np.flatnonzero(among_n), label_n, fraction, rng)] = True
     return (
         val_n,
-        f"validation cells are random cells of the training groups, since {problem}; their score flatters",
+        f"validation cells are random cells of the training groups, since {problem}; scores are optimistic",
     )
 
 
@@ -162,7 +162,7 @@ def _choose(counts_dk: np.ndarray, fraction: float, rng: np.random.Generator) ->
 
 
 def _problem(counts_dk: np.ndarray, chosen: np.ndarray | None, fraction: float) -> str:
-    """Why a choice of whole groups will not do, or nothing."""
+    """Why a choice of whole groups does not work; empty if it does."""
     if chosen is None:
         return "there is only one training group"
     total_k, taken_k = counts_dk.sum(0), counts_dk[chosen].sum(0)

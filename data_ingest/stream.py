@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 class CellStream:
     """Cells of one atlas, by epochs of global batches, for any number of ranks.
 
-    A small picklable recipe: its arrays travel by reference where Ray runs. What it yields is a pure function
+    Small and picklable: with Ray running, its arrays are passed by reference. Its output is a pure function
     of its arguments, the epoch and the step; the order of cells in a global batch does not depend on the
     number of ranks.
     """
@@ -78,7 +78,7 @@ class CellStream:
             atlas: The atlas, pinned.
             joinids: Shape (n,), unique, any order (the stream sorts them).
             labels: Shape (n,), label code of each cell, -1 for none.
-            vocabulary: Genes that become tokens; the others count only into a cell's total.
+            vocabulary: Genes that become tokens; the others count only towards a cell's total.
             tokens: How a cell becomes tokens.
             stream: Run length and cells per task.
             global_batch_size: Cells per step over all ranks.
@@ -87,19 +87,19 @@ class CellStream:
             raw_sums: Sum of each cell's counts as obs has it, in the order of `joinids`; cells that are read
                 with another sum are refused. None checks nothing.
             weights: Weight of each cell in the loss, in the order of `joinids`; None gives none.
-            augmentation: What happens to cells before they become tokens; None: nothing.
+            augmentation: Changes cells before they become tokens; None for no change.
             shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
             read_cpus: CPUs that one read task counts as, when the free CPUs are shared out over ranks.
 
         Raises:
-            ValueError: A joinid stands twice, or the atlas has none of the vocabulary's genes.
+            ValueError: A joinid appears twice, or the atlas has none of the vocabulary's genes.
         """
         order = np.argsort(joinids, kind="stable")
         joinids, labels = np.asarray(joinids, np.int64)[order], np.asarray(labels, np.int64)[order]
         twice = np.flatnonzero(joinids[1:] == joinids[:-1])
         if len(twice):
             raise ValueError(
-                f"joinid {joinids[twice[0]]} stands twice among the cells of a stream; give each cell once"
+                f"joinid {joinids[twice[0]]} appears twice among the cells of a stream; list each cell once"
             )
         self.atlas, self.vocabulary, self.tokens, self.stream = atlas, vocabulary, tokens, stream
         self.global_batch_size, self.seed, self.shuffle, self.read_cpus = (
@@ -112,7 +112,7 @@ class CellStream:
         self.augmentation = augmentation
         self.num_cells = len(joinids)
         self.num_cut = 0
-        """Cells that lost genes to `tokens.max_genes` so far, in this process."""
+        """Cells cut to `tokens.max_genes` genes so far, in this process."""
         panels = panels.take(order) if panels else Panels.one(np.ones(len(vocabulary)), len(joinids))
         sums = None if raw_sums is None else np.asarray(raw_sums, np.float32)[order]
         self._arrays: CellArrays | None = CellArrays(
@@ -154,7 +154,7 @@ class CellStream:
         """Micro-batches of one rank in one epoch.
 
         A step is global_batch_size / (micro_batch_size x world_size) of them, also for the last step, whose
-        missing cells are padding rows. Atlas reading, tokenizing and conversion happen beside the caller's
+        missing cells are padding rows. Reading, tokenizing and conversion run outside the caller's
         thread. Ray must be running.
 
         Args:
@@ -162,7 +162,7 @@ class CellStream:
             rank: Whose cells.
             world_size: Number of ranks; together they get every cell once.
             micro_batch_size: Cells per micro-batch.
-            start_step: Steps of this epoch that were already taken, by however many ranks.
+            start_step: Steps of this epoch that were already taken, by any number of ranks.
 
         Yields:
             `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for
@@ -216,7 +216,7 @@ class CellStream:
         """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
 
         Args:
-            max_cells: All cells, where there are no more.
+            max_cells: Most cells to read; all cells if there are no more.
             seed: Of the choice.
             even_labels: Take as many cells of each label, or all of a label that has fewer.
 

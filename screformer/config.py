@@ -159,7 +159,7 @@ class LabelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which cells train, which choose the model, and which only test it. No group is on two sides."""
+    """The training, validation and test cells. No group is in more than one part."""
 
     group_by: str = setting("donor_id", "cells")
     """obs column whose groups stay together, such as `donor_id` or `dataset_id`."""
@@ -168,7 +168,7 @@ class SplitConfig:
     test_fraction: float = setting(0.2, "cells")
     """Share of cells to hold out for the test where `test_groups` is empty; 0 holds none out."""
     val_fraction: float = setting(0.1, "cells")
-    """Share of the remaining cells, by whole groups where the labels allow it, that selects the best step."""
+    """Share of the remaining cells, in whole groups if the labels allow it, used to select the best step."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "val_fraction"):
@@ -467,7 +467,7 @@ class CrossvalConfig:
 
     group_by: GroupBy = setting("donor_id", "cells")
     """What a fold keeps together: `donor_id`; `dataset_id`, each of which is a fold; or nothing (`none`:
-    random cells, which flatters)."""
+    random cells, which gives optimistic scores)."""
     num_folds: int = setting(5, "cells")
     """Folds; with `group_by=dataset_id` there are as many as datasets."""
     val_fraction: float = setting(0.1, "cells")
@@ -476,7 +476,7 @@ class CrossvalConfig:
     max_cells: int = setting(0, "cells")
     """Use at most this many cells of the query, the same share of each donor and label; 0 uses all."""
     pretrain: Literal["fold", "once", "none"] = setting("fold", "pretraining")
-    """Pre-train in each fold without its test cells, once on all of them (which flatters), or not at all.
+    """Pre-train in each fold without its test cells, once on all (optimistic scores), or not at all.
     An additive encoder is never pre-trained."""
     pretrain_steps: int = setting(100, "pretraining")
     """Optimizer steps of pre-training, in place of `train.max_steps`."""
@@ -670,7 +670,7 @@ class ExperimentConfig:
             if key:
                 require(
                     isinstance(tree[section][name], dict),
-                    f"{section}.{name} is no mapping, so {path!r} names nothing",
+                    f"{section}.{name} is not a mapping, so {path!r} is not a setting",
                 )
                 tree[section][name][key] = value
             else:
@@ -706,7 +706,7 @@ def setting_name(path: str) -> str:
 
 
 def _paths(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of nested values by name; what is not a section is left out, `build` refuses it."""
+    """Settings of nested values by name; anything that is not a section is left out (`build` refuses it)."""
     return {
         f"{section}.{name}": value
         for section, fields in tree.items()
@@ -725,7 +725,7 @@ def _check_current(path: str, value: Any) -> None:
     )
     if path.endswith(".group_by") and isinstance(value, str):
         new = _OLD_GROUPS.get(value)
-        require(new is None, f"{path}={value!r} names no column; write {path}={new}")
+        require(new is None, f"{path}={value!r} is not a column; write {path}={new}")
 
 
 def _check_effect(command: Command, paths: Iterable[str]) -> None:

@@ -1,1 +1,1 @@
-"""Measurements beside the peers: `python -m jobs.benchmark NAME`."""
+"""Benchmarks next to peers: `python -m jobs.benchmark NAME`."""

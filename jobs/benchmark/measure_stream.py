@@ -113,7 +113,7 @@ def _measure(
     for number in tqdm(range(arguments.rounds), desc="rounds", disable=None):
         for name, run in contestants.items():
             if name in peers and number and min(peers, key=lambda peer: seconds[peer][0]) != name:
-                continue  # only the peer's best batch size goes on
+                continue  # only the peer's best batch size continues
             start = time.perf_counter()
             seen = run(number)
             seconds[name].append(time.perf_counter() - start)

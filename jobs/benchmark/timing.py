@@ -16,7 +16,7 @@ from screformer.reversible import ReversibleEncoder
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of peers that took turns: of each peer, one for each round."""
+    """Seconds of peers run in turn: for each peer, one value per round."""
 
     rounds: Mapping[str, Sequence[float]]
 
@@ -54,9 +54,9 @@ def alternate(steps: Mapping[str, Callable[[], None]], *, rounds: int, device: t
 
 
 def peak_memory_mb(step: Callable[[], None], device: torch.device) -> float:
-    """Most memory that tensors made by `step` held at once, in MiB.
+    """Peak memory of tensors created by `step`, in MiB.
 
-    Counted by the allocator, so that other load does not matter.
+    Counted by the allocator, so other load does not matter.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

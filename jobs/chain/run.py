@@ -43,12 +43,11 @@ def run_chain(
     pretrain_steps: int = 100,
     simulated_cells: int = 2400,
 ) -> dict[str, Any]:
-    """Run all stages, and print a line for each.
+    """Run all stages, printing a line for each.
 
     Args:
-        config: Settings of all stages; `atlas.uri`, `tracking` and `cluster.storage_path` name places.
-        out: Folder of everything else. An atlas that an earlier run made there is replaced; models and runs
-            stay.
+        config: Settings of all stages, with `atlas.uri`, `tracking` and `cluster.storage_path`.
+        out: Folder for everything else. An atlas from an earlier run is replaced; models and runs are kept.
         files: .h5ad files of raw counts; simulated ones when empty.
         labels: As `IngestOptions.labels`.
         unseen: File to label at the end; None takes test cells of one dataset, or a simulated dataset.
@@ -194,7 +193,7 @@ def _fresh_folder(out: Path) -> None:
     atlas = out / "atlas"
     if atlas.exists():
         if not (out / _MARKER).exists():
-            raise ValueError(f"--out {out} holds an atlas that quickstart did not make; name another folder")
+            raise ValueError(f"--out {out} holds an atlas that quickstart did not create; use another folder")
         shutil.rmtree(atlas)
     (out / _MARKER).touch()
 

@@ -224,7 +224,8 @@ def test_a_saved_query_that_finds_other_cells_names_both_hashes(locator, tmp_pat
     path.write_text(json.dumps(tree | {"hash": "0123"}))
     stale, query, expected_hash = load_query(path)
     with pytest.raises(
-        ValueError, match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query anew"
+        ValueError,
+        match=f"hash {saved.hash} instead of 0123 .*the atlas has changed, so save the query again",
     ):
         find_cells(stale, query, expected_hash=expected_hash)
 
@@ -250,7 +251,7 @@ def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
     [
         (None, "can't be read as JSON"),
         ("{", "can't be read as JSON"),
-        ("[]", "is no saved query: it lacks atlas"),
+        ("[]", "is not a saved query: it lacks atlas"),
     ],
 )
 def test_a_file_that_is_no_query_is_refused(tmp_path, content, message):
@@ -265,7 +266,7 @@ def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
     whole.save(path)
     config = ExperimentConfig(atlas=AtlasConfig(uri="s3://other/atlas"), query=QueryConfig(file=str(path)))
     with pytest.raises(
-        ValueError, match="atlas.uri='s3://other/atlas' is another atlas than that of query.file"
+        ValueError, match="atlas.uri='s3://other/atlas' is another atlas than the one in query.file"
     ):
         resolve_query(config)
 

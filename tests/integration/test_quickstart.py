@@ -97,4 +97,4 @@ def test_refuses_what_cannot_be_used(
     assert "unknown setting model.dept; did you mean model.depth?" in error("model.dept=2")
     assert "must be at least 20 for each of 12 donors" in error("--cells", "50")
     (tmp_path / "other" / "atlas").mkdir(parents=True)
-    assert "holds an atlas that quickstart did not make" in error("--out", str(tmp_path / "other"))
+    assert "holds an atlas that quickstart did not create" in error("--out", str(tmp_path / "other"))

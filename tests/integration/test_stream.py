@@ -379,7 +379,7 @@ def test_wrong_sizes_and_cells_are_refused(locator):
         match=r"train.global_batch_size=24 is not a multiple of .* \(5 x 1 = 5\); try 20 or 25",
     ):
         next(stream.batches(0, rank=0, world_size=1, micro_batch_size=5))
-    with pytest.raises(ValueError, match="joinid 3 stands twice among the cells of a stream"):
+    with pytest.raises(ValueError, match="joinid 3 appears twice among the cells of a stream"):
         make_stream(locator, joinids=np.array([3, 1, 3]))
     with pytest.raises(
         ValueError, match="stream.cells_per_task=12 must hold at least one train.global_batch_size=24"

@@ -58,13 +58,13 @@ def test_forms(uri, release):
 @pytest.mark.parametrize("uri", ["census:latest", "census:2025", "census:08-11-2025"])
 def test_an_ill_formed_release_is_refused(uri):
     with pytest.raises(
-        ValueError, match=f"atlas.uri='{uri}' names no release of Census; write census or census:YYYY-MM-DD"
+        ValueError, match=f"atlas.uri='{uri}' is not a release of Census; write census or census:YYYY-MM-DD"
     ):
         located(AtlasConfig(uri=uri))
 
 
 def test_an_empty_uri_is_refused():
-    with pytest.raises(ValueError, match="atlas.uri is empty; give a folder, s3://bucket/prefix, census"):
+    with pytest.raises(ValueError, match="atlas.uri is empty; use a folder, s3://bucket/prefix, census"):
         located(AtlasConfig(uri=""))
 
 
@@ -162,6 +162,6 @@ def test_census_without_a_network_says_so():
     else:
         pytest.skip("the network is there")
     with pytest.raises(
-        ValueError, match="release directory of CELLxGENE Census could not be reached; is the network there?"
+        ValueError, match="release directory of CELLxGENE Census could not be reached; check the network"
     ):
         pinned(AtlasConfig(uri="census:2025-11-08"))
