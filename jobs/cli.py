@@ -27,6 +27,7 @@ COMMANDS = {
     "explain": "Show which genes drive each label.",
     "promote": "Make the candidate the champion if it is better.",
     "report": "Make the report of a run.",
+    "train_bundled": "Train the model of blood cells that comes with screformer.",
     "sync": "Send what an unreachable tracking server missed.",
     "settings": "List the settings with their values and meanings, and the recipes.",
     "benchmark": "Measure attention, training steps or the stream next to their peers.",

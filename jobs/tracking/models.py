@@ -22,6 +22,7 @@ from jobs.tracking.client import (
     tracking_uri,
 )
 from jobs.tracking.identity import package_version
+from screformer import bundled
 from screformer.config import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,9 @@ def register_model(
         shutil.copytree(model_dir, source)
         package = Path(scratch) / "source" / "screformer"
         shutil.copytree(
-            Path(screformer.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+            Path(screformer.__file__).parent,
+            package,
+            ignore=shutil.ignore_patterns("__pycache__", "pretrained"),
         )
         reader = Path(scratch) / "source" / "data_ingest"
         reader.mkdir()
@@ -186,8 +189,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
 
     Args:
         uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` (the model that the run logged), a
-            bare run id, or a
-            directory: that of a model, or of a checkpoint that holds one.
+            bare run id, `bundled:NAME`, or a directory: that of a model, or of a checkpoint that holds one.
         tracking: Where models are kept; the default is that of the configuration.
 
     Returns:
@@ -198,6 +200,8 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
         ValueError: Nothing of that name, or it holds no model.
         ConnectionError: The tracking server does not answer.
     """
+    if uri.startswith(bundled.PREFIX):
+        return bundled.bundled_model(uri)
     is_run = uri.startswith("runs:/") or re.fullmatch(r"[0-9a-f]{32}", uri)
     if not uri.startswith("models:/") and not is_run:
         return _model_directory(Path(uri.removeprefix("file://")), uri)

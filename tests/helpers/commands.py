@@ -18,6 +18,7 @@ NEEDED = {
     "annotate": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b.h5ad"],
     "explain": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b"],
     "promote": ["--model", "m"],
+    "train_bundled": ["--data", "sets", "--work", "scratch"],
     "report": ["--run", "r"],
     "sync": ["--run-dir", "r"],
 }
