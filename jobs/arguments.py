@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.quiet import quiet as quiet_ray
+from screformer.bundled import DEFAULT
 from screformer.config import WITHOUT_EFFECT, ExperimentConfig
 
 DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
@@ -212,8 +213,9 @@ def add_model(parser: Parser) -> None:
     """`--model`, as `jobs.tracking.models.resolve_model` reads it, and where models are kept."""
     parser.add_argument(
         "--model",
-        required=True,
-        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a model directory",
+        default=DEFAULT,
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID, a model directory, or bundled:NAME"
+        " (default %(default)s: human blood cells)",
     )
     add_tracking(parser)
 

@@ -18,7 +18,7 @@ def arguments(parser: Parser) -> None:
         "--from",
         dest="init_from",
         metavar="MODEL",
-        help="start from a run id, runs:/ID, models:/NAME@ALIAS or a model directory",
+        help="start from a run id, runs:/ID, models:/NAME@ALIAS, a model directory or bundled:blood",
     )
     add_training(parser)
 

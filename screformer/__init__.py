@@ -1,6 +1,6 @@
 """scReformer-BERT: tokens, model, training, metrics and prediction, without Ray, MLflow or SOMA.
 
-`screformer.annotate(adata, model=...)` labels the cells of an AnnData; see `screformer.labelling.annotate`.
+`screformer.annotate(adata)` labels the cells of an AnnData; see `screformer.labelling.annotate`.
 """
 
 from __future__ import annotations

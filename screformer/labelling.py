@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from screformer import bundled
 from screformer.answers import PROVENANCE
 from screformer.calibration import FEW_COUNTS
 from screformer.cells import AnnDataCells, predictions
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def annotate(
     adata: Any,
-    model: str | Path | Predictor,
+    model: str | Path | Predictor = bundled.DEFAULT,
     *,
     layer: str = "",
     raw: bool = False,
@@ -45,7 +46,7 @@ def annotate(
 
     Args:
         adata: Raw counts in X, genes by Ensembl id or symbol. Not modified.
-        model: A model directory, or a loaded model.
+        model: A model directory, a loaded model, or `bundled:NAME` for one that comes with screformer.
         layer: Counts are in this layer instead of X.
         raw: Counts are in `raw.X` instead of X.
         min_gene_overlap: Minimum share of the model's expected expression covered by the genes, in [0, 1].
@@ -196,4 +197,4 @@ def _load(model: str) -> Predictor:
             f" `jobs.tracking.models.resolve_model({model!r})`, or use"
             f" `mlflow.pyfunc.load_model({model!r}).predict(adata)`"
         )
-    return Predictor.load(model)
+    return Predictor.load(bundled.bundled_model(model) if model.startswith(bundled.PREFIX) else model)

@@ -217,7 +217,7 @@ def fit(
     steps.close()
 
     if prior_shift_k is not None and best_weights:
-        best_weights["classification_head.bias"] += torch.from_numpy(prior_shift_k).float()
+        best_weights["classification_head.bias"] += torch.tensor(prior_shift_k, dtype=torch.float32)
     if progress.best_step != progress.global_step or average is not None or prior_shift_k is not None:
         load_weights(engine, best_weights)
     val_sample, test_sample = OutputSample(objective.num_classes), OutputSample(objective.num_classes)

@@ -15,8 +15,8 @@ MODULES = {name: f"jobs.{name}" for name in COMMANDS if name != "benchmark"} | {
 }
 NEEDED = {
     "ingest": ["--atlas", "a", "--h5ad", "a.h5ad"],
-    "annotate": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b.h5ad"],
-    "explain": ["--model", "m", "--h5ad", "a.h5ad", "--out", "b"],
+    "annotate": ["--out", "b.h5ad", "--h5ad", "a.h5ad"],
+    "explain": ["--out", "b", "--h5ad", "a.h5ad"],
     "promote": ["--model", "m"],
     "train_bundled": ["--data", "sets", "--work", "scratch"],
     "report": ["--run", "r"],

@@ -1,0 +1,98 @@
+"""The model that comes with screformer: it belongs to its recipe, and its labels stay the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+
+import screformer
+from helpers.processes import run_python
+from jobs.arguments import RECIPES
+from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
+from screformer.checkpoint import WEIGHTS, load_model
+from screformer.config import ExperimentConfig
+from screformer.predictor import Predictor
+
+MARKERS = {
+    "B cell": ("MS4A1", "CD79A", "CD79B", "HLA-DRA", "CD74"),
+    "T cell": ("CD3D", "CD3E", "IL7R", "LTB", "IL32"),
+    "natural killer cell": ("GNLY", "NKG7", "GZMB", "PRF1", "FGFBP2"),
+    "monocyte": ("LYZ", "S100A8", "S100A9", "CST3", "FCN1"),
+}
+GOLDEN = Path(__file__).parents[1] / "golden" / "bundled_blood.json"
+
+
+def marked_cells() -> anndata.AnnData:
+    """Cells of a usual blood profile, with 15 counts of each marker of one type and none of the others'."""
+    vocabulary = Predictor.load(bundled_model(DEFAULT), device="cpu").vocabulary
+    assert vocabulary.reference_g is not None
+    markers = sorted({name for names in MARKERS.values() for name in names})
+    names = vocabulary.readable_names.astype(str)
+    base = np.rint(vocabulary.reference_g * 2000)
+    base[np.isin(names, markers)] = 0
+    counts = np.stack([base + 15 * np.isin(names, own) for own in MARKERS.values()])
+    return anndata.AnnData(
+        counts.astype(np.float32),
+        obs=pd.DataFrame(index=list(MARKERS)),
+        var=pd.DataFrame(index=list(vocabulary.feature_ids)),
+    )
+
+
+def test_it_is_small_and_found_by_name() -> None:
+    assert bundled_models() == ["blood"]
+    assert sum(path.stat().st_size for path in bundled_model(DEFAULT).iterdir()) <= 10e6
+    with pytest.raises(ValueError, match="model 'bundled:lung' does not come .* there are bundled:blood"):
+        bundled_model("bundled:lung")
+
+
+def test_it_belongs_to_the_recipe() -> None:
+    config = load_model(bundled_model(DEFAULT)).config
+    recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
+    settled = {"split.test_fraction": 0.0, "model.attention": "none"}
+    assert config.differences(recipe.merge(settled)) == {}
+
+
+def test_it_names_no_machine() -> None:
+    text = "".join(path.read_text() for path in bundled_model(DEFAULT).iterdir() if path.name != WEIGHTS)
+    assert "/home" not in text and "file://" not in text and "mlflow.db" not in text
+
+
+def test_it_works_with_the_library_alone(tmp_path: Path) -> None:
+    shutil.copytree(Path(screformer.__file__).parent, tmp_path / "screformer")
+    marked_cells().write_h5ad(tmp_path / "cells.h5ad")
+    program = """if True:
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import anndata, screformer
+        assert screformer.__file__.startswith(sys.argv[1])
+        labelled = screformer.annotate(anndata.read_h5ad(sys.argv[1] + "/cells.h5ad"))
+        print(len(labelled))
+        assert not {"jobs", "data_ingest", "ray", "mlflow", "tiledbsoma", "deepspeed"} & set(sys.modules)
+    """
+    assert run_python("-c", program, tmp_path, cwd=tmp_path).stdout.strip().endswith(str(len(MARKERS)))
+
+
+def real_labels(folder: Path) -> dict[str, int]:
+    """Labels of 300 real cells, and how many have them."""
+    adata = anndata.read_h5ad(folder / "pbmc1k_v3_unlabelled.h5ad")[:300].copy()
+    return (
+        screformer.annotate(adata).obs["predicted_labels"].astype(str).value_counts().sort_index().to_dict()
+    )
+
+
+def test_labels_of_real_cells_stay_the_same(real_data: Path) -> None:
+    """A renewal of the model renews the golden file too; see tests/golden/README.md."""
+    assert real_labels(real_data) == json.loads(GOLDEN.read_text())
+
+
+def test_the_folder_is_package_data() -> None:
+    assert FOLDER.parent == Path(screformer.__file__).parent
+
+
+if __name__ == "__main__":
+    shared = Path(screformer.__file__).parents[2] / "shared" / "data"
+    GOLDEN.write_text(json.dumps(real_labels(shared), indent=1) + "\n")
