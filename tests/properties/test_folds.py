@@ -98,7 +98,7 @@ def test_what_a_reader_must_know_is_said():
     assert shared.names == ("x", "y") and any(
         "donor a is in the datasets x, y" in note for note in shared.notes
     )
-    assert any("flatters" in note for note in make_folds("none", donors, donors, labels, 5, 0).notes)
+    assert any("optimistic" in note for note in make_folds("none", donors, donors, labels, 5, 0).notes)
     with pytest.raises(ValueError, match="needs at least 2 datasets, the query has 1"):
         make_folds("dataset_id", donors, np.full(60, "x"), labels, 5, 0)
     with pytest.raises(ValueError, match="needs at least 2 donors, the query has 1"):

@@ -219,7 +219,7 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
             "local",
             "attention: local; model.n_hashes=8 without effect",
         ),
-        ({"n_hashes": 2}, 10, "full", f"from {CROSSOVER_TOKENS:,} on); model.n_hashes=2 without effect"),
+        ({"n_hashes": 2}, 10, "full", f"from {CROSSOVER_TOKENS:,} tokens); model.n_hashes=2 without effect"),
     ],
 )
 def test_auto_is_settled_by_length_and_the_line_says_so(overrides, most_slots, kind, line):

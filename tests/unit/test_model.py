@@ -275,7 +275,7 @@ def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
 def test_task_and_heads_must_fit() -> None:
     batch = batch_of(counts_of_cells(2))
     assert network(classes=0)(batch, task="embed").embedding_nd.shape == (2, TINY["dim"])
-    with pytest.raises(AssertionError, match="without classes"):
+    with pytest.raises(AssertionError, match="has no classes"):
         network(classes=0)(batch, task="finetune")
     with pytest.raises(AssertionError, match="task pretrain with hidden=None"):
         network()(batch, task="pretrain")
