@@ -62,7 +62,7 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def weights_norm(engine: Any) -> float:
     """Norm of this rank's weights: not finite if any of them is not."""
-    held = [param.ds_tensor if _is_partitioned(param) else param for param in engine.module.parameters()]
+    held = [_held(param) if _is_partitioned(param) else param for param in engine.module.parameters()]
     return float(nn.utils.get_total_norm([part.detach() for part in held]))
 
 
@@ -175,6 +175,12 @@ def broadcast(
 
 def _is_partitioned(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
+
+
+def _held(param: Any) -> torch.Tensor:
+    # Without the fill of the last part, which DeepSpeed leaves as the memory was: it may be NaN.
+    size, rank = param.ds_tensor.numel(), torch.distributed.get_rank()
+    return param.ds_tensor[: min(size, max(0, param.ds_numel - rank * size))]
 
 
 def _own_part(full: torch.Tensor, param: Any) -> torch.Tensor:

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.toy_training import join_group, toy_config, train
+from helpers.toy_training import NUM_CLASSES, NUM_GENES, join_group, toy_config, train
 from screformer.checkpoint import load_model
+from screformer.config import ExperimentConfig
+from screformer.engine import build_engine
+from screformer.engine_state import weights_norm
+from screformer.model import ScReformer
 from screformer.not_finite import NonFiniteError
 from screformer.training import Stopped
 from screformer.training_checkpoint import damage, read_position
@@ -47,10 +51,30 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
     ) and len(whole.weights) == len(resumed.weights)
     asked.clear()
     run("timed", "finetune", {}, checkpoint_due=third_step)
+    found["norm"] = _norm_with_nan_as_fill(toy_config(**{"cluster.num_workers": world_size, "zero.stage": 3}))
     if rank == 0:
         (folder / "out.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _norm_with_nan_as_fill(config: ExperimentConfig) -> float:
+    """Of all weights at ZeRO stage 3, summed over ranks, with NaN where the last rank's parts are longer than
+    the weights that they hold."""
+    model = ScReformer(config.model, config.tokens, num_genes=NUM_GENES, num_classes=NUM_CLASSES, seed=0)
+    engine = build_engine(config, model, config.cluster.num_workers)
+    filled = 0
+    for param in engine.module.parameters():
+        size = param.ds_tensor.numel()
+        fill = (torch.distributed.get_rank() + 1) * size - param.ds_numel
+        if fill > 0:
+            param.ds_tensor.data[size - fill :] = math.nan
+            filled += fill
+    assert filled or torch.distributed.get_rank() == 0
+    norm = torch.tensor(weights_norm(engine))
+    engine.destroy()
+    torch.distributed.all_reduce(norm, torch.distributed.ReduceOp.SUM)
+    return float(norm)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +95,10 @@ def test_the_first_nan_ends_training_and_nothing_of_it_is_saved(
     for checkpoint in (ends[1] / f"nan-{task}-{stage}").glob("step-*"):
         weights = load_model(checkpoint / "model").model.state_dict().values()
         assert all(math.isfinite(float(tensor.sum())) for tensor in weights)
+
+
+def test_what_fills_up_the_last_rank_is_no_weight(ends: tuple[dict[str, Any], Path]) -> None:
+    assert 0 < ends[0]["norm"] < math.inf
 
 
 def test_a_stop_saves_a_checkpoint_from_which_training_ends_to_the_bit(
