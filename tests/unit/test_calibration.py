@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +132,25 @@ def test_a_term_that_is_a_label_keeps_the_labels_name() -> None:
     assert answers.probability_n[0] == pytest.approx(0.75)
 
 
-def test_the_sample_does_not_depend_on_batches() -> None:
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone; a training in this process may have left one."""
+    group = torch.distributed
+    left = group.is_initialized()
+    if not left:
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    yield
+    if not left:
+        group.destroy_process_group()
+
+
+def test_the_sample_does_not_depend_on_batches(one_rank: None) -> None:
     rng = np.random.default_rng(0)
     joinids, labels, logits = (
         torch.arange(500),
         torch.from_numpy(rng.integers(-1, 3, 500)),
         torch.from_numpy(rng.normal(size=(500, 3))),
     )
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     kept = []
     for size in (7, 500):
         sample = OutputSample(3, most_cells=60)
@@ -146,7 +158,6 @@ def test_the_sample_does_not_depend_on_batches() -> None:
             rows = slice(start, start + size)
             sample.add(joinids[rows], labels[rows], logits[rows])
         kept.append(sample.gather())
-    torch.distributed.destroy_process_group()
     assert len(kept[0].labels_n) == 60 and (kept[0].labels_n >= 0).all()
     np.testing.assert_array_equal(kept[0].labels_n, kept[1].labels_n)
     np.testing.assert_array_equal(kept[0].logits_nk, kept[1].logits_nk)
