@@ -12,6 +12,7 @@ import pytest
 import screformer
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
+from jobs.training.bundled import FILTER
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import WEIGHTS, load_model
 from screformer.config import ExperimentConfig
@@ -52,7 +53,7 @@ def test_it_is_small_and_found_by_name() -> None:
 def test_it_belongs_to_the_recipe() -> None:
     config = load_model(bundled_model(DEFAULT)).config
     recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
-    settled = {"split.test_fraction": 0.0, "model.attention": "none"}
+    settled = {"query.obs_filter": FILTER, "split.test_fraction": 0.0, "model.attention": "none"}
     assert config.differences(recipe.merge(settled)) == {}
 
 
