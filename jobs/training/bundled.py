@@ -29,12 +29,13 @@ SETS = (
 )
 """Labelled sets of human blood cells. Cells that `duplicate_of` calls copies are left out."""
 FILTER = "cell_type_major != 'hematopoietic precursor cell'"
-"""Progenitors are left out: all of them come from one donor and one protocol, and a model that knew them called
-many monocytes of other protocols progenitors (181 of 996 cells of a healthy 10x 3' v2 sample)."""
+"""Progenitors are left out: all of them come from one donor and one protocol, and a model that knew them
+called many monocytes of other protocols progenitors (181 of 996 cells of a healthy 10x 3' v2 sample)."""
 CARD = "MODEL_CARD.md"
 LIMITS = (
     "Other cells than these types: progenitors, red blood cells, granulocytes, mast cells, innate lymphoid"
-    " cells and tumour cells were not in the training sets. Some are flagged as unknown, others get a wrong label.",
+    " cells and tumour cells were not in the training sets. Some are flagged as unknown, others get"
+    " a wrong label.",
     "Other tissues than blood, and other species.",
     "Plasma cells come from one gene panel of 100 genes.",
     "Subtypes, such as CD4 and CD8 T cells: the labels are major types.",
