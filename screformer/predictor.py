@@ -23,7 +23,7 @@ from screformer.genes import GeneMatcher
 from screformer.model import HASH_SEED
 from screformer.tokenizer import CellTokenizer, GeneVocabulary
 
-_TOKENS_PER_BATCH = {
+TOKENS_PER_BATCH = {
     "cpu": 8_192,
     "cuda": 131_072,
 }  # small batches fit in a CPU's cache: 25 % faster than 32,768
@@ -175,7 +175,7 @@ class Predictor:
         """Label cells; the result is in the same order."""
         logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
-        for batch in self._batches(self.tokenizer.lengths(cells)):
+        for batch in self.batches(self.tokenizer.lengths(cells)):
             part = cells.take(batch)
             logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
         probabilities = self.calibration.probabilities(logits)
@@ -206,11 +206,18 @@ class Predictor:
             output = self.model(batch, task="finetune", hidden=None, hash_seed=HASH_SEED)
             return output.logits_nk.float().cpu().numpy(), output.embedding_nd.float().cpu().numpy()
 
-    def _batches(self, lengths_n: np.ndarray) -> Iterator[np.ndarray]:
-        """Group cells of similar length, to pad little, with a limit on tokens per batch."""
+    def batches(self, lengths_n: np.ndarray) -> Iterator[np.ndarray]:
+        """Group cells of similar length, to pad little, with a limit on tokens per batch.
+
+        Args:
+            lengths_n: Genes of each cell that become tokens, shape (n,).
+
+        Yields:
+            Positions of the cells of one batch, in increasing order of length.
+        """
         slots = 1 + lengths_n
         order = np.argsort(slots, kind="stable")
-        budget = _TOKENS_PER_BATCH.get(self.device.type, 32_768)
+        budget = TOKENS_PER_BATCH.get(self.device.type, 32_768)
         start = 0
         while start < len(order):
             window = slots[order[start : start + _CELLS_PER_BATCH]]

@@ -33,7 +33,7 @@ Send = Callable[[Entry, Path | None], Any]
 """Sends an entry with its file or folder, if it has one. Raises `ConnectionError` when the server is away."""
 
 
-_RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
+RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
 """The server is asked again after 5 s or, where asking takes long, so seldom that it costs 5 % of the time;
 at least once a minute."""
 
@@ -215,7 +215,7 @@ class Outbox:
             )
         self._is_away = True
         now = time.monotonic()
-        self._next_try = now + min(_MOST_RETRY_S, max(_RETRY_S, (now - began) / _SHARE))
+        self._next_try = now + min(_MOST_RETRY_S, max(RETRY_S, (now - began) / _SHARE))
         self._waiting = True
 
 

@@ -83,11 +83,16 @@ def end_group(process: subprocess.Popen[Any], *, grace_s: float = 0) -> None:
 
 
 def run_here(
-    main: Callable[[Sequence[str]], int | None], *words: object, cwd: Path
+    main: Callable[[Sequence[str]], int | None], *words: object, cwd: Path, status: int = 0
 ) -> tuple[dict[str, Any], str]:
-    """Run a command in this process, with the Ray that it has: its last line, and all that it printed."""
+    """Run a command in this process, with the Ray that it has.
+
+    Returns:
+        The object on its last line, empty where it is to end with another status than 0; and all it printed.
+    """
     printed = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        status = main([str(word) for word in words])
-    assert not status, printed.getvalue()
-    return json.loads(printed.getvalue().splitlines()[-1]), printed.getvalue()
+        found = main([str(word) for word in words])
+    assert (found or 0) == status, printed.getvalue()
+    result = json.loads(printed.getvalue().splitlines()[-1]) if status == 0 else {}
+    return result, printed.getvalue()

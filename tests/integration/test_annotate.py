@@ -113,7 +113,7 @@ def test_the_command_labels_a_copy_and_leaves_the_rest(
     assert "model models:/blood/1: 4 labels, 40 genes" in printed
     assert (
         "60 cells in" in printed
-        and "40 of the model's 40 genes found (40 by id, 0 by name), 100.0%" in printed
+        and "40 of the model's 40 genes found (40 by id, 0 by name), covering 100.0%" in printed
     )
     assert hashlib.sha256(source.read_bytes()).hexdigest() == before
     assert [path.name for path in target.parent.iterdir()] == ["out.h5ad"]

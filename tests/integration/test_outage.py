@@ -77,7 +77,7 @@ def test_a_server_that_goes_away_loses_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbox_module, "_RETRY_S", 0.0)
+    monkeypatch.setattr(outbox_module, "RETRY_S", 0.0)
     caplog.set_level(logging.WARNING)
     client, run_dir = MlflowClient(server.url), tmp_path / "run"
     run_dir.mkdir()

@@ -162,7 +162,7 @@ def test_a_job_has_the_packages_and_little_else(cluster: Cluster, tmp_path: Path
     assert status != 0 and "failed" in output.lower(), output  # the job's own status 7 is a failed job
     assert "exit code 7" in output, output
     line = next(line for line in output.splitlines() if line.startswith("bytes"))
-    assert int(line.split()[1]) < 2 * 2**20, line
+    assert int(line.split()[1]) < 4 * 2**20, line  # the bundled model has 1.7 MB
     folders = line.partition("folders ")[2]
     assert "'screformer'" in folders and not any(
         name in folders for name in ("tests", "docs", ".venv", ".git")

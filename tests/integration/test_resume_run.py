@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 
-from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, start_python
+from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, run_here, start_python
 from helpers.servers import S3
+from jobs import finetune
 
 pytestmark = pytest.mark.timeout(1200)
 SMOKE = str(REPO_ROOT / "jobs" / "recipes" / "smoke.yaml")
@@ -41,10 +42,11 @@ class Run(NamedTuple):
             stderr=subprocess.STDOUT,
         )
 
-    def resume(self, *words: str) -> tuple[int, str]:
-        process = self.start("--resume", self.uri, *words)
-        printed, _ = process.communicate(timeout=500)
-        return process.returncode, printed
+    def resume(self, *, status: int = 0) -> tuple[dict[str, Any], str]:
+        """In this process, for a resume that has nothing to train."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", self.environment["AWS_ENDPOINT_URL"])
+            return run_here(finetune.main, "--resume", self.uri, cwd=self.folder, status=status)
 
     def steps(self) -> list[int]:
         """Where its checkpoints stand, oldest first."""
@@ -65,7 +67,9 @@ def _client() -> Any:
 
 
 @pytest.fixture(scope="module")
-def stopped(s3: S3, small_atlas: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+def stopped(
+    s3: S3, small_atlas: str, ray_local: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Run, str]]:
     """A run that got SIGTERM, as from `ray job stop`, between two evaluations; and what it printed last."""
     variables = environment(AWS_ENDPOINT_URL=s3.endpoint)
     bucket = boto3.resource("s3", endpoint_url=s3.endpoint).Bucket(s3.bucket)
@@ -78,13 +82,13 @@ def stopped(s3: S3, small_atlas: str, tmp_path_factory: pytest.TempPathFactory) 
         f"cluster.storage_path={s3.uri}/runs",
         "cluster.cpus_per_worker=0.5",
         "tracking.model_name=resumed",
-        "train.max_steps=300",
-        "train.eval_every_steps=50",
+        "train.max_steps=150",
+        "train.eval_every_steps=25",
         "train.log_every_steps=10",
     )
     try:
         uri = read_until(process, r"--resume (s3://\S+)\)")[1]
-        read_until(process, r"step +120/300")
+        read_until(process, r"step +60/150")
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == 130, printed
@@ -100,7 +104,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(stopped: tuple[Run, s
         rf"interrupted; the checkpoint of step \d+ is saved; resume with --resume {run.uri}\n", printed
     )
     assert "Traceback" not in printed and "Fatal Python error" not in printed
-    assert run.steps()[-1] >= 120 and run.steps()[-1] not in (300, run.steps()[-2])
+    assert run.steps()[-1] >= 60 and run.steps()[-1] not in (150, run.steps()[-2])
     saved = json.loads(run.objects("run.json")[0].get()["Body"].read())
     assert _client().get_run(saved["run"]["run_id"]).info.status == "KILLED"
 
@@ -117,8 +121,7 @@ def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
     process = run.start("--resume", run.uri)
     try:
         line = read_until(process, r".* is left out: training_state.safetensors was changed: .*")[0]
-        status, refused = run.resume()
-        assert status == 2 and "is being written by process" in refused, refused
+        assert "is being written by process" in run.resume(status=2)[1]
         printed, _ = process.communicate(timeout=500)
         assert process.returncode == 0, printed
     finally:
@@ -139,9 +142,8 @@ def test_a_damaged_checkpoint_is_left_out_and_a_second_resume_is_refused(
 
 def test_a_finished_run_is_left_alone(stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]) -> None:
     before = _client().get_run(finished[0]["run_id"]).info
-    status, printed = stopped[0].resume()
-    assert status == 0 and "is finished; there is nothing to resume" in printed
-    assert json.loads(printed.splitlines()[-1]) == finished[0]
+    again, printed = stopped[0].resume()
+    assert "is finished; there is nothing to resume" in printed and again == finished[0]
     after = _client().get_run(finished[0]["run_id"]).info
     assert (after.status, after.end_time) == ("FINISHED", before.end_time)
 
@@ -155,31 +157,17 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
     client.delete_registered_model("resumed")
     for found in run.objects("result.json"):
         found.delete()
-    status, printed = run.resume()
-    assert status == 0, printed
+    again, printed = run.resume()
     assert "training had ended; doing what is left" in printed and "step  10/" not in printed
-    again = json.loads(printed.splitlines()[-1])
     assert again["metrics"] == result["metrics"] and again["model_version"] == 1
     assert client.get_run(result["run_id"]).info.status == "FINISHED"
 
 
-def test_a_nan_ends_the_run_without_a_model(small_atlas: str, tmp_path: Path) -> None:
-    process = start_python(
-        "-m",
-        "jobs.finetune",
-        "--config",
-        SMOKE,
-        f"atlas.uri={small_atlas}",
-        f"cluster.storage_path={tmp_path}",
-        "cluster.cpus_per_worker=0.5",
-        "tracking.model_name=diverged",
-        "train.lr=1e30",
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    printed, _ = process.communicate(timeout=500)
-    assert process.returncode == 2 and "Traceback" not in printed, printed
+def test_a_nan_ends_the_run_without_a_model(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
+    settings = ["cluster.cpus_per_worker=0.5", "tracking.model_name=diverged", "train.lr=1e30"]
+    words = ["--config", SMOKE, f"atlas.uri={small_atlas}", f"cluster.storage_path={tmp_path}", *settings]
+    _, printed = run_here(finetune.main, *words, cwd=tmp_path, status=2)
+    assert "Traceback" not in printed
     assert "became NaN or infinite at step" in printed and "lower train.lr=1e+30" in printed
     (found,) = tmp_path.glob("finetune-*/non_finite.json")
     assert json.loads(found.read_text())["joinids"]

@@ -79,7 +79,10 @@ def test_a_resume_takes_the_newest_whole_checkpoint(run_dir: str, capsys: pytest
             "part.bin was changed: its SHA-256",
         ),
         (lambda: _write(run_dir, f"{newest}/model/part.bin", b"\0"), "part.bin has 1 bytes, not 7"),
-        (lambda: _write(run_dir, f"{newest}/manifest.json", b'{"format"'), "it has no whole manifest.json"),
+        (
+            lambda: _write(run_dir, f"{newest}/manifest.json", b'{"format"'),
+            "it has no complete manifest.json",
+        ),
     ):
         spoil()
         capsys.readouterr()

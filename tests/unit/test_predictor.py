@@ -7,7 +7,7 @@ from scipy import sparse
 
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from screformer.counts import CellCounts, raw_counts
-from screformer.predictor import _TOKENS_PER_BATCH, Predictor
+from screformer.predictor import TOKENS_PER_BATCH, Predictor
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_cell_gets_the_same_result_in_any_company(
     order = np.random.default_rng(0).permutation(70)
     shuffled = predictor.predict(match.select(counts[order]))
     np.testing.assert_allclose(shuffled.probabilities_nk, whole.probabilities_nk[order], atol=1e-5)
-    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 50)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 50)
     narrow = predictor.predict(match.select(counts))
     np.testing.assert_allclose(narrow.probabilities_nk, whole.probabilities_nk, atol=1e-5)
     np.testing.assert_allclose(narrow.embedding_nd, whole.embedding_nd, atol=1e-4)
@@ -54,9 +54,9 @@ def test_a_cell_gets_the_same_result_in_any_company(
 def test_batches_hold_each_cell_once_within_the_budget(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
-    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", budget)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", budget)
     lengths = np.random.default_rng(1).integers(0, 65, size=600)
-    batches = list(predictor._batches(lengths))
+    batches = list(predictor.batches(lengths))
     assert sorted(np.concatenate(batches)) == list(range(600))
     slots = 1 + lengths
     assert all(len(batch) == 1 or len(batch) * slots[batch].max() <= budget for batch in batches)
