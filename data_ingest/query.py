@@ -1,4 +1,4 @@
-"""Select cells and genes of an atlas: SOMA value filters, their result, and the hash that identifies it.
+"""Select cells and genes of an atlas with SOMA value filters, and identify the result by a hash.
 
 Axes: `n` cells of the query, `g` genes of the query.
 """
@@ -36,7 +36,7 @@ from screformer.tokenizer import GeneVocabulary
 OBS_COLUMNS = ("donor_id", "dataset_id", "cell_type", "cell_type_ontology_term_id")
 RAW_SUM = "raw_sum"
 FILTERS = ("obs_filter", "var_filter", "is_primary_data")
-"""Settings that determine which cells and genes a query finds."""
+"""Settings that determine which cells and genes a query selects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,8 @@ class QueryResult:
     obs_joinids: np.ndarray
     """Shape (n,), int64, increasing."""
     obs: pd.DataFrame
-    """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id and
-    what else was asked for, and
-    `label` (categorical; missing if the atlas has no label)."""
+    """n rows in the order of `obs_joinids`: donor_id, dataset_id, cell_type, cell_type_ontology_term_id, the
+    requested columns, and `label` (categorical; missing if the atlas has no label)."""
     label_cl_ids: Mapping[str, str]
     """Cell Ontology term of each label, "" if the atlas has none."""
     var_joinids: np.ndarray
@@ -61,7 +60,7 @@ class QueryResult:
 
     @property
     def hash(self) -> str:
-        """Hexadecimal SHA-256 of the joinids of cells and genes.
+        """Hexadecimal SHA-256 of the cell and gene joinids.
 
         Equal results have equal hashes, however the filter is written.
         """
@@ -70,10 +69,7 @@ class QueryResult:
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Counts of cells, genes, donors, datasets, of cells by label.
-
-        And of cells without a label by their cell type.
-        """
+        """Numbers of cells, genes, donors, datasets, cells per label, and unlabelled cells per cell type."""
         unmapped = self.obs["label"].isna()
         return {
             "cells": len(self.obs_joinids),
@@ -86,21 +82,18 @@ class QueryResult:
         }
 
     def identity(self) -> dict[str, Any]:
-        """The identity to store with everything made from these cells.
-
-        Atlas, version, filters, hash.
-        """
+        """Atlas, version, filters and hash, to store with everything made from these cells."""
         filters = {name: getattr(self.query, name) for name in FILTERS}
         return {"atlas": plain(self.atlas), **filters, "hash": self.hash}
 
     def save(self, path: str | Path) -> None:
-        """Write identity and counts as JSON, for `query.file` of another job."""
+        """Write identity and counts as JSON, to use as `query.file` in another job."""
         Path(path).write_text(
             json.dumps(self.identity() | {"counts": self.summary()}, indent=2, ensure_ascii=False) + "\n"
         )
 
     def vocabulary(self, kept_g: np.ndarray | None = None) -> GeneVocabulary:
-        """The query's genes in joinid order; their mean expression is not known yet and is zero.
+        """The query's genes in joinid order, with zeros for their mean expression, which is not yet known.
 
         Args:
             kept_g: Genes to include, bool (g,); None includes all.
@@ -112,26 +105,26 @@ class QueryResult:
         return GeneVocabulary(ids, names, np.zeros(len(ids), dtype=np.float32))
 
     def measured_share(self, positions: np.ndarray) -> np.ndarray:
-        """Share of some cells of the query for which each gene was measured at all, float64 (g,), in [0, 1].
+        """Share of the given cells in which each gene was measured, float64 (g,), in [0, 1].
 
         Args:
-            positions: Cells, as positions among those of the query; at least one.
+            positions: Positions of the cells in the query; at least one.
         """
         dataset_n, measured_dv = self._measured
         cells_d = np.bincount(dataset_n[positions], minlength=len(measured_dv))
         return cells_d @ measured_dv[:, self.var_joinids] / cells_d.sum()
 
     def raw_sums(self, positions: np.ndarray) -> np.ndarray | None:
-        """Sum of the counts of some cells of the query, from obs; None if obs does not have it."""
+        """Total counts of the cells at these positions, from obs; None if obs does not have them."""
         return self.obs[RAW_SUM].to_numpy(np.float32)[positions] if RAW_SUM in self.obs else None
 
     def panels(self, gene_of_var: np.ndarray, num_genes: int) -> Panels:
-        """Which genes of a vocabulary were measured in the cells of the query.
+        """Which genes of a vocabulary were measured in the query's cells.
 
         Args:
-            gene_of_var: Vocabulary index of each var joinid, -1 for none; may name genes that the query
-                leaves out.
-            num_genes: Size of the vocabulary; genes that the atlas lacks were measured nowhere.
+            gene_of_var: Vocabulary index of each var joinid, -1 for none; may include genes outside the
+                query.
+            num_genes: Size of the vocabulary; genes missing from the atlas count as never measured.
         """
         dataset_n, measured_dv = self._measured
         measured_dg = np.zeros((len(measured_dv), num_genes), bool)
@@ -145,15 +138,15 @@ class QueryResult:
 
     @cached_property
     def _measured(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which panel each cell has, (n,), and which var joinids each panel measured, bool (d, v).
+        """Panel of each cell, (n,), and the var joinids measured by each panel, bool (d, v).
 
-        Read once, for all folds.
+        Read once for all folds.
         """
         return measured_by_cells(self.atlas, self.obs["dataset_id"], self.obs_joinids)
 
 
 def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:
-    """The atlas, pinned, the filters and the hash that `QueryResult.save` wrote.
+    """The pinned atlas, the filters and the hash written by `QueryResult.save`.
 
     Raises:
         ValueError: The file is missing, is not JSON, or is not a saved query.
@@ -175,7 +168,7 @@ def load_query(path: str | Path) -> tuple[AtlasConfig, QueryConfig, str]:
 
 
 def saved_query(identity: Mapping[str, Any]) -> tuple[AtlasConfig, QueryConfig, str]:
-    """The atlas, the filters and the hash that `QueryResult.identity` gave, perhaps in an earlier version."""
+    """The atlas, filters and hash from `QueryResult.identity`, possibly of an earlier version."""
     filters = QueryConfig(**{key: identity[key] for key in FILTERS})
     return saved_atlas(identity["atlas"]), filters, identity["hash"]
 
@@ -193,8 +186,8 @@ def find_cells(
     Args:
         atlas: The atlas; pin it first if the result must be reproducible.
         query: The filters; `file` and `min_measured` are not used.
-        label_column: obs column that becomes `label`. `cell_type_major`, where the atlas lacks it (as
-            Census does), is rolled up from `cell_type_ontology_term_id`.
+        label_column: obs column that becomes `label`. If the atlas has no `cell_type_major` (Census has
+            none), it is rolled up from `cell_type_ontology_term_id`.
         columns: Additional obs columns to read.
         expected_hash: Hash that the result must have; empty to skip the check.
 
@@ -202,8 +195,8 @@ def find_cells(
         The result, with at least one cell and one gene.
 
     Raises:
-        ValueError: A filter that SOMA does not understand, an unknown column or value (listed are those
-            there are), an empty result, or another result than `expected_hash` tells.
+        ValueError: SOMA does not understand a filter, a column or value does not exist (the message lists
+            those that do), the result is empty, or its hash is not `expected_hash`.
     """
     atlas = located(atlas)
     with open_atlas(atlas) as experiment:
@@ -241,9 +234,9 @@ def find_cells(
     for rows, what, text in ((obs, "cell", full_obs_filter(query)), (var, "gene", query.var_filter)):
         if rows.empty:
             raise ValueError(
-                f"no {what} of the atlas {atlas.uri} matches {text!r}"
+                f"no {what} in the atlas {atlas.uri} matches {text!r}"
                 if text
-                else f"the atlas {atlas.uri} has no {what}"
+                else f"the atlas {atlas.uri} has no {what}s"
             )
     labels, label_cl_ids = labels_of(obs, label_column)
     result = QueryResult(
@@ -259,8 +252,8 @@ def find_cells(
     )
     if expected_hash not in ("", result.hash):
         raise ValueError(
-            f"the query finds different cells or genes than when it was saved: hash {result.hash} instead of"
-            f" {expected_hash}"
+            f"the query selects different cells or genes than when it was saved: hash {result.hash} instead"
+            f" of {expected_hash}"
             f" (atlas {atlas.uri} at timestamp_ms={atlas.timestamp_ms}); the atlas has changed, so"
             f" save the query again"
         )
@@ -268,11 +261,11 @@ def find_cells(
 
 
 def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, str]:
-    """The pinned atlas, the filters and the expected hash of a configuration, perhaps from its `query.file`.
+    """The pinned atlas, filters and expected hash of a configuration, read from `query.file` if it is set.
 
     Raises:
-        ValueError: `atlas.uri` is another atlas than that of `query.file`, the file is none, or the atlas
-            can't be pinned.
+        ValueError: `atlas.uri` differs from the atlas in `query.file`, the file is not a saved query, or the
+            atlas can't be pinned.
     """
     if not config.query.file:
         return pinned(config.atlas), config.query, ""
@@ -281,7 +274,7 @@ def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, s
         given = located(config.atlas)
         if given.uri not in (atlas.uri, "census" if census_release(atlas) else atlas.uri):
             raise ValueError(
-                f"atlas.uri={given.uri!r} is another atlas than the one in query.file={config.query.file!r},"
+                f"atlas.uri={given.uri!r} is not the atlas in query.file={config.query.file!r},"
                 f" {atlas.uri!r}; drop one"
             )
     settings = {**atlas.tiledb_config, **config.atlas.tiledb_config}
@@ -289,10 +282,7 @@ def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, s
 
 
 def run_query(config: ExperimentConfig) -> QueryResult:
-    """The result of a configuration's query.
-
-    With its label column and the column that its split groups by.
-    """
+    """The result of a configuration's query, with its label column and the column its split groups by."""
     atlas, query, expected_hash = resolve_query(config)
     columns = (config.split.group_by,)
     return find_cells(atlas, query, config.labels.column, columns, expected_hash=expected_hash)

@@ -1,4 +1,4 @@
-"""The labels of a query's cells, from a column of obs or rolled up to major types."""
+"""Labels of a query's cells, from an obs column or rolled up to major types."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from data_ingest.ontology import MajorTypes, is_cell_term
 
 MAJOR = "cell_type_major"
 UNKNOWN = ("", "unknown", "na", "nan")
-"""Values of a label column that mean no label; Census writes `unknown`."""
+"""Values of a label column that mean "no label"; Census writes `unknown`."""
 
 
 def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
-    """The label of each cell, without unused ones, and the Cell Ontology id of each label.
+    """The label of each cell, without unused categories, and the Cell Ontology id of each label.
 
     Args:
-        obs: Cells with the column, or with `cell_type_ontology_term_id` to roll up.
-        column: Column of labels.
+        obs: Cells with the label column, or with `cell_type_ontology_term_id` to roll up.
+        column: Label column.
     """
     if column in obs:
         names = obs[column].astype("category")
@@ -29,7 +29,7 @@ def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str,
         of_category = {category: str(category) for category in names.cat.categories}
     else:
         names, major = obs["cell_type_ontology_term_id"].astype("category"), MajorTypes()
-        # A release of Census may use terms that are missing from the ontology shipped here.
+        # A Census release may use terms that our copy of the ontology does not have.
         rolled = {term: major.roll_up(str(term)) for term in names.cat.categories if is_cell_term(str(term))}
         of_category = {
             term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories
@@ -50,6 +50,6 @@ def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str,
 
 
 def count_values(values: pd.Series) -> dict[str, int]:
-    """How often each value occurs, most frequent first; values that do not occur are left out."""
+    """How often each value occurs, most frequent first; unused categories are omitted."""
     counts = values.value_counts()
     return {str(name): int(count) for name, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""The additive encoder: a cell vector is a sum of independent contributions of its genes.
+"""Additive encoder: a cell vector is a sum of independent contributions of its genes.
 
 Axes: n cells, l token slots, g genes of the vocabulary, i input genes, p gene panels, d model width, r
 responses.
@@ -91,9 +91,9 @@ class AdditiveEncoder(nn.Module):
         measured_pg: Tensor | None = None,
         panels_n: Tensor | None = None,
     ) -> Tensor:
-        """Cell vectors (n, d): `pool` of `tokens`, by products of matrices over all input genes.
+        """Cell vectors (n, d), equal to `pool(tokens(...))`.
 
-        Several times as fast as these two, which explanations need.
+        Matrix products over all input genes make this several times as fast. Explanations need the two steps.
         """
         num_inputs = len(self.center)
         slots_nl = self._slots(token_ids_nl)
@@ -109,7 +109,7 @@ class AdditiveEncoder(nn.Module):
         return self._cell(mixed_nd)
 
     def tokens(self, token_ids_nl: Tensor, values_nl: Tensor) -> Tensor:
-        """What each token says, (n, l, d); 0 for special tokens and genes that are no input."""
+        """Contribution of each token, (n, l, d); 0 for special tokens and genes that are not inputs."""
         slots_nl = self._slots(token_ids_nl)
         answers_nlr = responses(values_nl) * (slots_nl >= 0).unsqueeze(-1)
         return self.genes(slots_nl.clamp(min=0)) * self.mix(answers_nlr)
@@ -121,7 +121,7 @@ class AdditiveEncoder(nn.Module):
         measured_pg: Tensor | None = None,
         panels_n: Tensor | None = None,
     ) -> Tensor:
-        """The cell vector, (n, d).
+        """Cell vectors, (n, d).
 
         Args:
             x_nld: Output of `tokens`.

@@ -1,4 +1,4 @@
-"""Starting values of an additive encoder: input genes, a reference profile, an SVD.
+"""Starting values of an additive encoder: input genes, reference profile and SVD embeddings.
 
 Axes: n cells, g genes of the vocabulary, i input genes, p gene panels, d model width, r responses.
 """
@@ -18,7 +18,7 @@ from screformer.counts import CellCounts, Panels
 
 EMBEDDING_RMS = 0.05
 _MIN_CELLS = 3
-"""Cells of one type in one data set that are used to find its marker genes."""
+"""Minimum number of cells of a type in a data set to find its marker genes there."""
 _ALIGNMENTS = 20
 
 
@@ -32,21 +32,21 @@ class AdditiveStart(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """Training cells from which the start is taken."""
+    """Training cells that determine the starting values."""
 
     cells: CellCounts
     labels_n: np.ndarray
     """Class of each cell, int64."""
     datasets_n: np.ndarray
-    """Code of each cell's data set, int64."""
+    """Data set code of each cell, int64."""
 
 
 def informative_genes(found: Labelled, most: int) -> np.ndarray:
     """The genes that best separate each label from the others within a data set.
 
-    Each data set ranks its genes for each label by the difference of mean log expression to the other labels,
-    over the spread within labels; a gene's rank is its best one. So a large panel does not crowd out a small
-    one.
+    In each data set and for each label, genes are ranked by the difference in mean log expression from the
+    other labels, divided by the spread within labels. A gene counts with its best rank, so a large panel
+    does not crowd out a small one.
 
     Args:
         found: Training cells.
@@ -85,8 +85,8 @@ def informative_genes(found: Labelled, most: int) -> np.ndarray:
 def reference_profile(found: Labelled) -> np.ndarray:
     """A mean profile over all genes, combined from data sets with different panels, float64 (g,).
 
-    A data set's profile is the mean over its labels, weighted by the square root of their numbers of cells.
-    Profiles are aligned on the genes shared with the largest panel, whose genes sum to 1.
+    A data set's profile is the mean over its labels, weighted by the square root of their cell counts.
+    Profiles are scaled to agree on the genes shared with the largest panel, whose genes sum to 1.
     """
     profiles, panels = [], []
     for rows, measured_g in _datasets(found):
@@ -124,11 +124,11 @@ def additive_start(
     dim: int,
     seed: int,
 ) -> AdditiveStart:
-    """Usual responses, the SVD of the centred values, and the spread of the first cell vectors.
+    """Starting values: usual responses, SVD of the centred values, and spread of the initial cell vectors.
 
     Args:
         values_ng: Expression values of training cells, as produced by the tokenizer.
-        panels: Which genes were measured in these cells.
+        panels: The genes measured in these cells.
         weights_n: Weight of each cell in the loss.
         inputs: Vocabulary indices of the input genes, increasing.
         dim: Model width.
@@ -157,7 +157,7 @@ def additive_start(
 
 
 def _datasets(found: Labelled) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The cells of each data set, and which genes it measured, bool (g,)."""
+    """Yield the rows of each data set's cells and the genes it measured, bool (g,)."""
     for code in np.unique(found.datasets_n):
         rows = np.flatnonzero(found.datasets_n == code)
         yield rows, found.cells.panels.measured_pg[found.cells.panels.panels_n[rows[0]]]

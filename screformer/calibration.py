@@ -1,11 +1,11 @@
-"""From logits to answers: calibrated probabilities, "unknown", and fallback to a broader term.
+"""Turn logits into answers: a calibrated label, a broader term, or "unknown".
 
-Learned on the validation cells after training and saved in the model directory as `calibration.json`. A
-temperature makes about 80 % of the cells with probability 0.8 correct. Cells unlike the training data are
-found by their best label's logit: the calibration stores the usual logit of each label for its own cells, and
-the shortfall that only a given share of the validation cells (`FALSE_ALARM_RATE`) exceeds. If no label is
-more likely right than wrong, the answer is the nearest broader Cell Ontology term whose labels together are
-likely enough.
+The calibration is learned on the validation cells after training and saved in the model directory as
+`calibration.json`. A temperature scales the logits so that about 80 % of the cells with probability 0.8 are
+correct. Cells unlike the training data are detected by the logit of their best label: the calibration stores
+the usual logit of each label for its own cells, and a threshold on the shortfall that only a small share of
+the validation cells (`FALSE_ALARM_RATE`) exceeds. If no label is more likely right than wrong, the answer is
+the nearest broader Cell Ontology term whose labels together are likely enough.
 
 Axes: n cells, d model width, k classes, a answers.
 """
@@ -28,18 +28,18 @@ FORMAT = "1"
 UNKNOWN = "unknown"
 LABEL, BROADER = "label", "broader term"
 LEVELS = (LABEL, BROADER, UNKNOWN)
-"""Level of an answer: the best label, a broader term above it, or neither."""
+"""Level of an answer: the best label, a broader term above it, or unknown."""
 FEW_COUNTS, UNLIKE, UNSURE = "too few counts", "unlike the training cells", "no label likely enough"
 REASONS = ("", FEW_COUNTS, UNLIKE, UNSURE)
 """Why a cell is unknown."""
 FALSE_ALARM_RATE = 0.05
 """Share of validation cells (all of known types) that the unknown threshold marks as unknown."""
 MIN_PROBABILITY = 0.5
-"""Least calibrated probability of what is said, of a label or of all labels below a term: more likely right
-than wrong."""
+"""Minimum calibrated probability of an answer (a label, or all labels below a term): more likely right than
+wrong."""
 _PRIOR_CELLS = 10
-"""Weight, in cells, of the mean over all labels in the usual logit of one label: rare labels have few
-validation cells or none."""
+"""Weight, in cells, of the mean over all labels when estimating one label's usual logit. Rare labels have few
+or no validation cells."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,8 +49,8 @@ class Answers:
     codes_n: np.ndarray
     """int64."""
     probability_n: np.ndarray
-    """Calibrated probability of the label, or of all labels below the term; for an unknown cell that of its
-    best label, or 0 with too few counts. float32."""
+    """Calibrated probability of the label, or of all labels below the term. For an unknown cell, the
+    probability of its best label, or 0 if it has too few counts. float32."""
     levels_n: np.ndarray
     """Index into `LEVELS`, int8."""
     reasons_n: np.ndarray
@@ -75,7 +75,7 @@ class Calibration:
     min_probability: float = 0.0
     """Minimum probability of an answer."""
     lineage: Lineage = Lineage()
-    """The broader terms to fall back to."""
+    """Broader terms to fall back to."""
     prior_k: tuple[float, ...] = ()
     """Share of each label in the training data, weighted as in the loss; empty if unknown."""
     measured: Mapping[str, float] | None = None
@@ -88,13 +88,13 @@ class Calibration:
     def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
         """How unlike the training cells each cell is, float32 (n,); zeros if the model was not calibrated.
 
-        The number of standard deviations by which the logit of a cell's best label falls short of the usual
-        value for that label. A cell that fits no label has low logits throughout, even if its probabilities
-        strongly favour the least bad label.
+        The score is the number of standard deviations by which the logit of a cell's best label falls short
+        of that label's usual value. A cell that fits no label has low logits throughout, even if its
+        probabilities strongly favour the least bad label.
 
-        Chosen by leaving out each blood cell type in turn, over the largest probability, energy (Liu et al.,
-        NeurIPS 2020), Mahalanobis distances to class centroids of embeddings and of logits, and sums of them:
-        docs/log/2026-11-25-confidence.md.
+        In tests that left out each blood cell type in turn, this score beat the largest probability, energy
+        (Liu et al., NeurIPS 2020), Mahalanobis distances to class centroids (of embeddings and of logits) and
+        sums of these: docs/log/2026-11-25-confidence.md.
         """
         if not self.logit_mean_k or not len(logits_nk):
             return np.zeros(len(logits_nk), dtype=np.float32)
@@ -105,10 +105,7 @@ class Calibration:
         )
 
     def answer_names(self, names: Sequence[str], cl_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Names and CL ids of all possible answers.
-
-        The labels, then the terms that are not labels themselves, then "unknown".
-        """
+        """Names and CL ids of all possible answers: labels, broader terms, "unknown"."""
         new = [term for term in self.lineage.terms if term.cl_id not in cl_ids]
         names = [*names, *(term.name for term in new), UNKNOWN]
         return names, [*cl_ids, *(term.cl_id for term in new), UNKNOWN]
@@ -120,14 +117,14 @@ class Calibration:
         cl_ids: Sequence[str],
         informative_n: np.ndarray | None = None,
     ) -> Answers:
-        """Choose the best label, else the nearest term above it that is likely enough, else "unknown".
+        """Choose the best label, the nearest term above it that is likely enough, or "unknown".
 
         Args:
             probabilities_nk: Output of `probabilities`.
             unknown_score_n: Output of `unknown_scores`.
             cl_ids: CL ids of the labels.
-            informative_n: Cells with enough counts; all others are unknown, whatever the network predicts.
-                None if all have enough.
+            informative_n: Which cells have enough counts, bool; the others are unknown, whatever the network
+                predicts. None if all have enough.
         """
         num_cells = len(probabilities_nk)
         codes = probabilities_nk.argmax(axis=1) if num_cells else np.zeros(0, dtype=np.int64)
@@ -172,15 +169,15 @@ class Calibration:
         }
 
     def check_classes(self, num_classes: int) -> None:
-        """Refuse a calibration for a different number of classes, or with unusable numbers.
+        """Reject a calibration for a different number of classes, or with unusable numbers.
 
         Raises:
-            ValueError: Names the part that does not fit.
+            ValueError: Names the offending part.
         """
         for name in ("logit_mean_k", "logit_std_k", "prior_k"):
             values = getattr(self, name)
             if len(values) not in (0, num_classes) or not np.isfinite(values).all():
-                raise ValueError(f"{name} must hold {num_classes} finite numbers")
+                raise ValueError(f"{name} must contain {num_classes} finite numbers")
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature {self.temperature} must be positive")
         named = [label for term in self.lineage.terms for label in term.labels]
@@ -188,11 +185,11 @@ class Calibration:
         if not all(0 <= label < num_classes for label in named) or not all(
             0 <= index < len(self.lineage.terms) for index in above
         ):
-            raise ValueError(f"its lineage names a label or term beyond the {num_classes} labels")
+            raise ValueError(f"its lineage refers to a label or term beyond the {num_classes} labels")
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Calibration:
-        """Read what `to_json` wrote.
+        """The inverse of `to_json`.
 
         Raises:
             ValueError: The format differs, or a part is missing.
@@ -243,7 +240,7 @@ def fit_calibration(
         false_alarm_rate: Share of these cells that the threshold marks as unknown, in (0, 1).
 
     Returns:
-        The calibration; `measured` holds `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
+        The calibration; `measured` has `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
 
     Source: Guo et al., On calibration of modern neural networks, ICML 2017.
     """
@@ -255,7 +252,7 @@ def fit_calibration(
         scaled = logits / np.exp(log_temperature)
         return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
 
-    # Bounded: with a handful of cells, all predicted correctly, the best temperature would be 0.
+    # Bounded: if a handful of cells are all predicted correctly, the best temperature would be 0.
     temperature = float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20.0)), method="bounded").x))
     mean_k, std_k = _usual_logits(logits[rows, labels], labels, logits.shape[1])
     fitted = Calibration(temperature=temperature, logit_mean_k=mean_k, logit_std_k=std_k)
@@ -279,10 +276,7 @@ def fit_calibration(
 def _usual_logits(
     own_n: np.ndarray, labels_n: np.ndarray, num_classes: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each label's logit over its own cells.
-
-    Shrunk towards those of all labels by `_PRIOR_CELLS`.
-    """
+    """Mean and standard deviation of each label's logit over its own cells, shrunk to those of all labels."""
     groups = [own_n[labels_n == label] for label in range(num_classes)]
     mean = np.mean([group.mean() for group in groups if len(group)])
     variance = np.mean([group.var() for group in groups if len(group)])

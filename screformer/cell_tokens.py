@@ -1,4 +1,4 @@
-"""Single cells as tokens without padding: the input of explanations.
+"""Tokens of single cells without padding, the input of explanations.
 
 Axes: l token slots, g genes.
 """

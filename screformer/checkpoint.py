@@ -1,7 +1,7 @@
-"""A model directory: weights and everything needed to use them, without pickles.
+"""Read and write model directories: weights and everything needed to use them, without pickles.
 
-It contains `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`, and after
-fine-tuning with validation cells `calibration.json`. Errors on reading name what is wrong.
+A directory contains `weights.safetensors`, `config.json`, `vocabulary.json`, `labels.json` and `meta.json`,
+plus `calibration.json` after fine-tuning with validation cells.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WEIGHTS, CONFIG, VOCABULARY, LABELS, META = (
 )
 CALIBRATION = "calibration.json"
 WEIGHTS_HASH = "weights_sha256"
-"""Key in the metadata; models of earlier versions do not have it."""
+"""Key in the metadata; missing in models of earlier versions."""
 NO_LABELS: dict[str, Any] = {"column": "", "names": [], "cl_ids": []}
 """Labels of a pre-trained model."""
 
@@ -53,7 +53,7 @@ class LoadedModel:
     meta: dict[str, Any]
     """Provenance: atlas, query hash, versions, metrics."""
     calibration: Calibration = Calibration()
-    """Turns logits into answers; the default for a model without one, for example from an earlier version."""
+    """Turns logits into answers; the default if the model has none, for example from an earlier version."""
 
 
 def save_model(
@@ -69,12 +69,12 @@ def save_model(
 
     Args:
         directory: Created if it does not exist.
-        model: The network or its state by name; floating-point weights are written in fp32.
+        model: The network or its state dict; floating-point weights are written in fp32.
         config: The settings it was trained with.
         vocabulary: Its genes.
-        labels: As `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
+        labels: As in `LoadedModel.labels`; `NO_LABELS` for a pre-trained model.
         meta: Plain JSON values.
-        calibration: Turns its logits into answers; None without validation cells to learn it from.
+        calibration: Turns its logits into answers; None if there were no validation cells to learn it from.
 
     Raises:
         ValueError: A weight is NaN or infinite.
@@ -108,7 +108,7 @@ def save_model(
 
 
 def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
-    """Add to the metadata of a model directory; no weight depends on it.
+    """Add to the metadata of a model directory, without touching the weights.
 
     Args:
         directory: Model directory.
@@ -121,12 +121,12 @@ def add_meta(directory: str | Path, more: Mapping[str, Any]) -> None:
 def load_model(directory: str | Path) -> LoadedModel:
     """Read a model directory onto the CPU, in eval mode.
 
-    The directory may come from an untrusted source: nothing is unpickled, and sizes are compared before a
+    The directory may come from an untrusted source: nothing is unpickled, and sizes are checked before a
     network of that size is built.
 
     Raises:
         ValueError: A file is missing, unreadable or modified, the format is different, or weights have the
-            wrong shape or are NaN or infinite. The message names it.
+            wrong shape or are NaN or infinite. The message names the file.
     """
     directory = Path(directory)
     for name in (WEIGHTS, CONFIG, VOCABULARY, LABELS, META):
@@ -137,7 +137,7 @@ def load_model(directory: str | Path) -> LoadedModel:
             )
     weights, metadata = read_tensors(directory / WEIGHTS)
     if metadata.get("kind") != "screformer model":
-        raise ValueError(f"{directory / WEIGHTS} does not contain weights of a screformer model")
+        raise ValueError(f"{directory / WEIGHTS} does not contain the weights of a screformer model")
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"model directory {directory} has format {metadata.get('format')}, but this screformer reads"
@@ -190,13 +190,13 @@ def load_model(directory: str | Path) -> LoadedModel:
 
 
 def read_weights(directory: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a model directory by name, on the CPU."""
+    """The state dict of a model directory, on the CPU."""
     return read_tensors(Path(directory) / WEIGHTS)[0]
 
 
 @contextlib.contextmanager
 def _content_of(path: Path) -> Iterator[None]:
-    """Add the name of the file to errors about its content."""
+    """Prefix errors about a file's content with its name."""
     try:
         yield
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
@@ -205,7 +205,7 @@ def _content_of(path: Path) -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, and metadata, of a safetensors file; raises ValueError if it is incomplete."""
+    """Tensors and metadata of a safetensors file; raises ValueError if it is incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -225,12 +225,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _writer(directory: Path) -> str:
-    """Version of screformer that wrote a model directory, according to its meta.json."""
+    """The version of screformer that wrote a model directory, from its meta.json."""
     code = read_json(directory / META).get("code", {})
     return f"{code.get('screformer', '(version not recorded)')} (git {code.get('git', 'not recorded')})"
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Which types the cells of a query hold as a whole, by how likely each label is for each cell.
+"""Estimate which cell types a query contains from the label probabilities of its cells.
 
 Axes: n cells, k classes.
 """
@@ -10,24 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 
 LEAST_CELLS = 0.5
-"""A label of which a query holds fewer cells, by the estimate of `composition`, is absent: the estimate
-rounds to none."""
+"""Labels with fewer cells than this, as estimated by `composition`, are absent: the estimate rounds to
+zero."""
 _EM_STEPS = 300
 
 
 def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
-    """How many cells of each label a query holds, estimated from all of its cells together.
+    """Estimate how many cells of each label a query contains.
 
-    The probabilities of a cell presume the shares that the labels had in training. Expectation-maximisation
-    finds the query's own shares: those which, put in the place of the former, are again the mean over the
-    cells.
+    A cell's probabilities assume the label shares of the training data. Expectation-maximisation replaces
+    them with the query's own shares: the shares that equal the mean of the probabilities they lead to.
 
     Args:
-        probabilities_nk: Of the query's cells, calibrated.
+        probabilities_nk: Calibrated probabilities of the query's cells.
         prior_k: Shares in training; a label whose share is 0 stays at 0.
 
     Returns:
-        Expected cells of each label, float64 (k,).
+        Expected number of cells of each label, float64 (k,).
 
     Source: Saerens et al., Adjusting the outputs of a classifier to new a priori probabilities, Neural
     Computation 2002.
@@ -42,12 +41,10 @@ def composition(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndar
 
 
 def present_labels(probabilities_nk: np.ndarray, prior_k: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The best label of each cell among those that the query as a whole holds, int64 (n,).
+    """The best label of each cell among those estimated to be present in the query, int64 (n,).
 
-    Arguments as of `composition`.
-
-    A type that is not there can still be the best label of a few odd cells, each of which stands for a type
-    of its own in a summary.
+    An absent type can still be the best label of a few odd cells, which would make it appear in a summary.
+    Arguments are as for `composition`.
     """
     if not len(probabilities_nk):
         return np.zeros(0, np.int64)

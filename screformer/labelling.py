@@ -1,4 +1,4 @@
-"""Label the cells of an AnnData with a model directory, without registry, Ray or atlas.
+"""Label the cells of an AnnData with a model directory, without a registry, Ray or an atlas.
 
 Axes: n cells, d model width, k classes.
 """
@@ -47,8 +47,8 @@ def annotate(
     Args:
         adata: Raw counts in X, genes by Ensembl id or symbol. Not modified.
         model: A model directory, a loaded model, or `bundled:NAME` for one that comes with screformer.
-        layer: Counts are in this layer instead of X.
-        raw: Counts are in `raw.X` instead of X.
+        layer: Layer with the counts, instead of X.
+        raw: Read counts from `raw.X` instead of X.
         min_gene_overlap: Minimum share of the model's expected expression covered by the genes, in [0, 1].
         probabilities: Adds `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the labels'
             categories.
@@ -56,12 +56,12 @@ def annotate(
         drop_absent: Adds `present_label`, the best label among the types estimated to be present.
 
     Returns:
-        A copy in memory with the obs columns `screformer.predictor.ANSWER_COLUMNS`,
+        A copy in memory with the obs columns `screformer.answers.ANSWER_COLUMNS`,
         `obsm["X_screformer"]`, float32 (n, d), and a record in `uns["screformer"]`. Existing columns
         with these names are kept as `NAME_original`, unless an earlier call wrote them.
 
     Raises:
-        ValueError: No such model, layer or raw, too few genes, or values that are not raw counts.
+        ValueError: The model, layer or raw does not exist, too few genes match, or values are not raw counts.
     """
     predictor = model if isinstance(model, Predictor) else _load(str(model))
     require_prior(predictor, drop_absent)
@@ -87,11 +87,11 @@ def answers(
     clusters_n: np.ndarray | None = None,
     probabilities_nk: np.ndarray | None = None,
 ) -> pd.DataFrame:
-    """All obs columns for some cells.
+    """The obs columns that describe the model's answers.
 
     Args:
-        predictor: The model that labelled them.
-        parts: Its predictions, part by part, or their tables.
+        predictor: The model that labelled the cells.
+        parts: Its predictions in parts, or their tables.
         clusters_n: Cluster of each cell, -1 for none; adds `majority_label`.
         probabilities_nk: Probability of each label; adds `present_label`.
     """
@@ -127,7 +127,7 @@ def _write_columns(adata: Any, table: pd.DataFrame) -> None:
 
 
 def kept_as(name: str, taken: Container[str]) -> str:
-    """An unused name for an input column whose name we need."""
+    """A free name to rename an input column to when we need its name."""
     kept, number = f"{name}_original", 1
     while kept in taken:
         number += 1
@@ -136,14 +136,14 @@ def kept_as(name: str, taken: Container[str]) -> str:
 
 
 def fingerprint(column: pd.Series) -> str:
-    """Fingerprint of a column we wrote, to detect later changes."""
+    """Hash of a column we wrote, to detect later changes."""
     values = column.astype(object) if column.dtype == "category" else column
     hashes_n = pd.util.hash_pandas_object(values, index=False).to_numpy()
     return hashlib.sha256(hashes_n.tobytes()).hexdigest()[:16]
 
 
 def provenance(predictor: Predictor, table: pd.DataFrame, *, match: GeneMatch, counts: str) -> dict[str, Any]:
-    """The record in `uns["screformer"]`: which model wrote which columns, from which counts."""
+    """The record for `uns["screformer"]`: which model wrote which columns, from which counts."""
     return {
         "model": str(predictor.directory),
         "label_column": predictor.label_column,
@@ -158,10 +158,10 @@ def provenance(predictor: Predictor, table: pd.DataFrame, *, match: GeneMatch, c
 
 
 def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int, votes_n: np.ndarray) -> np.ndarray:
-    """The most frequent label code in each cell's cluster (ties: the first label).
+    """The most frequent label code in each cell's cluster (ties go to the first label).
 
-    A cell without a cluster (-1) keeps its own label. Cells outside `votes_n` get the cluster's label but do
-    not vote.
+    A cell without a cluster (-1) keeps its own label. Cells outside `votes_n` get their cluster's label but
+    do not vote.
     """
     inside = clusters_n >= 0
     votes = np.zeros((int(clusters_n.max(initial=-1)) + 1, num_labels), dtype=np.int64)
@@ -172,16 +172,16 @@ def majority(codes_n: np.ndarray, clusters_n: np.ndarray, num_labels: int, votes
 
 
 def require_prior(predictor: Predictor, drop_absent: bool) -> None:
-    """Refuse `drop_absent` for a model without label shares."""
+    """Reject `drop_absent` for a model without label shares."""
     if drop_absent and not predictor.calibration.prior_k:
         raise ValueError(
-            "--drop-absent needs a model with its labels' shares in training; this one is older, or had"
-            " no validation cells"
+            "--drop-absent needs a model that stores its labels' shares in training; this one is older, or"
+            " had no validation cells"
         )
 
 
 def cluster_codes(obs: pd.DataFrame, column: str) -> np.ndarray:
-    """Codes of an obs column of clusters, int64 (n,), -1 for none."""
+    """Codes of the clusters in an obs column, int64 (n,), -1 for none."""
     if column not in obs:
         raise ValueError(
             f"--majority-vote {column}: obs has no such column; it has"
@@ -193,7 +193,7 @@ def cluster_codes(obs: pd.DataFrame, column: str) -> np.ndarray:
 def _load(model: str) -> Predictor:
     if model.startswith(("models:/", "runs:/")):
         raise ValueError(
-            f"model {model!r} is an address in a registry; pass a model directory, for example the result of"
+            f"model {model!r} is in a registry; pass a model directory, for example the result of"
             f" `jobs.tracking.models.resolve_model({model!r})`, or use"
             f" `mlflow.pyfunc.load_model({model!r}).predict(adata)`"
         )

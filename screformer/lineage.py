@@ -1,4 +1,4 @@
-"""The terms of the Cell Ontology above a model's labels.
+"""Cell Ontology terms above a model's labels.
 
 Axes: k classes.
 """
@@ -38,7 +38,7 @@ class Lineage:
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Lineage:
-        """Read what `to_json` wrote."""
+        """The inverse of `to_json`."""
         terms = tuple(
             Term(cl_id=term["cl_id"], name=term["name"], labels=tuple(term["labels"]))
             for term in tree["terms"]

@@ -8,9 +8,6 @@ import pandas as pd
 
 
 def markers() -> pd.DataFrame:
-    """Canonical marker genes of major types, chosen by hand.
-
-    Columns `cell_type`, `cl_id`, `symbol`, `feature_id`.
-    """
+    """Hand-picked marker genes: columns `cell_type`, `cl_id`, `symbol`, `feature_id`."""
     with resources.files("screformer").joinpath("markers.tsv").open() as file:
         return pd.read_csv(file, sep="\t", dtype=str)

@@ -17,18 +17,18 @@ from screformer.splitmix import GOLDEN
 OURS = "scReformer-BERT"
 """Name of our method in score tables."""
 MOST_CELLS = 50_000
-"""Most cells whose outputs are kept for calibration, which fits only a few numbers."""
+"""Maximum number of cells whose outputs are kept for calibration, which fits only a few numbers."""
 _BINS = 15
 
 
 class LabelCounts:
     """Confusion counts and loss sums.
 
-    Sums are combined first and divided last, so batches and ranks of any size are weighted correctly.
+    Sums are added up before dividing, so batches and ranks of any size are weighted correctly.
 
     Scores follow scikit-learn's defaults: macro and weighted averages cover the classes among the true or
     predicted labels, balanced accuracy those among the true labels; a precision, recall or F1 of 0/0 is 0.
-    Without cells, a score is 0.
+    With no cells, a score is 0.
 
     Args:
         num_classes: k; 0 to track losses only, as in pre-training.
@@ -41,14 +41,14 @@ class LabelCounts:
         self.loss_weight = 0.0
 
     def add(self, labels_n: torch.Tensor, predictions_n: torch.Tensor) -> None:
-        """Count predictions, int (n,) in [0, k); cells with label -1 are left out."""
+        """Count predictions, int (n,) in [0, k); cells with label -1 are ignored."""
         k = len(self.confusion_kk)
         known_n = labels_n >= 0
         pairs = labels_n[known_n].to(torch.int64) * k + predictions_n[known_n].to(torch.int64)
         self.confusion_kk += torch.bincount(pairs, minlength=k * k).reshape(k, k).cpu().numpy()
 
     def add_loss(self, loss_sum: float, weight: float) -> None:
-        """Add a loss that is summed over elements with total weight `weight`."""
+        """Add a loss summed over elements whose weights add up to `weight`."""
         self.loss_sum += loss_sum
         self.loss_weight += weight
 
@@ -88,12 +88,12 @@ class LabelCounts:
 
     @property
     def precision_k(self) -> np.ndarray:
-        """Share of correct cells among those given each label, float64 (k,)."""
+        """Share of correct cells among those predicted as each class, float64 (k,)."""
         return _ratio(np.diagonal(self.confusion_kk), self.confusion_kk.sum(axis=0))
 
     @property
     def recall_k(self) -> np.ndarray:
-        """Share of each class that was found, float64 (k,)."""
+        """Share of each class's cells that were predicted correctly, float64 (k,)."""
         return _ratio(np.diagonal(self.confusion_kk), self.support_k)
 
     @property
@@ -109,7 +109,7 @@ class LabelCounts:
 
     @property
     def weighted_f1(self) -> float:
-        """Mean F1, each class weighted by its true cells."""
+        """Mean F1, each class weighted by its number of true cells."""
         return float(self.f1_k @ self.support_k) / max(self.num_cells, 1)
 
     @property
@@ -129,7 +129,7 @@ class LabelCounts:
         return {f"{prefix}/{name}": getattr(self, name) for name in names}
 
     def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """One row per class: label, precision, recall, f1, and its true cells."""
+        """One row per class: label, precision, recall, F1, and number of true cells."""
         columns = (self.precision_k, self.recall_k, self.f1_k, self.support_k)
         return [
             {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "cells": int(c)}
@@ -150,7 +150,7 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellOutputs:
-    """The network's outputs for labelled cells."""
+    """Logits and true classes of labelled cells."""
 
     logits_nk: np.ndarray
     """float32."""
@@ -162,9 +162,9 @@ class CellOutputs:
 
 
 class OutputSample:
-    """Outputs of at most `MOST_CELLS` labelled cells of a stream.
+    """Outputs of a random sample of labelled cells, at most `MOST_CELLS`.
 
-    The same cells are chosen regardless of how they are spread over ranks and batches.
+    The choice of cells does not depend on how they are spread over ranks and batches.
     """
 
     def __init__(self, num_classes: int, most_cells: int = MOST_CELLS) -> None:
@@ -174,7 +174,7 @@ class OutputSample:
         self._logits = np.zeros((0, num_classes), dtype=np.float32)
 
     def add(self, joinids_n: torch.Tensor, labels_n: torch.Tensor, logits_nk: torch.Tensor) -> None:
-        """Keep a batch; cells with label -1 are left out."""
+        """Add a batch; cells with label -1 are ignored."""
         labels = labels_n.cpu().numpy()
         known = labels >= 0
         # Pseudo-random, and unique because joinids are.
@@ -182,10 +182,7 @@ class OutputSample:
         self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
 
     def gather(self) -> CellOutputs:
-        """The sample of all ranks, on every rank, in an order independent of their number.
-
-        Every rank calls it.
-        """
+        """The sample over all ranks, in an order independent of their number; every rank calls it."""
         own = (self._keys, self._labels, self._logits)
         parts = [own] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, own)
@@ -210,9 +207,9 @@ def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict
 
 
 def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict[str, float]]:
-    """Confidence versus accuracy.
+    """Confidence versus accuracy, one row per non-empty bin of equal width.
 
-    One row per bin of equal width that has cells, with `from`, `to`, `cells`, `confidence`, `accuracy`.
+    Rows have `from`, `to`, `cells`, `confidence` and `accuracy`.
 
     Args:
         confidence_n: Probability of each cell's best label.
@@ -235,10 +232,7 @@ def reliability_rows(confidence_n: np.ndarray, right_n: np.ndarray) -> list[dict
 
 
 def expected_calibration_error(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> float:
-    """Mean distance between confidence and accuracy over 15 bins of equal width, weighted by cells.
-
-    In [0, 1].
-    """
+    """Mean gap between confidence and accuracy over 15 bins of equal width, weighted by cells; in [0, 1]."""
     rows = reliability(probabilities_nk, labels_n)
     return float(
         sum(row["cells"] * abs(row["confidence"] - row["accuracy"]) for row in rows)

@@ -1,4 +1,4 @@
-"""The only inference path, from raw counts of cells to cell types. Needs no Ray, MLflow or SOMA.
+"""Predict cell types from raw counts: the only inference path. Needs no Ray, MLflow or SOMA.
 
 Axes: n cells, g genes of the vocabulary, d model width, k classes.
 """
@@ -45,7 +45,7 @@ class AnswerNames:
 
     @cached_property
     def dtypes(self) -> dict[str, pd.CategoricalDtype]:
-        """Categories of the text columns in a table of answers; those of `best_label` are the labels."""
+        """Categorical types of the text columns in a table of answers."""
         categories: dict[str, Any] = {
             "predicted_labels": self.answers,
             "cell_type_ontology_term_id": np.unique(self.cl_ids.astype(str)),
@@ -75,9 +75,9 @@ class Predictions:
     level_codes: np.ndarray
     """Index into `screformer.calibration.LEVELS`: a label, a broader term or `unknown`; int8 (n,)."""
     unknown_score: np.ndarray
-    """How unlike the training cells, float32 (n,); above the calibration's threshold, a cell is unknown."""
+    """How unlike the training cells each cell is, float32 (n,); unknown above the calibration's threshold."""
     reason_codes: np.ndarray
-    """Why a cell is unknown, as an index into `screformer.calibration.REASONS`, int8 (n,)."""
+    """Why a cell is unknown: index into `screformer.calibration.REASONS`, int8 (n,)."""
     label_codes: np.ndarray
     """The best label, whatever the answer, as an index into `names.labels`, int64 (n,)."""
     probabilities_nk: np.ndarray
@@ -109,7 +109,7 @@ class Predictions:
         return self.level_codes == LEVELS.index(UNKNOWN)
 
     def table(self) -> pd.DataFrame:
-        """The columns common to all ways of applying a model: `ANSWER_COLUMNS`, one row per cell."""
+        """The columns that every way of applying a model writes, `ANSWER_COLUMNS`; one row per cell."""
         levels = np.array(LEVELS, dtype=object)[self.level_codes]
         columns = (
             self.labels,
@@ -127,7 +127,7 @@ class Predictions:
 class Predictor:
     """A trained model, ready to label cells.
 
-    A cell gets the same result in every call, up to rounding, regardless of the other cells.
+    A cell's result does not depend on the other cells of a call, up to rounding.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Predictor:
             device: For example `cpu` or `cuda:1`; None uses a GPU if available.
 
         Raises:
-            ValueError: Not a model directory, or the model has no labels.
+            ValueError: It is not a model directory, or the model has no labels.
         """
         loaded = load_model(directory)
         if not loaded.labels["names"]:
@@ -168,11 +168,11 @@ class Predictor:
 
     @cached_property
     def genes(self) -> GeneMatcher:
-        """Finds the model's genes in an input."""
+        """Matches the genes of an input to the model's."""
         return GeneMatcher(self.vocabulary)
 
     def predict(self, cells: CellCounts) -> Predictions:
-        """Label cells; the result is in the same order."""
+        """Label cells; results are in input order."""
         logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
         for batch in self.batches(self.tokenizer.lengths(cells)):
@@ -207,13 +207,13 @@ class Predictor:
             return output.logits_nk.float().cpu().numpy(), output.embedding_nd.float().cpu().numpy()
 
     def batches(self, lengths_n: np.ndarray) -> Iterator[np.ndarray]:
-        """Group cells of similar length, to pad little, with a limit on tokens per batch.
+        """Group cells of similar length to reduce padding, with a limit on tokens per batch.
 
         Args:
-            lengths_n: Genes of each cell that become tokens, shape (n,).
+            lengths_n: Number of tokens of each cell, shape (n,).
 
         Yields:
-            Positions of the cells of one batch, in increasing order of length.
+            Positions of the cells of one batch, by increasing length.
         """
         slots = 1 + lengths_n
         order = np.argsort(slots, kind="stable")

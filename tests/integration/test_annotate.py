@@ -515,7 +515,9 @@ def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp
         .tolist()
         == found
     )
-    with pytest.raises(ValueError, match="--drop-absent needs a model with its labels' shares in training"):
+    with pytest.raises(
+        ValueError, match="--drop-absent needs a model that stores its labels' shares in training"
+    ):
         label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "none.h5ad", model="model", drop_absent=True)
 
 

@@ -183,11 +183,11 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
         (QueryConfig(obs_filter="nnz is 3"), "SOMA does not take it: .*`is` operator is not supported"),
         (
             QueryConfig(obs_filter="nnz < 0"),
-            r"no cell of the atlas .* matches '\(nnz < 0\) and is_primary_data == True'",
+            r"no cell in the atlas .* matches '\(nnz < 0\) and is_primary_data == True'",
         ),
         (
             QueryConfig(var_filter="feature_length < 0"),
-            "no gene of the atlas .* matches 'feature_length < 0'",
+            "no gene in the atlas .* matches 'feature_length < 0'",
         ),
     ],
     ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, QueryConfig) else "",
@@ -265,9 +265,7 @@ def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
     path = tmp_path / "query.json"
     whole.save(path)
     config = ExperimentConfig(atlas=AtlasConfig(uri="s3://other/atlas"), query=QueryConfig(file=str(path)))
-    with pytest.raises(
-        ValueError, match="atlas.uri='s3://other/atlas' is another atlas than the one in query.file"
-    ):
+    with pytest.raises(ValueError, match="atlas.uri='s3://other/atlas' is not the atlas in query.file"):
         resolve_query(config)
 
 

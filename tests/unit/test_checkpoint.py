@@ -91,7 +91,7 @@ def _resave(
             r"is not a complete safetensors",
         ),
         (lambda d: _resave(d, {"format": "99"}), r"has format 99, but this screformer reads 1"),
-        (lambda d: _resave(d, {"kind": "dog"}), r"does not contain weights of a screformer model"),
+        (lambda d: _resave(d, {"kind": "dog"}), r"does not contain the weights of a screformer model"),
         (
             lambda d: _resave(d, drop="pooling.norm.bias"),
             r"weight pooling.norm.bias has shape none, but .* has \(8,\)",

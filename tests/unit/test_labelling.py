@@ -54,7 +54,7 @@ def test_a_copy_of_the_package_alone_labels_an_anndata(model_dir: Path, tmp_path
 
 
 def test_an_address_in_a_registry_is_refused_with_the_way_to_use_it() -> None:
-    with pytest.raises(ValueError, match=r"address in a registry.*resolve_model\('models:/blood@champion'\)"):
+    with pytest.raises(ValueError, match=r"is in a registry.*resolve_model\('models:/blood@champion'\)"):
         screformer.annotate(toy_adata(), model="models:/blood@champion")
 
 
