@@ -125,17 +125,20 @@ class GeneMatch:
         counts = raw_counts(counts_nv, source=source, place=place, elsewhere=elsewhere)
         total_n = counts @ self.counted_v.astype(np.float64)
         return CellCounts.of(
-            counts @ self._to_genes,
+            (self._to_genes @ counts.T.tocsr()).T.tocsr(),
             total_n=total_n,
             panels=Panels.one(self.measured_g, counts.shape[0]),
         )
 
     @cached_property
     def _to_genes(self) -> sparse.csr_matrix:
-        """Matrix that sums the columns of each gene, float32 (v, g)."""
+        """Matrix that sums the columns of each gene, float32 (g, v).
+
+        Multiplied from the left, because columns then come out in order and need no sorting.
+        """
         known = np.flatnonzero(self.vocabulary_index >= 0)
-        entries = (np.ones(len(known), dtype=np.float32), (known, self.vocabulary_index[known]))
-        return sparse.csr_matrix(entries, shape=(len(self.vocabulary_index), self.num_model_genes))
+        entries = (np.ones(len(known), dtype=np.float32), (self.vocabulary_index[known], known))
+        return sparse.csr_matrix(entries, shape=(self.num_model_genes, len(self.vocabulary_index)))
 
 
 class GeneMatcher:

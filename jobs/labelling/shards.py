@@ -22,9 +22,9 @@ from screformer.cells import CellSource
 from screformer.files import write_whole
 from screformer.predictor import Predictor, loaded_predictor
 
-CELLS_FOR_RAY = 20_000
-"""From so many cells on they are labelled in parallel Ray tasks; starting Ray takes longer than labelling
-fewer."""
+CELLS_FOR_RAY = {"additive": 100_000, "reformer": 20_000}
+"""From how many cells on they are labelled in parallel Ray tasks, by encoder. One process labels fewer cells
+sooner than Ray starts."""
 
 
 PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
@@ -108,7 +108,7 @@ def label_cells(
     ends = [(start, min(start + size, source.num_cells)) for start in range(0, source.num_cells, size)]
     shards = [pair for pair in ends if not _path(folder, pair[0]).exists()]
     label = partial(_label_shard, source, folder, probabilities, embedding)
-    in_process = source.num_cells < CELLS_FOR_RAY
+    in_process = source.num_cells < CELLS_FOR_RAY[predictor.config.model.encoder]
     if in_process:
         label = partial(label, predictor)
     else:

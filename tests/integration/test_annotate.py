@@ -17,7 +17,7 @@ from helpers.processes import run_python
 from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
 from jobs.labelling.h5ad_copy import Annotation, annotate
-from jobs.labelling.shards import label_cells
+from jobs.labelling.shards import CELLS_FOR_RAY, label_cells
 from jobs.tracking.models import register_model
 from jobs.tracking.runs import start_run
 from screformer.composition import present_labels
@@ -395,7 +395,7 @@ def test_many_cells_are_labelled_in_parallel(
     adata = _cells()
     adata.write_h5ad(tmp_path / "in.h5ad")
     monkeypatch.setattr("data_ingest.cells.CELLS_PER_READ", 20)
-    monkeypatch.setattr("jobs.labelling.shards.CELLS_FOR_RAY", 60)
+    monkeypatch.setitem(CELLS_FOR_RAY, "reformer", 60)
     out = tmp_path / "out.parquet"
     assert main(["--model", str(model_dir), "--h5ad", str(tmp_path / "in.h5ad"), "--out", str(out)]) == 0
     assert len(list(out.glob("0*.parquet"))) == 3
