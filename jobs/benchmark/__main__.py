@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jobs.cli import dispatch
 
 PARTS = {
+    "annotate": "Labelling a file with the bundled model, next to CellTypist.",
     "attention": "LSH attention, next to reformer-pytorch's and to full attention.",
     "step": "A training step, next to scBERT's and with LSH and full attention.",
     "stream": "The stream of cells from an atlas, next to tiledbsoma-ml and a plain scan.",
