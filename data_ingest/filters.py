@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -14,11 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tiledbsoma
 
+from data_ingest.filter_grammar import Comparison, comparisons, without_not
 from screformer.config import QueryConfig
 
 logger = logging.getLogger(__name__)
 
 _MOST_LISTED = 20
+SEPARATOR = " || "
+"""Between the values of a cell that has several, such as two diseases, as in Census."""
 
 
 def full_obs_filter(query: QueryConfig) -> str:
@@ -32,7 +33,7 @@ def full_obs_filter(query: QueryConfig) -> str:
 def read_filtered(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:
     """The rows of a table of SOMA that fulfil a filter, in order of joinids; `field` is for messages."""
     try:
-        rows = table.read(column_names=columns, value_filter=value_filter or None).concat()
+        rows = table.read(column_names=columns, value_filter=without_not(value_filter) or None).concat()
     except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{field}: SOMA does not take it: {str(error).splitlines()[0]}") from error
     for index, column in enumerate(rows.column_names):
@@ -42,81 +43,73 @@ def read_filtered(table: Any, value_filter: str, columns: list[str], field: str)
 
 
 def check_filter(value_filter: str, table: Any, field: str) -> None:
-    """Find what SOMA would not tell: columns that do not exist, and strings that their column never holds."""
-    if not value_filter.strip():
-        return
-    try:
-        tree = ast.parse(value_filter, mode="eval")
-    except SyntaxError as error:
+    """Find what SOMA would not tell.
+
+    Columns that do not exist, values of another type than their column, which SOMA would round, and strings
+    that their column never holds.
+
+    Raises:
+        ValueError: Names the place, and what there is, nearest first.
+    """
+    for comparison in comparisons(value_filter, field):
+        require_column(comparison.column, table, field)
+        for value in comparison.values:
+            _check_type(comparison, value, table, field)
+        texts = [value for value in comparison.values if isinstance(value, str)]
+        if comparison.exact and texts:
+            _check_texts(comparison.column, texts, table, field)
+
+
+def _check_type(comparison: Comparison, value: Any, table: Any, field: str) -> None:
+    column, kind = comparison.column, table.schema.field(comparison.column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if value is None:
+        if comparison.listed or not comparison.exact:
+            raise ValueError(f"{field}: {column} can only be == None or != None")
+    elif _is_string(kind):
+        if not isinstance(value, str):
+            raise ValueError(f"{field}: {column} holds text; write {column} == '{value}', with quotes")
+    elif isinstance(value, str):
+        raise ValueError(f"{field}: {column} holds no text but {kind}; {value!r} can't be compared with it")
+    elif pa.types.is_boolean(kind):
+        if value not in (True, False):
+            raise ValueError(f"{field}: {column} is True or False, never {value!r}")
+    elif isinstance(value, bool):
+        raise ValueError(f"{field}: {column} holds numbers, never {value!r}")
+    elif pa.types.is_integer(kind) and not (
+        abs(value) < 2 ** (kind.bit_width - 1) and float(value).is_integer()
+    ):
         raise ValueError(
-            f"{field}={value_filter!r}: SOMA does not take it: {error.msg} at character {error.offset}; write"
-            f" such as"
-            " \"tissue_general == 'blood' and assay in ['10x 3\\' v3']\""
-        ) from error
-    for node in ast.walk(tree):
-        column = _column(node)
-        if column is not None:
-            require_column(column, table, field)
-    for column, number in _comparisons(tree, (int, float)):
-        if _strings_of(table, column) is not None and not isinstance(number, bool):
-            raise ValueError(f"{field}: {column} holds text; write {column} == '{number}', with quotes")
-    for column, value in _comparisons(tree, (str,)):
-        known = _strings_of(table, column)
-        if known is not None and value not in known:
-            near = difflib.get_close_matches(value, known, n=_MOST_LISTED, cutoff=0.6)
+            f"{field}: {column} holds whole numbers of {kind}, to which SOMA would round {value!r}; write"
+            f" one of these"
+        )
+    elif pa.types.is_integer(kind) and comparison.listed and isinstance(value, float):
+        raise ValueError(f"{field}: {column} holds whole numbers; write {int(value)} instead of {value!r}")
+
+
+def _check_texts(column: str, texts: list[str], table: Any, field: str) -> None:
+    known = _strings_of(table, column) or []
+    for text in texts:
+        if text not in known:
+            near = difflib.get_close_matches(text, known, n=_MOST_LISTED, cutoff=0.6)
             listed = near + [item for item in sorted(known, key=_natural) if item not in near]
             more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
             raise ValueError(
-                f"{field}: {column} never is {value!r}; there is"
+                f"{field}: {column} never is {text!r}; there is"
                 f" {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}"
             )
-        joined = [text for text in known or () if value in text.split(" || ") and text != value]
+        joined = [other for other in known if text in other.split(SEPARATOR) and other != text]
         if joined:
             logger.warning(
                 "%s: %s == %r leaves out cells that have it with other values: %s; write %s in [%r, ...] to"
                 " include them",
                 field,
                 column,
-                value,
+                text,
                 ", ".join(map(repr, joined[:_MOST_LISTED])),
                 column,
-                value,
+                text,
             )
-
-
-def _column(node: ast.AST) -> str | None:
-    if isinstance(node, ast.Name) and node.id not in ("attr", "val"):
-        return node.id
-    if (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "attr"
-        and len(node.args) == 1
-    ):
-        return (
-            node.args[0].value
-            if isinstance(node.args[0], ast.Constant) and isinstance(node.args[0].value, str)
-            else None
-        )
-    return None
-
-
-def _comparisons(tree: ast.AST, kinds: tuple[type, ...]) -> Iterator[tuple[str, Any]]:
-    """Each column that is compared with a constant of some kinds, and the constant."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare):
-            sides = [node.left, *node.comparators]
-            columns = [column for column in map(_column, sides) if column is not None]
-            exact = all(isinstance(op, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for op in node.ops)
-            values = [
-                item for side in sides for item in (side.elts if isinstance(side, ast.List) else [side])
-            ]
-            if len(columns) == 1 and exact:
-                yield from (
-                    (columns[0], item.value)
-                    for item in values
-                    if isinstance(item, ast.Constant) and isinstance(item.value, kinds)
-                )
 
 
 def require_column(column: str, table: Any, field: str) -> None:

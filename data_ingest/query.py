@@ -27,7 +27,8 @@ from data_ingest.atlas import (
 )
 from data_ingest.filters import check_filter, full_obs_filter, read_filtered, require_column
 from data_ingest.measured import measured_by_cells
-from data_ingest.query_labels import MAJOR, count_values, labels_of
+from data_ingest.query_labels import MAJOR, labels_of
+from data_ingest.query_summary import summary_of
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 from screformer.counts import Panels
 from screformer.settings import plain
@@ -69,17 +70,8 @@ class QueryResult:
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """Numbers of cells, genes, donors, datasets, cells per label, and unlabelled cells per cell type."""
-        unmapped = self.obs["label"].isna()
-        return {
-            "cells": len(self.obs_joinids),
-            "genes": len(self.var_joinids),
-            "donors": int(self.obs["donor_id"].nunique()),
-            "datasets": int(self.obs["dataset_id"].nunique()),
-            "labels": count_values(self.obs["label"]),
-            "unmapped_cells": int(unmapped.sum()),
-            "unmapped_cell_types": count_values(self.obs["cell_type"][unmapped]),
-        }
+        """The counts of `summary_of`, with those of genes."""
+        return {"genes": len(self.var_joinids), **summary_of(self.obs, self.label_column)}
 
     def identity(self) -> dict[str, Any]:
         """Atlas, version, filters and hash, to store with everything made from these cells."""
@@ -179,6 +171,7 @@ def find_cells(
     label_column: str = MAJOR,
     columns: Iterable[str] = (),
     *,
+    if_there: Iterable[str] = (),
     expected_hash: str = "",
 ) -> QueryResult:
     """Find the cells and genes that match a query's filters.
@@ -189,6 +182,7 @@ def find_cells(
         label_column: obs column that becomes `label`. If the atlas has no `cell_type_major` (Census has
             none), it is rolled up from `cell_type_ontology_term_id`.
         columns: Additional obs columns to read.
+        if_there: The same, of which the atlas may lack some.
         expected_hash: Hash that the result must have; empty to skip the check.
 
     Returns:
@@ -203,7 +197,7 @@ def find_cells(
         obs_table = experiment.obs
         var_table = experiment.ms[MEASUREMENT].var
         names = set(obs_table.schema.names)
-        wanted = {*OBS_COLUMNS, *columns}
+        wanted = {*OBS_COLUMNS, *columns, *(set(if_there) & names)}
         if census_release(atlas) is None:
             wanted |= {RAW_SUM} & names
         if label_column == MAJOR and MAJOR not in names:

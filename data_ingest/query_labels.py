@@ -10,10 +10,22 @@ from data_ingest.ontology import MajorTypes, is_cell_term
 MAJOR = "cell_type_major"
 UNKNOWN = ("", "unknown", "na", "nan")
 """Values of a label column that mean "no label"; Census writes `unknown`."""
+ANY_CELL = (
+    "cell",
+    "native cell",
+    "eukaryotic cell",
+    "animal cell",
+    "nucleate cell",
+    "single nucleate cell",
+    "motile cell",
+)
+"""Names of Cell Ontology terms that say nothing of a cell's type."""
 
 
 def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:
     """The label of each cell, without unused categories, and the Cell Ontology id of each label.
+
+    Cells whose value is in `UNKNOWN` or `ANY_CELL` get no label.
 
     Args:
         obs: Cells with the label column, or with `cell_type_ontology_term_id` to roll up.
@@ -35,7 +47,8 @@ def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str,
             term: rolled[term].name if term in rolled else "unknown" for term in names.cat.categories
         }
         cl_ids = {found.name: found.cl_id for found in rolled.values()}
-    known = sorted({name for name in of_category.values() if name.lower() not in UNKNOWN})
+    no_type = {*UNKNOWN, *ANY_CELL}
+    known = sorted({name for name in of_category.values() if name.lower() not in no_type})
     code_of = {name: code for code, name in enumerate(known)}
     codes_of_category = np.array(
         [code_of.get(of_category[category], -1) for category in names.cat.categories] + [-1]
@@ -47,9 +60,3 @@ def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str,
         np.where(codes >= 0, renumbered, -1), categories=[known[code] for code in used]
     )
     return labels, {name: cl_ids.get(name, "") for name in labels.categories}
-
-
-def count_values(values: pd.Series) -> dict[str, int]:
-    """How often each value occurs, most frequent first; unused categories are omitted."""
-    counts = values.value_counts()
-    return {str(name): int(count) for name, count in counts.items() if count}

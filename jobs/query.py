@@ -7,14 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
 from jobs.arguments import Command, Parser, Result, add_filter, add_tiledb
-
-if TYPE_CHECKING:
-    from data_ingest.query import QueryResult
-
-_MOST_ROWS = 30
 
 
 def arguments(parser: Parser) -> None:
@@ -55,36 +49,16 @@ def arguments(parser: Parser) -> None:
 def work(args: argparse.Namespace) -> Result:
     """Run the query, print what it found, save it."""
     from data_ingest.query import find_cells, resolve_query
+    from data_ingest.query_summary import REPORTED, report, seconds_to_read
 
     atlas, query, expected_hash = resolve_query(args.settings)
-    result = find_cells(atlas, query, args.settings.labels.column, expected_hash=expected_hash)
-    words = report(result)
+    column = args.settings.labels.column
+    result = find_cells(atlas, query, column, if_there=REPORTED, expected_hash=expected_hash)
+    words = report(result, seconds=seconds_to_read(result))
     if args.out:
         result.save(args.out)
         words += f"\nsaved to {args.out}; use it with query.file={args.out}"
     return words
-
-
-def report(result: QueryResult) -> str:
-    """The summary of a result in words."""
-    summary = result.summary()
-    lines = [
-        f"atlas     {result.atlas.uri} at timestamp_ms={result.atlas.timestamp_ms}",
-        *(f"{name:<9} {summary[name]:,}" for name in ("cells", "genes", "donors", "datasets")),
-        f"{result.label_column}, cells:",
-        *_rows(summary["labels"]),
-    ]
-    if summary["unmapped_cells"]:
-        lines += [
-            f"without a label {summary['unmapped_cells']:,} cells, by cell_type:",
-            *_rows(summary["unmapped_cell_types"]),
-        ]
-    return "\n".join([*lines, f"hash      {result.hash}"])
-
-
-def _rows(counts: dict[str, int]) -> list[str]:
-    rows = [f"  {count:>11,}  {name}" for name, count in list(counts.items())[:_MOST_ROWS]]
-    return [*rows, f"  and {len(counts) - _MOST_ROWS} more"] if len(counts) > _MOST_ROWS else rows
 
 
 main = Command(name="query", doc=__doc__, arguments=arguments, work=work, extra="train")
