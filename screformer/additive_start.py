@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from sklearn.utils.extmath import randomized_svd
 
 from screformer.additive import responses
 from screformer.counts import CellCounts, Panels
@@ -134,6 +133,8 @@ def additive_start(
         dim: Model width.
         seed: Seeds the randomised SVD and the random values in dimensions beyond its rank.
     """
+    from sklearn.utils.extmath import randomized_svd  # here, as in `start.py`
+
     values_ni = torch.from_numpy(values_ng[:, inputs].toarray())
     measured_ni = torch.from_numpy(panels.measured_pg[:, inputs])[torch.from_numpy(panels.panels_n)].float()
     weight_n = torch.from_numpy((weights_n / weights_n.sum()).astype(np.float32))

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 
 from screformer.lineage import Lineage
@@ -245,6 +244,8 @@ def fit_calibration(
     Source: Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     assert len(outputs), "calibration needs cells"
+    from scipy.optimize import minimize_scalar  # here: who only reads a model need not load it
+
     logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
     rows = np.arange(len(labels))
 

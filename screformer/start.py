@@ -12,9 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.optimize import minimize
-from sklearn.preprocessing import normalize
-from sklearn.utils.extmath import randomized_svd
 
 from screformer.additive_start import AdditiveStart
 from screformer.counts import Panels
@@ -82,6 +79,10 @@ def logistic_start(
     Returns:
         The L2-penalised multinomial regression.
     """
+    # Here, as every worker imports this module to read a `Start`, and these take as long to load as torch.
+    from scipy.optimize import minimize
+    from sklearn.preprocessing import normalize
+
     x_ng = sparse.csr_matrix(normalize(sparse.csr_matrix(values_ng, dtype=np.float64)) * LINEAR_SCALE)
     cells_p = np.bincount(panels.panels_n, minlength=len(panels.measured_pg))
     center_g = np.asarray(x_ng.sum(axis=0)).ravel() / np.maximum(cells_p @ panels.measured_pg, 1)
@@ -131,6 +132,8 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
         Embeddings, float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest
         entry of each dimension is > 0.
     """
+    from sklearn.utils.extmath import randomized_svd  # here, as above
+
     num_genes = values_ng.shape[1]
     rank = min(dim, *values_ng.shape)
     _, singular, vectors = randomized_svd(values_ng, rank, n_iter=4, random_state=seed, flip_sign=False)
