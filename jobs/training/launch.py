@@ -148,20 +148,20 @@ def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Without two things of Ray Train's that it has no public switch for."""
+    """Without what of Ray Train's is of no use here, which it has no public switch for."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without the watcher of a controller that dies, where there is no dashboard that it could ask.
+        """Without the actor that splits Ray Train's datasets, of which our trainings have none.
 
-        Such a Ray ends with this process, so nothing is left to clean up; the watcher would warn every
-        second, or fail where another Ray runs on the machine.
+        And without the watcher of a controller that dies, where there is no dashboard that it could ask. Such
+        a Ray ends with this process, so nothing is left to clean up; the watcher would warn every second, or
+        fail where another Ray runs on the machine.
         """
+        unused = {"DatasetsCallback"}
+        if not ray._private.worker.get_dashboard_url():
+            unused.add("PlacementGroupCleanerCallback")
         callbacks = super()._create_default_callbacks()
-        if ray._private.worker.get_dashboard_url():
-            return callbacks
-        return [
-            callback for callback in callbacks if type(callback).__name__ != "PlacementGroupCleanerCallback"
-        ]
+        return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """None of Ray's, which would end the run without a checkpoint."""
