@@ -7,6 +7,7 @@ small.
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +26,18 @@ os.environ.update(
     AWS_SECRET_ACCESS_KEY="test",
     AWS_DEFAULT_REGION="us-east-1",
     AWS_EC2_METADATA_DISABLED="true",
+    RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in the local Ray of our commands
 )
+# The tests start some hundred processes, each of which would compile our sources again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads only fight
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+MEMORY, MEMORY_GB = Path("/dev/shm"), 8
+
+if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > MEMORY_GB * 2**30:
+    # Temporary folders in memory: MLflow's SQLite and TileDB wait for the disk thousands of times.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.fixture(autouse=True, scope="session")
