@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,15 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
         model_dir = model_folder(folder)
         # Not a TorchTrainer: in local mode that ends the process group, which DeepSpeed holds on to.
         local = DataParallelTrainer(
-            train_loop_per_worker,
-            train_loop_config={"task": task, "model_dir": str(model_dir), "flag": ""},
+            partial(train_loop_per_worker, task=task, model_dir=str(model_dir), flag=""),
             scaling_config=ray.train.ScalingConfig(num_workers=0),
         )
-        account: Account = local.fit().return_value
+        account = Account(**local.fit().return_value)
     else:
         flag = f"stop-{uuid.uuid4().hex}"
         with stop_on_signals(flag):
             result = _on_workers(task, folder, flag)
-        account = result.return_value or Account()
+        account = Account(**(result.return_value or {}))
     if account.not_finite:
         joinids = list(account.joinids)
         write_json(folder, NON_FINITE, {"message": account.not_finite, "joinids": joinids})
@@ -129,8 +129,8 @@ def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
     cluster = task.config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(
-        train_loop_per_worker,
-        train_loop_config={"task": task, "model_dir": "", "flag": flag},
+        # Not with a `train_loop_config`, which the controller would read, and load all our code for.
+        partial(train_loop_per_worker, task=task, model_dir="", flag=flag),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),

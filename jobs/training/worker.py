@@ -5,6 +5,7 @@ A rank is a worker of Ray Train, or the calling process itself in Ray Train's lo
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -60,18 +61,22 @@ class Account:
     """Cells of that step."""
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> Account:
+def train_loop_per_worker(*, task: TrainingTask, model_dir: str, flag: str) -> dict[str, Any]:
     """Train on this rank's share of the cells; every rank calls it.
 
     It does not raise what another attempt would only repeat; Ray Train would make it.
 
     Args:
-        loop_config: `task`, the `TrainingTask`; `model_dir`, where the only rank leaves its model without
-            any checkpoint, or "" to leave both in checkpoints of Ray Train; `flag`, which asks to stop.
+        task: What to train.
+        model_dir: Where the only rank leaves its model without any checkpoint, or "" to leave both in
+            checkpoints of Ray Train.
+        flag: Name of the flag that asks to stop.
+
+    Returns:
+        The fields of an `Account`: plain values, which Ray Train's controller reads without our code.
     """
-    task: TrainingTask = loop_config["task"]
     try:
-        return _train(task, loop_config["model_dir"], loop_config["flag"])
+        return dataclasses.asdict(_train(task, model_dir, flag))
     finally:
         task.run.settle()
 
