@@ -1,1 +1,1 @@
-"""From the atlas to batches of tokens: ingest, query, split and stream."""
+"""From files to an atlas and from an atlas to batches of tokens: ingest, query, split, stream."""

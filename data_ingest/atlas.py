@@ -1,7 +1,7 @@
-"""Locate, pin and open an atlas: the only access to TileDB-SOMA's handles.
+"""Locate, pin and open an atlas.
 
-An atlas has the layout of CELLxGENE Census, `URI/census_data/homo_sapiens`, whether it lies in a folder,
-behind S3's protocol or is a public release of Census itself.
+An atlas has the layout of CELLxGENE Census, `URI/census_data/homo_sapiens`. It is a local folder, an S3
+prefix, or a public Census release.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _CENSUS = re.compile(r"census(?::(?P<release>.*))?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 END_OF_TIME_MS = 2**62
 CLOCK_AHEAD = (
-    "was written by a machine whose clock is ahead of this one's, and what is written later than now is"
-    " invisible; correct the clocks, then wait until this clock has reached the time of that write"
+    "was written by a machine whose clock is ahead of this one's, and writes with a future timestamp are"
+    " invisible; correct the clocks, then wait until this clock has passed the time of that write"
 )
 
 
@@ -35,7 +35,7 @@ def located(atlas: AtlasConfig) -> AtlasConfig:
     """The same atlas with an absolute path, valid in any working directory.
 
     Raises:
-        ValueError: An empty uri or an ill-formed Census release.
+        ValueError: The URI is empty, or the Census release is malformed.
     """
     if not atlas.uri:
         raise ValueError("atlas.uri is empty; use a folder, s3://bucket/prefix, census or census:YYYY-MM-DD")
@@ -51,38 +51,32 @@ def located(atlas: AtlasConfig) -> AtlasConfig:
 
 
 def saved_atlas(tree: Mapping[str, Any]) -> AtlasConfig:
-    """The atlas that was saved as plain values with a query.
+    """The atlas of a saved query, from plain values.
 
     Raises:
-        ValueError: An earlier version saved another measurement or X layer than the ones read now.
+        ValueError: An earlier version saved a measurement or X layer that is no longer supported.
     """
     tree = dict(tree)
     for name, fixed in (("measurement", MEASUREMENT), ("x_layer", X_LAYER)):
         found = tree.pop(name, fixed)
         if found != fixed:
-            raise ValueError(f"the saved query has {name}={found!r} of its atlas; only {fixed!r} is read now")
+            raise ValueError(f"the saved query has atlas {name}={found!r}; only {fixed!r} is supported now")
     return located(AtlasConfig(**tree))
 
 
 def census_release(atlas: AtlasConfig) -> str | None:
-    """`YYYY-MM-DD` of a Census release, "" for its newest long-term one.
-
-    None for an atlas that has an address of its own.
-    """
+    """Date of a Census release, "" for the newest long-term release; None for any other atlas."""
     match = _CENSUS.fullmatch(atlas.uri)
     return (match["release"] or "") if match else None
 
 
 def pinned(atlas: AtlasConfig) -> AtlasConfig:
-    """The same atlas, located, at a fixed version.
+    """The same atlas, located and at a fixed version: a dated Census release, or the atlas as of now.
 
-    A Census release by its date, any other atlas as it is at this moment.
-
-    Consolidating and vacuuming an atlas after it was pinned can remove the pinned version; a query's hash
-    then tells.
+    Consolidating and vacuuming an atlas can remove a pinned version; a query's hash then no longer matches.
 
     Raises:
-        ValueError: As `located`; Census can't be reached, or has no such release.
+        ValueError: As for `located`, or Census is unreachable or has no such release.
     """
     atlas = located(atlas)
     release = census_release(atlas)
@@ -99,17 +93,16 @@ def open_atlas(
 ) -> Iterator[tiledbsoma.Experiment]:
     """Open the human experiment for reading.
 
-    Never call it in a forked process that inherits an open handle: TileDB hangs there.
+    Never call this in a forked process that inherits an open handle: TileDB hangs.
 
     Args:
-        atlas: Where it is, and which version.
-        threads: TileDB's compute threads, and as many for input; 0 is one per core.
-        buffer_bytes: Memory of each column that a read returns at a time; TileDB may use about twelve
-            times that as well.
+        atlas: Location and version.
+        threads: Number of TileDB compute threads, and of I/O threads; 0 means one per core.
+        buffer_bytes: Read buffer per column; TileDB may use about twelve times as much in addition.
 
     Raises:
-        ValueError: There is no atlas, it has another layout, or lacks the measurement or the X layer.
-            Names what there is.
+        ValueError: There is no atlas, its layout is different, or the measurement or X layer is missing.
+            The message lists what exists.
     """
     limits = {
         "soma.init_buffer_bytes": str(buffer_bytes),
@@ -125,7 +118,7 @@ def open_atlas(
 
 
 def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
-    """Why an atlas is not found: a machine whose clock is ahead of this one's wrote it. Empty if none did."""
+    """An error text if the atlas is only invisible because its writer's clock was ahead of ours; else ""."""
     try:
         tiledbsoma.open(uri, context=context, tiledb_timestamp=END_OF_TIME_MS).close()
     except tiledbsoma.SOMAError:
@@ -134,7 +127,7 @@ def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
 
 
 def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
-    """Open the collection that holds everything; the caller closes it. Raises as `open_atlas`."""
+    """Open the root collection; the caller closes it. Raises as `open_atlas` does."""
     atlas = located(atlas)
     release = census_release(atlas)
     if release is not None:
@@ -151,7 +144,7 @@ def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
     is_local = not _SCHEME.match(atlas.uri)
     if is_local and not os.path.exists(atlas.uri):
         raise ValueError(
-            f"atlas.uri={atlas.uri!r} does not exist; make it with `python -m jobs.ingest --h5ad FILE..."
+            f"atlas.uri={atlas.uri!r} does not exist; create it with `python -m jobs.ingest --h5ad FILE..."
             f" --atlas {atlas.uri}`"
         )
     if is_local and os.path.isfile(atlas.uri):
@@ -172,28 +165,28 @@ def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
             else "; check the address, atlas.tiledb_config and the credentials in the environment"
         )
         raise ValueError(
-            f"atlas.uri={atlas.uri!r} holds no SOMA atlas{when}{remedy} ({_brief(error)})"
+            f"atlas.uri={atlas.uri!r} is not a SOMA atlas{when}{remedy} ({_brief(error)})"
         ) from error
 
 
 def experiment_of(atlas: AtlasConfig, root: Any) -> tiledbsoma.Experiment:
-    """The human experiment of an open atlas. Raises as `open_atlas`."""
+    """The human experiment of an open atlas. Raises as `open_atlas` does."""
     layout = f"an atlas has the layout of Census, URI/census_data/{ORGANISM}"
     if root.soma_type != "SOMACollection" or "census_data" not in root:
         kind = f"a {root.soma_type}" + (
             f" of {', '.join(sorted(root.keys()))}" if hasattr(root, "keys") else ""
         )
-        raise ValueError(f"atlas.uri={atlas.uri!r} holds {kind}, but {layout}; make one with jobs.ingest")
+        raise ValueError(f"atlas.uri={atlas.uri!r} is {kind}, but {layout}; create one with jobs.ingest")
     if ORGANISM not in root["census_data"]:
-        raise ValueError(f"atlas.uri={atlas.uri!r} holds {_listed(root['census_data'])}, but {layout}")
+        raise ValueError(f"atlas.uri={atlas.uri!r} contains {_listed(root['census_data'])}, but {layout}")
     experiment = root["census_data"][ORGANISM]
     if MEASUREMENT not in experiment.ms:
         raise ValueError(
-            f"atlas.uri={atlas.uri!r} has no measurement {MEASUREMENT!r}; there is {_listed(experiment.ms)}"
+            f"atlas.uri={atlas.uri!r} has no measurement {MEASUREMENT!r}; it has {_listed(experiment.ms)}"
         )
     layers = experiment.ms[MEASUREMENT].X
     if X_LAYER not in layers:
-        raise ValueError(f"atlas.uri={atlas.uri!r} has no X layer {X_LAYER!r}; there is {_listed(layers)}")
+        raise ValueError(f"atlas.uri={atlas.uri!r} has no X layer {X_LAYER!r}; it has {_listed(layers)}")
     return experiment
 
 
@@ -202,7 +195,7 @@ def _census_release(release: str) -> str:
 
     try:
         directory = cellxgene_census.get_census_version_directory()
-    except OSError as error:  # includes the errors of requests
+    except OSError as error:  # includes errors from requests
         wanted = f"census:{release}" if release else "census"
         raise ValueError(
             f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; check the"
@@ -213,7 +206,7 @@ def _census_release(release: str) -> str:
         return directory["stable"]["release_build"]
     if release not in known:
         raise ValueError(
-            f"atlas.uri='census:{release}': there is no such release; there is {', '.join(sorted(known))}"
+            f"atlas.uri='census:{release}': no such release; use one of {', '.join(sorted(known))}"
         )
     return release
 

@@ -36,10 +36,10 @@ class AtlasCells:
 
     @classmethod
     def open(cls, predictor: Predictor, result: QueryResult, *, min_gene_overlap: float) -> AtlasCells:
-        """Find the model's genes in an atlas.
+        """Match the model's genes to the atlas.
 
         Raises:
-            ValueError: Too few genes.
+            ValueError: Too few genes match.
         """
         with open_atlas(result.atlas) as experiment:
             var = experiment.ms[MEASUREMENT].var.read(column_names=["soma_joinid", "feature_id"]).concat()
@@ -78,7 +78,7 @@ class AtlasCells:
         return read_cells(self.atlas, self.joinids[positions], self.gene_of_var, self.panels(positions))
 
     def panels(self, positions: np.ndarray) -> Panels:
-        """As `CellSource.panels`: the genes that the cell's dataset measured."""
+        """As `CellSource.panels`: the genes measured in the cell's dataset."""
         return self.every_panel.take(positions)
 
     def identity(self) -> dict[str, str]:
@@ -102,15 +102,14 @@ def query_cells(
 
     Args:
         predictor: The model.
-        atlas: The atlas, and how TileDB reaches it.
-        obs_filter: The filter.
+        atlas: The atlas and its TileDB settings.
+        obs_filter: SOMA value filter on obs.
         min_gene_overlap: As in `GeneMatch.require`.
-        resumed: JSON file with the `source` (`CellSource.identity`) of a run that may be there already: of
-            the same atlas, the version that it took is taken again. None, and where there is no such file,
-            takes the newest.
+        resumed: JSON file with the `source` (`CellSource.identity`) of an earlier run. If it exists and
+            names the same atlas, the same version is used; otherwise the newest.
 
     Raises:
-        ValueError: No such atlas, a filter that it does not understand, no cells, or too few genes.
+        ValueError: The atlas does not exist, the filter is invalid, no cell matches, or too few genes match.
     """
     atlas = located(atlas)
     if resumed is not None and resumed.exists():

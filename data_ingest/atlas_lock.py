@@ -1,4 +1,4 @@
-"""One writer per atlas at a time, on a local disk, a shared one, or an object store."""
+"""Lock an atlas for writing, on a local disk, a shared disk, or an object store."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from data_ingest.claims import only_writer
 
 
 def locked(atlas_uri: str, tiledb_config: Mapping[str, str]) -> AbstractContextManager[None]:
-    """Be the only one that writes an atlas.
+    """Hold the write lock of an atlas.
 
     Args:
         atlas_uri: An absolute path, or `s3://...`; the atlas need not exist yet.
-        tiledb_config: How TileDB reaches it; its `vfs.s3` settings are used here too.
+        tiledb_config: TileDB settings; the lock uses their `vfs.s3` part too.
 
     Raises:
-        ValueError: Another process is writing the atlas, or its place cannot be written.
+        ValueError: Another process is writing the atlas, or the location is not writable.
     """
     files, path = _folder(atlas_uri, tiledb_config)
     return only_writer(files, path, f"--atlas {atlas_uri}")

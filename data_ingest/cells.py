@@ -1,4 +1,4 @@
-"""Cells of an .h5ad file, to be labelled or explained. A copy of this travels with registered models.
+"""Cells of an .h5ad file, to label or explain. Registered models contain a copy of this module.
 
 Axes: n cells.
 """
@@ -20,12 +20,12 @@ from screformer.genes import GeneMatch
 from screformer.predictor import Predictor
 
 _CELLS_PER_BLOCK = 2048
-"""Cells whose counts over all of the file's genes are held at a time."""
+"""Number of cells whose counts over all of the file's genes are in memory at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class H5adCells:
-    """Cells of one .h5ad file."""
+    """Cells of an .h5ad file."""
 
     path: Path
     layer: str | None
@@ -34,7 +34,7 @@ class H5adCells:
     num_cells: int
     label_column: str
     column_major: bool
-    """Whether each read passes over all cells, so that few large reads are better."""
+    """Whether each read scans the whole matrix, so few large reads are better."""
 
     @classmethod
     def open(
@@ -47,18 +47,18 @@ class H5adCells:
         raw: bool = False,
         label_column: str = "",
     ) -> H5adCells:
-        """Find the model's genes in a file.
+        """Match the model's genes to a file.
 
         Args:
             predictor: The model.
             path: The file.
-            min_gene_overlap: As `GeneMatch.require`.
-            layer: Counts are in this layer instead of X.
-            raw: Counts are in `raw.X` instead of X.
-            label_column: obs column of known labels; taken where the file has it.
+            min_gene_overlap: As in `GeneMatch.require`.
+            layer: Layer with the counts, instead of X.
+            raw: Read counts from `raw.X` instead of X.
+            label_column: obs column of known labels; used if the file has it.
 
         Raises:
-            ValueError: An unreadable file, or too few genes.
+            ValueError: The file is unreadable, or too few genes match.
         """
         with H5adFile.open(path, layer=layer, raw=raw) as file:
             match = predictor.genes.match_var(file.var)
@@ -91,7 +91,7 @@ class H5adCells:
         """As `CellSource.read`.
 
         Raises:
-            ValueError: Values that are no raw counts.
+            ValueError: Values are not raw counts.
         """
         parts = []
         with H5adFile.open(self.path, layer=self.layer, raw=self.raw) as file:
@@ -106,7 +106,7 @@ class H5adCells:
         return CellCounts(counts_ng, total_n, self.panels(positions))
 
     def panels(self, positions: np.ndarray) -> Panels:
-        """As `CellSource.panels`: the genes that the file has."""
+        """As `CellSource.panels`: the genes in the file."""
         return Panels.one(self.match.measured_g, len(positions))
 
     def identity(self) -> dict[str, str]:
@@ -125,5 +125,5 @@ class H5adCells:
             return file.obs
 
     def __getstate__(self) -> dict[str, object]:
-        """Without obs, which each process reads itself if it needs it."""
+        """Leave out obs; each process reads it if needed."""
         return {name: value for name, value in self.__dict__.items() if name != "_obs"}

@@ -1,13 +1,13 @@
-"""One writer at a time in a place that several processes reach: a local disk, a shared one, an object store.
+"""Mutual exclusion between writers on any storage: a local disk, a shared disk, or an object store.
 
-A process that wants to write puts a claim, a small file of its own, into a folder for claims, and then lists
-the folder. It goes ahead only if it sees no other live claim. Of two that come together, at least the one
-that lists last sees both and gives up, so there are never two. This needs no locks of the file system, only
-that a written file is listed at once, which S3 guarantees.
+A process that wants to write puts a small claim file into a folder, then lists the folder. It continues only
+if it sees no other live claim. If two processes start together, at least the one that lists last sees both
+claims and gives up, so there are never two writers. This needs no file system locks, only that a new file is
+listed at once, which S3 guarantees.
 
-A claim is renewed as long as its process works. A claim of this machine is dead once its process is gone. A
-claim of another machine is dead when it was not renewed for two minutes, by the clocks, and is not renewed
-while we watch it either.
+A process renews its claim while it runs. A claim from this machine is dead once its process is gone. A claim
+from another machine is dead if, by the clocks, it was not renewed for two minutes, and it is not renewed
+while we watch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from pyarrow import fs
 RENEW_S = 20.0
 """How often a claim is renewed."""
 STALE_S = 120.0
-"""Age from which a claim of another machine may be dead."""
+"""Age from which a claim from another machine may be dead."""
 
 
 @contextmanager
 def only_writer(files: fs.FileSystem, path: str, what: str) -> Iterator[None]:
-    """Be the only one that writes something.
+    """Hold an exclusive claim to write something.
 
     Args:
-        files: Where its claims are kept.
-        path: Folder of its claims there; made and, where it can be, removed again.
-        what: What is written, for messages, such as `--atlas ATLAS`.
+        files: File system for the claims.
+        path: Folder for the claims; created, and removed again when empty.
+        what: What is written, for messages, for example `--atlas ATLAS`.
 
     Raises:
-        ValueError: Another process is writing it, or the folder cannot be written.
+        ValueError: Another process is writing it, or the folder is not writable.
     """
     folder, name = _Folder(files, path), f"{uuid.uuid4().hex}.json"
     claim = {
@@ -59,9 +59,7 @@ def only_writer(files: fs.FileSystem, path: str, what: str) -> Iterator[None]:
             os.makedirs(path, exist_ok=True)
         folder.write(name, claim | {"renewed": time.time()})
     except OSError as error:
-        raise ValueError(
-            f"{what}: {path} cannot be written ({error}); name a place that you may write"
-        ) from error
+        raise ValueError(f"{what}: {path} cannot be written ({error}); choose a writable location") from error
     ended = threading.Event()
 
     def renew() -> None:
@@ -90,11 +88,11 @@ class _Folder:
         found = {}
         for info in self.files.get_file_info(fs.FileSelector(self.path, allow_not_found=True)):
             if info.base_name.endswith(".json"):
-                with suppress(FileNotFoundError):  # it was given back meanwhile
+                with suppress(FileNotFoundError):  # released in the meantime
                     try:
                         with self.files.open_input_stream(info.path) as stream:
                             found[info.base_name] = json.loads(stream.read())
-                    except ValueError:  # half written
+                    except ValueError:  # partly written
                         found[info.base_name] = {"renewed": info.mtime.timestamp()}
         return found
 
@@ -106,7 +104,7 @@ class _Folder:
         with suppress(OSError):
             self.files.delete_file(f"{self.path}/{name}")
         if isinstance(self.files, fs.LocalFileSystem):
-            with suppress(OSError):  # another claim is in it
+            with suppress(OSError):  # it contains another claim
                 os.rmdir(self.path)
 
 
@@ -138,7 +136,7 @@ def _is_live(folder: _Folder, name: str, claim: dict[str, Any]) -> bool:
 
 
 def _host() -> str:
-    """This machine; containers that share its name have processes of their own."""
+    """Host name and process namespace: containers may share a host name but not process ids."""
     with suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()
@@ -147,15 +145,15 @@ def _host() -> str:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # in a container, a user may have no name
         return str(os.getuid())
 
 
 def _process(pid: int) -> str:
-    """Something that tells a process from a later one of the same number; empty if there is none."""
+    """Start time of a process, to detect a reused process id; empty if the process is gone."""
     stat = Path(f"/proc/{pid}/stat")
     try:
-        return stat.read_text().rpartition(")")[2].split()[19]  # when it started
+        return stat.read_text().rpartition(")")[2].split()[19]  # start time
     except OSError:
         if Path("/proc/self/stat").exists():
             return ""

@@ -1,7 +1,7 @@
-"""Ray Data source of cells: one read task per unit of an epoch's plan, from SOMA to Arrow list columns.
+"""Ray Data source of cells: reads SOMA into Arrow list columns, one task per unit of an epoch's plan.
 
-Axes: `n` cells (rows), `z` stored values of them. Rows with joinid -1 are the plan's padding; cells without
-any count stay as empty lists.
+Axes: `n` cells (rows), `z` their stored values. Rows with joinid -1 are padding from the plan. Cells without
+counts are empty lists.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ SCHEMA = pa.schema(
         ("counts", pa.large_list(pa.float32())),
     ]
 )
-"""joinid (-1: padding), label code (-1: none), sum of all counts of the cell, vocabulary indices in
-increasing order, their raw counts."""
+"""joinid (-1: padding), label code (-1: none), total counts of the cell, vocabulary indices in increasing
+order, and their raw counts."""
 BLOCK_BYTES = 32 * 2**20
-"""Blocks are small: several fit in a small object store."""
+"""Size of a block: small, so several fit in a small object store."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CellArrays:
     """Data shared by all read tasks.
 
-    Sent once, as one object in Ray's store, and mapped into each process without a copy.
+    Stored once in Ray's object store and mapped into each process without a copy.
     """
 
     joinids: np.ndarray
@@ -55,19 +55,19 @@ class CellArrays:
     gene_of_var: np.ndarray
     """int32: vocabulary index of each var joinid, -1 for a gene outside the vocabulary."""
     panels: Panels
-    """Which genes were measured in which of the n cells."""
+    """Which genes were measured in each of the n cells."""
     raw_sums: np.ndarray | None = None
-    """Shape (n,), float32: the sum of each cell's counts as obs has it; None checks nothing."""
+    """Shape (n,), float32: total counts of each cell according to obs; None skips the check."""
 
     def check_sums(self, cells: np.ndarray, total_n: np.ndarray) -> None:
-        """Refuse cells whose counts differ from those ingested, for example after a changed byte in X.
+        """Reject cells whose counts differ from those ingested, for example because a byte of X changed.
 
         Args:
             cells: Positions of the cells that were read.
-            total_n: Sum of the counts of each, as read.
+            total_n: Total counts of each cell, as read.
 
         Raises:
-            ValueError: A sum differs from that in obs.
+            ValueError: A total differs from obs.
         """
         if self.raw_sums is not None:
             expected_n = self.raw_sums[cells]
@@ -78,13 +78,13 @@ class CellArrays:
                 raise ValueError(
                     f"the counts of cell {self.joinids[cells[wrong[0]]]} of the atlas sum to"
                     f" {total_n[wrong[0]]:g}, but raw_sum in obs is {expected_n[wrong[0]]:g}"
-                    f" ({len(wrong)} of {len(cells)} cells read together): X is damaged; `jobs.ingest"
-                    " --verify` names all such cells"
+                    f" ({len(wrong)} of {len(cells)} cells read together): X is damaged; find all such"
+                    " cells with `jobs.ingest --verify`"
                 )
 
 
 class SomaDatasource(Datasource):
-    """The cells of one rank in one epoch, from `start_step` on, in the order of the plan."""
+    """The cells of one rank in one epoch, starting at `start_step`, in the order of the plan."""
 
     def __init__(
         self,
@@ -97,26 +97,26 @@ class SomaDatasource(Datasource):
         start_step: int = 0,
         threads: int = 1,
     ) -> None:
-        """Lay out the read tasks; nothing is read yet.
+        """Plan the read tasks; nothing is read yet.
 
         Args:
-            atlas: The atlas, pinned.
-            arrays: What the plan's indices point into; as a reference where Ray runs the tasks.
+            atlas: The pinned atlas.
+            arrays: The arrays that the plan's indices refer to; a reference if Ray runs the tasks.
             plan: Order of the epoch.
-            rank: Whose lanes to read.
+            rank: Rank whose lanes to read.
             world_size: Number of ranks, a divisor of the global batch.
-            start_step: Global batches of the epoch that were already taken.
-            threads: TileDB's threads in each read task.
+            start_step: Number of global batches of the epoch already taken.
+            threads: TileDB threads in each read task.
         """
         super().__init__()
         self._task = partial(
             _read_unit, atlas, arrays, dataclasses.replace(plan), threads
-        )  # replaced: without the plan's cached order
+        )  # a copy, without the plan's cached order
         self.units = list(plan.units(rank, world_size, start_step))
         self._rows = [_num_rows(plan, unit) for unit in self.units]
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown before the read."""
+        """Unknown before reading."""
         return None
 
     def get_read_tasks(
@@ -124,7 +124,7 @@ class SomaDatasource(Datasource):
     ) -> list[ReadTask]:
         """One task per unit, in order.
 
-        Ray asks several times per execution; the answer is always the same.
+        Ray calls this several times per execution; the result is always the same.
         """
         return [
             ReadTask(
@@ -140,17 +140,17 @@ class SomaDatasource(Datasource):
 def read_cells(
     atlas: AtlasConfig, joinids: np.ndarray, gene_of_var: np.ndarray, panels: Panels, *, threads: int = 1
 ) -> CellCounts:
-    """Raw counts of some cells over the vocabulary.
+    """Raw counts of the given cells over the vocabulary.
 
     Args:
-        atlas: The atlas, pinned. Its handle stays open in this process for the next call.
+        atlas: The pinned atlas. Its handle stays open in this process for the next call.
         joinids: Shape (n,), int64, increasing.
         gene_of_var: Vocabulary index of each var joinid, -1 for none.
         panels: Which genes were measured in these cells.
-        threads: TileDB's threads.
+        threads: Number of TileDB threads.
 
     Returns:
-        Counts; the library size also counts genes outside the vocabulary.
+        Counts; the library size includes genes outside the vocabulary.
     """
     shape = (len(joinids), panels.measured_pg.shape[1])
     total_n = np.zeros(len(joinids), np.float32)
@@ -160,8 +160,8 @@ def read_cells(
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
         if not len(rows):
             continue
-        # A segment is a stretch of one cell's values; with rows in order it is the whole cell, up to the
-        # border of a table.
+        # A segment is a run of values of one cell. With rows in order it is the whole cell, unless a table
+        # ends inside it.
         starts = np.concatenate([[0], np.flatnonzero(rows[1:] != rows[:-1]) + 1])
         cells = np.searchsorted(joinids, rows[starts])
         np.add.at(total_n, cells, np.add.reduceat(values, starts))
@@ -185,7 +185,7 @@ def read_cells(
     ).astype(np.int64)
     in_order = (cells_s[1:] >= cells_s[:-1]).all()
     if not in_order or not _increasing(gene_z, offsets):
-        # TileDB gave the cells in tiles or out of order, or the vocabulary has another order than the atlas.
+        # TileDB returned the cells in tiles or out of order, or vocabulary and atlas order genes differently.
         by_gene = np.lexsort((gene_z, np.repeat(cells_s, lengths_s)))
         gene_z, count_z = gene_z[by_gene], count_z[by_gene]
     return CellCounts(csr_array((count_z, gene_z, offsets), shape=shape), total_n, panels)
@@ -223,7 +223,7 @@ def _read_unit(
         target[real] = values[source]
     new_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
     for first, last in _cuts(new_offsets):
-        # Whole rows are copied, one slice each: twice as fast as gathering their values, by numpy or by
+        # Copying whole rows, one slice each, is twice as fast as gathering their values with numpy or
         # Arrow's `take`.
         rows = [
             slice(*ends) for ends in zip(starts[first:last].tolist(), stops[first:last].tolist(), strict=True)
@@ -239,7 +239,7 @@ def _read_unit(
 
 
 def _cuts(offsets: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Ranges of rows whose values fit into a block; one cell alone may be larger."""
+    """Ranges of rows whose values fit into a block; a single cell may exceed it."""
     first, rows = 0, len(offsets) - 1
     while first < rows:
         last = int(np.searchsorted(offsets, offsets[first] + BLOCK_BYTES // 8, side="right")) - 1
@@ -256,10 +256,7 @@ def _num_rows(plan: EpochPlan, unit: ReadUnit) -> int:
 
 @lru_cache(maxsize=2)
 def _open_x(atlas: AtlasConfig, threads: int) -> tuple[Any, ExitStack]:
-    """X of the atlas, with the handles that keep it open until the process ends.
-
-    Opening costs more than a small read.
-    """
+    """X of the atlas, kept open until the process ends: opening costs more than a small read."""
     stack = ExitStack()
     experiment = stack.enter_context(open_atlas(atlas, threads=threads))
     return experiment.ms[MEASUREMENT].X[X_LAYER], stack
@@ -277,9 +274,9 @@ def gene_of_var(atlas: AtlasConfig, vocabulary: GeneVocabulary) -> np.ndarray:
     found = vocabulary.index(var["feature_id"].to_pylist())
     if not (found >= 0).any():
         raise ValueError(
-            f"the atlas {atlas.uri} has none of the vocabulary's {len(vocabulary)} genes (such as"
+            f"the atlas {atlas.uri} has none of the vocabulary's {len(vocabulary)} genes (for example"
             f" {vocabulary.feature_ids[0]!r};"
-            f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are joined by feature_id"
+            f" the atlas has {', '.join(var['feature_id'][:3].to_pylist())}); genes are matched by feature_id"
         )
     genes = np.full(int(joinids.max(initial=-1)) + 1, -1, np.int32)
     genes[joinids] = found

@@ -1,12 +1,12 @@
-"""The order of an epoch as a pure function of (seed, epoch).
+"""The order of cells in an epoch, as a pure function of (seed, epoch).
 
-It determines which global batch each cell is in, and which rank reads it.
+The plan determines the global batch of each cell and the rank that reads it.
 
-Words: a *run* is `run_length` neighbouring cells, the unit that is permuted over the whole query. A *task* is
-a stretch of that order of about `cells_per_task` cells that are mixed with each other. A task is cut into
-`global_batch_size` *lanes*, and each of its global batches takes the next cell of every lane. Ranks own whole
-lanes, so a rank reads only its own cells, no rank waits for another one, and the order does not depend on how
-many ranks there are.
+Terms: a *run* is `run_length` neighbouring cells; runs are shuffled over the whole query. A *task* is about
+`cells_per_task` consecutive cells of that order, shuffled among themselves. A task is cut into
+`global_batch_size` *lanes*, and each of its global batches takes the next cell of every lane. Each rank owns
+whole lanes. So a rank reads only its own cells, ranks do not wait for each other, and the order does not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from screformer.config import check_task_size, grad_accum_steps
 
 @dataclass(frozen=True)
 class ReadUnit:
-    """The part read by one read task: some lanes of some tasks, without the first steps of the first task."""
+    """What one read task reads: some lanes of some tasks, without the first steps of the first task."""
 
     first_task: int
     num_tasks: int
@@ -33,7 +33,7 @@ class ReadUnit:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochPlan:
-    """The cells of one epoch, as indices 0 to num_cells - 1, in order."""
+    """The order of one epoch's cells, indices 0 to num_cells - 1."""
 
     num_cells: int
     seed: int
@@ -42,11 +42,10 @@ class EpochPlan:
     cells_per_task: int
     global_batch_size: int
     shuffle: bool = True
-    """False keeps the runs in their order and the cells in their lanes; every cell still comes exactly
-    once."""
+    """If False, runs keep their order and cells their lanes; every cell still occurs exactly once."""
 
     def __post_init__(self) -> None:
-        """Check the assumptions of all ranks.
+        """Check the sizes.
 
         Raises:
             ValueError: A task can't hold one global batch.
@@ -59,17 +58,17 @@ class EpochPlan:
 
     @property
     def steps_per_task(self) -> int:
-        """Global batches of every task but the last, which may have fewer."""
+        """Number of global batches per task; the last task may have fewer."""
         return self.cells_per_task // self.global_batch_size
 
     @property
     def num_steps(self) -> int:
-        """Global batches of the epoch; the last one may have padding."""
+        """Number of global batches in the epoch; the last one may have padding."""
         return -(-self.num_cells // self.global_batch_size)
 
     @property
     def num_tasks(self) -> int:
-        """Tasks of the epoch."""
+        """Number of tasks in the epoch."""
         return -(-self.num_steps // self.steps_per_task)
 
     @cached_property
@@ -82,7 +81,7 @@ class EpochPlan:
     def task_cells(self, task: int) -> np.ndarray:
         """Cells of a task, shape (steps, global_batch_size), int64.
 
-        Row s is its s-th global batch, -1 is padding in the last row.
+        Row s is its s-th global batch; -1 is padding in the last row.
         """
         size, lanes = self.steps_per_task * self.global_batch_size, self.global_batch_size
         start = task * size
@@ -107,10 +106,7 @@ class EpochPlan:
         return self.task_cells(step // self.steps_per_task)[step % self.steps_per_task]
 
     def unit_cells(self, unit: ReadUnit) -> np.ndarray:
-        """Cells of a read unit in the order in which its rank trains on them, shape (steps x lanes,), int64.
-
-        -1 for padding.
-        """
+        """Cells of a read unit in training order, shape (steps x lanes,), int64, -1 for padding."""
         lanes = slice(unit.first_lane, unit.first_lane + unit.num_lanes)
         parts = [
             self.task_cells(task)[:, lanes]
@@ -120,10 +116,10 @@ class EpochPlan:
         return np.concatenate(parts).ravel()
 
     def units(self, rank: int, world_size: int, start_step: int = 0) -> Iterator[ReadUnit]:
-        """Read units of a rank from global batch `start_step` on, in order.
+        """Read units of a rank, in order, starting at global batch `start_step`.
 
-        Tasks are merged until a unit has at least half of `cells_per_task`: with many ranks, reads would
-        otherwise be tiny.
+        Tasks are merged until a unit has at least half of `cells_per_task` cells; otherwise reads would be
+        tiny with many ranks.
 
         Raises:
             ValueError: The global batch is not a multiple of the world size.
@@ -135,16 +131,13 @@ class EpochPlan:
         joined = max(1, -(-self.cells_per_task // (2 * lanes * self.steps_per_task)))
         task, skip = divmod(start_step, self.steps_per_task)
         while task < self.num_tasks:
-            # The first unit of an epoch is one task only: training begins when it arrives.
+            # The first unit of an epoch is a single task, because training waits for it.
             count = min(joined if task > start_step // self.steps_per_task else 1, self.num_tasks - task)
             yield ReadUnit(task, count, skip, rank * lanes, lanes)
             task, skip = task + count, 0
 
     def _cells_at(self, positions: np.ndarray) -> np.ndarray:
-        """Cell at each position of the epoch's order of runs.
-
-        One run, the query's last, may be shorter than the others.
-        """
+        """Cell at each position in the shuffled runs; the query's last run may be shorter than the others."""
         short = self.num_cells % self.run_length
         if short:
             missing = self.run_length - short
@@ -160,9 +153,9 @@ def sampled_cells(labels_n: np.ndarray, most: int, seed: int, *, even_labels: bo
 
     Args:
         labels_n: Label code of each cell.
-        most: Most cells; all if there are no more.
-        seed: Of the choice.
-        even_labels: Take as many cells of each label, or all of a label that has fewer.
+        most: Maximum number of cells.
+        seed: Random seed.
+        even_labels: Sample equally many cells of each label, or all of a label that has fewer.
     """
     num_cells = len(labels_n)
     if num_cells <= most:

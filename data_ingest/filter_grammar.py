@@ -1,4 +1,4 @@
-"""The language of SOMA's value filters: what a filter compares, or where it goes wrong."""
+"""Parse SOMA value filters into comparisons, and locate errors in them."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _OPPOSITE |= {theirs: ours for ours, theirs in _OPPOSITE.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A column that is compared with constants."""
+    """A comparison of a column with constants."""
 
     column: str
     values: tuple[Any, ...]
     exact: bool
-    """Whether for equality or membership, and not by order."""
+    """Whether it tests equality or membership rather than order."""
     listed: bool = False
-    """Whether for membership."""
+    """Whether it tests membership in a list."""
 
 
 def comparisons(value_filter: str, field: str) -> list[Comparison]:
     """All comparisons of a filter, in order; none if it is empty.
 
-    SOMA parses filters as Python, and then fails inside, or ignores a part, where one is not of the form that
-    it documents. Here such a filter is refused.
+    SOMA parses filters as Python. If a filter does not have the documented form, SOMA fails internally or
+    ignores part of it. Such filters are rejected here.
 
     Args:
         value_filter: The filter.
         field: Name of the setting, for messages.
 
     Raises:
-        ValueError: It is not of that form; the message points at the place.
+        ValueError: It does not have that form; the message gives the position.
     """
     if not value_filter.strip():
         return []
@@ -51,10 +51,10 @@ def comparisons(value_filter: str, field: str) -> list[Comparison]:
 
 
 def without_not(value_filter: str) -> str:
-    """The same filter with `not` resolved: TileDB crashes where it negates `in` or a joined condition.
+    """The same filter without `not`: TileDB crashes if it negates `in` or a compound condition.
 
     Args:
-        value_filter: A filter that `comparisons` takes.
+        value_filter: A filter accepted by `comparisons`.
     """
     if not value_filter.strip():
         return ""
@@ -92,13 +92,13 @@ class _Parser:
             tree = ast.parse(self._text, mode="eval")
         except SyntaxError as error:
             place = f" at character {error.offset}" if error.offset else " at its end"
-            raise ValueError(f"{self._start}{error.msg}{place}; write such as {_EXAMPLE}") from error
+            raise ValueError(f"{self._start}{error.msg}{place}; write for example {_EXAMPLE}") from error
         except (ValueError, RecursionError, MemoryError) as error:
             raise ValueError(f"{self._start}{error or 'it is nested too deeply'}") from error
         try:
             ast.parse(f"({self._text})", mode="eval")
         except SyntaxError as error:
-            raise ValueError(f"{self._start}it ends with a comment; drop what follows #") from error
+            raise ValueError(f"{self._start}it ends with a comment; drop everything from # on") from error
         try:
             yield from self._condition(tree.body)
         except RecursionError as error:
@@ -106,7 +106,7 @@ class _Parser:
 
     @property
     def _start(self) -> str:
-        return f"{self._field}={self._text!r}: SOMA does not take it: "
+        return f"{self._field}={self._text!r}: SOMA rejects it: "
 
     def _condition(self, node: ast.expr) -> Iterator[Comparison]:
         if isinstance(node, ast.BoolOp):
@@ -120,7 +120,7 @@ class _Parser:
         elif isinstance(node, ast.Compare):
             yield self._comparison(node)
         else:
-            self._refuse(node, f"is not a condition; write such as {_EXAMPLE}")
+            self._refuse(node, f"is not a condition; write for example {_EXAMPLE}")
 
     def _comparison(self, node: ast.Compare) -> Comparison:
         sides = [node.left, *node.comparators]
@@ -134,7 +134,7 @@ class _Parser:
                 self._refuse(listed, "is not a list of values; write COLUMN in [VALUE, ...]")
             signed = next((part for part in listed.elts if isinstance(part, ast.UnaryOp)), None)
             if signed is not None:
-                self._refuse(signed, "has a sign, which no list may hold; write COLUMN == VALUE or ...")
+                self._refuse(signed, "has a sign, which lists do not allow; write COLUMN == VALUE or ...")
             values = tuple(map(self._value, listed.elts))
             return Comparison(column=column, values=values, exact=True, listed=True)
         for op in node.ops:

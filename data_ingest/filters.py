@@ -1,4 +1,4 @@
-"""SOMA value filters: what they say is checked before SOMA reads by them."""
+"""Check SOMA value filters and read table rows with them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 _MOST_LISTED = 20
 SEPARATOR = " || "
-"""Between the values of a cell that has several, such as two diseases, as in Census."""
+"""Separates several values of a cell, for example two diseases, as in Census."""
 
 
 def full_obs_filter(query: QueryConfig) -> str:
-    """The filter of a query's cells, with that of primary data."""
+    """The obs filter of a query, including the primary data condition."""
     primary, given = "is_primary_data == True", query.obs_filter.strip()
     if not query.is_primary_data:
         return given
@@ -31,11 +31,11 @@ def full_obs_filter(query: QueryConfig) -> str:
 
 
 def read_filtered(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:
-    """The rows of a table of SOMA that fulfil a filter, in order of joinids; `field` is for messages."""
+    """The rows of a SOMA table that match a filter, in joinid order; `field` is for messages."""
     try:
         rows = table.read(column_names=columns, value_filter=without_not(value_filter) or None).concat()
     except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{field}: SOMA does not take it: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{field}: SOMA rejects it: {str(error).splitlines()[0]}") from error
     for index, column in enumerate(rows.column_names):
         if _is_string(rows.schema.field(column).type):
             rows = rows.set_column(index, column, rows[column].dictionary_encode())
@@ -43,13 +43,13 @@ def read_filtered(table: Any, value_filter: str, columns: list[str], field: str)
 
 
 def check_filter(value_filter: str, table: Any, field: str) -> None:
-    """Find what SOMA would not tell.
+    """Find mistakes that SOMA does not report.
 
-    Columns that do not exist, values of another type than their column, which SOMA would round, and strings
-    that their column never holds.
+    These are columns that do not exist, values whose type does not match the column (SOMA would round them),
+    and strings that do not occur in the column.
 
     Raises:
-        ValueError: Names the place, and what there is, nearest first.
+        ValueError: Names the mistake and lists what exists, closest matches first.
     """
     for comparison in comparisons(value_filter, field):
         require_column(comparison.column, table, field)
@@ -68,23 +68,23 @@ def _check_type(comparison: Comparison, value: Any, table: Any, field: str) -> N
             raise ValueError(f"{field}: {column} can only be == None or != None")
     elif _is_string(kind):
         if not isinstance(value, str):
-            raise ValueError(f"{field}: {column} holds text; write {column} == '{value}', with quotes")
+            raise ValueError(f"{field}: {column} is text; write {column} == '{value}', with quotes")
     elif isinstance(value, str):
-        raise ValueError(f"{field}: {column} holds no text but {kind}; {value!r} can't be compared with it")
+        raise ValueError(f"{field}: {column} is {kind}, not text; {value!r} can't be compared with it")
     elif pa.types.is_boolean(kind):
         if value not in (True, False):
             raise ValueError(f"{field}: {column} is True or False, never {value!r}")
     elif isinstance(value, bool):
-        raise ValueError(f"{field}: {column} holds numbers, never {value!r}")
+        raise ValueError(f"{field}: {column} is a number, never {value!r}")
     elif pa.types.is_integer(kind) and not (
         abs(value) < 2 ** (kind.bit_width - 1) and float(value).is_integer()
     ):
         raise ValueError(
-            f"{field}: {column} holds whole numbers of {kind}, to which SOMA would round {value!r}; write"
-            f" one of these"
+            f"{field}: {column} is a whole number ({kind}), and SOMA would round {value!r}; write a whole"
+            f" number"
         )
     elif pa.types.is_integer(kind) and comparison.listed and isinstance(value, float):
-        raise ValueError(f"{field}: {column} holds whole numbers; write {int(value)} instead of {value!r}")
+        raise ValueError(f"{field}: {column} is a whole number; write {int(value)} instead of {value!r}")
 
 
 def _check_texts(column: str, texts: list[str], table: Any, field: str) -> None:
@@ -95,13 +95,13 @@ def _check_texts(column: str, texts: list[str], table: Any, field: str) -> None:
             listed = near + [item for item in sorted(known, key=_natural) if item not in near]
             more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
             raise ValueError(
-                f"{field}: {column} never is {text!r}; there is"
+                f"{field}: {column} is never {text!r}; its values are"
                 f" {', '.join(map(repr, listed[:_MOST_LISTED]))}{more}"
             )
         joined = [other for other in known if text in other.split(SEPARATOR) and other != text]
         if joined:
             logger.warning(
-                "%s: %s == %r leaves out cells that have it with other values: %s; write %s in [%r, ...] to"
+                "%s: %s == %r misses cells that have it along with other values: %s; write %s in [%r, ...] to"
                 " include them",
                 field,
                 column,
@@ -113,18 +113,18 @@ def _check_texts(column: str, texts: list[str], table: Any, field: str) -> None:
 
 
 def require_column(column: str, table: Any, field: str) -> None:
-    """Refuse a column that a table does not have."""
+    """Reject a column that a table does not have."""
     names = [name for name in table.schema.names if not name.startswith("soma_")]
     if column not in table.schema.names:
         near = difflib.get_close_matches(column, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
-            f"{field}: the atlas has no column {column!r}; {hint}there is {', '.join(sorted(names))}"
+            f"{field}: the atlas has no column {column!r}; {hint}it has {', '.join(sorted(names))}"
         )
 
 
 def _strings_of(table: Any, column: str) -> list[str] | None:
-    """The strings that a column holds, None where it holds no strings."""
+    """The distinct strings in a column; None if it is not a string column."""
     kind = table.schema.field(column).type
     if pa.types.is_dictionary(kind):
         return (

@@ -1,4 +1,4 @@
-"""Folds of a cross-validation: the test and validation cells of each fold.
+"""Divide cells into cross-validation folds, and save and load the division.
 
 Axes: `n` cells, `d` groups (for example donors), `k` labels, `f` folds.
 """
@@ -21,39 +21,39 @@ from screformer.config import GroupBy
 
 FILE = "folds.parquet"
 _TRIALS = 64
-"""Number of orders in which groups are dealt out; fewer if there are very many groups."""
+"""Number of random orders in which groups are assigned; fewer if there are very many groups."""
 _META = b"screformer.folds"
 _KINDS: dict[GroupBy, str] = {"donor_id": "donor", "dataset_id": "dataset", "none": "random"}
-"""Name of folds by what they keep together; files of earlier versions contain this name."""
+"""Name of the kind of folds for each grouping; files of earlier versions contain it."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Folds:
     """A division of cells into test folds.
 
-    Every cell is tested once; validation cells are taken from a fold's other cells.
+    Every cell is tested once; a fold's validation cells come from its other cells.
     """
 
     group_by: GroupBy
-    """obs column whose groups stay together; `none` deals out single cells."""
+    """obs column whose groups stay together; `none` assigns single cells."""
     fold_n: np.ndarray
     """Test fold of each cell, int16 (n,)."""
     names: tuple[str, ...]
-    """Name of each fold: its dataset with `dataset_id`, else its number."""
+    """Name of each fold: its dataset for `dataset_id`, otherwise its number."""
     seed: int
     notes: tuple[str, ...]
-    """Caveats for a reader of the results."""
+    """Caveats for readers of the results."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
     def kind(self) -> str:
-        """The word for these folds: `donor`, `dataset` or `random`."""
+        """The kind of folds: `donor`, `dataset` or `random`."""
         return _KINDS[self.group_by]
 
     def name(self, fold: int) -> str:
-        """The name of a fold; `all` if `fold` is f, where every cell trains or validates."""
+        """The name of a fold; `all` for `fold` = f, which has no test cells."""
         return self.names[fold] if fold < len(self) else "all"
 
     def parts(
@@ -61,14 +61,14 @@ class Folds:
     ) -> Split:
         """The training, validation and test cells of one fold.
 
-        The validation part is made of whole donors where that works out (see `choose_validation`), of random
-        cells where folds are random cells.
+        The validation part consists of whole donors if possible (see `choose_validation`), and of random
+        cells if the folds are random cells.
 
         Args:
-            fold: In [0, f]; with f no cell is tested.
-            donors: Shape (n,), each cell's donor.
+            fold: In [0, f]; f means no test cells.
+            donors: Shape (n,), donor of each cell.
             labels: Shape (n,), label code of each cell, -1 for none.
-            val_fraction: Share of the cells outside the fold that validate; 0 takes none.
+            val_fraction: Share of the cells outside the fold used for validation; 0 for none.
         """
         rng, test = np.random.default_rng([self.seed, 13, fold]), self.fold_n == fold
         val, notes = np.zeros(len(test), bool), []
@@ -85,9 +85,9 @@ class Folds:
         )
 
     def labels_of_one_fold(self, labels: np.ndarray) -> dict[int, str]:
-        """Label codes whose cells are all in one fold, with its name.
+        """Label codes whose cells are all in one fold, with the fold's name.
 
-        No method can have learned them when that fold is tested.
+        When that fold is tested, no method can have learned them.
         """
         labels = np.asarray(labels, np.int64)
         found = {
@@ -96,10 +96,7 @@ class Folds:
         return {label: self.names[int(fold_f[0])] for label, fold_f in found.items() if len(fold_f) == 1}
 
     def hash(self, joinids: np.ndarray) -> str:
-        """Hash of the division of these cells.
-
-        Two runs with the same hash tested the same cells in each fold.
-        """
+        """Hash of the division of these cells; equal hashes mean equal test cells in every fold."""
         pairs = np.stack([np.asarray(joinids, np.int64), self.fold_n.astype(np.int64)])
         return hashlib.sha256(np.ascontiguousarray(pairs[:, np.argsort(pairs[0])]).tobytes()).hexdigest()
 
@@ -118,17 +115,17 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
         joinids: Shape (n,), the query's cells; the file may contain more.
 
     Raises:
-        ValueError: The file is missing, or lacks some of the cells.
+        ValueError: The file or some of the cells are missing.
     """
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
-            f"folds {path} cannot be read ({error}); use the folder of a run of jobs.crossval, or its {FILE}"
+            f"folds {path} cannot be read ({error}); use the folder of a jobs.crossval run, or its {FILE}"
         ) from error
     saved = (table.schema.metadata or {}).get(_META)
     if saved is None:
-        raise ValueError(f"{path} contains no folds; use the {FILE} of a run of jobs.crossval")
+        raise ValueError(f"{path} contains no folds; use the {FILE} of a jobs.crossval run")
     meta: dict[str, Any] = json.loads(saved)
     theirs = table["joinid"].to_numpy()
     order = np.argsort(theirs)
@@ -136,7 +133,7 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
     missing = np.flatnonzero(theirs[order[place]] != joinids) if len(theirs) else np.arange(len(joinids))
     if len(missing):
         raise ValueError(
-            f"folds {path} lack {len(missing)} of the query's {len(joinids)} cells (such as joinid"
+            f"folds {path} lack {len(missing)} of the query's {len(joinids)} cells (for example joinid"
             f" {joinids[missing[0]]}); use the query"
             " and the atlas version that they were made for"
         )
@@ -160,18 +157,18 @@ def make_folds(
 ) -> Folds:
     """Divide cells into folds.
 
-    `donor_id`: whole donors, each label shared out as evenly as they allow; no two folds differ by more cells
-    than the largest donor has.
-    `dataset_id`: each dataset is a fold. `none`: each label's cells are dealt out one by one, so that folds
-    differ by one of them at most.
+    `donor_id`: donors stay whole, and each label is spread as evenly as they allow; the sizes of two folds
+    differ by at most the largest donor.
+    `dataset_id`: each dataset is a fold.
+    `none`: each label's cells are assigned one by one, so its numbers per fold differ by at most one.
 
     Args:
-        group_by: What stays together.
+        group_by: obs column whose groups stay together, or `none`.
         donors: Shape (n,).
         datasets: Shape (n,).
         labels: Shape (n,), label code of each cell, -1 for none.
-        num_folds: f, at least 2; `dataset_id` does not use it.
-        seed: Seed of every random choice.
+        num_folds: f, at least 2; not used with `dataset_id`.
+        seed: Random seed.
 
     Raises:
         ValueError: Fewer than two folds are possible.
@@ -191,7 +188,7 @@ def make_folds(
             found = np.unique(dataset_n[donor_n == donor])
             if len(found) > 1:
                 notes.append(
-                    f"donor {donor} is in the datasets {', '.join(found)}, so on both sides of some fold"
+                    f"donor {donor} is in datasets {', '.join(found)}, so in training and test of some folds"
                 )
         return Folds(
             group_by=group_by,
@@ -206,32 +203,34 @@ def make_folds(
                 f"crossval.num_folds={num_folds} is more than the query's {len(label_n)} cells; lower it"
             )
         notes.append(
-            "folds are random cells: a donor's cells are on both sides, so all scores are optimistic"
+            "folds are random cells: donors are in both training and test, so all scores are optimistic"
         )
         shuffled = rng.permutation(len(label_n))
         by_label = shuffled[np.argsort(label_n[shuffled], kind="stable")]
         fold_n = np.empty(len(label_n), np.int16)
         fold_n[by_label] = (
             np.arange(len(label_n)) % num_folds
-        )  # dealt on over the labels, so that sizes differ by one cell at most too
+        )  # continues from label to label, so fold sizes differ by at most one cell too
         names_f = tuple(str(fold) for fold in range(num_folds))
         return Folds(group_by=group_by, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
     names, group_n = np.unique(donor_n, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
-            f"crossval.group_by=donor_id needs at least 2 donors, the query has {len(names)}; query more, or"
-            f" use crossval.group_by=none"
+            f"crossval.group_by=donor_id needs at least 2 donors, the query has {len(names)}; select more"
+            f" donors, or use crossval.group_by=none"
         )
     if len(names) < num_folds:
-        notes.append(f"{len(names)} donors make {len(names)} folds, not crossval.num_folds={num_folds}")
+        notes.append(
+            f"there are only {len(names)} donors, so {len(names)} folds, not crossval.num_folds={num_folds}"
+        )
         num_folds = len(names)
     counts_dk = np.zeros((len(names), int(label_n.max(initial=-1)) + 2), np.int64)
     np.add.at(counts_dk, (group_n, label_n + 1), 1)
     single = [str(names[d]) for d in np.flatnonzero((counts_dk[:, 1:] > 0).sum(1) == 1)]
     if single:
         notes.append(
-            f"{len(single)} donors have cells of one label only ({', '.join(single[:5])}): they say nothing"
-            f" of the others"
+            f"{len(single)} donors have cells of only one label ({', '.join(single[:5])}), so they do not"
+            f" test the others"
         )
     fold_d = _deal(counts_dk, num_folds, rng)
     names_f = tuple(str(fold) for fold in range(num_folds))
@@ -245,13 +244,13 @@ def make_folds(
 
 
 def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np.ndarray:
-    """Fold of each group, int (d,): the greedy assignment, out of many, with the most even labels.
+    """Fold of each group, int (d,): the best of many greedy assignments, by evenness of the labels.
 
-    scikit-learn's `StratifiedGroupKFold` gives no bound on the sizes of folds. On 300 random divisions of at
-    most 14 donors of 1 to 60 cells, its largest difference between folds was 1.15 times the largest donor
-    (more than once in 7 of them), ours 0.95; the mean difference was 0.51 against 0.35, the mean standard
-    deviation of a label's share 0.113 against 0.101. On 40 divisions of 8 to 39 donors the latter was 0.064
-    against 0.058.
+    scikit-learn's `StratifiedGroupKFold` does not bound the sizes of folds. In 300 random divisions of at
+    most 14 donors of 1 to 60 cells, its largest difference between fold sizes was 1.15 times the largest
+    donor (above 1 in 7 of them), ours 0.95. The mean difference was 0.51 versus 0.35, the mean standard
+    deviation of a label's share 0.113 versus 0.101. In 40 divisions of 8 to 39 donors, the latter was 0.064
+    versus 0.058.
     """
     sizes_d, total_k = counts_dk.sum(1), counts_dk.sum(0)
     share_dk = counts_dk[:, total_k > 0] / total_k[total_k > 0]
@@ -280,8 +279,8 @@ def _deal(counts_dk: np.ndarray, num_folds: int, rng: np.random.Generator) -> np
             share_fk[fold] += share_dk[group]
         return fold_d
 
-    # The largest group first, each to the smallest fold: this assignment meets the bound on sizes. Others are
-    # used only if they meet it too.
+    # Assigning groups from largest to smallest, each to the smallest fold, meets the bound on sizes. Other
+    # assignments are used only if they meet it too.
     best = deal(np.argsort(-sizes_d, kind="stable"), True)
     best_cost = cost(best)
     for _ in range(min(_TRIALS, max(8, 20_000 // len(sizes_d)))):

@@ -1,7 +1,8 @@
-"""Read .h5ad files in chunks of cells, with the checks that make their counts usable.
+"""Read .h5ad files in chunks of cells and check their counts.
 
-Nothing here holds a whole matrix: X is read row block by row block from HDF5, whether it is CSR, CSC or
-dense. Axes: `n` cells, `g` genes.
+A matrix is never loaded whole: blocks of rows are read from HDF5, whether it is CSR, CSC or dense.
+
+Axes: `n` cells, `g` genes.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from data_ingest.foreign_files import other_hdf5, require_path, unreadable, unre
 from screformer.counts import raw_counts, sum_dtype
 
 _ELEMENTS_PER_READ = 1 << 24
-"""Most values held at once while a dense or CSC matrix is turned into CSR rows: 64 MiB of float32."""
+"""Maximum number of values in memory while converting a dense or CSC matrix to CSR: 64 MiB of float32."""
 
 
 class H5adFile:
-    """One open .h5ad file and the matrix of counts chosen in it.
+    """An open .h5ad file and its matrix of counts.
 
-    A context manager; not picklable, open it where it is read.
+    A context manager. Not picklable; open it in the process that reads it.
     """
 
     def __init__(self, path: Path, handle: h5py.File, source: str) -> None:
@@ -49,8 +50,8 @@ class H5adFile:
 
         Args:
             path: The .h5ad file.
-            layer: Take counts from this layer instead of X.
-            raw: Take counts from `raw.X` instead of X.
+            layer: Layer with the counts, instead of X.
+            raw: Read counts from `raw.X` instead of X.
 
         Raises:
             ValueError: The file is missing, truncated, not HDF5, not AnnData, empty, or has no such layer or
@@ -58,7 +59,7 @@ class H5adFile:
         """
         path = Path(path)
         if layer and raw:
-            raise ValueError(f"layer={layer!r} and raw=True name two matrices; choose one")
+            raise ValueError(f"layer={layer!r} and raw=True select two matrices; choose one")
         require_path(path)
         try:
             handle = h5py.File(path, "r")
@@ -70,7 +71,7 @@ class H5adFile:
             for axis, number in (("cells", opened.n_cells), ("genes", opened.n_genes)):
                 if number == 0:
                     raise ValueError(
-                        f"{path}: {source} has 0 {axis}; there is nothing to read, leave the file out"
+                        f"{path}: {source} has 0 {axis}, so there is nothing to read; leave the file out"
                     )
             return opened
         except BaseException:
@@ -94,7 +95,7 @@ class H5adFile:
                 raise ValueError(f"{path} has no raw.X; {has}")
             return "raw/X"
         if "X" not in handle:
-            raise ValueError(f"{path} has no X; {has}; name the counts with --layer or --use raw")
+            raise ValueError(f"{path} has no X; {has}; select the counts with --layer or --use raw")
         return "X"
 
     def __enter__(self) -> H5adFile:
@@ -110,7 +111,7 @@ class H5adFile:
         self._handle.close()
 
     def alternatives(self) -> str:
-        """Say where else counts could be, for error messages."""
+        """Options that select other matrices of counts, for error messages."""
         layers = [
             f"--layer {name}" for name in (sorted(self._handle["layers"]) if "layers" in self._handle else [])
         ]
@@ -124,20 +125,20 @@ class H5adFile:
 
     @property
     def obs(self) -> pd.DataFrame:
-        """The table of cells, n rows, indexed by the cells' names."""
+        """The table of cells, n rows, indexed by cell name."""
         if self._obs is None:
             self._obs = self._table("obs", self.n_cells)
         return self._obs
 
     @property
     def var(self) -> pd.DataFrame:
-        """The table of genes that belongs to the chosen matrix, g rows, indexed by the genes' names."""
+        """The table of genes of the selected matrix, g rows, indexed by gene name."""
         if self._var is None:
             self._var = self._table(self._axis_var, self.n_genes)
         return self._var
 
     def uns(self, name: str) -> Any:
-        """What the file keeps in `uns` under a name; None where there is nothing, or nothing readable."""
+        """An entry of `uns`; None if it is missing or unreadable."""
         try:
             return read_elem(self._handle["uns"][name])
         except (OSError, KeyError, ValueError, TypeError):
@@ -153,7 +154,7 @@ class H5adFile:
         if len(table) != length:
             raise ValueError(
                 f"{self.path}: {key} has {len(table)} rows but {self.source} has {length}; the file is"
-                f" damaged, write it again"
+                f" damaged; write it again"
             )
         table.index = table.index.map(str)
         return table
@@ -164,16 +165,16 @@ class H5adFile:
         """Read the counts, a block of cells at a time.
 
         Args:
-            cells_per_chunk: Most cells per block.
+            cells_per_chunk: Maximum number of cells per block.
             start: First cell.
-            stop: One past the last cell; all by default.
+            stop: One past the last cell; defaults to all.
 
         Yields:
             (index of the block's first cell, counts as csr float32 of shape (cells, n_genes) with sorted
             columns).
 
         Raises:
-            ValueError: The matrix is damaged, or a value is no raw count.
+            ValueError: The matrix is damaged, or a value is not a raw count.
         """
         stop = self.n_cells if stop is None else stop
         read = {"csr": self._rows_of_csr, "csc": self._rows_of_csc, "dense": self._rows_of_dense}[self.format]
@@ -210,7 +211,7 @@ class H5adFile:
                 or len(self._matrix["indices"]) != stored
             ):
                 raise ValueError(
-                    f"{self.path}: {self.source} is damaged: indptr does not fit its {stored} stored values;"
+                    f"{self.path}: {self.source} is damaged: indptr does not match its {stored} values;"
                     f" write the file again"
                 )
             self._indptr = indptr
@@ -220,7 +221,7 @@ class H5adFile:
         indices = self._matrix["indices"][low:high]
         if len(indices) and (indices.min() < 0 or indices.max() >= bound):
             raise ValueError(
-                f"{self.path}: {self.source} is damaged: an index lies outside 0 to {bound - 1}; write the"
+                f"{self.path}: {self.source} is damaged: an index is outside 0 to {bound - 1}; write the"
                 f" file again"
             )
         return indices
@@ -236,8 +237,7 @@ class H5adFile:
         )
 
     def _rows_of_csc(self, first: int, last: int) -> sparse.csr_matrix:
-        # A pass over the whole matrix per block: memory stays bounded by the block, where a transposed copy
-        # would not.
+        # One pass over the whole matrix per block keeps memory bounded; a transposed copy would not.
         pointers = self._pointers()
         rows, columns, values = [], [], []
         for low in range(0, int(pointers[-1]), _ELEMENTS_PER_READ):
@@ -273,7 +273,7 @@ def _matrix_format(path: Path, source: str, matrix: Any) -> tuple[str, tuple[int
             )
         sum_dtype(matrix.dtype, source=f"{path}: {source}")
         return "dense", (int(matrix.shape[0]), int(matrix.shape[1]))
-    # Files written before anndata 0.7 carry the h5sparse names.
+    # Files written before anndata 0.7 use the h5sparse names.
     kind = str(matrix.attrs.get("encoding-type", matrix.attrs.get("h5sparse_format", "?"))).removesuffix(
         "_matrix"
     )

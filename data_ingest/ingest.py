@@ -1,12 +1,12 @@
-"""Turn .h5ad files into an atlas, or append them to one: checked first, written in parallel, safe to kill.
+"""Turn .h5ad files into an atlas, or append them to one.
 
-Read `ingest` from top to bottom: the atlas as it is (`ingest_base`), what is in the files (`ingest_files`,
-`ingest_obs`), how their cells are labelled (`ingest_labels`), which cells are new and where they go
-(`ingest_plan`, `ingest_counts`), and the writing (`ingest_write`). Nothing is written before everything is
-checked. X is written by parallel tasks, each a contiguous range of new joinids; at the end one write of obs
-makes the new cells visible: that is the commit. A journal in the atlas's metadata (`ingest_journal`) says
-what was going on, so that the same command resumes after a kill, and another command takes the unfinished
-work back first.
+Read `ingest` from top to bottom: the existing atlas (`ingest_base`), the contents of the files
+(`ingest_files`, `ingest_obs`), the labels of their cells (`ingest_labels`), the plan of which cells are new
+and where they go (`ingest_plan`, `ingest_counts`), and the writing (`ingest_write`). Nothing is written until
+everything is checked. Parallel tasks write X, each a contiguous range of new joinids. A single write of obs
+then makes the new cells visible: that is the commit. A journal in the atlas's metadata (`ingest_journal`)
+records the work in progress. After a kill, the same command resumes it, and any other command first rolls it
+back.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ from data_ingest.tasks import map_tasks
 
 @dataclass(frozen=True, kw_only=True)
 class FileReport:
-    """What one file gave."""
+    """Outcome of ingesting one file."""
 
     path: str
     dataset_ids: tuple[str, ...]
     cells: int
-    """Cells in the file."""
+    """Number of cells in the file."""
     new_cells: int
-    """Cells that the atlas did not have."""
+    """Number of cells that the atlas did not have."""
     genes: int
     genes_joined: int
     genes_repeated: int
-    """Genes that share their id with another gene of the file."""
+    """Number of genes that share their id with another gene of the file."""
     gene_source: str
     major_types: dict[str, int]
-    """Cells per major type, `unknown` included."""
+    """Cells per major type, including `unknown`."""
     unmapped: dict[str, dict[str, int]]
-    """Why labels have no major type: `missing` (no term), `none` (broader than every major type),
-    `ambiguous`, `newer` (than the ontology here) -> label -> cells."""
+    """Reason why labels have no major type -> label -> cells. Reasons: `missing` (no term), `none` (broader
+    than every major type), `ambiguous`, `newer` (than our ontology)."""
     empty_cells: int
-    """Cells without any count, left out."""
+    """Number of cells without counts, which are left out."""
     notes: tuple[str, ...]
-    """What else a user should know."""
+    """Further remarks for the user."""
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """The report as text."""
         known = (
             f", {self.cells - self.new_cells - self.empty_cells} of them already in the atlas"
             if self.new_cells + self.empty_cells < self.cells
@@ -75,8 +75,8 @@ class FileReport:
         repeated = f", {self.genes_repeated} of them share an id" if self.genes_repeated else ""
         text = [
             f"{self.path}: {self.cells} cells{known} (dataset {', '.join(self.dataset_ids)})",
-            f"  genes: {self.genes_joined} of {self.genes} joined by {self.gene_source}{repeated}; "
-            f"{self.genes - self.genes_joined} not joined",
+            f"  genes: {self.genes_joined} of {self.genes} matched by {self.gene_source}{repeated}; "
+            f"{self.genes - self.genes_joined} not matched",
             "  major types: "
             + ", ".join(
                 f"{name} {count}"
@@ -87,7 +87,7 @@ class FileReport:
             "missing": "no Cell Ontology term",
             "none": "a term broader than every major type",
             "ambiguous": "several major types",
-            "newer": "a term that the ontology here does not know yet",
+            "newer": "a term newer than the installed ontology",
         }
         for outcome, labels in self.unmapped.items():
             shown = ", ".join(f"{label} ({count})" for label, count in list(labels.items())[:8]) + (
@@ -95,13 +95,13 @@ class FileReport:
             )
             text.append(f"  {sum(labels.values())} cells stay unknown, {reasons[outcome]}: {shown}")
         if self.empty_cells:
-            text.append(f"  {self.empty_cells} cells have no count and were left out")
+            text.append(f"  {self.empty_cells} cells have no counts and were left out")
         return text + [f"  {note}" for note in self.notes]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IngestReport:
-    """What an ingest did."""
+    """Outcome of an ingest."""
 
     atlas_uri: str
     files: tuple[FileReport, ...]
@@ -110,30 +110,30 @@ class IngestReport:
     genes_added: int
     genes_total: int
     resumed: bool
-    """An unfinished ingest of the same files was completed."""
-    took_back: bool
-    """An unfinished ingest of other files was taken back first."""
+    """Whether an unfinished ingest of the same files was completed."""
+    rolled_back: bool
+    """Whether an unfinished ingest of other files was rolled back first."""
     notes: tuple[str, ...]
-    """What a user should know of the files together and with the atlas."""
+    """Remarks on the files as a whole and in relation to the atlas."""
     dry_run: bool
     seconds: float
 
 
 def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions | None = None) -> IngestReport:
-    """Check the files, and write their cells into an atlas.
+    """Check the files, then write their cells into an atlas.
 
-    Work goes to Ray tasks when this process is connected to Ray, else it runs here. Cells are known by
-    (dataset_id, obs_id): those that the atlas already has are left as they are, so that running twice adds
-    nothing. Cells of the same names but other counts are refused, and so is a second ingest of
-    the same atlas at a time.
+    Work runs in Ray tasks if this process is connected to Ray, otherwise in this process. Cells are
+    identified by (dataset_id, obs_id). Cells already in the atlas are left unchanged, so ingesting a file
+    twice adds nothing. Cells with the same id but different counts are rejected, and so are simultaneous
+    ingests into one atlas.
 
     Args:
         files: .h5ad files, visible to every node.
-        atlas_uri: A path or `s3://...`; made if there is none.
-        options: How files are read and joined.
+        atlas_uri: A path or `s3://...`; created if it does not exist.
+        options: How to read and join the files.
 
     Raises:
-        ValueError: A file, a table, an option or the atlas is not usable; nothing was written.
+        ValueError: A file, table, option or the atlas is not usable; nothing was written.
     """
     started = time.monotonic()
     options = options or IngestOptions()
@@ -153,7 +153,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
 
 
 def _check_files(files: Sequence[str | Path], base: Base, options: IngestOptions) -> list[CheckedFile]:
-    """Everything of the files but their counts, each checked by itself, then together and with the atlas."""
+    """Check everything but the counts: each file, then all files together and with the atlas."""
     paths = distinct_paths(files)
     symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
     check = partial(check_file, options=options, symbols=symbols)
@@ -172,7 +172,7 @@ def _report(plan: Plan, atlas_uri: str, seconds: float) -> IngestReport:
         genes_added=len(plan.var) - len(plan.base.var),
         genes_total=len(plan.var),
         resumed=plan.resumes,
-        took_back=plan.takes_back,
+        rolled_back=plan.rolls_back,
         notes=tuple(_notes(plan)),
         dry_run=plan.options.dry_run,
         seconds=seconds,
@@ -180,7 +180,7 @@ def _report(plan: Plan, atlas_uri: str, seconds: float) -> IngestReport:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    """Values that differ only in writing between files, or between a file and the atlas."""
+    """Values that differ only in spelling between files, or between a file and the atlas."""
     for name in COMPARED:
         sources = [plan.base.values.get(name, frozenset())]
         sources += [frozenset(new.file.obs[name].cat.categories) for new in plan.files]

@@ -53,7 +53,7 @@ class Plan:
         return self.base.journal.writing and self.base.journal.digest == self.digest
 
     @property
-    def takes_back(self) -> bool:
+    def rolls_back(self) -> bool:
         """Whether an unfinished ingest of other files has to be taken back first."""
         return self.base.journal.writing and not self.resumes
 

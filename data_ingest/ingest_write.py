@@ -53,8 +53,8 @@ def write(plan: Plan) -> None:
     target, journal = plan.target, plan.base.journal
     if not plan.base.exists:
         schema.create_atlas(target.uri, target.context)
-    if plan.takes_back:
-        take_back(target, journal)
+    if plan.rolls_back:
+        roll_back(target, journal)
     if plan.num_new_cells:
         parts = list(parts_of(plan, journal.first_joinid if plan.resumes else journal.end_joinid))
         if not plan.resumes:
@@ -210,7 +210,7 @@ def _new_obs(new: Sequence[NewCells], first_joinid: int) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def take_back(target: Target, journal: Journal) -> None:
+def roll_back(target: Target, journal: Journal) -> None:
     """Remove what an unfinished ingest wrote. Its joinids are not used again."""
     logger.warning("%s holds an unfinished ingest of other files; it is taken back first", target.uri)
     with target.matrix(schema.X, "d") as matrix:

@@ -1,4 +1,4 @@
-"""Which genes were measured in which cells of an atlas: one that was not is unknown there, and not zero."""
+"""Look up which genes were measured in each cell of an atlas; others are unknown there, not zero."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from data_ingest.atlas import MEASUREMENT, experiment_of, open_root
 from screformer.config import AtlasConfig
 
 PANELS = "screformer_panels"
-"""Metadata key of the root collection: which cells have a row of their own in the presence matrix."""
+"""Metadata key of the root collection that lists the panels."""
 
 
 class Panel(NamedTuple):
-    """Cells whose file measured other genes than their dataset's row in the presence matrix says."""
+    """Cells whose file measured different genes than their dataset's row in the presence matrix."""
 
     first: int
     """Joinid of the first cell."""
     end: int
     """One past the last."""
     row: int
-    """Row of the presence matrix that says what they measured."""
+    """Row of the presence matrix with their genes."""
 
 
 def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: np.ndarray) -> np.ndarray:
-    """Which genes each dataset measured: a gene that a dataset lacks is not zero there, but unknown.
+    """Which genes each dataset measured.
 
     Args:
-        atlas: Where it is, and which version.
-        dataset_ids: Datasets, d of them.
+        atlas: Location and version.
+        dataset_ids: The d datasets.
         var_joinids: Genes, (g,), increasing.
 
     Returns:
@@ -42,7 +42,7 @@ def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: 
         as measured.
 
     Raises:
-        ValueError: As `open_atlas`.
+        ValueError: As for `open_atlas`.
     """
     with _presence(atlas) as presence:
         return presence.measured([presence.row_of.get(dataset, -1) for dataset in dataset_ids], var_joinids)
@@ -51,19 +51,18 @@ def measured_genes(atlas: AtlasConfig, dataset_ids: Sequence[str], var_joinids: 
 def measured_by_cells(
     atlas: AtlasConfig, dataset_ids: Sequence[str] | pd.Series, obs_joinids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which genes were measured in each cell: those of its dataset, or of its file where that had others.
+    """Which genes were measured in each cell: those of its dataset, or of its file if that differs.
 
     Args:
-        atlas: Where it is, and which version.
+        atlas: Location and version.
         dataset_ids: Dataset of each cell, (n,).
         obs_joinids: Joinid of each cell, (n,).
 
     Returns:
-        A number for each cell, (n,), and which var joinids were measured in the cells of each number, bool
-        (d, v).
+        A panel index for each cell, (n,), and the var joinids measured by each panel, bool (d, v).
 
     Raises:
-        ValueError: As `open_atlas`.
+        ValueError: As for `open_atlas`.
     """
     with _presence(atlas) as presence:
         codes, datasets = pd.factorize(pd.Series(dataset_ids))
@@ -81,7 +80,7 @@ def panels_of(root: Any) -> tuple[Panel, ...]:
 
 @dataclass(frozen=True)
 class _Presence:
-    """The open presence matrix of an atlas; None where it has none."""
+    """The open presence matrix of an atlas; None if it has none."""
 
     matrix: Any
     row_of: Mapping[str, int]
@@ -90,7 +89,7 @@ class _Presence:
     """One more than the largest var joinid."""
 
     def measured(self, rows: Sequence[int], var_joinids: np.ndarray) -> np.ndarray:
-        """Which genes are in each row, bool (d, g); all in row -1."""
+        """Which genes are in each row, bool (d, g); all for row -1."""
         measured_dg = np.ones((len(rows), len(var_joinids)), bool)
         for index, row in enumerate(rows):
             if row >= 0:

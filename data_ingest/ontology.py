@@ -1,9 +1,9 @@
-"""Roll a Cell Ontology term up to a first-tier ("major") cell type.
+"""Roll up Cell Ontology terms to first-tier ("major") cell types.
 
-A term belongs to the most specific configured type among itself and its ancestors. Terms that are broader
-than every configured type ("leukocyte", "progenitor cell") belong to none: to guess one would invent a label.
-Terms under several unrelated types belong to the one that `before` ranks first, else to none, and are counted
-as ambiguous.
+A term belongs to the most specific configured type among itself and its ancestors. Terms broader than every
+configured type ("leukocyte", "progenitor cell") belong to none, because choosing one would invent a label.
+Terms under several unrelated types belong to the type that `before` ranks first; otherwise they are ambiguous
+and belong to none.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class MajorType:
     Attributes:
         name: Label in `cell_type_major`.
         cl_id: Term in `cell_type_major_ontology_term_id`.
-        also: Further terms whose descendants belong here though the ontology does not place them below
-            `cl_id`.
-        before: Names of types that lose a term to this one where it is below both.
+        also: Further terms whose descendants belong here although they are not below `cl_id` in the ontology.
+        before: Names of types over which this one takes precedence for terms below both.
     """
 
     name: str
@@ -42,26 +41,24 @@ class MajorType:
 MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="T cell", cl_id="CL:0000084"),
     MajorType(name="B cell", cl_id="CL:0000236"),
-    # Plasma cells are no descendants of B cell in the ontology, and their expression has little in common
-    # with it.
+    # Plasma cells are not below B cell in the ontology, and their expression has little in common with it.
     MajorType(name="plasma cell", cl_id="CL:0000786"),
-    # Natural killer cells are innate lymphoid cells; being more specific, they are taken first.
+    # Natural killer cells are innate lymphoid cells; the more specific type takes precedence.
     MajorType(name="natural killer cell", cl_id="CL:0000623"),
     MajorType(name="innate lymphoid cell", cl_id="CL:0001065"),
-    # Cells committed to one lineage count with it, also where the ontology calls them precursors.
+    # Cells committed to one lineage belong to it, even if the ontology calls them precursors.
     MajorType(name="monocyte", cl_id="CL:0000576", before=("hematopoietic precursor cell",)),
     MajorType(name="macrophage", cl_id="CL:0000235"),
     MajorType(name="dendritic cell", cl_id="CL:0000451"),
     MajorType(name="granulocyte", cl_id="CL:0000094", before=("hematopoietic precursor cell",)),
     MajorType(name="mast cell", cl_id="CL:0000097"),
-    # Platelets are shed by megakaryocytes and carry their transcripts; the ontology has no term for the two
-    # together.
+    # Platelets are shed by megakaryocytes and carry their transcripts; the ontology has no term for both.
     MajorType(name="megakaryocyte/platelet", cl_id="CL:0000556", also=("CL:0000233",)),
     MajorType(name="erythroid lineage cell", cl_id="CL:0000764", before=("hematopoietic precursor cell",)),
     MajorType(name="hematopoietic precursor cell", cl_id="CL:0008001"),
     MajorType(name="neuron", cl_id="CL:0000540"),
-    # Radial glia, neuroblasts, glioblasts and neural stem cells: dividing cells of the developing brain,
-    # under no common term.
+    # Radial glia, neuroblasts, glioblasts and neural stem cells are dividing cells of the developing brain
+    # without a common term.
     MajorType(
         name="neural progenitor cell",
         cl_id="CL:0011020",
@@ -74,12 +71,11 @@ MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="Schwann cell", cl_id="CL:0002573"),
     MajorType(name="ependymal cell", cl_id="CL:0000065"),
     MajorType(name="endothelial cell", cl_id="CL:0000115"),
-    # The ontology files neuroendocrine cells of epithelia (such as pancreatic D cells) under neuron too.
+    # The ontology also places neuroendocrine epithelial cells (such as pancreatic D cells) under neuron.
     MajorType(name="epithelial cell", cl_id="CL:0000066", before=("neuron",)),
     MajorType(name="hepatocyte", cl_id="CL:0000182"),
     MajorType(name="mesothelial cell", cl_id="CL:0000077"),
-    # Fibroblasts of a muscle or of the renal cortex are named after the organ's own cells, and are still
-    # fibroblasts.
+    # Fibroblasts of muscle or the renal cortex are also below terms for the organ's own cells.
     MajorType(name="fibroblast", cl_id="CL:0000057", before=("epithelial cell", "skeletal muscle cell")),
     MajorType(name="pericyte", cl_id="CL:0000669"),
     MajorType(name="smooth muscle cell", cl_id="CL:0000192"),
@@ -91,12 +87,12 @@ MAJOR_TYPES: tuple[MajorType, ...] = (
     MajorType(name="melanocyte", cl_id="CL:0000148"),
     MajorType(name="germ cell", cl_id="CL:0000586"),
 )
-"""The default set: types that most atlases name, and that can be distinguished by expression alone."""
+"""The default set: types that most atlases annotate and that expression alone can distinguish."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollUp:
-    """Where a term went: `name` and `cl_id` are `unknown` unless `outcome` is `mapped`."""
+    """Result of rolling up a term; `name` and `cl_id` are `unknown` unless `outcome` is `mapped`."""
 
     name: str
     cl_id: str
@@ -107,7 +103,7 @@ class RollUp:
 class MajorTypes:
     """A configured set of major types.
 
-    Picklable; reads the ontology that `cellxgene-ontology-guide` ships, offline.
+    Picklable. Reads the ontology shipped with `cellxgene-ontology-guide`, offline.
     """
 
     def __init__(self, types: Sequence[MajorType] = MAJOR_TYPES) -> None:
@@ -126,8 +122,7 @@ class MajorTypes:
             for term in (major.cl_id, *major.also):
                 if not is_cell_term(term):
                     raise ValueError(
-                        f"major type {major.name!r}: {term!r} is not a term of the Cell Ontology such as"
-                        f" CL:0000084"
+                        f"major type {major.name!r}: {term!r} is not a Cell Ontology term such as CL:0000084"
                     )
                 if term in self._by_term:
                     raise ValueError(
@@ -137,10 +132,7 @@ class MajorTypes:
 
     @classmethod
     def from_table(cls, path: str | Path) -> MajorTypes:
-        """Read a tab-separated table with columns `name`, `cl_id` and, if wanted.
-
-        `also` and `before` (comma-separated).
-        """
+        """Read a tab-separated table: `name`, `cl_id`, optionally `also` and `before` (comma-separated)."""
         table = read_table(path, "--major-types", ("name", "cl_id"))
         split = {
             name: [_split(v) for v in table[name]] if name in table.columns else [()] * len(table)
@@ -159,7 +151,7 @@ class MajorTypes:
         """Find the major type of a term.
 
         Args:
-            cl_id: A term such as `CL:0000895`, or `unknown` or empty for a cell without one.
+            cl_id: A term such as `CL:0000895`; `unknown` or empty for a cell without one.
 
         Raises:
             ValueError: The term is not in the Cell Ontology.
@@ -168,7 +160,7 @@ class MajorTypes:
             return RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="missing", candidates=())
         if not is_cell_term(cl_id):
             raise ValueError(
-                f"{cl_id!r} is not a term of the Cell Ontology; use an id such as CL:0000084, or 'unknown'"
+                f"{cl_id!r} is not a Cell Ontology term; use an id such as CL:0000084, or 'unknown'"
             )
         hits = [term for term in (cl_id, *_ancestors(cl_id)) if term in self._by_term]
         nearest = [term for term in hits if not any(term in _ancestors(other) for other in hits)]
@@ -184,35 +176,34 @@ class MajorTypes:
 
 
 def is_cell_term(cl_id: str) -> bool:
-    """Whether this is the id of a term of the Cell Ontology, obsolete ones included."""
+    """Whether this is the id of a Cell Ontology term, including obsolete terms."""
     return cl_id.startswith("CL:") and cl_id in _ontology()
 
 
 def cell_term_name(cl_id: str) -> str:
-    """The ontology's name of a term."""
+    """The name of a term in the ontology."""
     return str(_ontology()[cl_id]["label"])
 
 
 def is_at_or_below(cl_id: str, general: str) -> bool:
-    """Whether a term is another one or a more special one than it."""
+    """Whether a term equals another one or is more specific."""
     return cl_id == general or (is_cell_term(cl_id) and general in _ancestors(cl_id))
 
 
 _FORM = {"CL:0000000", "CL:0000003", "CL:0000255", "CL:0002242", "CL:0000226", "CL:0000548", "CL:0000219"}
-"""Terms that describe a cell's form and not its kind: cell, native, eukaryotic, nucleate, single nucleate,
-animal, motile cell."""
+"""Terms that describe a cell's form rather than its type: cell, native cell, eukaryotic, nucleate, single
+nucleate, animal and motile cell."""
 
 
 def lineage(cl_ids: Sequence[str]) -> Lineage:
     """The terms above the labels of a model, for `screformer.calibration`.
 
-    Of the ancestors that hold the same labels only the nearest is kept. One that holds a single label adds
-    nothing to it; one that holds every label says nothing; "nucleate cell" and the like describe a cell's
-    form.
+    Of ancestors that cover the same labels, only the nearest is kept. Ancestors that cover a single label or
+    all labels, and terms of form like "nucleate cell", are left out because they carry no information.
 
     Args:
-        cl_ids: Term of each class; "" or `unknown` for a class without one, and ids that the ontology lacks,
-            have nothing above them.
+        cl_ids: Term of each class. Classes without one ("" or `unknown`) and ids missing from the ontology
+            have no terms above them.
     """
     own = [cl_id if is_cell_term(cl_id) else "" for cl_id in cl_ids]
     holders = [_ancestors(cl_id) | {cl_id} if cl_id else frozenset() for cl_id in own]

@@ -129,7 +129,7 @@ def summary(report: IngestReport) -> str:
     """The report in words, file by file, the totals last."""
     would = "would " if report.dry_run else ""
     lines = [line for file in report.files for line in file.lines()]
-    if report.took_back:
+    if report.rolled_back:
         lines.append(f"an unfinished ingest of other files {would + 'be' if would else 'was'} removed first")
     if report.resumed:
         lines.append(f"this {would + 'complete' if would else 'completed'} an unfinished ingest")

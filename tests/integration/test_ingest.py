@@ -167,8 +167,8 @@ def test_genes_join_by_id_symbol_and_sum(tmp_path: Path) -> None:
     report = ingest([write(tmp_path / "a.h5ad", by_id), write(tmp_path / "b.h5ad", by_symbol)], uri, options)
     assert (report.genes_total, report.files[1].genes_joined, report.files[1].genes_repeated) == (30, 29, 2)
     genes = report.files[1].lines()[1]
-    assert "29 of 30 joined by var index and symbol table; 3.1% of the counts" in genes
-    assert genes.endswith("2 of them share an id; 1 not joined")
+    assert "29 of 30 matched by var index and symbol table; 3.1% of the counts" in genes
+    assert genes.endswith("2 of them share an id; 1 not matched")
     got = counts_frame(from_census(uri, obs_value_filter="dataset_id == 'symbols'"))
     dense = by_symbol.X.toarray()
     assert np.array_equal(got["ENSG00000000100"], dense[:, 0] + dense[:, 28])
@@ -266,7 +266,7 @@ def test_command_reports_files_genes_and_labels(tmp_path: Path, capsys, ray_loca
     said = capsys.readouterr().out
     assert (
         "60 cells (dataset blood_one)" in said
-        and "genes: 30 of 30 joined by var column feature_id; 0 not joined" in said
+        and "genes: 30 of 30 matched by var column feature_id; 0 not matched" in said
     )
     assert "20 cells stay unknown, no Cell Ontology term: weird (20)" in said
     assert f"added 60 cells and 30 genes; {tmp_path / 'atlas'} has 60 cells and 30 genes" in said

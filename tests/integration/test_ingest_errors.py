@@ -161,16 +161,16 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "no raw": (lambda tmp: one(tmp, use_raw=True), r"has no raw\.X; it has X: yes"),
     "layer and raw": (lambda tmp: one(tmp, use_raw=True, layer="a"), "choose one"),
-    "no X": (edited(delete("X")), r"has no X; .*name the counts with --layer or --use raw"),
+    "no X": (edited(delete("X")), r"has no X; .*select the counts with --layer or --use raw"),
     "missing file": (lambda tmp: ([tmp / "gone.h5ad"], {}), r"gone\.h5ad does not exist; check the path"),
-    "directory": (lambda tmp: ([tmp], {}), "is a folder; name the .h5ad files in it"),
+    "directory": (lambda tmp: ([tmp], {}), "is a folder; give the .h5ad files in it"),
     "no files": (lambda tmp: ([], {}), "no files were given"),
     "same file twice": (lambda tmp: (one(tmp)[0] * 2, {}), r"in\.h5ad is given twice"),
-    "truncated": (truncated, r"in\.h5ad is truncated.*fetch it again"),
+    "truncated": (truncated, r"in\.h5ad is truncated.*download or write it again"),
     "HDF5, not AnnData": (edited(delete("obs", "var")), "HDF5 but not AnnData: it has no obs and no var"),
     "0 cells": (lambda tmp: one(tmp, cells()[:0].copy()), "X has 0 cells; there is nothing to read"),
     "0 genes": (lambda tmp: one(tmp, cells()[:, :0].copy()), "X has 0 genes"),
-    "gene index outside": (edited(wild_index), "X is damaged: an index lies outside 0 to 29"),
+    "gene index outside": (edited(wild_index), "X is damaged: an index is outside 0 to 29"),
     "pointers broken": (edited(broken_pointers), "X is damaged: indptr"),
     "unknown storage": (edited(strange_matrix), "stored as 'ell'; it must be a dense, csr or csc matrix"),
     "text for counts": (edited(text_counts), r"X: values are of type \|S4, not numbers"),
@@ -193,7 +193,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "no gene ids": (
         var_change(no_ids),
-        r"no gene can be joined: var index holds no Ensembl gene ids \(its names are 'GENE100', ",
+        r"no gene can be matched: var index has no Ensembl gene ids \(its names are 'GENE100', ",
     ),
     "gene column missing": (
         lambda tmp: one(tmp, feature_id_column="ensg"),
@@ -201,7 +201,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "gene column of symbols": (
         lambda tmp: one(tmp, feature_id_column="gene_symbol"),
-        "var column gene_symbol holds no Ensembl gene ids",
+        "var column gene_symbol has no Ensembl gene ids",
     ),
     "obs column missing": (
         lambda tmp: one(tmp, obs_map={"donor_id": "patient"}),
@@ -241,7 +241,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "labels with a wrong term": (
         table("dataset\tcell_type\tcl_id\nblood_one\tT\tCL:123\n", "labels"),
-        r"\(--labels\) line 2: cl_id='CL:123' is not a term",
+        r"\(--labels\) line 2: cl_id='CL:123' is not a Cell Ontology term",
     ),
     "labels that disagree": (
         table("dataset\tcell_type\tcl_id\nd\tT\tCL:0000084\nd\tT\tCL:0000236\n", "labels"),
@@ -257,7 +257,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "major types wrong": (
         table("name\tcl_id\nmuscle\tCL:1\n", "major_types"),
-        "major type 'muscle': 'CL:1' is not a term",
+        "major type 'muscle': 'CL:1' is not a Cell Ontology term",
     ),
     "same cell in two files": (
         two_files(cells(20, first=55)),

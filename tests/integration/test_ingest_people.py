@@ -87,7 +87,7 @@ def test_empty_cells_are_counted_and_left_out(tmp_path: Path) -> None:
     path, uri = write(tmp_path / "a.h5ad", sample), str(tmp_path / "atlas")
     report = ingest([path], uri)
     assert (report.cells_added, report.files[0].empty_cells) == (50, 10)
-    assert "10 cells have no count and were left out" in "\n".join(report.files[0].lines())
+    assert "10 cells have no counts and were left out" in "\n".join(report.files[0].lines())
     assert (atlas_content(uri)[schema.OBS]["raw_sum"] > 0).all()
     again = ingest([path], uri)
     assert again.cells_added == 0 and "50 of them already in the atlas" in again.files[0].lines()[0]

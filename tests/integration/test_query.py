@@ -149,47 +149,47 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
     [
         (
             QueryConfig(obs_filter="donor == 'a'"),
-            r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? there is assay,"
+            r"query.obs_filter: the atlas has no column 'donor'; did you mean donor_id\? it has assay,"
             r" cell_type",
         ),
         (
             QueryConfig(obs_filter="attr('x y') == 'a'"),
-            "query.obs_filter: the atlas has no column 'x y'; there is assay",
+            "query.obs_filter: the atlas has no column 'x y'; it has assay",
         ),
         (
             QueryConfig(obs_filter="sex == 'hermaphrodite'"),
-            "query.obs_filter: sex never is 'hermaphrodite'; there is '",
+            "query.obs_filter: sex is never 'hermaphrodite'; its values are '",
         ),
         (
             QueryConfig(obs_filter="cell_type_major in ['B cell', 'T cel']"),
-            "cell_type_major never is 'T cel'; there is 'T cell', ",
+            "cell_type_major is never 'T cel'; its values are 'T cell', ",
         ),
         (
             QueryConfig(var_filter="feature_id == 'CD3D'"),
-            "query.var_filter: feature_id never is 'CD3D'; there is 'ENSG.* and .* more",
+            "query.var_filter: feature_id is never 'CD3D'; its values are 'ENSG.* and .* more",
         ),
         (
             QueryConfig(var_filter="symbol == 'CD3D'"),
-            "query.var_filter: the atlas has no column 'symbol'; there is feature_id",
+            "query.var_filter: the atlas has no column 'symbol'; it has feature_id",
         ),
         (
             QueryConfig(obs_filter="assay = 'a'"),
-            "query.obs_filter=\"assay = 'a'\": SOMA does not take it: .* at character 7",
+            "query.obs_filter=\"assay = 'a'\": SOMA rejects it: .* at character 7",
         ),
-        (QueryConfig(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA does not take it: unmatched"),
+        (QueryConfig(obs_filter="nnz == 0) or (nnz >= 0"), "SOMA rejects it: unmatched"),
         (
             QueryConfig(obs_filter="nnz > 'many'"),
-            "query.obs_filter: nnz holds no text but int64; 'many' can't be compared with it",
+            "query.obs_filter: nnz is int64, not text; 'many' can't be compared with it",
         ),
         (
             QueryConfig(obs_filter="donor_id == 3"),
-            "query.obs_filter: donor_id holds text; write donor_id == '3', with quotes",
+            "query.obs_filter: donor_id is text; write donor_id == '3', with quotes",
         ),
-        (QueryConfig(obs_filter="nnz is 3"), "SOMA does not take it: 'nnz is 3' at character 1 is compared"),
+        (QueryConfig(obs_filter="nnz is 3"), "SOMA rejects it: 'nnz is 3' at character 1 is compared"),
         (QueryConfig(obs_filter="sex == 'male' and nnz"), "'nnz' at character 19 is not a condition"),
         (
             QueryConfig(obs_filter="nnz < 1.5"),
-            "nnz holds whole numbers of int64, to which SOMA would round 1.5",
+            "nnz is a whole number .int64., and SOMA would round 1.5",
         ),
         (
             QueryConfig(obs_filter="nnz < 0"),
@@ -210,7 +210,7 @@ def test_what_is_wrong_with_a_filter_is_said(locator, query, message):
 def test_an_unknown_label_column_is_said_with_those_there_are(locator):
     with pytest.raises(
         ValueError,
-        match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* there is assay",
+        match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* it has assay",
     ):
         find_cells(locator, QueryConfig(), "celltype")
 

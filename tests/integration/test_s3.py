@@ -64,7 +64,7 @@ def test_nothing_there_is_told_with_what_to_check(s3):
     with (
         pytest.raises(
             ValueError,
-            match="holds no SOMA atlas; check the address, atlas.tiledb_config and the credentials",
+            match="is not a SOMA atlas; check the address, atlas.tiledb_config and the credentials",
         ),
         open_atlas(locator),
     ):

@@ -249,7 +249,7 @@ def test_an_early_stop_leaves_no_thread_behind(locator):
 def test_an_error_while_reading_reaches_the_caller(locator, tmp_path):
     stream = make_stream(locator)
     stream.atlas = AtlasConfig(uri=str(tmp_path / "gone"))
-    with pytest.raises(Exception, match="does not exist; make it with"):
+    with pytest.raises(Exception, match="does not exist; create it with"):
         epoch(stream)
 
 
@@ -388,8 +388,8 @@ def test_wrong_sizes_and_cells_are_refused(locator):
     strange = GeneVocabulary(("X1",), ("X1",), np.zeros(1, np.float32))
     with pytest.raises(
         ValueError,
-        match=r"has none of the vocabulary's 1 genes \(such as 'X1'; the"
-        r" atlas has ENSG00000, .*joined by feature_id",
+        match=r"has none of the vocabulary's 1 genes \(for example 'X1'; the"
+        r" atlas has ENSG00000, .*matched by feature_id",
     ):
         CellStream(
             locator,

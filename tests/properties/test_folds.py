@@ -91,13 +91,11 @@ def test_what_a_reader_must_know_is_said():
     donors = np.repeat(["a", "b", "c"], 20)
     labels = np.concatenate([np.arange(20) % 2, np.arange(20) % 2, np.full(20, 2)])
     folds = make_folds("donor_id", donors, np.where(donors == "a", "x", "y"), labels, 5, 0)
-    assert any(note.startswith("3 donors make 3 folds") for note in folds.notes)
-    assert any("one label only (c)" in note for note in folds.notes)
+    assert any("only 3 donors, so 3 folds" in note for note in folds.notes)
+    assert any("only one label (c)" in note for note in folds.notes)
     assert folds.labels_of_one_fold(labels) == {2: folds.names[folds.fold_n[-1]]}
     shared = make_folds("dataset_id", donors, np.tile(["x", "y"], 30), labels, 5, 0)
-    assert shared.names == ("x", "y") and any(
-        "donor a is in the datasets x, y" in note for note in shared.notes
-    )
+    assert shared.names == ("x", "y") and any("donor a is in datasets x, y" in note for note in shared.notes)
     assert any("optimistic" in note for note in make_folds("none", donors, donors, labels, 5, 0).notes)
     with pytest.raises(ValueError, match="needs at least 2 datasets, the query has 1"):
         make_folds("dataset_id", donors, np.full(60, "x"), labels, 5, 0)
@@ -121,7 +119,7 @@ def test_saved_folds_are_found_again_by_joinid():
             folds.seed,
             folds.notes,
         )
-        with pytest.raises(ValueError, match=r"lack 1 of the query's 2 cells \(such as joinid 4\)"):
+        with pytest.raises(ValueError, match=r"lack 1 of the query's 2 cells \(for example joinid 4\)"):
             load_folds(path, np.array([3, 4]))
         (Path(scratch) / "other.parquet").write_bytes(b"nothing")
         with pytest.raises(ValueError, match="cannot be read"):

@@ -43,7 +43,7 @@ def test_an_atlas_saved_by_an_earlier_version_is_read():
         "tiledb_config": {},
     }
     assert saved_atlas(old) == AtlasConfig(uri="s3://b/atlas", timestamp_ms=7)
-    with pytest.raises(ValueError, match="x_layer='scaled' of its atlas; only 'raw' is read now"):
+    with pytest.raises(ValueError, match="x_layer='scaled'; only 'raw' is supported now"):
         saved_atlas({**old, "x_layer": "scaled"})
 
 
@@ -70,7 +70,7 @@ def test_an_empty_uri_is_refused():
 
 def test_a_missing_atlas_names_the_command_that_makes_one(tmp_path):
     with (
-        pytest.raises(ValueError, match="does not exist; make it with `python -m jobs.ingest"),
+        pytest.raises(ValueError, match="does not exist; create it with `python -m jobs.ingest"),
         open_atlas(AtlasConfig(uri=str(tmp_path / "none"))),
     ):
         pass
@@ -87,7 +87,7 @@ def test_a_file_is_no_atlas(tmp_path):
 
 
 def test_a_folder_without_soma_is_no_atlas(tmp_path):
-    with pytest.raises(ValueError, match="holds no SOMA atlas"), open_atlas(AtlasConfig(uri=str(tmp_path))):
+    with pytest.raises(ValueError, match="is not a SOMA atlas"), open_atlas(AtlasConfig(uri=str(tmp_path))):
         pass
 
 
@@ -95,7 +95,7 @@ def test_a_bare_experiment_is_told_apart(empty_atlas):
     bare = f"{empty_atlas}/census_data/homo_sapiens"
     with (
         pytest.raises(
-            ValueError, match=r"holds a SOMAExperiment of ms, obs, but an atlas has the layout of Census"
+            ValueError, match=r"is a SOMAExperiment of ms, obs, but an atlas has the layout of Census"
         ),
         open_atlas(AtlasConfig(uri=bare)),
     ):
@@ -108,7 +108,7 @@ def test_another_organism_is_listed(tmp_path):
         data.add_new_collection("mus_musculus", kind=tiledbsoma.Experiment).close()
     with pytest.raises(
         ValueError,
-        match="holds mus_musculus, but an atlas has the layout of Census, URI/census_data/homo_sapiens",
+        match="contains mus_musculus, but an atlas has the layout of Census, URI/census_data/homo_sapiens",
     ):
         open_atlas(AtlasConfig(uri=uri)).__enter__()
 
@@ -116,8 +116,8 @@ def test_another_organism_is_listed(tmp_path):
 @pytest.mark.parametrize(
     ("measurement", "layer", "message"),
     [
-        ("ATAC", "raw", "has no measurement 'RNA'; there is ATAC"),
-        ("RNA", "scaled", "has no X layer 'raw'; there is scaled"),
+        ("ATAC", "raw", "has no measurement 'RNA'; it has ATAC"),
+        ("RNA", "scaled", "has no X layer 'raw'; it has scaled"),
     ],
 )
 def test_what_an_atlas_lacks_is_listed(tmp_path, measurement, layer, message):

@@ -49,18 +49,18 @@ def folder(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("a.h5mu", mudata, r"is MuData with the modalities prot, rna; .*\['rna'\].write_h5ad"),
+        ("a.h5mu", mudata, r"is a MuData file with modalities prot, rna; .*\['rna'\].write_h5ad"),
         ("a.loom", hdf5("matrix", "row_attrs", "col_attrs"), "is a .loom file; .*read_loom"),
-        ("a.h5", hdf5("matrix"), "is a matrix of 10x Cell Ranger; .*read_10x_h5"),
+        ("a.h5", hdf5("matrix"), "is a 10x Cell Ranger matrix; .*read_10x_h5"),
         ("a.h5seurat", hdf5("assays"), "is a Seurat file; .*SeuratDisk::Convert"),
         ("a.h5ad", hdf5("obs"), "is HDF5 but not AnnData: it has no var"),
-        ("a.zarr", zarr, "is a folder that holds a Zarr store; .*read_zarr"),
-        ("filtered", mtx, "is a folder of 10x Cell Ranger's matrix; .*read_10x_mtx"),
-        ("folder", folder, r"is a folder; name the .h5ad files in it \(a.h5ad\)"),
+        ("a.zarr", zarr, "is a folder with a Zarr store; .*read_zarr"),
+        ("filtered", mtx, "is a folder with a 10x Cell Ranger matrix; .*read_10x_mtx"),
+        ("folder", folder, r"is a folder; give the .h5ad files in it \(a.h5ad\)"),
         ("a.csv", lambda path: path.write_text("gene,cell\n"), "is text, not HDF5"),
         ("a.h5ad.gz", lambda path: path.write_bytes(gzip.compress(b"x")), "is a compressed file"),
         ("none.h5ad", lambda path: None, "does not exist; check the path"),
-        ("zero.h5ad", lambda path: path.touch(), "is empty; fetch it again"),
+        ("zero.h5ad", lambda path: path.touch(), "is empty; download or write it again"),
     ],
 )
 def test_other_inputs_are_named(tmp_path: Path, name: str, make, message: str) -> None:
@@ -71,7 +71,7 @@ def test_other_inputs_are_named(tmp_path: Path, name: str, make, message: str) -
 
 @pytest.mark.parametrize("address", ["s3://bucket/a.h5ad", "https://host/a.h5ad", "gs://b/c.h5ad"])
 def test_an_address_is_shown_as_it_was_given(address: str) -> None:
-    with pytest.raises(ValueError, match=f"{address} is an address; fetch the file to this machine"):
+    with pytest.raises(ValueError, match=f"{address} is a URL; download the file"):
         H5adFile.open(Path(address))
 
 
@@ -80,7 +80,9 @@ def test_a_locked_file_is_not_called_damaged(tmp_path: Path) -> None:
     code = f"import h5py; file = h5py.File({str(path)!r}, 'r+'); print('open', flush=True); input()"
     with start_python("-c", code, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
         assert writer.stdout is not None and writer.stdout.readline() == "open\n"
-        with pytest.raises(ValueError, match="is locked: another program has it open for writing; close it"):
+        with pytest.raises(
+            ValueError, match="is locked: another program has it open for writing; close that program"
+        ):
             H5adFile.open(path)
         writer.communicate("\n")
     with H5adFile.open(path) as file:

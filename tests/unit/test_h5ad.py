@@ -195,7 +195,7 @@ def test_a_file_of_which_hardly_anything_can_be_joined_is_refused(tmp_path) -> N
     with (
         H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file,
         pytest.raises(
-            ValueError, match=r"only 1 of 30 columns can be joined.*9\d\.\d% of the counts.*'0', '1'"
+            ValueError, match=r"only 1 of 30 columns can be matched.*9\d\.\d% of the counts.*'0', '1'"
         ),
     ):
         find_file_genes(file, symbols=read_symbol_table(table))

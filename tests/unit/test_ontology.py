@@ -66,7 +66,7 @@ def test_ancestors_stay_after_pickling() -> None:
 @pytest.mark.parametrize(
     ("types", "message"),
     [
-        ([MajorType(name="x", cl_id="CL:9999999")], "'CL:9999999' is not a term of the Cell Ontology"),
+        ([MajorType(name="x", cl_id="CL:9999999")], "'CL:9999999' is not a Cell Ontology term"),
         ([MajorType(name="x", cl_id="CL:0000084")] * 2, "'x' appears twice"),
         (
             [MajorType(name="x", cl_id="CL:0000084"), MajorType(name="y", cl_id="CL:0000084")],
