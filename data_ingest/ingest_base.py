@@ -1,4 +1,4 @@
-"""The atlas before an ingest."""
+"""Read the state of an atlas before an ingest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CLOCKS_DIFFER_MS = 60_000
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The atlas before this ingest."""
+    """State of the atlas before this ingest."""
 
     exists: bool
     journal: Journal = Journal()
@@ -29,12 +29,12 @@ class Base:
     datasets: pd.DataFrame
     panels: tuple[Panel, ...] = ()
     values: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """Values of the columns that mean something by being the same, `ingest_obs.COMPARED`."""
+    """Values of the columns whose spelling is compared, `ingest_obs.COMPARED`."""
     n_cells: int = 0
 
 
 def read_base(target: Target, options: IngestOptions) -> Base:
-    """What the atlas holds before this ingest."""
+    """Read the state of the atlas, ignoring unfinished work."""
     empty = Base(
         exists=False,
         var=pd.DataFrame(columns=["soma_joinid", *schema.VAR_COLUMNS]),
@@ -46,11 +46,11 @@ def read_base(target: Target, options: IngestOptions) -> Base:
         raise ValueError(f"--atlas {target.uri} {CLOCK_AHEAD}")
     journal = read_journal(target)
     if journal.writing and obs_ids(target, f"soma_joinid >= {journal.first_joinid}", ()).num_rows:
-        # Killed after its cells became visible: only bookkeeping is left of it.
+        # It was killed after its cells became visible; only bookkeeping is left to do.
         if not options.dry_run:
             close_ingest(target, journal)
         journal = dataclasses.replace(journal, writing=False)
-    # What an unfinished ingest has written since it began is not part of the atlas.
+    # Whatever an unfinished ingest has written is not part of the atlas.
     at = journal.timestamp_ms if journal.writing else None
     with target.table(schema.VAR, timestamp_ms=at) as table:
         var = table.read().concat().to_pandas()

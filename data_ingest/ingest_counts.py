@@ -1,4 +1,4 @@
-"""Check and sum up the counts of files, genes joined.
+"""Check and sum the counts of files over the joined genes.
 
 Axes: `n` cells, `g` genes.
 """
@@ -20,34 +20,34 @@ from data_ingest.tasks import map_tasks
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over the counts of a range of cells, genes joined."""
+    """Sums over the counts of a range of cells."""
 
     raw_sum_n: np.ndarray
     nnz_n: np.ndarray
     cells_g: np.ndarray
-    """Cells that express each gene."""
+    """Number of cells that express each gene."""
 
     @classmethod
     def none(cls) -> Counts:
-        """Of a file whose counts are not needed."""
+        """For a file whose counts are not needed."""
         return cls(raw_sum_n=np.empty(0), nnz_n=np.empty(0, np.int64), cells_g=np.empty(0, np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewCells:
-    """The cells of one file that the atlas does not have."""
+    """The cells of a file that are not in the atlas."""
 
     file: CheckedFile
     rows: np.ndarray
     """Their rows in the file, increasing; may be empty."""
     counts: Counts
-    """Of all cells of the file; empty where none is new."""
+    """Counts of all cells of the file; empty if none is new."""
     num_empty: int
-    """Cells without any count, which are left out."""
+    """Number of cells without counts, which are left out."""
 
 
 def count_files(files: Sequence[CheckedFile], options: IngestOptions) -> list[Counts]:
-    """Check every count of some files, and sum up over the joined genes."""
+    """Check all counts of the files, and sum them over the joined genes."""
     step = 4 * options.cells_per_chunk
     calls, owners = [], []
     for index, file in enumerate(files):
@@ -84,15 +84,12 @@ def _count_cells(
 
 
 def gene_targets(file: CheckedFile, column_of: Mapping[str, int]) -> np.ndarray:
-    """Where each gene of the file goes, -1 where it was not joined, int32, shape (g,)."""
+    """Column of each gene of the file, -1 for genes without an id, int32, shape (g,)."""
     return np.array([column_of.get(feature_id, -1) for feature_id in file.feature_ids_g], dtype=np.int32)
 
 
 def join_genes(block: sparse.csr_matrix, targets_g: np.ndarray, width: int) -> sparse.csr_matrix:
-    """Move columns to their targets; add up those that meet, drop zeros and what has no target.
-
-    Columns come out sorted.
-    """
+    """Move columns to their targets, sorted; sum duplicates, drop zeros and genes without a target."""
     columns = targets_g[block.indices]
     kept = (columns >= 0) & (block.data != 0)
     if kept.all():

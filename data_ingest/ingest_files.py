@@ -24,12 +24,12 @@ from data_ingest.ontology import Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedFile:
-    """One checked file: everything but its counts."""
+    """A checked file: everything but its counts."""
 
     path: str
     sha256: str
     stamp: tuple[int, int]
-    """Size and time of change, to notice a change while it is ingested."""
+    """Size and modification time, to detect changes during the ingest."""
     n_cells: int
     feature_ids_g: np.ndarray
     names_g: np.ndarray
@@ -37,29 +37,28 @@ class CheckedFile:
     gene_source: str
     num_repeated: int
     obs: pd.DataFrame
-    """The atlas's columns, without those that come from the counts; major types once `label` has added
-    them."""
+    """The atlas's columns except those derived from the counts; major types are added by `label`."""
     unmapped: Mapping[Outcome, Counter[str]] = field(default_factory=dict)
-    """Why labels have no major type -> label -> cells."""
+    """Reason why labels have no major type -> label -> number of cells."""
     notes: tuple[str, ...] = ()
-    """What a user should know of the file."""
+    """Remarks on the file for the user."""
 
 
 def distinct_paths(files: Sequence[str | Path]) -> list[str]:
-    """Absolute paths of the files; refuses none at all and repeated ones."""
+    """Absolute paths of the files; rejects an empty list and duplicates."""
     if not files:
-        raise ValueError("no files were given; name at least one .h5ad")
+        raise ValueError("no files were given; pass at least one .h5ad")
     paths = [os.path.abspath(path) for path in files]
     repeated = [
         path for path, count in Counter(os.path.realpath(path) for path in paths).items() if count > 1
     ]
     if repeated:
-        raise ValueError(f"{repeated[0]} is given twice; name each file once")
+        raise ValueError(f"{repeated[0]} is given twice; list each file once")
     return paths
 
 
 def check_file(path: str, *, options: IngestOptions, symbols: dict[str, str] | None) -> CheckedFile:
-    """Read everything of a file but its counts, and check it."""
+    """Read and check everything in a file but its counts."""
     with H5adFile.open(path, layer=options.layer, raw=options.use_raw) as file:
         genes = find_file_genes(
             file,
@@ -90,7 +89,7 @@ def check_file(path: str, *, options: IngestOptions, symbols: dict[str, str] | N
 
 
 def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
-    """Refuse a cell of one dataset that is in two files."""
+    """Reject a cell of one dataset that is in two files."""
     owner: dict[str, list[CheckedFile]] = {}
     for file in files:
         for dataset in file.obs["dataset_id"].cat.categories:
@@ -109,7 +108,7 @@ def refuse_shared_cells(files: Sequence[CheckedFile]) -> None:
 
 
 def ids_of(file: CheckedFile) -> np.ndarray:
-    """The distinct joined ids of a file, sorted."""
+    """The distinct gene ids of a file, sorted."""
     return np.unique(file.feature_ids_g[file.feature_ids_g != ""].astype(str))
 
 

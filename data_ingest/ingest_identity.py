@@ -1,4 +1,4 @@
-"""Which cells of a file the atlas has: those of the same dataset and name, if they are the same cells.
+"""Find which cells of a file are already in the atlas, by dataset, name and counts.
 
 Axes: `n` cells, `g` genes.
 """
@@ -18,19 +18,19 @@ from data_ingest.ingest_options import IngestOptions
 
 _CELLS_COMPARED = 64
 _LEAST_AGREEMENT = 0.5
-"""Share of equal counts from which two cells are one; cells of other samples rarely reach 0.3."""
+"""Minimum share of equal counts for two cells to be the same; cells of other samples rarely reach 0.3."""
 
 
 def new_rows(
     target: Target, file: CheckedFile, known_datasets: set[str], var: pd.DataFrame, options: IngestOptions
 ) -> np.ndarray:
-    """Rows of a file that the atlas does not have, increasing.
+    """Rows of a file that are not in the atlas, increasing.
 
-    Names alone do not tell samples apart: barcodes repeat, and files are called alike. So the counts of some
-    cells are compared where names are the same.
+    Names alone do not distinguish samples, because barcodes repeat and different files can have the same
+    name. So if names match, the counts of some cells are compared.
 
     Raises:
-        ValueError: Cells have the names of cells in the atlas, but other counts.
+        ValueError: Cells have the same names as cells in the atlas, but different counts.
     """
     is_new_n = np.ones(file.n_cells, bool)
     for dataset in known_datasets.intersection(file.obs["dataset_id"].cat.categories):
@@ -43,8 +43,8 @@ def new_rows(
         if len(rows) and not _same_cells(target, file, rows, joinid_of, var, options):
             raise ValueError(
                 f"{file.path}: {len(rows)} of its cells, such as {file.obs['obs_id'].iloc[rows[0]]!r}, have"
-                f" the names of cells of dataset {dataset!r} in the atlas, but other counts: this is another"
-                " sample. Give it a dataset of its own with --set dataset_id=NAME or --obs-map"
+                f" the same names as cells of dataset {dataset!r} in the atlas, but different counts: this is"
+                " another sample. Give it its own dataset with --set dataset_id=NAME or --obs-map"
                 " dataset_id=COLUMN"
             )
         is_new_n &= ~named_n
@@ -59,7 +59,7 @@ def _same_cells(
     var: pd.DataFrame,
     options: IngestOptions,
 ) -> bool:
-    """Whether cells of a file and of the atlas are the same, over the genes that both have."""
+    """Whether cells of a file and of the atlas are the same, judged by the genes that both have."""
     column_of = dict(zip(var["feature_id"], var["soma_joinid"], strict=True))
     rows = rows[rows < rows[0] + options.cells_per_chunk][:_CELLS_COMPARED]
     with H5adFile.open(file.path, layer=options.layer, raw=options.use_raw) as opened:
@@ -76,7 +76,7 @@ def _same_cells(
     gene = found["soma_dim_1"].to_numpy()
     theirs = sparse.csr_matrix((found["soma_data"].to_numpy(), (cell, gene)), shape=shape)
 
-    # Genes without a count in all of these cells of the atlas may not have been measured there.
+    # Genes without counts in any of these atlas cells may not have been measured there.
     common_g = np.zeros(len(var), bool)
     common_g[targets_g[targets_g >= 0]] = True
     common_g &= np.asarray((theirs != 0).sum(axis=0)).ravel() > 0

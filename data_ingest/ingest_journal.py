@@ -1,4 +1,4 @@
-"""The journal of an ingest, kept in the atlas's metadata: what is being written, and its end."""
+"""Read and write the journal of an ingest, which is part of the atlas's metadata."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _JOURNAL_PARTS = "screformer_ingest_parts"
 
 @dataclass(frozen=True)
 class Target:
-    """The atlas that is written: where it is, and how TileDB reaches it."""
+    """The atlas being written: its location and TileDB context."""
 
     uri: str
     context: soma.SOMATileDBContext
 
     def root(self, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.Collection:
-        """Open the collection that holds everything, as it was at a time."""
+        """Open the root collection, by default at its newest version."""
         return soma.Collection.open(self.uri, mode, context=self.context, tiledb_timestamp=timestamp_ms)
 
     def table(self, place: str, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.DataFrame:
-        """Open a table, such as `schema.OBS`, as it was at a time."""
+        """Open a table such as `schema.OBS`, by default at its newest version."""
         return soma.DataFrame.open(
             f"{self.uri}/{place}", mode, context=self.context, tiledb_timestamp=timestamp_ms
         )
 
     def matrix(self, place: str, mode: str = "r", *, timestamp_ms: int | None = None) -> soma.SparseNDArray:
-        """Open a matrix, `schema.X` or `schema.PRESENCE`, as it was at a time."""
+        """Open `schema.X` or `schema.PRESENCE`, by default at its newest version."""
         return soma.SparseNDArray.open(
             f"{self.uri}/{place}", mode, context=self.context, tiledb_timestamp=timestamp_ms
         )
@@ -45,7 +45,7 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Journal:
-    """What is, or was last, going on in an atlas."""
+    """The current or last ingest of an atlas."""
 
     digest: str = ""
     writing: bool = False
@@ -53,13 +53,13 @@ class Journal:
     first_joinid: int = 0
     end_joinid: int = 0
     num_fragments: int = 0
-    """Fragments of X since they were last merged."""
+    """Number of fragments of X since they were last merged."""
     num_commits: int = 0
-    """Ingests since the fragments of obs and var were last merged."""
+    """Number of ingests since the fragments of obs and var were last merged."""
 
 
 def read_journal(target: Target, *, timestamp_ms: int | None = None) -> Journal:
-    """The journal of an atlas; empty where nothing was ever ingested."""
+    """The journal of an atlas; empty if nothing was ever ingested."""
     with target.root(timestamp_ms=timestamp_ms) as root:
         return Journal(**json.loads(root.metadata.get(_JOURNAL, "{}")))
 
@@ -78,7 +78,7 @@ def write_journal(target: Target, journal: Journal, finished: Iterable[int] = ()
 
 
 def close_ingest(target: Target, journal: Journal) -> None:
-    """What is left once the cells are visible: the summary, and the journal's last word."""
+    """Finish after the cells became visible: write the summary and close the journal."""
     obs = obs_ids(target, None, ("donor_id", "is_primary_data"))
     rows = {
         "census_schema_version": "2.1.0",
@@ -96,7 +96,7 @@ def close_ingest(target: Target, journal: Journal) -> None:
 
 
 def obs_ids(target: Target, value_filter: str | None, columns: Sequence[str]) -> pa.Table:
-    """Joinids, and some columns, of the atlas's cells that pass a filter."""
+    """Joinids and given columns of the atlas's cells that match a filter."""
     with target.table(schema.OBS) as obs:
         return obs.read(value_filter=value_filter, column_names=["soma_joinid", *columns]).concat()
 
@@ -110,7 +110,7 @@ def write_table(target: Target, place: str, rows: pd.DataFrame, columns: Mapping
 
 def now_ms() -> int:
     """Milliseconds since 1970, later than every earlier write of this process."""
-    # Past the millisecond of every earlier write, so that reading the atlas at this time shows those and
-    # nothing later.
+    # Wait for the next millisecond: reading the atlas at this time then shows all earlier writes and no
+    # later ones.
     time.sleep(0.005)
     return int(time.time() * 1000)

@@ -1,4 +1,4 @@
-"""Terms and major types for the cells of a file, from its own columns and from a table."""
+"""Assign Cell Ontology terms and major types to the cells of a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEWER = RollUp(name=UNKNOWN, cl_id=UNKNOWN, outcome="newer", candidates=())
 
 
 def read_labels(path: Path) -> dict[tuple[str, str], str]:
-    """The `--labels` table: (dataset, label) to Cell Ontology term, empty where none fits."""
+    """Read the `--labels` table: (dataset, label) to Cell Ontology term, empty if none fits."""
     table = read_table(path, "--labels", ("dataset", "cell_type", "cl_id"))
     found: dict[tuple[str, str], str] = {}
     for line, (dataset, label, cl_id) in enumerate(
@@ -28,7 +28,7 @@ def read_labels(path: Path) -> dict[tuple[str, str], str]:
         dataset, label = " ".join(dataset.split()), " ".join(label.split())
         if cl_id and not is_cell_term(cl_id) and not is_newer_term(cl_id):
             raise ValueError(
-                f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a term of the Cell Ontology such as"
+                f"{path} (--labels) line {line}: cl_id={cl_id!r} is not a Cell Ontology term such as"
                 f" CL:0000084; "
                 "leave it empty if none fits"
             )
@@ -45,9 +45,9 @@ def label(file: CheckedFile, labels: Mapping[tuple[str, str], str], majors: Majo
     """The file with terms and major types for its cells.
 
     Args:
-        file: As `check_file` gives it.
-        labels: (dataset, label) to term, from `read_labels`; wins over the file's own terms.
-        majors: What terms are rolled up to.
+        file: From `check_file`.
+        labels: (dataset, label) to term, from `read_labels`; takes precedence over the file's terms.
+        majors: Major types to roll up to.
     """
     keys = ["dataset_id", "cell_type", "cell_type_ontology_term_id"]
     codes, triples = pd.MultiIndex.from_frame(file.obs[keys].astype(object)).factorize()

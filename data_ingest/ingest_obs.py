@@ -1,4 +1,4 @@
-"""The cells of a file in the atlas's columns, as far as the file alone can say."""
+"""Convert a file's obs to the columns of the atlas."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from data_ingest.ontology import UNKNOWN, is_cell_term
 from screformer.answers import PROVENANCE, original_column, predicted_columns
 
 _SOURCES: dict[str, tuple[str, ...]] = {"dataset_id": ("dataset_id", "dataset")}
-"""Where a column of the atlas comes from when it is not of the same name."""
+"""Accepted names in files for atlas columns, if not just the same name."""
 _NO_VALUE = ("", "nan", "none", "na", "n/a", "<na>", "null", "unknown")
 _TERM = re.compile(r"CL:\d{7}")
 COMPARED = ("dataset_id", "donor_id", "cell_type")
-"""Columns whose values mean something by being the same."""
+"""Columns whose values are checked for inconsistent spelling."""
 
 
 def standard_obs(file: H5adFile, options: IngestOptions) -> tuple[pd.DataFrame, list[str]]:
-    """The file's obs in the atlas's columns, and what a user should know of it.
+    """The file's obs in the atlas's columns, and remarks for the user.
 
-    Blanks at the ends of texts, and repeated ones, are dropped. What a model of ours predicted is no label:
-    the column that it replaced is taken instead, where it was kept.
+    Surrounding and repeated whitespace is removed. Predictions of our models are not used as labels; the
+    column they replaced is used instead, if it was kept.
 
     Raises:
         ValueError: A column is missing, a value is impossible, or a cell name appears twice.
@@ -43,8 +43,8 @@ def standard_obs(file: H5adFile, options: IngestOptions) -> tuple[pd.DataFrame, 
         source = _source(name, file, options, predicted)
         if source in predicted:
             source = original_column(name, obs.columns)
-            instead = f"{source!r} is taken instead" if source else "those cells have no label of the author"
-            notes.append(f"obs column {name!r} holds predictions of a model, not labels; {instead}")
+            instead = f"{source!r} is used instead" if source else "so its cells have no author label"
+            notes.append(f"obs column {name!r} has model predictions, not labels; {instead}")
         if name == "is_primary_data":
             columns[name] = _primary(file, source, options.constants.get(name))
         elif source is not None:
@@ -61,11 +61,11 @@ def standard_obs(file: H5adFile, options: IngestOptions) -> tuple[pd.DataFrame, 
 
 
 def look_alikes(values: Iterable[str], known: Iterable[str] = ()) -> list[str]:
-    """Values that differ only by case, a plural or signs, as a sentence for each group.
+    """One sentence for each group of values that differ only in case, plural or punctuation.
 
     Args:
         values: All values.
-        known: Groups that are among these alone are left out.
+        known: Groups that consist only of these values are left out.
     """
     known = set(known)
     groups: dict[str, list[str]] = {}
@@ -73,19 +73,19 @@ def look_alikes(values: Iterable[str], known: Iterable[str] = ()) -> list[str]:
         key = re.sub(r"[\s_\-.,]+", " ", value.casefold()).strip().removesuffix("s")
         groups.setdefault(key, []).append(value)
     return [
-        f"{', '.join(map(repr, sorted(group)))} are different values; if they mean the same, write them alike"
+        f"{', '.join(map(repr, sorted(group)))} are different values; if they mean the same, use one spelling"
         for group in groups.values()
         if len(group) > 1 and not known.issuperset(group)
     ]
 
 
 def is_newer_term(term: str) -> bool:
-    """Whether this looks like a term of the Cell Ontology that is newer than the ontology here."""
+    """Whether this looks like a Cell Ontology term that is newer than the installed ontology."""
     return bool(_TERM.fullmatch(term)) and not is_cell_term(term)
 
 
 def _source(name: str, file: H5adFile, options: IngestOptions, predicted: set[str]) -> str | None:
-    """The file's column for a column of the atlas."""
+    """The file's column for an atlas column."""
     columns = file.obs.columns
     asked = options.obs_map.get(name)
     if asked is None:
@@ -97,14 +97,14 @@ def _source(name: str, file: H5adFile, options: IngestOptions, predicted: set[st
         )
     if asked in predicted:
         raise ValueError(
-            f"{file.path}: obs column {asked!r} (--obs-map {name}={asked}) holds predictions of a model, not"
-            f" labels; name the author's column, or copy it to another name once you have checked it"
+            f"{file.path}: obs column {asked!r} (--obs-map {name}={asked}) has model predictions, not"
+            f" labels; use the author's column, or copy it to another name after checking it"
         )
     return asked
 
 
 def _texts(column: pd.Series) -> pd.Categorical:
-    """A column as texts without needless blanks; `unknown` where it has no value."""
+    """A column as text with normalised whitespace; `unknown` for missing values."""
     category = column.astype("category")
     texts = [" ".join(str(value).split()) for value in category.cat.categories]
     texts = [UNKNOWN if text.casefold() in _NO_VALUE else text for text in texts]
@@ -120,7 +120,7 @@ def _refuse_repeated_cells(file: H5adFile, table: pd.DataFrame) -> None:
         other = int(np.flatnonzero(table["obs_id"].to_numpy() == cell)[1])
         raise ValueError(
             f"{file.path}: cell {cell!r} appears twice in obs (rows {first} and {other}), {repeated.sum()}"
-            f" such cells; cells are known by their names: make them unique (adata.obs_names_make_unique())"
+            f" such cells; cell names must be unique: use adata.obs_names_make_unique()"
         )
 
 
@@ -131,16 +131,13 @@ def _check_terms(file: H5adFile, table: pd.DataFrame, options: IngestOptions) ->
             source = options.obs_map.get("cell_type_ontology_term_id", "cell_type_ontology_term_id")
             row = int(np.flatnonzero(terms == term)[0])
             raise ValueError(
-                f"{file.path}: obs column {source!r} holds {term!r} (cell {table['obs_id'].iloc[row]!r}),"
-                f" which is not a term of the Cell Ontology such as CL:0000084; correct it or write 'unknown'"
+                f"{file.path}: obs column {source!r} has {term!r} (cell {table['obs_id'].iloc[row]!r}),"
+                f" which is not a Cell Ontology term such as CL:0000084; correct it or write 'unknown'"
             )
 
 
 def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.ndarray:
-    """`is_primary_data`: the file's own column, else the constant.
-
-    Else true save for cells that `duplicate_of` calls copies.
-    """
+    """`is_primary_data`: the file's column, else the constant, else whether `duplicate_of` is empty."""
     words = {"true": True, "1": True, "false": False, "0": False}
     if source is None and constant is not None:
         if constant.lower() not in words:
@@ -151,7 +148,7 @@ def _primary(file: H5adFile, source: str | None, constant: str | None) -> np.nda
         wrong = text[~text.isin(list(words))]
         if len(wrong):
             raise ValueError(
-                f"{file.path}: obs column {source!r} (is_primary_data) holds"
+                f"{file.path}: obs column {source!r} (is_primary_data) has"
                 f" {file.obs[source].loc[wrong.index[0]]!r} "
                 f"at cell {wrong.index[0]!r}; it must be true or false"
             )

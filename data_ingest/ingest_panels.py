@@ -1,8 +1,8 @@
-"""Which genes the new cells of an ingest measured: rows of the presence matrix.
+"""Record which genes the new cells of an ingest measured, as rows of the presence matrix.
 
-The row of a dataset lists the genes of its first file. A later file of the same dataset with other genes gets
-a row of its own, a panel, so that a gene that it lacks is unknown for its cells and not zero. The atlas's
-metadata say which cells a panel is for (`data_ingest.measured.PANELS`).
+The row of a dataset lists the genes of its first file. A later file of the same dataset with different genes
+gets its own row, a panel, so genes missing from it are unknown for its cells, not zero. The atlas's metadata
+list the cells of each panel (`data_ingest.measured.PANELS`).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from data_ingest.measured import Panel
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Datasets as they will be, and what is new in the presence matrix."""
+    """Datasets after the ingest, and additions to the presence matrix."""
 
     datasets: pd.DataFrame
     """The table of datasets; known ones keep their joinids."""
     rows: dict[int, np.ndarray]
     """New rows of the presence matrix: row -> var joinids."""
     panels: tuple[Panel, ...]
-    """For cells of files whose genes are not those of their dataset; counted from the first new cell."""
+    """Panels of files whose genes differ from their dataset's; positions count from the first new cell."""
     num_rows: int
-    """Rows of the presence matrix."""
+    """Number of rows of the presence matrix."""
 
     def entries(self) -> pa.Table:
         """The new rows as entries of a SOMA array."""
@@ -48,14 +48,14 @@ class Measured:
 def measured_by(
     target: Target, files: Sequence[NewCells], base: Base, var: pd.DataFrame, at_ms: int | None
 ) -> Measured:
-    """Lay out datasets and panels for the new cells of some files.
+    """Plan datasets and panels for the new cells.
 
     Args:
         target: The atlas.
-        files: Its new cells, in the order of their joinids.
-        base: The atlas before.
-        var: The var table as it will be.
-        at_ms: When the atlas was as `base` says; None is now.
+        files: The new cells, in joinid order.
+        base: The atlas before the ingest.
+        var: The var table after the ingest.
+        at_ms: Timestamp of the version that `base` describes; None is now.
     """
 
     @lru_cache

@@ -1,4 +1,4 @@
-"""Plan an ingest: which cells are new, their sums, the joined genes, the parts that tasks write.
+"""Plan an ingest: the new cells, their sums, the joined genes, and the parts that tasks write.
 
 Axes: `n` cells, `g` genes.
 """
@@ -24,27 +24,27 @@ from data_ingest.ingest_options import IngestOptions
 from data_ingest.ingest_panels import Measured, measured_by
 
 FEWEST_VALUES = 1 << 21
-"""Stored counts that are worth a task and a fragment of their own."""
+"""Minimum number of stored counts worth a separate task and fragment."""
 _PARTS_AT_LEAST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """An ingest that is ready to be written."""
+    """An ingest that is ready to write."""
 
     target: Target
     options: IngestOptions
     base: Base
     files: tuple[NewCells, ...]
     var: pd.DataFrame
-    """The var table as it will be."""
+    """The var table after the ingest."""
     measured: Measured
     digest: str
-    """What decides the outcome: equal digests write equal atlases."""
+    """Hash of everything that affects the outcome: equal digests write equal atlases."""
 
     @property
     def num_new_cells(self) -> int:
-        """Cells that will be added."""
+        """Number of cells to add."""
         return sum(len(new.rows) for new in self.files)
 
     @property
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def rolls_back(self) -> bool:
-        """Whether an unfinished ingest of other files has to be taken back first."""
+        """Whether an unfinished ingest of other files must be rolled back first."""
         return self.base.journal.writing and not self.resumes
 
 
@@ -74,7 +74,7 @@ def plan_ingest(
     base: Base,
     options: IngestOptions,
 ) -> Plan:
-    """Find the new cells, check and sum up their counts, and join the genes."""
+    """Find the new cells, check and sum their counts, and join the genes."""
     known = set(base.datasets["dataset_id"])
     rows_of = [new_rows(target, file, known, base.var, options) for file in files]
     counted = iter(
@@ -99,7 +99,7 @@ def plan_ingest(
 
 
 def refuse_unrelated_genes(files: Sequence[CheckedFile], base: Base) -> None:
-    """Refuse a file that shares no gene with the atlas or with the other files."""
+    """Reject a file that shares no gene with the atlas or with the other files."""
     known = set(base.var["feature_id"]) or set(files[0].feature_ids_g)
     for file in files:
         if known.isdisjoint(file.feature_ids_g[file.feature_ids_g != ""]):
@@ -107,16 +107,13 @@ def refuse_unrelated_genes(files: Sequence[CheckedFile], base: Base) -> None:
             raise ValueError(
                 f"{file.path}: none of its {int((file.feature_ids_g != '').sum())} genes is among the"
                 f" {len(known)} of {there}; "
-                "check the gene ids (--feature-id-column), or make an atlas of its own"
+                "check the gene ids (--feature-id-column), or create a separate atlas"
             )
         known.update(file.feature_ids_g)
 
 
 def _joined_var(files: Sequence[NewCells], base: Base) -> pd.DataFrame:
-    """The var table with the new files' genes.
-
-    Known genes keep their joinids, new ones follow, sorted by id.
-    """
+    """The var table with the new files' genes: known genes keep their joinids; new ones follow by id."""
     known = dict(zip(base.var["feature_id"], base.var["soma_joinid"], strict=True))
     used = [new for new in files if len(new.rows)]
     added = sorted({str(feature_id) for new in used for feature_id in ids_of(new.file)} - set(known))
@@ -146,9 +143,9 @@ def _joined_var(files: Sequence[NewCells], base: Base) -> pd.DataFrame:
 
 
 def parts_of(plan: Plan, first_joinid: int) -> Iterator[Part]:
-    """Cut the new cells into one task each.
+    """Divide the new cells into one part per task.
 
-    Few and large, for each leaves a fragment, but enough of them to work in parallel.
+    Parts are large, because each leaves a fragment, but numerous enough to be written in parallel.
     """
     total = sum(int(new.counts.nnz_n[new.rows].sum()) for new in plan.files)
     most = min(plan.options.values_per_fragment, max(total // _PARTS_AT_LEAST, FEWEST_VALUES))

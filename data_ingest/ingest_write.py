@@ -1,4 +1,4 @@
-"""Write an ingest into the atlas: journal, counts, commit, undo, consolidation.
+"""Write an ingest into the atlas: journal, counts, commit, rollback, consolidation.
 
 Axes: `n` cells, `g` genes.
 """
@@ -38,18 +38,18 @@ from data_ingest.tasks import map_tasks
 logger = logging.getLogger(__name__)
 
 _JOURNAL_EVERY_S = 2.0
-"""How much finished work a kill may cost."""
+"""Maximum amount of finished work lost in a kill."""
 
 
 _MOST_FRAGMENTS = 8
-"""Small fragments that are left unmerged."""
+"""Maximum number of small fragments left unmerged."""
 
 
 _IN_ORDER = {"tiledb": {"write": {"sort_coords": False}}}
 
 
 def write(plan: Plan) -> None:
-    """Write a plan into its atlas; the journal says how far it is, so that it can be killed at any time."""
+    """Write a plan into its atlas. The journal records progress, so it can be killed at any time."""
     target, journal = plan.target, plan.base.journal
     if not plan.base.exists:
         schema.create_atlas(target.uri, target.context)
@@ -65,7 +65,7 @@ def write(plan: Plan) -> None:
 
 
 def _begin(plan: Plan, num_parts: int) -> Journal:
-    """Make room, and say in the journal what comes. Room alone changes nothing that a query sees."""
+    """Enlarge the arrays and open the journal. Neither changes what queries see."""
     before = plan.base.journal
     journal = Journal(
         digest=plan.digest,
@@ -94,7 +94,7 @@ def _begin(plan: Plan, num_parts: int) -> Journal:
 
 
 def _write_x(plan: Plan, parts: Sequence[Part], journal: Journal) -> None:
-    """Write the counts of all parts that are not written yet."""
+    """Write the counts of all parts not yet written."""
     column_of = dict(zip(plan.var["feature_id"], plan.var["soma_joinid"], strict=True))
     targets = {
         file.path: gene_targets(file, column_of)
@@ -138,11 +138,11 @@ def _write_part(
     n_genes: int,
     options: IngestOptions,
 ) -> None:
-    """Write the counts of some cells. Doing it again writes the same values to the same places."""
+    """Write the counts of some cells. Repeating it writes the same values to the same places."""
     stat = os.stat(path)
     if (stat.st_size, stat.st_mtime_ns) != stamp:
         raise ValueError(
-            f"{path} changed while it was ingested; run the same command again once nobody writes to it"
+            f"{path} changed during the ingest; run the same command again once nothing writes to it"
         )
     tables = []
     with H5adFile.open(path, layer=options.layer, raw=options.use_raw) as file:
@@ -164,7 +164,7 @@ def _write_part(
             )
     target = Target(uri, schema.soma_context(options.tiledb_config))
     with target.matrix(schema.X, "w", timestamp_ms=timestamp_ms) as array:
-        # The rows come in the array's own order, which saves TileDB a sort: 2.5 times as fast.
+        # Rows are in the array's order, which saves TileDB a sort and is 2.5 times as fast.
         array.write(pa.concat_tables(tables), platform_config=_IN_ORDER)
 
 
@@ -173,7 +173,7 @@ def _commit(plan: Plan, journal: Journal) -> None:
     target = plan.target
     if read_journal(target).digest != journal.digest:
         raise ValueError(
-            f"{target.uri}: another ingest began meanwhile; run one at a time, then this command again"
+            f"{target.uri}: another ingest started in the meantime; wait for it, then run this command again"
         )
     new = [new for new in plan.files if len(new.rows)]
     measured = plan.measured
@@ -188,7 +188,7 @@ def _commit(plan: Plan, journal: Journal) -> None:
         with target.root("w") as root:
             root.metadata[PANELS] = json.dumps([*plan.base.panels, *panels])
     with target.table(schema.OBS, "w") as table:
-        # All new cells in one fragment: they become visible together or not at all.
+        # All new cells are in one fragment, so they become visible together or not at all.
         table.write(_new_obs(new, journal.first_joinid), platform_config=_IN_ORDER)
     close_ingest(target, journal)
 
@@ -211,8 +211,8 @@ def _new_obs(new: Sequence[NewCells], first_joinid: int) -> pa.Table:
 
 
 def roll_back(target: Target, journal: Journal) -> None:
-    """Remove what an unfinished ingest wrote. Its joinids are not used again."""
-    logger.warning("%s holds an unfinished ingest of other files; it is taken back first", target.uri)
+    """Remove what an unfinished ingest wrote. Its joinids are not reused."""
+    logger.warning("%s has an unfinished ingest of other files; rolling it back first", target.uri)
     with target.matrix(schema.X, "d") as matrix:
         matrix.delete_cells((slice(journal.first_joinid, journal.end_joinid - 1),))
     for place, open_place in (
@@ -224,7 +224,7 @@ def roll_back(target: Target, journal: Journal) -> None:
             content = old.read().tables().concat() if place == schema.PRESENCE else old.read().concat()
         with open_place(place, "d") as array:
             array.delete_cells((slice(0, None),))
-        # A write of the same millisecond would fall to the deletion.
+        # A write in the same millisecond would be deleted too.
         time.sleep(0.01)
         with open_place(place, "w") as array:
             array.write(content)
@@ -232,11 +232,11 @@ def roll_back(target: Target, journal: Journal) -> None:
 
 
 def tidy(target: Target) -> None:
-    """Merge what many writes left.
+    """Merge the fragments of many writes.
 
-    Commits and footers are merged always. The data of X is not rewritten as long as its fragments are large:
-    they do not overlap and are in the array's own order, and reading the merged fragment took 20 % more CPU
-    time (TileDB adds a time stamp to each value).
+    Commits and footers are always merged. X is not rewritten while its fragments are large: they do not
+    overlap and are in the array's order, and reading the merged fragment took 20 % more CPU time (TileDB adds
+    a timestamp to each value).
     """
     journal = read_journal(target)
     with target.table(schema.OBS) as obs:
@@ -251,7 +251,7 @@ def tidy(target: Target) -> None:
         (schema.PRESENCE, target.matrix, many_tables),
     ):
         with open_place(place, "w") as array:
-            # tiledbsoma has no public call for this on an array that is already written.
+            # tiledbsoma has no public call for this on an existing array.
             array._handle.consolidate_and_vacuum(
                 (["fragments"] if merge else []) + ["fragment_meta", "commits"]
             )

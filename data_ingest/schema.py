@@ -1,11 +1,11 @@
-"""The schema of an atlas: that of CELLxGENE Census, so that its public client opens ours.
+"""Schema of an atlas: that of CELLxGENE Census, so the public Census client can open it.
 
     ROOT / census_info / summary, datasets
          / census_data / homo_sapiens / obs
                                       / ms / RNA / var, X / raw, feature_dataset_presence_matrix
 
-X is laid out for random runs of cells: in tiles of 64 cells by all genes, a run of 64 neighbours is read
-without its surroundings.
+X is laid out for reading random runs of cells: tiles have 64 cells and all genes, so reading a run of 64
+neighbours reads little else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ORGANISM = "Homo sapiens"
 CELL_TILE = 64
 """Cells per tile of X; the stream's run length should match it."""
 _GENE_TILE = 1 << 17
-"""Genes per tile of X: more than the human annotation has, so that all genes of a run share a tile."""
+"""Genes per tile of X: more than the human annotation has, so all genes of a run share a tile."""
 _CAPACITY = 65_536
 """Stored values per data tile, the unit of decompression; about 64 cells at 1,000 genes each."""
 MARKER = "screformer_schema"
@@ -56,11 +56,11 @@ OBS_COLUMNS: dict[str, pa.DataType] = {
     "raw_sum": pa.float64(),
     "nnz": pa.int64(),
 }
-"""Columns of obs next to `soma_joinid`. A cell is known by (dataset_id, obs_id). `raw_sum` and `nnz` are of
-its row of X.
+"""Columns of obs in addition to `soma_joinid`. (dataset_id, obs_id) identifies a cell. `raw_sum` and `nnz`
+describe its row of X.
 
-Strings are plain and not enumerated: value filters on unseen values, and appends with new values, then need
-no schema change.
+Strings are plain, not enumerated, so value filters on unseen values and appends with new values need no
+schema change.
 """
 VAR_COLUMNS: dict[str, pa.DataType] = {
     "feature_id": pa.large_string(),
@@ -69,8 +69,8 @@ VAR_COLUMNS: dict[str, pa.DataType] = {
     "nnz": pa.int64(),
     "n_measured_obs": pa.int64(),
 }
-"""Columns of var next to `soma_joinid`: `nnz` counts the cells that express the gene, `n_measured_obs` the
-cells whose file had it."""
+"""Columns of var in addition to `soma_joinid`: `nnz` is the number of cells that express the gene,
+`n_measured_obs` the number of cells whose file had it."""
 DATASET_COLUMNS: dict[str, pa.DataType] = {
     "dataset_id": pa.large_string(),
     "dataset_title": pa.large_string(),
@@ -85,11 +85,11 @@ _ZSTD = {"_type": "ZstdFilter", "level": 9}
 def soma_context(
     tiledb_config: Mapping[str, str] | None = None, *, threads: int = 1, buffer_bytes: int = 128 << 20
 ) -> soma.SOMATileDBContext:
-    """A bounded SOMA context: by default each process would take all cores and buffers of 1 GiB a column.
+    """A SOMA context with limits; by default each process would use all cores and 1 GiB buffers per column.
 
     Args:
-        tiledb_config: Passed to TileDB as it is; wins over the bounds.
-        threads: Compute and I/O threads.
+        tiledb_config: Passed to TileDB unchanged; overrides the limits.
+        threads: Number of compute and of I/O threads.
         buffer_bytes: Read buffer, per column.
     """
     bounds = {
@@ -101,18 +101,18 @@ def soma_context(
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI names an object store and not a local path."""
+    """Whether the URI is in an object store rather than a local path."""
     return "://" in uri and not uri.startswith("file://")
 
 
 def atlas_place(text: str) -> str:
-    """Where an atlas is: an absolute path, or the address in an object store without a slash at its end.
+    """Normalise the location of an atlas to an absolute path, or an object store URI without trailing slash.
 
     Args:
-        text: A path, which may begin with `~`, `file://...` or `s3://...`.
+        text: A path (may start with `~`), `file://...` or `s3://...`.
 
     Raises:
-        ValueError: A path that TileDB takes for something else.
+        ValueError: TileDB would misinterpret the path.
     """
     if is_remote(text):
         return text.rstrip("/")
@@ -120,21 +120,21 @@ def atlas_place(text: str) -> str:
     odd = next((character for character in "#?;%" if character in path), None)
     if odd:
         raise ValueError(
-            f"--atlas {text}: TileDB cannot open a path with {odd!r} in it; choose a folder of another name"
+            f"--atlas {text}: TileDB cannot open a path with {odd!r} in it; choose a different folder"
         )
     return path
 
 
 def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
-    """Whether an atlas of this schema is there; False if nothing is, or an interrupted creation.
+    """Whether an atlas of this schema exists; False for nothing or an interrupted creation.
 
     Raises:
-        ValueError: Something else is there.
+        ValueError: Something else exists at this location.
     """
     if not is_remote(uri) and not os.path.exists(uri):
         return False
     if not is_remote(uri) and not os.path.isdir(uri):
-        raise ValueError(f"--atlas {uri} is a file; name a directory or an s3:// prefix")
+        raise ValueError(f"--atlas {uri} is a file; use a directory or an s3:// prefix")
     try:
         with soma.open(uri, context=context) as found:
             version, kind, members = (
@@ -148,32 +148,32 @@ def find_atlas(uri: str, context: soma.SOMATileDBContext) -> bool:
         if is_remote(uri) or not os.listdir(uri):
             return False
         raise ValueError(
-            f"--atlas {uri} is a directory that holds something else, not an atlas; name a new directory"
+            f"--atlas {uri} is a directory with other contents, not an atlas; choose a new directory"
         ) from e
     if version is None and is_remote(uri) and members <= {"census_info", "census_data"}:
         return False
     if version is None:
         raise ValueError(
-            f"--atlas {uri} is a {kind} of another schema, not made by this ingest; name a new place, it"
-            f" cannot be appended to"
+            f"--atlas {uri} is a {kind} with a different schema, so it cannot be appended to; choose a new"
+            f" location"
         )
     if version != SCHEMA_VERSION:
         raise ValueError(
-            f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION}; make"
-            f" a new atlas from the files"
+            f"--atlas {uri} has schema version {version}, this program writes version {SCHEMA_VERSION};"
+            f" create a new atlas from the files"
         )
     return True
 
 
 def create_atlas(uri: str, context: soma.SOMATileDBContext) -> None:
-    """Make an empty atlas.
+    """Create an empty atlas.
 
-    A local one appears in one step (it is made next to its place and renamed). In an object store, where
-    nothing can be renamed, whatever an interrupted creation left is completed.
+    A local atlas is created under a temporary name and then renamed, so it appears in one step. Object stores
+    cannot rename, so an interrupted creation is completed instead.
 
     Args:
-        uri: Where; nothing, or an interrupted creation, may be there.
-        context: How TileDB reaches it.
+        uri: Location; empty, or with an interrupted creation.
+        context: TileDB context.
     """
     if is_remote(uri):
         _create_tree(uri.rstrip("/"), context)
@@ -203,7 +203,7 @@ def _create_tree(root: str, context: soma.SOMATileDBContext) -> None:
             _dataframe(f"{base}/ms/RNA/var", VAR_COLUMNS, rna, context)
             _array(f"{base}/ms/RNA/X/raw", pa.float32(), _x_layout(), layers, context)
             _array(f"{base}/ms/RNA/feature_dataset_presence_matrix", pa.uint8(), {}, rna, context)
-        # Last: an atlas with the marker is whole.
+        # Written last: an atlas with the marker is complete.
         top.metadata[MARKER] = SCHEMA_VERSION
 
 

@@ -1,9 +1,9 @@
-"""Simulated single-cell data sets as .h5ad files: real genes, real cell types, invented cells.
+"""Simulate single-cell data sets as .h5ad files: real genes and cell types, invented cells.
 
-Each cell type switches on canonical marker genes (with their Ensembl ids) on top of a background that all
-types share. Counts are negative binomial around a profile that also carries the donor, the data set
-(protocol, genes measured, depth) and ambient RNA. It is made for trying the whole chain and for tests; a
-model trained on it says nothing about real cells.
+Each cell type expresses its canonical marker genes (with their Ensembl ids) on top of a background shared by
+all types. Counts are negative binomial around a profile that includes effects of the donor, the data set
+(protocol, genes measured, depth) and ambient RNA. The data are for trying out the whole pipeline and for
+tests; a model trained on them says nothing about real cells.
 """
 
 from __future__ import annotations
@@ -52,18 +52,17 @@ _LUNG = {
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedDataset:
-    """How one data set differs from the others."""
+    """Properties of one data set."""
 
     name: str
-    """`dataset_id`, file name and prefix of its donors."""
+    """`dataset_id`, file name, and prefix of its donor ids."""
     share: float
-    """Share of the cells asked for, relative to the other data sets."""
+    """Share of the requested cells, relative to the other data sets."""
     donors: int
     depth: float
     """Median counts per cell."""
     measured: float
-    """Share of the genes that its panel or annotation knows; a gene outside is absent from the file, not
-    zero."""
+    """Share of the genes in its panel or annotation; other genes are missing from the file, not zero."""
     tissue: str
     tissue_general: str
     assay: str
@@ -119,11 +118,11 @@ HELD_OUT = SimulatedDataset(
     assay="10x 5' v2",
     composition=_BLOOD,
 )
-"""A data set with a protocol and donors that are in none of `DATASETS`, to annotate."""
+"""A data set to annotate, with a protocol and donors not in `DATASETS`."""
 
-_AMBIENT = 0.08  # share of a cell's counts that comes from the soup, at the mean
-_MARKER_ON = 2.0  # mean log level of a marker over that of the background
-_MARKER_OFF = 3.3  # log fold change of a marker between the types that have it and the others
+_AMBIENT = 0.08  # mean share of a cell's counts that is ambient RNA
+_MARKER_ON = 2.0  # mean log expression of a marker above the background
+_MARKER_OFF = 3.3  # log fold change of a marker between the types that express it and the others
 _BURST = 2.0  # negative-binomial size: small is noisy
 
 
@@ -134,22 +133,20 @@ def simulate_h5ads(
     seed: int = 0,
     datasets: Sequence[SimulatedDataset] = DATASETS,
 ) -> list[Path]:
-    """Write one .h5ad for each data set.
-
-    Raw counts (csr, float32), Ensembl ids, and obs as CELLxGENE names it.
+    """Write one .h5ad per data set, with raw counts (csr, float32), Ensembl ids and CELLxGENE's obs columns.
 
     Args:
-        directory: Created if missing; files of the same name are replaced.
-        num_cells: Cells over all data sets together, shared out by `share`.
-        seed: Fixes everything. The genes' and types' programs depend on the seed alone, so that another call
-            with the same seed and other data sets (such as `HELD_OUT`) gives other cells of the same world.
-        datasets: What to write.
+        directory: Created if missing; existing files are replaced.
+        num_cells: Total number of cells, divided among data sets by `share`.
+        seed: Determines everything. Expression profiles depend only on the seed, so a call with the same seed
+            and other data sets (such as `HELD_OUT`) simulates other cells from the same population.
+        datasets: The data sets to write.
 
     Returns:
         Paths `directory/NAME.h5ad`, in the order of `datasets`.
 
     Raises:
-        ValueError: Fewer than 20 cells per donor, which would leave types out.
+        ValueError: Fewer than 20 cells per donor, so types would be missing.
     """
     num_donors = sum(dataset.donors for dataset in datasets)
     if num_cells < 20 * num_donors:
@@ -181,7 +178,7 @@ def _genes() -> pd.DataFrame:
 
 @functools.lru_cache(maxsize=4)
 def _log_profiles(seed: int) -> np.ndarray:
-    """Log expression of each cell type before donors and data sets, shape (k, g)."""
+    """Log expression of each cell type without donor and data set effects, shape (k, g)."""
     rng = np.random.default_rng([seed, 0])
     feature_ids = _genes()["feature_id"].tolist()
     index_of = {gene_id: index for index, gene_id in enumerate(feature_ids)}
@@ -208,7 +205,7 @@ def _simulate(dataset: SimulatedDataset, num_cells: int, seed: int) -> anndata.A
     is_marker = genes["feature_id"].isin(
         [gene_id for program in MARKERS.values() for gene_id in program.values()]
     )
-    # A panel is chosen for its markers, so few of them are missing.
+    # Panels are designed to include markers, so few are missing.
     measured = rng.random(num_genes) < np.where(is_marker, 1 - (1 - dataset.measured) / 4, dataset.measured)
     protocol_g = rng.normal(0.0, 0.35, num_genes)
 

@@ -18,16 +18,16 @@ _CELLS_PER_WRITE = 8192
 def write_synthetic_atlas(
     uri: str, *, num_cells: int, num_genes: int = 20_000, genes_per_cell: int = 1_000, seed: int = 0
 ) -> None:
-    """Write an atlas whose cells are sorted by data set, donor and cell type, as public atlases are.
+    """Write an atlas with cells sorted by data set, donor and cell type, like public atlases.
 
     Ray must be running.
 
     Args:
-        uri: A local path with nothing at it.
+        uri: A local path that does not exist.
         num_cells: Rows of X.
         num_genes: Columns of X.
-        genes_per_cell: Mean detected genes.
-        seed: Of the counts.
+        genes_per_cell: Mean number of detected genes.
+        seed: Random seed of the counts.
     """
     context = soma_context()
     create_atlas(uri, context)
@@ -79,7 +79,7 @@ def write_synthetic_atlas(
 def _write_x(
     uri: str, first: int, codes: np.ndarray, num_genes: int, genes_per_cell: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write some rows of X; gives the sum of counts and the number of detected genes of each."""
+    """Write some rows of X; returns the total counts and number of detected genes of each row."""
     rng = np.random.default_rng([seed, 1, first])
     popularity = 1 / np.arange(20, num_genes + 20)
     sums, nnz = np.zeros(len(codes)), np.zeros(len(codes), np.int64)

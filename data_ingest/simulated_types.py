@@ -1,4 +1,4 @@
-"""The cell types of simulated data sets, and the marker genes that they switch on."""
+"""Cell types of simulated data sets and the marker genes they express."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ MARKERS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CellType:
-    """A simulated cell type: its Cell Ontology term and the programs of `MARKERS` that it switches on."""
+    """A simulated cell type: its Cell Ontology term and the gene programs in `MARKERS` that it expresses."""
 
     cl_id: str
     name: str

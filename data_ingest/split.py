@@ -14,9 +14,9 @@ from screformer.config import SplitConfig
 
 logger = logging.getLogger(__name__)
 _TRIALS = 256
-"""Random orders of the groups to try for each part."""
+"""Number of random orders of the groups to try for each part."""
 _LARGEST_MISS = 0.5
-"""Tolerated relative error in the size of a part of whole groups, else single cells are used."""
+"""Tolerated relative error in the size of a part made of whole groups; beyond it, single cells are used."""
 
 
 class Split(dict[str, np.ndarray]):
@@ -26,7 +26,7 @@ class Split(dict[str, np.ndarray]):
     """
 
     def __init__(self, parts: dict[str, np.ndarray], notes: Sequence[str]) -> None:
-        """Keep the parts and the notes."""
+        """Store the parts and the notes."""
         super().__init__(parts)
         self.notes = tuple(notes)
 
@@ -38,22 +38,22 @@ def split_cells(
 
     Labels are distributed as evenly as whole groups allow.
 
-    The validation part is made of whole groups too. Where there are too few of them (no choice comes near its
-    share of cells, or each one takes a label away from training), it is random cells of the training groups
-    instead, a share of each label: it then flatters, which `notes` and the log say. The test part never does
-    that.
+    The validation part consists of whole groups too. If there are too few groups (no choice is close to the
+    requested share of cells, or each would remove a label from training), it consists of random cells of the
+    training groups instead, a share of each label. Validation scores are then optimistic, which `notes` and
+    the log report. The test part always consists of whole groups.
 
     Args:
-        groups: Shape (n,), name of each cell's group.
+        groups: Shape (n,), group name of each cell.
         labels: Shape (n,), label code of each cell, -1 for none.
         config: Shares and groups to hold out.
-        seed: Seed of every random choice.
+        seed: Random seed.
 
     Returns:
-        The three parts; together they are all cells, and none is in two.
+        The three parts, disjoint and together covering all cells.
 
     Raises:
-        ValueError: A test group that no cell has (named with the nearest there are), or nothing would be left
+        ValueError: A test group does not exist (the message lists those that do), or nothing would be left
             to train on.
     """
     names, group_n = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
@@ -68,8 +68,8 @@ def split_cells(
         chosen = _choose(counts_dk, config.test_fraction, rng)
         if chosen is None:
             raise ValueError(
-                f"split.group_by={config.group_by!r} has the one group {str(names[0])!r} only, so none can be"
-                f" held out for the test; group"
+                f"split.group_by={config.group_by!r} has only one group, {str(names[0])!r}, so none can be"
+                f" held out for testing; group"
                 " by another column, query more cells, or set split.test_fraction=0"
             )
         held_out = chosen
@@ -89,16 +89,14 @@ def split_cells(
 def choose_validation(
     group_n: np.ndarray, label_n: np.ndarray, among_n: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, str]:
-    """Take whole groups out of the training cells.
-
-    Takes a share of each label's cells instead if whole groups do not work.
+    """Choose whole groups for validation, or a share of each label's cells if whole groups do not work.
 
     Args:
-        group_n: Code of each cell's group, int (n,).
+        group_n: Group code of each cell, int (n,).
         label_n: Label code of each cell, int (n,), -1 for none.
-        among_n: The cells that may be taken, bool (n,).
-        fraction: Share of them to take, above 0.
-        rng: Random generator of the choice.
+        among_n: The cells to choose from, bool (n,).
+        fraction: Share of them to choose, above 0.
+        rng: Random generator.
 
     Returns:
         The chosen cells, bool (n,), and a note if they are not whole groups.
@@ -115,7 +113,7 @@ def choose_validation(
     val_n[random_cells(np.flatnonzero(among_n), label_n, fraction, rng)] = True
     return (
         val_n,
-        f"validation cells are random cells of the training groups, since {problem}; scores are optimistic",
+        f"validation cells are random cells of the training groups because {problem}; scores are optimistic",
     )
 
 
@@ -126,21 +124,20 @@ def _named(names: np.ndarray, config: SplitConfig) -> np.ndarray:
             listed = ", ".join(names[:20].tolist()) + (
                 f" and {len(names) - 20} more" if len(names) > 20 else ""
             )
-            raise ValueError(f"split.test_groups: no cell has {config.group_by} {group!r}; there is {listed}")
+            raise ValueError(
+                f"split.test_groups: no cell has {config.group_by} {group!r}; choose from {listed}"
+            )
     held_out = np.isin(names, config.test_groups)
     if held_out.all():
         raise ValueError(
-            f"split.test_groups holds out every {config.group_by} there is ({', '.join(names.tolist())});"
-            f" leave some to train on"
+            f"split.test_groups holds out every {config.group_by} ({', '.join(names.tolist())});"
+            f" leave some for training"
         )
     return held_out
 
 
 def _choose(counts_dk: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray | None:
-    """Mask of the groups whose cells come nearest to `fraction` of each label.
-
-    None where there is one group only.
-    """
+    """Mask of the groups whose cells are closest to `fraction` of each label; None for a single group."""
     num_groups = len(counts_dk)
     if num_groups < 2:
         return None
@@ -162,25 +159,22 @@ def _choose(counts_dk: np.ndarray, fraction: float, rng: np.random.Generator) ->
 
 
 def _problem(counts_dk: np.ndarray, chosen: np.ndarray | None, fraction: float) -> str:
-    """Why a choice of whole groups does not work; empty if it does."""
+    """Why a choice of whole groups is unsuitable; empty if it is fine."""
     if chosen is None:
         return "there is only one training group"
     total_k, taken_k = counts_dk.sum(0), counts_dk[chosen].sum(0)
     if ((taken_k == total_k) & (total_k > 0))[1:].any():
-        return "whole groups would take a label away from training"
+        return "whole groups would remove a label from training"
     share = taken_k.sum() / total_k.sum()
     if abs(share - fraction) > _LARGEST_MISS * fraction:
-        return f"whole groups come no nearer to {fraction:.0%} of the cells than {share:.0%}"
+        return f"the whole groups closest to {fraction:.0%} of the cells have {share:.0%}"
     return ""
 
 
 def random_cells(
     cells: np.ndarray, label_n: np.ndarray, fraction: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A share of each label's cells, in any order.
-
-    A label of few cells keeps at least one that is not taken.
-    """
+    """A random share of each label's cells, in any order; at least one cell per label is left out."""
     shuffled = rng.permutation(cells)
     labels = label_n[shuffled] + 1
     by_label = np.argsort(labels, kind="stable")
@@ -196,11 +190,11 @@ def sample_cells(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -
     Args:
         donors: Shape (n,).
         labels: Shape (n,), label code of each cell, -1 for none.
-        most: About how many cells to choose; at least one of each donor and label is.
-        seed: Of the choice.
+        most: Approximate number of cells; at least one per donor and label is chosen.
+        seed: Random seed.
 
     Returns:
-        Their positions, increasing.
+        Positions of the chosen cells, increasing.
     """
     pair_n = np.unique(
         np.stack([np.unique(donors, return_inverse=True)[1], labels]), axis=1, return_inverse=True

@@ -1,4 +1,4 @@
-"""From the cells of a query to batches of tokens on each rank.
+"""Stream the cells of a query to each rank as batches of tokens.
 
 Axes: `n` cells, `l` token slots, `g` genes of the vocabulary, `p` gene panels.
 """
@@ -35,11 +35,11 @@ Batch = dict[str, torch.Tensor]
 
 _CELLS_PER_SAMPLE_TASK = 4096
 _PREFETCHED_BATCHES = 4
-"""Batches prepared ahead of the step, per rank."""
+"""Number of batches to prefetch per rank."""
 
 
 class Sample(NamedTuple):
-    """Some cells of a stream."""
+    """A sample of the cells of a stream."""
 
     cells: CellCounts
     joinids_n: np.ndarray
@@ -47,10 +47,10 @@ class Sample(NamedTuple):
 
 
 class CellStream:
-    """Cells of one atlas, by epochs of global batches, for any number of ranks.
+    """Cells of one atlas as epochs of global batches, for any number of ranks.
 
-    Small and picklable: with Ray running, its arrays are passed by reference. Its output is a pure function
-    of its arguments, the epoch and the step; the order of cells in a global batch does not depend on the
+    Small and picklable: if Ray is running, its arrays are passed by reference. Its output is a pure function
+    of its arguments, the epoch and the step. The order of cells in a global batch does not depend on the
     number of ranks.
     """
 
@@ -75,21 +75,21 @@ class CellStream:
         """Look up the vocabulary's genes in the atlas.
 
         Args:
-            atlas: The atlas, pinned.
+            atlas: The pinned atlas.
             joinids: Shape (n,), unique, any order (the stream sorts them).
             labels: Shape (n,), label code of each cell, -1 for none.
-            vocabulary: Genes that become tokens; the others count only towards a cell's total.
+            vocabulary: Genes that become tokens; other genes count only towards a cell's total.
             tokens: How a cell becomes tokens.
             stream: Run length and cells per task.
             global_batch_size: Cells per step over all ranks.
-            seed: Of the order.
-            panels: Which genes were measured in which cells, in the order of `joinids`; None is all in all.
-            raw_sums: Sum of each cell's counts as obs has it, in the order of `joinids`; cells that are read
-                with another sum are refused. None checks nothing.
-            weights: Weight of each cell in the loss, in the order of `joinids`; None gives none.
+            seed: Random seed of the order.
+            panels: Which genes were measured in which cells, in the order of `joinids`; None if all were.
+            raw_sums: Total counts of each cell according to obs, in the order of `joinids`; cells read with a
+                different total are rejected. None skips the check.
+            weights: Weight of each cell in the loss, in the order of `joinids`; None for no weights.
             augmentation: Changes cells before they become tokens; None for no change.
-            shuffle: False keeps the order of joinids, up to the lanes of `EpochPlan`.
-            read_cpus: CPUs that one read task counts as, when the free CPUs are shared out over ranks.
+            shuffle: If False, cells keep joinid order, up to the lanes of `EpochPlan`.
+            read_cpus: CPUs that a read task counts as when dividing the free CPUs among ranks.
 
         Raises:
             ValueError: A joinid appears twice, or the atlas has none of the vocabulary's genes.
@@ -112,7 +112,7 @@ class CellStream:
         self.augmentation = augmentation
         self.num_cells = len(joinids)
         self.num_cut = 0
-        """Cells cut to `tokens.max_genes` genes so far, in this process."""
+        """Number of cells truncated to `tokens.max_genes` genes so far, in this process."""
         panels = panels.take(order) if panels else Panels.one(np.ones(len(vocabulary)), len(joinids))
         sums = None if raw_sums is None else np.asarray(raw_sums, np.float32)[order]
         self._arrays: CellArrays | None = CellArrays(
@@ -123,15 +123,12 @@ class CellStream:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Global batches of an epoch; the last one may have padding."""
+        """Number of global batches per epoch; the last one may have padding."""
         return -(-self.num_cells // self.global_batch_size)
 
     @property
     def arrays(self) -> CellArrays:
-        """Joinids and labels of the stream's cells, in the order of the joinids.
-
-        And the vocabulary index of each var joinid.
-        """
+        """Data for the read tasks, with cells in joinid order."""
         if self._arrays is None:
             self._arrays = ray.get(self._reference)
         return self._arrays
@@ -153,21 +150,21 @@ class CellStream:
     ) -> Iterator[Batch]:
         """Micro-batches of one rank in one epoch.
 
-        A step is global_batch_size / (micro_batch_size x world_size) of them, also for the last step, whose
-        missing cells are padding rows. Reading, tokenizing and conversion run outside the caller's
-        thread. Ray must be running.
+        Each step has global_batch_size / (micro_batch_size x world_size) micro-batches. So does the last
+        step, whose missing cells are padding rows. Reading, tokenizing and conversion run outside the
+        caller's thread. Ray must be running.
 
         Args:
             epoch: Any number >= 0.
-            rank: Whose cells.
+            rank: Rank whose cells to yield.
             world_size: Number of ranks; together they get every cell once.
             micro_batch_size: Cells per micro-batch.
-            start_step: Steps of this epoch that were already taken, by any number of ranks.
+            start_step: Number of steps of this epoch already taken, by any number of ranks.
 
         Yields:
             `token_ids` int64, `values` float32, `bin_ids` int64, each (n, l); `labels` int64 (n,), -1 for
-            none; `joinids` int64 (n,), -1 for padding rows, which hold PAD only; `measured` bool (p, g) and
-            `panels` int64 (n,): which genes were measured in which cells; and where the stream has weights,
+            none; `joinids` int64 (n,), -1 for padding rows, which contain only PAD; `measured` bool (p, g)
+            and `panels` int64 (n,): which genes were measured in which cells; and if the stream has weights,
             `weights` float32 (n,), 0 for padding rows.
 
         Raises:
@@ -186,7 +183,7 @@ class CellStream:
             delivered += 1
             self.num_cut += num_cut
             yield batch
-        assert delivered == num_batches, f"the stream gave {delivered} of {num_batches} batches"
+        assert delivered == num_batches, f"the stream returned {delivered} of {num_batches} batches"
 
     def dataset(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> ray.data.Dataset:
         """The cells of `batches` before they become tokens, in the schema of `datasource.SCHEMA`."""
@@ -213,15 +210,15 @@ class CellStream:
         return dataset
 
     def sample(self, max_cells: int, seed: int, *, even_labels: bool = False) -> Sample:
-        """Raw counts of at most `max_cells` random cells, in order of joinids, read by parallel Ray tasks.
+        """Raw counts of at most `max_cells` random cells, in joinid order, read by parallel Ray tasks.
 
         Args:
-            max_cells: Most cells to read; all cells if there are no more.
-            seed: Of the choice.
-            even_labels: Take as many cells of each label, or all of a label that has fewer.
+            max_cells: Maximum number of cells.
+            seed: Random seed.
+            even_labels: Sample equally many cells of each label, or all of a label that has fewer.
 
         Returns:
-            The sample; memory grows with the detected genes of its cells.
+            The sample; its memory is proportional to the detected genes of its cells.
         """
         reference = self._shared()
         chosen = sampled_cells(self.arrays.labels, max_cells, seed, even_labels=even_labels)
@@ -240,7 +237,7 @@ class CellStream:
         return Sample(cells, arrays.joinids[chosen], arrays.labels[chosen])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the arrays, where Ray can carry them: a recipe is sent to every rank."""
+        """Leave out the arrays if Ray can pass them by reference: every rank gets a pickled stream."""
         if ray.is_initialized():
             self._shared()
         state = dict(self.__dict__)
@@ -254,7 +251,7 @@ class CellStream:
         return self._reference
 
     def _tokenized(self, tokenizer: CellTokenizer, epoch: int, table: pa.Table) -> tuple[Batch, int]:
-        """The batch of a table, and how many of its cells lost genes; several threads call it at a time."""
+        """The batch of a table, and how many of its cells were truncated; must be thread-safe."""
         columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
         joinids, labels, total_n = columns
         cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
@@ -285,7 +282,7 @@ class CellStream:
 
 
 class _Collate(ArrowBatchCollateFn):
-    """What Ray Data calls with the rows of each micro-batch, in its threads."""
+    """Called by Ray Data, in its threads, with the rows of each micro-batch."""
 
     def __init__(self, tokenized: Callable[[pa.Table], tuple[Batch, int]]) -> None:
         self._tokenized = tokenized

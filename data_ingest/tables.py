@@ -1,4 +1,4 @@
-"""Tab-separated tables that a user brings."""
+"""Read tab-separated tables supplied by the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from screformer.gene_names import ensembl_id
 
 
 def read_table(path: str | Path, option: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a tab-separated table of strings, and check that it has these columns.
+    """Read a tab-separated table of strings and check that it has these columns.
 
     Raises:
         ValueError: The file is missing, unreadable, or lacks a column; the message names `option`.
@@ -38,10 +38,10 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
         path: Tab-separated (may be .gz), with columns `symbol` and `feature_id` (or `ensembl_id`).
 
     Returns:
-        Symbol to feature id. Symbols with several ids are left out: which gene is meant cannot be known.
+        Symbol to feature id. Symbols with several ids are ambiguous and left out.
 
     Raises:
-        ValueError: The file or a column is missing, or it holds no Ensembl gene id.
+        ValueError: The file or a column is missing, or it contains no Ensembl gene id.
     """
     table = read_table(path, "--symbol-table", ("symbol",))
     column = next((name for name in ("feature_id", "ensembl_id") if name in table.columns), None)
@@ -54,9 +54,9 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
     human = feature_ids != ""
     if not human.any():
         raise ValueError(
-            f"{path} (--symbol-table): column {column!r} holds no human Ensembl gene id such as"
+            f"{path} (--symbol-table): column {column!r} has no human Ensembl gene id such as"
             f" ENSG00000156738; "
-            f"it begins with {table[column].head(1).tolist()}"
+            f"it starts with {table[column].head(1).tolist()}"
         )
     table, feature_ids = table[human], feature_ids[human]
     pairs = pd.DataFrame({"symbol": table["symbol"], "feature_id": feature_ids}).drop_duplicates()
@@ -65,6 +65,6 @@ def read_symbol_table(path: str | Path) -> dict[str, str]:
 
 
 def listing(names: Sequence[str] | pd.Index, limit: int = 30) -> str:
-    """Some names, for messages."""
+    """The first names, for messages."""
     shown = ", ".join(str(name) for name in list(names)[:limit])
     return (shown + (", ..." if len(names) > limit else "")) or "none"

@@ -1,4 +1,4 @@
-"""Run many calls of one function in a bounded pool of Ray tasks, or in this process."""
+"""Run many calls of a function in a limited pool of Ray tasks, or in this process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _MOST_READ_TASKS = 8
-"""Read tasks at a time for one rank; more than any model here can take cells from."""
+"""Maximum number of concurrent read tasks per rank; more than any of our models can keep busy."""
 _PROGRESS_EVERY_S = 10.0
 
 
@@ -32,27 +32,27 @@ def map_tasks(
 ) -> list[Any]:
     """Call a function with each tuple of arguments, in Ray tasks if this process is connected to Ray.
 
-    The function travels once; bind what all calls share to it with `functools.partial`. When a call fails, no
-    further one starts, and the running ones end before its error is raised: nothing writes in the background
-    once the caller has given up.
+    The function is sent once; use `functools.partial` to bind arguments that all calls share. After a call
+    fails, no new call starts, and running calls finish before the error is raised, so nothing keeps writing
+    in the background.
 
     Args:
-        function: What to run; picklable.
-        calls: Arguments of each call. A Ray reference among them arrives as its value.
-        what: What is being done, for the progress bar and the log; empty shows neither.
-        unit: What `sizes` count.
-        sizes: How far each call brings the progress; 1 each by default.
-        done_before: What an interrupted run had finished of the whole, in `unit`.
-        note: Called with the index of each call that is done.
+        function: Function to call; picklable.
+        calls: Arguments of each call. Ray references are passed as their values.
+        what: Description for the progress bar and the log; empty for neither.
+        unit: Unit of `sizes`.
+        sizes: Progress made by each call; 1 by default.
+        done_before: Progress already made by an interrupted run, in `unit`.
+        note: Called with the index of each finished call.
         num_cpus: CPUs that Ray reserves for each task.
-        at_once: Most tasks in flight; twice the cluster's CPUs by default, so that none is idle.
+        at_once: Maximum number of tasks in flight; by default twice the cluster's CPUs, to keep all busy.
         in_process: Do not use Ray.
 
     Returns:
         The results, in the order of the calls.
 
     Raises:
-        Exception: The error of the call that failed first, as the function raised it.
+        Exception: The error of the first call that failed, as raised by the function.
     """
     sizes = sizes or [1] * len(calls)
     results: list[Any] = [None] * len(calls)
@@ -69,14 +69,14 @@ def map_tasks(
             results[index] = result
             num_done += sizes[index]
             progress.update(sizes[index])
-            # A log file, as of a submitted job, shows no bar.
+            # Log files, for example of submitted jobs, show no progress bar.
             if what and progress.disable and time.monotonic() - reported > _PROGRESS_EVERY_S:
                 reported = time.monotonic()
                 logger.info("%s: %d of %d %ss done", what, num_done, total, unit)
             if note:
                 note(index)
 
-        ray = sys.modules.get("ray")  # a process that never imported it is not connected to it
+        ray = sys.modules.get("ray")  # a process that never imported Ray is not connected
         if in_process or ray is None or not ray.is_initialized():
             for index, call in enumerate(calls):
                 finish(index, function(*call))
@@ -107,13 +107,11 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, float]:
-    """Read tasks at a time, CPUs that Ray reserves for each.
+    """Concurrent read tasks, CPUs reserved per task, and object store bytes for one of `world_size` ranks.
 
-    And object store bytes, for one of `world_size` ranks.
-
-    A read task that waits for its consumer keeps what it has reserved. Were that a whole CPU, the paused
-    training stream could starve the validation stream, and one rank another, for ever. So tasks reserve next
-    to nothing (nothing at all where nothing is free) and their number is bounded instead.
+    A read task keeps its reservation while it waits for its consumer. With a whole CPU each, a paused
+    training stream could starve the validation stream forever, or one rank another. So tasks reserve almost
+    nothing (nothing at all if no CPU is free), and their number is limited instead.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""Check that an atlas holds the counts that it says: sums over X against `raw_sum` and `nnz` of each cell."""
+"""Verify an atlas: compare the sums over X with `raw_sum` and `nnz` of each cell."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _MOST_NAMED = 5
 
 
 def verify_atlas(atlas_uri: str, tiledb_config: Mapping[str, str] | None = None) -> int:
-    """Read all of X and compare the sum and the number of counts of each cell with obs.
+    """Read all of X and compare the total and number of each cell's counts with obs.
 
-    Finds cells whose counts are missing, belong to another cell, were written twice, or changed on disk.
+    This finds cells whose counts are missing, belong to another cell, were written twice, or changed on disk.
 
     Args:
         atlas_uri: A path or `s3://...`.
-        tiledb_config: Passed to TileDB as it is.
+        tiledb_config: Passed to TileDB unchanged.
 
     Returns:
-        The number of cells, all of them right.
+        The number of cells, all correct.
 
     Raises:
-        ValueError: There is no atlas, an ingest is unfinished, or some cells are wrong; names the first ones.
+        ValueError: There is no atlas, an ingest is unfinished, or cells are wrong (the first are listed).
     """
     context = schema.soma_context(tiledb_config, threads=os.cpu_count() or 1)
     target = Target(schema.atlas_place(atlas_uri), context)
@@ -37,7 +37,7 @@ def verify_atlas(atlas_uri: str, tiledb_config: Mapping[str, str] | None = None)
         raise ValueError(f"--atlas {atlas_uri} does not exist; there is nothing to verify")
     if read_journal(target).writing:
         raise ValueError(
-            f"--atlas {atlas_uri} holds an unfinished ingest; run that command again, then verify the atlas"
+            f"--atlas {atlas_uri} has an unfinished ingest; run that command again, then verify the atlas"
         )
     with target.table(schema.OBS) as table:
         columns = ["soma_joinid", "dataset_id", "obs_id", "raw_sum", "nnz"]
@@ -59,8 +59,8 @@ def verify_atlas(atlas_uri: str, tiledb_config: Mapping[str, str] | None = None)
             for cell in obs[wrong].head(_MOST_NAMED).itertuples()
         )
         raise ValueError(
-            f"--atlas {atlas_uri}: the counts of {wrong.sum()} of {len(obs)} cells are not those that were"
-            f" ingested: {shown}{', ...' if wrong.sum() > _MOST_NAMED else ''}; make the atlas"
+            f"--atlas {atlas_uri}: the counts of {wrong.sum()} of {len(obs)} cells have changed since they"
+            f" were ingested: {shown}{', ...' if wrong.sum() > _MOST_NAMED else ''}; create the atlas"
             " again from its files"
         )
     return len(obs)

@@ -168,7 +168,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "same file twice": (lambda tmp: (one(tmp)[0] * 2, {}), r"in\.h5ad is given twice"),
     "truncated": (truncated, r"in\.h5ad is truncated.*download or write it again"),
     "HDF5, not AnnData": (edited(delete("obs", "var")), "HDF5 but not AnnData: it has no obs and no var"),
-    "0 cells": (lambda tmp: one(tmp, cells()[:0].copy()), "X has 0 cells; there is nothing to read"),
+    "0 cells": (lambda tmp: one(tmp, cells()[:0].copy()), "X has 0 cells, so there is nothing to read"),
     "0 genes": (lambda tmp: one(tmp, cells()[:, :0].copy()), "X has 0 genes"),
     "gene index outside": (edited(wild_index), "X is damaged: an index is outside 0 to 29"),
     "pointers broken": (edited(broken_pointers), "X is damaged: indptr"),
@@ -209,23 +209,23 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "unknown target": (
         lambda tmp: one(tmp, obs_map={"donor": "donor_id"}),
-        "'donor' is not a column that can be given; choose from dataset_id",
+        "'donor' is not a column you can set; choose from dataset_id",
     ),
     "derived target": (
         lambda tmp: one(tmp, constants={"nnz": "3"}),
-        "'nnz' is not a column that can be given",
+        "'nnz' is not a column you can set",
     ),
     "two sources": (
         lambda tmp: one(tmp, constants={"sex": "female"}, obs_map={"sex": "tissue"}),
-        "'sex' is in --obs-map and in --set",
+        "'sex' is in both --obs-map and --set",
     ),
     "foreign cell type term": (
         var_change(foreign_term),
-        r"'cell_type_ontology_term_id' holds 'T-ish' \(cell 'cell_4'\)",
+        r"'cell_type_ontology_term_id' has 'T-ish' \(cell 'cell_4'\)",
     ),
     "primary not boolean": (
         var_change(odd_primary),
-        r"'is_primary_data' \(is_primary_data\) holds 'maybe' at cell 'cell_4'",
+        r"'is_primary_data' \(is_primary_data\) has 'maybe' at cell 'cell_4'",
     ),
     "primary constant": (
         lambda tmp: one(tmp, constants={"is_primary_data": "perhaps"}),
@@ -253,7 +253,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     ),
     "symbols without ids": (
         table("symbol\tfeature_id\nA\tB\n", "symbol_table"),
-        "holds no human Ensembl gene id",
+        "has no human Ensembl gene id",
     ),
     "major types wrong": (
         table("name\tcl_id\nmuscle\tCL:1\n", "major_types"),
@@ -298,10 +298,10 @@ def newer_atlas(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (plain_directory, "is a directory that holds something else"),
-        (another_soma, "is a SOMAExperiment of another schema"),
+        (plain_directory, "is a directory with other contents"),
+        (another_soma, "is a SOMAExperiment with a different schema"),
         (newer_atlas, "has schema version 99, this program writes version 1"),
-        (lambda path: path.write_text("x"), "is a file; name a directory"),
+        (lambda path: path.write_text("x"), "is a file; use a directory"),
     ],
 )
 def test_a_place_that_is_no_atlas_is_refused(tmp_path: Path, make, message: str) -> None:

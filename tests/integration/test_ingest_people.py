@@ -36,7 +36,7 @@ def test_predictions_are_never_taken_for_labels(tmp_path: Path, record: bool) ->
         [write(tmp_path / "a.h5ad", predicted(cells(), keep_original=True, record=record))],
         str(tmp_path / "kept"),
     )
-    assert "holds predictions of a model" in "\n".join(report.files[0].lines())
+    assert "has model predictions" in "\n".join(report.files[0].lines())
     obs = atlas_content(str(tmp_path / "kept"))[schema.OBS]
     assert obs[TERM].tolist() == cells().obs[TERM].tolist()
     ingest(
@@ -44,7 +44,7 @@ def test_predictions_are_never_taken_for_labels(tmp_path: Path, record: bool) ->
         str(tmp_path / "none"),
     )
     assert set(atlas_content(str(tmp_path / "none"))[schema.OBS][TERM]) == {"unknown"}
-    with pytest.raises(ValueError, match="holds predictions of a model, not labels"):
+    with pytest.raises(ValueError, match="has model predictions, not labels"):
         options = IngestOptions(obs_map={"cell_type": "predicted_labels"})
         ingest([tmp_path / "a.h5ad"], str(tmp_path / "c"), options)
 
@@ -121,7 +121,9 @@ def test_a_second_sample_with_the_same_names_is_not_dropped(tmp_path: Path, name
         (tmp_path / str(k)).mkdir()
         write(tmp_path / str(k) / "matrix.h5ad", sample)
     ingest([tmp_path / "1" / "matrix.h5ad"], uri)
-    with pytest.raises(ValueError, match="names of cells of dataset 'matrix' in the atlas, but other counts"):
+    with pytest.raises(
+        ValueError, match="same names as cells of dataset 'matrix' in the atlas, but different counts"
+    ):
         ingest([tmp_path / "2" / "matrix.h5ad"], uri)
     options = IngestOptions(constants={"dataset_id": "second"})
     assert ingest([tmp_path / "2" / "matrix.h5ad"], uri, options).cells_total == 120
@@ -162,5 +164,5 @@ def test_values_are_compared_with_those_of_the_atlas(tmp_path: Path) -> None:
     assert ingest([write(tmp_path / "a.h5ad", cells())], uri).notes == ()
     notes = ingest([write(tmp_path / "b.h5ad", other)], uri).notes
     assert notes == (
-        "donor_id: 'Donor-A', 'donor_a' are different values; if they mean the same, write them alike",
+        "donor_id: 'Donor-A', 'donor_a' are different values; if they mean the same, use one spelling",
     )

@@ -53,20 +53,21 @@ def test_named_groups_are_held_out():
 def test_unknown_group_is_named_with_those_there_are():
     donors, labels = make_cells(num_donors=3)
     with pytest.raises(
-        ValueError, match=r"split.test_groups: no cell has donor_id 'donr1'; there is donor0, donor1, donor2"
+        ValueError,
+        match=r"split.test_groups: no cell has donor_id 'donr1'; choose from donor0, donor1, donor2",
     ):
         split_cells(donors, labels, SplitConfig(test_groups=("donr1",)), seed=0)
 
 
 def test_holding_everything_out_is_refused():
     donors, labels = make_cells(num_donors=2)
-    with pytest.raises(ValueError, match="holds out every donor_id there is .*leave some to train on"):
+    with pytest.raises(ValueError, match="holds out every donor_id .*leave some for training"):
         split_cells(donors, labels, SplitConfig(test_groups=("donor0", "donor1")), seed=0)
 
 
 def test_one_group_cannot_be_tested_on_others():
     labels = np.zeros(50, int)
-    with pytest.raises(ValueError, match=r"has the one group 'only' only.*split.test_fraction=0"):
+    with pytest.raises(ValueError, match=r"has only one group, 'only'.*split.test_fraction=0"):
         split_cells(["only"] * 50, labels, SplitConfig(), seed=0)
 
 
@@ -77,7 +78,7 @@ def test_too_few_groups_validate_on_random_cells_and_say_so(caplog):
     check_parts(split, 600)
     assert len(split["val"]) == 30 and (labels[split["val"]] == 1).sum() == 10
     assert set(donors[split["val"]]) == {"a"}
-    assert "random cells of the training groups, since there is only one training group" in split.notes[0]
+    assert "random cells of the training groups because there is only one training group" in split.notes[0]
     assert split.notes[0] in caplog.text
 
 
@@ -87,7 +88,7 @@ def test_validation_never_takes_a_label_away_from_training():
     split = split_cells(donors, labels, SplitConfig(test_fraction=0, val_fraction=0.25), seed=0)
     check_parts(split, 400)
     assert set(labels[split["train"]]) == {0, 1, 2, 3}
-    assert "take a label away" in split.notes[0]
+    assert "remove a label" in split.notes[0]
 
 
 def test_a_rare_label_keeps_a_cell_to_train_on():
