@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine with Python >= 3.11: `make quickstart` and `make test`.
+# On a fresh machine with Python >= 3.11, `make quickstart` and `make test` do everything.
 # An installed CPU build of torch is kept: constraints.txt pins the version, not the build.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

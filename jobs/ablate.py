@@ -2,7 +2,7 @@
 
 The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out
 (`crossval` has them), and variants with the same pre-training share it. A variant that changes the cells,
-their labels or the folds runs on folds of its own and is reported without a paired difference. The last line
+their labels or the folds runs on separate folds and is reported without a paired difference. The last line
 on stdout is one JSON object.
 """
 

@@ -51,7 +51,7 @@ def arguments(parser: Parser) -> None:
         action="store_true",
         help="keep the .h5ad copies that an interrupted run finished (labels are always kept)",
     )
-    parser.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+    parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if available)")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -72,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path, Path]]:
-    """Each file and where its output goes: the file itself for one input, a folder for several.
+    """Pair each input with its output: --out itself for one input, a file in the folder --out for several.
 
     Raises:
         ValueError: Several inputs and one output file, or two inputs of one name.

@@ -60,9 +60,9 @@ class Command:
     doc: str | None
     """Docstring of the module; the text of `--help`."""
     arguments: Callable[[Parser], None]
-    """Adds the command's own arguments. One that stands for a setting has its name as `dest`."""
+    """Adds the command's own arguments. An argument for a setting has the setting's name as `dest`."""
     work: Callable[[argparse.Namespace], Result]
-    """Imports what it needs, and does what the arguments ask."""
+    """Imports what it needs and runs the command."""
     extra: str = "all"
     """Extra of the package that installs what it needs."""
     check: Callable[[argparse.Namespace], None] = lambda args: None
@@ -124,9 +124,7 @@ class Command:
         flags = {name: value for name, value in vars(args).items() if "." in name and value is not None}
         args.overrides = overrides + getattr(args, "words", [])
         args.settings = ExperimentConfig()
-        if not isinstance(
-            getattr(args, "resume", None), str
-        ):  # a run that is resumed has settings of its own
+        if not isinstance(getattr(args, "resume", None), str):  # a resumed run already has its settings
             settings = self._start(args).merge(flags, command=self._effect)
             args.settings = settings.merge(args.overrides, command=self._effect)
         self.check(args)
@@ -140,7 +138,7 @@ class Command:
 
     @property
     def _effect(self) -> Any:
-        """The command whose settings must have an effect; None where it takes some for itself only."""
+        """The command in which every setting must have an effect; None if it uses only some settings."""
         return self.name if self.name in WITHOUT_EFFECT else None
 
     def _parser(self) -> Parser:
@@ -161,7 +159,7 @@ class Command:
                 "words",
                 nargs="*",
                 metavar="section.field=value",
-                help="settings, such as atlas.uri=./atlas model.n_hashes=8; `screformer settings` lists them",
+                help="settings, e.g. atlas.uri=./atlas model.n_hashes=8; `screformer settings` lists them",
             )
         amount = parser.add_mutually_exclusive_group()
         amount.add_argument(
@@ -251,7 +249,7 @@ def add_filter(parser: Parser) -> None:
         "--obs-filter",
         dest="query.obs_filter",
         metavar="FILTER",
-        help="which cells of the atlas, such as \"tissue_general == 'blood' and sex != 'unknown'\"",
+        help="cells of the atlas to use, for example \"tissue_general == 'blood' and sex != 'unknown'\"",
     )
 
 
@@ -263,7 +261,7 @@ def add_tiledb(parser: Parser) -> None:
         nargs="+",
         action=Pairs,
         metavar="NAME=VALUE",
-        help="TileDB settings of the atlas, such as vfs.s3.region=eu-west-1",
+        help="TileDB settings of the atlas, for example vfs.s3.region=eu-west-1",
     )
 
 
@@ -339,7 +337,7 @@ def add_device(parser: Parser, *, rounds: int) -> None:
         "--rounds", type=count, default=rounds, help="timed rounds after one to warm up (default %(default)s)"
     )
     parser.add_argument("--threads", type=count, help="threads on a CPU (default: as many as PyTorch takes)")
-    parser.add_argument("--device", default="cpu", help="such as cuda (default %(default)s)")
+    parser.add_argument("--device", default="cpu", help="for example cuda (default %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
         "--peak-tflops",

@@ -2,7 +2,7 @@
 
 For a stratified sample of cells, expected gradients of the logits of the predicted and the true label are
 computed in parallel and written to Parquet shards; an interrupted run resumes with the missing shards. Then
-come the checks of whether to believe them: additivity, deletion and insertion curves against random genes,
+come checks of their reliability: additivity, deletion and insertion curves against random genes,
 markers, a logistic regression's coefficients, other hash seeds, random weights. The last line on stdout is
 one JSON object.
 """

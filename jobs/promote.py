@@ -2,11 +2,11 @@
 
 Two models that carry the scores of a cross-validation on the same folds (`crossval.register=true`) are
 compared by these: the mean difference of macro-F1 over the folds, with its interval by Student's t. Otherwise
-the cells are those that the candidate's training held out, less those of groups (such as donors) that the
+the cells are those that the candidate's training held out, except those of groups (usually donors) that the
 champion was trained on. Both models label each cell, and the difference of their balanced accuracies is taken
 with its interval, from bootstrap samples of the cells within each type.
 
-Where there is no champion yet, the candidate must be better than giving every cell the most frequent label;
+If there is no champion yet, the candidate must be better than giving every cell the most frequent label;
 `--force` promotes it anyway.
 
 A comparison that keeps the champion is a success, with exit status 0: `promoted` in the JSON object on the

@@ -21,14 +21,14 @@ def arguments(parser: Parser) -> None:
         "--var-filter",
         dest="query.var_filter",
         metavar="FILTER",
-        help="which genes, such as \"feature_name in ['CD3D', 'MS4A1']\"",
+        help="genes to use, for example \"feature_name in ['CD3D', 'MS4A1']\"",
     )
     parser.add_argument(
         "--copies",
         dest="query.is_primary_data",
         action="store_false",
         default=None,
-        help="keep cells that are copies of cells in another dataset (is_primary_data false)",
+        help="keep copies of cells from other datasets (is_primary_data false)",
     )
     parser.add_argument(
         "--query",

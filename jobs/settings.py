@@ -23,7 +23,7 @@ from screformer.setting_docs import Setting, described, listed, written
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="sections or settings, such as model train.lr"
+        "names", nargs="*", metavar="NAME", help="sections or settings, for example model train.lr"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--config", metavar="RECIPE", help="only what this recipe changes, and how")
@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def work(args: argparse.Namespace) -> Result:
-    """Print what is asked for."""
+    """Print the settings."""
     if args.recipes:
         return "\n".join(f"{name:<12} {_first_line(name)}" for name in recipes())
     width = min(shutil.get_terminal_size().columns, 110)

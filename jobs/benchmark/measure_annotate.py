@@ -111,7 +111,7 @@ def _train_peer(cells: anndata.AnnData, target: Path) -> None:
 
 
 def _write(cells: anndata.AnnData, num_cells: int, target: Path) -> int:
-    """Write the first cells, repeated where there are too few."""
+    """Write the first cells, repeated if there are too few."""
     rows = np.arange(num_cells) % cells.n_obs
     counts = sparse.csr_matrix(cells.X)[rows]
     copy = anndata.AnnData(counts, var=cells.var)

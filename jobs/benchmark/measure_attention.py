@@ -1,6 +1,6 @@
 """LSH attention next to reformer-pytorch's and PyTorch's fused full attention: time, memory, utilisation.
 
-Peers take turns in one process, so that load from elsewhere affects all of them; medians are compared.
+Peers take turns in one process, so other load affects all of them equally; medians are compared.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             bucket_size=args.bucket_size,
         )
         print(
-            f"{length:>8}{times.seconds('lsh'):>10.4f}{times.seconds('reformer_pytorch'):>12.4f}{times.seconds('full'):>10.4f}"
+            f"{length:>8}{times.seconds('lsh'):>10.4f}{times.seconds('reformer_pytorch'):>12.4f}"
+            f"{times.seconds('full'):>10.4f}"
             f"{ratios['reformer_pytorch']:>12.2f}{equal:>12.2f}{ratios['full']:>10.2f}"
             f"{flops / times.seconds('lsh') / 1e9:>10.1f}",
             flush=True,

@@ -133,7 +133,7 @@ def _measure_base(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _measure_beside_scbert(args: argparse.Namespace) -> dict[str, Any]:
+def _measure_next_to_scbert(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     model = ModelConfig(
         dim=args.dim,
@@ -159,7 +159,7 @@ def _measure_beside_scbert(args: argparse.Namespace) -> dict[str, Any]:
     times = alternate(peers, rounds=args.rounds, device=device)
     peaks = {name: peak_memory_mb(step, device) for name, step in peers.items()}
     print(
-        f"{'beside scBERT':<22}{'tokens':>8}{'seconds':>10}{'cells/s':>10}{'vs scBERT':>11}{'peak MiB':>10}"
+        f"{'next to scBERT':<22}{'tokens':>8}{'seconds':>10}{'cells/s':>10}{'vs scBERT':>11}{'peak MiB':>10}"
     )
     for name in peers:
         length, seconds = (
@@ -205,7 +205,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any] | None:
         )
         return None
     return {
-        **(_measure_beside_scbert(args) if "scbert" in args.parts else {}),
+        **(_measure_next_to_scbert(args) if "scbert" in args.parts else {}),
         **(_measure_base(args) if "base" in args.parts else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": args.dtype,

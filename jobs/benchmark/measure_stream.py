@@ -162,12 +162,12 @@ def _scan(query: QueryResult, threads: int) -> int:
     with open_atlas(query.atlas, threads=threads) as experiment:
         x = experiment.ms[MEASUREMENT].X[X_LAYER]
         for table in x.read((pa.array(query.obs_joinids),)).tables():
-            table["soma_data"].nbytes  # noqa: B018 - the buffers are filled by now; nothing else is to be done with them
+            table["soma_data"].nbytes  # noqa: B018 - fills the buffers
     return len(query.obs_joinids)
 
 
 def _blocks(stream: CellStream, epoch: int) -> Iterable[pa.Table]:
-    """The blocks that Ray's read tasks give, as they are."""
+    """The blocks returned by Ray's read tasks, unchanged."""
     dataset = stream.dataset(epoch, rank=0, world_size=1)
     return dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 

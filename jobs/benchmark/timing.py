@@ -94,7 +94,7 @@ def peak_activation_mb(
     def step() -> None:
         encoder(x, mask, hash_seed=0).sum().backward()
 
-    # A first step makes the gradients of the weights, which stay and are no activations.
+    # The first step allocates the weights' gradients, which stay and are not activations.
     step()
     return peak_memory_mb(step, device)
 
@@ -116,9 +116,9 @@ PEAK_BF16_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
-    """FLOP/s that the device can do: as given, or by the name of the card in bfloat16.
+    """Peak FLOP/s of the device: as given, or by the name of the card, in bfloat16.
 
-    None where it is not known.
+    None if unknown.
     """
     if given_tflops is not None:
         return given_tflops * 1e12
@@ -130,8 +130,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def utilisation(flops: float, seconds: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation, in [0, 1]: arithmetic that the mathematics asks for, over time x peak.
+    """Model FLOPs utilisation, in [0, 1]: necessary FLOPs over time x peak.
 
-    None where that is not known.
+    None if unknown.
     """
     return None if peak is None else round(flops / seconds / peak, 4)

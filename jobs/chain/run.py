@@ -102,7 +102,7 @@ def _stages(
     cells = prepare_cells(config, "finetune")
     if not len(cells.parts["test"]):
         raise ValueError(
-            "no cells are held out for the test; give --test-donors, or split.test_fraction above 0"
+            "no cells are held out for testing; set --test-donors, or split.test_fraction above 0"
         )
     sizes = ", ".join(f"{part} {len(positions):,}" for part, positions in cells.parts.items())
     clock.say(

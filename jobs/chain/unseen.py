@@ -26,7 +26,7 @@ _MOST_CELLS = 5_000
 def write_test_cells(cells: TrainingCells, path: Path) -> None:
     """Write test cells as an .h5ad of raw counts, as a laboratory would have it.
 
-    They are those of the dataset with the most test cells, thinned out evenly where they are many, with the
+    They are those of the dataset with the most test cells, evenly subsampled if there are many, with the
     genes that it measured.
     """
     datasets_n = cells.query.obs["dataset_id"].astype(str).to_numpy()[cells.parts["test"]]

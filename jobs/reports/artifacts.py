@@ -1,7 +1,6 @@
-"""The artifacts that jobs leave in a run for reports: each name once, with what writes it and what reads it.
+"""The artifacts that jobs leave in a run for reports: their names, writers and readers.
 
-Each table that a report shows is an artifact, so that a report can be made again at any time, by
-whoever has the run.
+Each table that a report shows is an artifact, so anyone with the run can make its report again.
 
 Axes: k labels.
 """
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from jobs.tracking.runs import TrackedRun
 
 ANNOTATED = "annotated"
-"""Folder of tables of labelled files, which a report shows as they are."""
+"""Folder with tables of labelled files; a report shows them unchanged."""
 
 _CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
     "confusion.csv",
@@ -42,18 +41,18 @@ _CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
 _RELIABILITY = "calibration/reliability.csv"
 _EXPLANATIONS = "explanations"
 EXPLAINED = "summary.json"
-"""Written last into a folder of explanations."""
+"""The last file written into a folder of explanations."""
 _STUDY_PAGE, _STUDY_NUMBERS = "report.html", "report.json"
 
 
 def log_confusion(run: TrackedRun, counts_kk: np.ndarray, names: Sequence[str], part: str) -> None:
-    """Log the confusion matrix of a part (`val`, `test`): the counts as CSV, and a picture.
+    """Log the confusion matrix of a part (`val`, `test`): the counts as CSV, and a figure.
 
     Args:
         run: The run.
         counts_kk: Cells by true (row) and predicted (column) label, shape (k, k).
         names: The k labels.
-        part: Which cells they are.
+        part: Which cells.
     """
     table = pd.DataFrame(counts_kk, columns=list(names))
     table.insert(0, "true_label", list(names))
@@ -62,7 +61,7 @@ def log_confusion(run: TrackedRun, counts_kk: np.ndarray, names: Sequence[str], 
 
 
 def read_confusion(run: LoggedRun, part: str = "test") -> tuple[np.ndarray, list[str]] | None:
-    """Counts (k, k) and names (k,) of a confusion matrix; None where the run has none."""
+    """Counts (k, k) and names (k,) of a confusion matrix; None if the run has none."""
     table = _read(run, f"{part}/{_CONFUSION}")
     if table is None:
         return None
@@ -75,12 +74,12 @@ def log_per_class(run: TrackedRun, rows: Sequence[Mapping[str, Any]], part: str)
 
 
 def read_per_class(run: LoggedRun, part: str = "test") -> pd.DataFrame | None:
-    """Scores of each label; None where the run has none."""
+    """Scores of each label; None if the run has none."""
     return _read(run, f"{part}/{_PER_CLASS}")
 
 
 def log_reliability(run: TrackedRun, table: pd.DataFrame) -> None:
-    """Log confidence against accuracy, as a table and a picture.
+    """Log confidence against accuracy, as a table and a figure.
 
     Args:
         run: The run.
@@ -92,7 +91,7 @@ def log_reliability(run: TrackedRun, table: pd.DataFrame) -> None:
 
 
 def read_reliability(run: LoggedRun) -> pd.DataFrame | None:
-    """What `log_reliability` was given; None where the run has none."""
+    """The table passed to `log_reliability`; None if the run has none."""
     return _read(run, _RELIABILITY)
 
 
@@ -112,7 +111,7 @@ def log_test_cells(run: TrackedRun, cells: pd.DataFrame) -> None:
 
 
 def read_test_cells(run: LoggedRun) -> pd.DataFrame | None:
-    """What `log_test_cells` was given; None where the run has none."""
+    """The table passed to `log_test_cells`; None if the run has none."""
     return _read(run, _TEST_CELLS)
 
 
@@ -122,14 +121,14 @@ def log_baselines(run: TrackedRun, scores: pd.DataFrame) -> None:
 
 
 def read_baselines(run: LoggedRun) -> pd.DataFrame | None:
-    """What `log_baselines` was given; None where the run has none."""
+    """The table passed to `log_baselines`; None if the run has none."""
     return _read(run, _BASELINES)
 
 
 def log_curves(run: TrackedRun) -> None:
-    """Log a picture of each metric that has more than one step; train and validation share one.
+    """Log a figure of each metric with more than one step; training and validation share a figure.
 
-    Nothing is logged while the tracking server is away, since the points are there; `jobs.sync` does it then.
+    Does nothing while the tracking server is unreachable, since it has the points; `jobs.sync` does it later.
     """
     run.send_kept()  # points that other processes of the run could not send
     try:
@@ -151,20 +150,20 @@ def write_explained(folder: Path, table: Literal["classes", "dots", "curves"], r
     Args:
         folder: The folder.
         table: `classes` (genes and markers of each label), `dots` (expression of the top genes by label) or
-            `curves` (probability over the share of genes taken away or put in).
+            `curves` (probability over the share of genes removed or inserted).
         rows: The table.
     """
     (folder / f"{table}.csv").write_text(csv_text(rows))
 
 
 def log_explanations(run: TrackedRun, folder: Path) -> None:
-    """Log a folder of explanations: tables, values, pictures, and `summary.json`."""
+    """Log a folder of explanations: tables, values, figures and `summary.json`."""
     for path in sorted(folder.iterdir()):
         run.log_file(path, folder=_EXPLANATIONS)
 
 
 def read_explanations(run: LoggedRun) -> tuple[dict[str, Any], dict[str, pd.DataFrame]] | None:
-    """Summary and tables (by name) of a run's explanations; None where it has none."""
+    """Summary and tables (by name) of a run's explanations; None if it has none."""
     if f"{_EXPLANATIONS}/{EXPLAINED}" not in run.artifacts:
         return None
     summary = json.loads(run.file(f"{_EXPLANATIONS}/{EXPLAINED}").read_text())
@@ -173,7 +172,7 @@ def read_explanations(run: LoggedRun) -> tuple[dict[str, Any], dict[str, pd.Data
 
 
 def write_study(report: Report, numbers: Mapping[str, Any], folder: Path) -> None:
-    """Write the report of a study into its folder: the page, and its numbers as JSON."""
+    """Write the report of a study into its folder: a page, and the numbers as JSON."""
     report.write_html(folder / _STUDY_PAGE)
     (folder / _STUDY_NUMBERS).write_text(json.dumps(_finite(numbers), indent=2) + "\n")
 
@@ -190,12 +189,12 @@ def study_page(run: LoggedRun) -> Path | None:
 
 
 def read_config(run: LoggedRun) -> dict[str, Any]:
-    """The run's settings as plain values; empty where it has none."""
+    """The run's settings as plain values; empty if it has none."""
     return yaml.safe_load(run.file(CONFIG).read_text()) if CONFIG in run.artifacts else {}
 
 
 def read_identity(run: LoggedRun) -> dict[str, Any]:
-    """What the run read and which code it ran; empty where that is not known."""
+    """The run's data and code version; empty if unknown."""
     return json.loads(run.file(IDENTITY).read_text()) if IDENTITY in run.artifacts else {}
 
 
@@ -207,7 +206,7 @@ def _read(run: LoggedRun, path: str) -> pd.DataFrame | None:
 
 
 def _finite(tree: Any) -> Any:
-    """The tree with null in place of numbers that JSON has no word for."""
+    """Replace numbers that JSON cannot represent by null."""
     if isinstance(tree, Mapping):
         return {str(name): _finite(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):

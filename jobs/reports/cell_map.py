@@ -1,4 +1,4 @@
-"""Cells on a plane: where to put them, and the section that shows them.
+"""The report's map of cells: a two-dimensional layout and its section.
 
 Axes: n cells, d model width.
 """
@@ -12,10 +12,9 @@ from jobs.reports.figures import map_figure
 from jobs.reports.page import Report
 
 _MOST_ON_MAP = 4_000
-"""More cells make no better map, and from 4,096 on UMAP compiles a search for neighbours, which takes half a
-minute."""
+"""More cells do not improve the map, and from 4,096 cells UMAP compiles a neighbour search for 30 s."""
 _FEWEST_FOR_UMAP = 250
-"""Fewer cells have no neighbourhoods worth the 20 s of CPU that UMAP's compilation takes in each process."""
+"""For fewer cells, UMAP is not worth the 20 s of CPU that it spends on compilation in each process."""
 
 
 def add_cell_map(report: Report, cells: pd.DataFrame) -> None:
@@ -31,17 +30,17 @@ def add_cell_map(report: Report, cells: pd.DataFrame) -> None:
     points_n2, how = layout(np.stack(cells["embedding"].to_list()))
     report.section("Map of the cells")
     report.text(
-        f"{how} of the model's embeddings of {which}. Cells that the model sees as alike are close together;"
-        f" distances between far groups mean little."
+        f"{how} of the model's embeddings of {which}. Similar cells are close together; distances between"
+        f" distant groups mean little."
     )
     views = {
         "label": ("By true type", "Each point is a cell."),
         "prediction": (
             "By prediction",
-            f"The same cells by best label, wrong for {wrong:.1%}; {unsure:.1%} are answered with less:"
-            f" unknown, or a broader term.",
+            f"The same cells by best label ({wrong:.1%} are wrong); {unsure:.1%} are labelled unknown"
+            f" or with a broader term instead.",
         ),
-        "donor_id": ("By donor", "Donors that are apart within a type would be a batch effect."),
+        "donor_id": ("By donor", "If donors are separated within a type, that is a batch effect."),
     }
     for column, (title, caption) in views.items():
         counts = cells[column].value_counts()
@@ -54,14 +53,14 @@ def add_cell_map(report: Report, cells: pd.DataFrame) -> None:
 
 
 def layout(embedding_nd: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, str]:
-    """Put cells on a plane: UMAP, or principal components where there are too few cells for it.
+    """Place cells in two dimensions: by UMAP, or by principal components if there are too few cells.
 
     Args:
         embedding_nd: Cell embeddings, (n, d).
         seed: Of UMAP.
 
     Returns:
-        Points (n, 2), and which method it was.
+        Points (n, 2), and the name of the method.
     """
     if len(embedding_nd) < _FEWEST_FOR_UMAP:
         from sklearn.decomposition import PCA

@@ -1,4 +1,4 @@
-"""Genes behind the labels: the section of a report that shows explanations."""
+"""The report's section of marker genes, from explanations."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def add_explanations(report: Report, run: LoggedRun) -> None:
     if not error["holds"]:
         report.warning(
             f"The values of a cell do not add up to its logit: the median error is {error['median']:.1%}, and"
-            f" {error['bound']:.0%} is the most to trust. Explain again with more `--nodes`."
+            f" {error['bound']:.0%}is the limit for trusting them. Run explain again with more `--nodes`."
         )
     report.text(
         "The contribution of a gene is what it adds to the logit of a label, compared with the background"
-        " cells. Pictures of each label, and all values, are in the run's artifacts under `explanations`."
+        " cells. Figures for each label, and all values, are in the run's artifacts under `explanations`."
     )
     if "dots" in tables and len(tables["dots"]):
         dots = tables["dots"]
@@ -45,7 +45,7 @@ def add_explanations(report: Report, run: LoggedRun) -> None:
             "Dot plot of the top genes",
             dot_figure(dots),
             "The genes that contribute most to each label, in the order of the labels. The area of a dot is"
-            " the share of the label's cells that express the gene, its colour the mean of log1p of counts"
+            " the share of the label's cells that express the gene; its colour is the mean of log1p of counts"
             " per 10,000.",
             f"Expression of {dots['gene'].nunique()} genes in {dots['label'].nunique()} predicted labels.",
         )
@@ -54,15 +54,15 @@ def add_explanations(report: Report, run: LoggedRun) -> None:
             "Top genes of each label",
             _classes(tables["classes"]),
             "Supporting genes contribute by being expressed, missing ones by their absence. Known markers are"
-            " those of a fixed list that are among the top genes. Agreement is the share of the top genes"
-            " that a logistic regression of the model's labels has, too.",
+            " the genes of a fixed list that are among the top genes. Agreement is the share of the top"
+            " genes shared with a logistic regression of the model's labels.",
         )
     if "curves" in tables:
         curves, areas = tables["curves"], summary["curves"]
         report.figure(
-            "Taking genes away, and putting them in",
+            "Deleting and inserting genes",
             perturbation_figure(curves.set_index(curves.columns[0])),
-            "Probability of the predicted label while genes are taken away (deletion) or put in (insertion),"
+            "Probability of the predicted label while genes are deleted or inserted,"
             f" largest contribution first. Areas: deletion {areas['deletion']:.3f} against"
             f" {areas['deletion, random']:.3f} for random genes (lower is better), insertion"
             f" {areas['insertion']:.3f} against {areas['insertion, random']:.3f} (higher is better).",

@@ -1,4 +1,4 @@
-"""All pictures of results, as matplotlib figures that need no display.
+"""All figures of results, drawn by matplotlib without a display.
 
 Axes: n cells, g genes, k labels.
 """
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEAST_CELLS = 10
-"""Bins of a reliability diagram with fewer cells are not drawn: their shares are noise."""
+"""Reliability diagrams leave out bins with fewer cells, whose shares are mostly noise."""
 
 _MOST_WRITTEN = 25
-"""A confusion matrix of more labels has no room for numbers."""
+"""A confusion matrix with more labels has no room for numbers."""
 _MOST_COLOURS = 20
 
 
 def plain(text: object) -> str:
-    """A name from a file as matplotlib shows it literally: `$` would start a formula."""
+    """Escape a name so that matplotlib shows it literally; `$` would start a formula."""
     return str(text).replace("$", r"\$")
 
 
@@ -39,7 +39,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
-    """Cells by true (row) and predicted (column) label: the share of the row in colour, and the count.
+    """Confusion matrix of true (rows) and predicted (columns) labels; colours are shares of the row.
 
     `counts_kk` is (k, k), `names` the k labels.
     """
@@ -77,7 +77,7 @@ def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
 def learning_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) -> Figure:
     """Metrics of one `name` over optimizer steps; `curves` maps each to its (step, value) points.
 
-    Values above 0 that span more than two decades are on a logarithmic axis.
+    The axis is logarithmic if all values are positive and span more than two decades.
     """
     figure = _figure(6, 4)
     axes = figure.add_subplot()
@@ -153,7 +153,7 @@ def perturbation_figure(curves: pd.DataFrame) -> Figure:
 
 
 def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str) -> Figure:
-    """Mean contribution of genes, one bar each, the first on top."""
+    """Mean contribution of each gene as a bar, the first gene on top."""
     figure = _figure(5, 0.6 + 0.24 * len(genes))
     axes = figure.add_subplot()
     axes.barh(range(len(genes)), values, color="tab:red")
@@ -164,9 +164,9 @@ def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str
 
 
 def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, title: str) -> Figure:
-    """Contribution of genes in each cell, a row of dots per gene, the first on top.
+    """Contribution of each gene in each cell: a row of dots per gene, the first on top.
 
-    Dots that would overlap are drawn next to each other.
+    Overlapping dots are spread out.
     """
     figure = _figure(6, 0.6 + 0.3 * len(genes))
     axes = figure.add_subplot()
@@ -186,7 +186,7 @@ def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, ti
 
 
 def dot_figure(dots: pd.DataFrame) -> Figure:
-    """Genes (columns) by labels (rows): how many of the label's cells express the gene, and how strongly.
+    """Dot plot of genes (columns) by labels (rows): share of cells that express the gene, and its mean.
 
     Args:
         dots: `label`, `gene`, `share` in [0, 1] (the area of the dot) and `mean` (its colour).
@@ -214,7 +214,7 @@ def dot_figure(dots: pd.DataFrame) -> Figure:
 
 
 def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[str] | np.ndarray) -> Figure:
-    """Classes (rows) by genes, mean contributions, red for and blue against."""
+    """Heat map of mean contributions, classes (rows) by genes: red supports the class, blue opposes it."""
     figure = _figure(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels))
     axes = figure.add_subplot()
     largest = max(float(np.abs(values_kg).max()), 1e-9)
@@ -226,18 +226,18 @@ def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[st
 
 
 def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str]) -> Figure:
-    """Cells on a plane, coloured by group.
+    """Scatter plot of cells, coloured by group.
 
     Args:
-        points_n2: Places, (n, 2).
+        points_n2: Coordinates, (n, 2).
         groups_n: Group of each cell.
-        names: Groups in the order of their colours; beyond 20 they share one.
+        names: Groups in the order of their colours; groups beyond 20 share one colour.
     """
     from matplotlib import colormaps
 
     if len(names) > _MOST_COLOURS:
         names = names[: _MOST_COLOURS - 1]
-    # Strong colours first, the pale ones of the pairs after them.
+    # Strong colours first, then the pale colour of each pair.
     colours = colormaps["tab20"]([*range(0, _MOST_COLOURS, 2), *range(1, _MOST_COLOURS, 2)])
     figure = _figure(5.4, 4.4 + 0.2 * ((len(names) + 2) // 2))
     axes = figure.add_subplot()
@@ -259,7 +259,7 @@ def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str])
 
 
 def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
-    """Macro-F1 of methods over folds: the mean as a bar, each fold as a dot; `ours` has its own colour."""
+    """Macro-F1 of methods over folds: a bar for the mean, a dot per fold; `ours` is highlighted."""
     figure = _figure(7, 1 + 0.4 * len(scores))
     axes = figure.add_subplot()
     for row, (name, values) in enumerate(list(scores.items())[::-1]):
@@ -273,7 +273,7 @@ def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
 
 
 def differences_figure(differences: Mapping[str, tuple[float, float, float]]) -> Figure:
-    """Differences of macro-F1 to a reference: mean, low and high end of the interval (may be infinite)."""
+    """Differences in macro-F1 from a reference: mean, lower and upper bound (which may be infinite)."""
     figure = _figure(7.5, 1 + 0.3 * len(differences))
     axes = figure.add_subplot()
     for place, (mean, low, high) in enumerate(list(differences.values())[::-1]):

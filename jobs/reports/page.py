@@ -1,4 +1,4 @@
-"""A page that people look at: one HTML file with everything in it."""
+"""A self-contained HTML page of text, tables and figures."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _MEDIA = {"svg": "image/svg+xml", "png": "image/png"}
 
 
 _LARGEST_SVG = 400_000
-"""Bytes. A drawing beyond this (a scatter plot of thousands of cells) becomes pixels, which are then the
-smaller and the faster."""
+"""Bytes. A larger drawing, such as a scatter plot of thousands of cells, is written as PNG, which is then
+smaller and faster."""
 
 
 _WIDE_INCHES = 6.1
-"""Pictures wider than this scroll on a phone instead of shrinking until nobody can read them."""
+"""Wider figures scroll on a phone; shrunk to its width, they would be unreadable."""
 
 
 class Report:
@@ -47,34 +47,33 @@ class Report:
         self._sections = [_Section(title="", anchor="top")]
 
     def section(self, title: str) -> None:
-        """Start a section; what follows goes into it."""
+        """Start a section for whatever is added next."""
         words = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         self._sections.append(_Section(title=title, anchor=f"s{len(self._sections)}-{words}"))
 
     def text(self, text: str) -> None:
-        """Add paragraphs, parted by empty lines.
+        """Add paragraphs, separated by empty lines.
 
         Args:
-            text: Plain text; `**bold**` and `` `code` `` are set as such, and a paragraph whose lines all
-                start with `- ` is a list.
+            text: Plain text with `**bold**` and `` `code` ``; a paragraph whose lines all start with `- `
+                is a list.
         """
         self._add(_paragraphs(text))
 
     def warning(self, text: str) -> None:
-        """Add something the reader must not miss; marked up as `text`."""
+        """Add a highlighted warning; same markup as `text`."""
         html = Markup('<aside class="warning" role="note"><strong>Warning</strong>{}</aside>').format(
             _paragraphs(text)
         )
         self._add(html)
 
     def table(self, title: str, table: pd.DataFrame, caption: str = "") -> None:
-        """Add a table; its index is left out, so that row names are a column.
+        """Add a table, without its index: row names must be a column.
 
         Args:
             title: Heading; may be empty.
-            table: Columns in their order. Numbers are aligned and rounded for reading; a missing value is a
-                dash.
-            caption: What the reader should know to read it.
+            table: Numbers are aligned and rounded for reading; a missing value is shown as a dash.
+            caption: How to read it.
         """
         is_number = [_is_number(table[name]) for name in table.columns]
         rows = [list(row) for row in zip(*(_shown(table[name]) for name in table.columns), strict=True)]
@@ -82,13 +81,13 @@ class Report:
         self._add(_table_html(title, names, is_number, rows, caption))
 
     def figure(self, title: str, figure: Figure, caption: str, alt: str) -> None:
-        """Add a picture; the figure isn't kept.
+        """Add a figure; the object is not kept.
 
         Args:
             title: Heading; may be empty.
-            figure: Drawn at once, on a transparent ground; dark ink on white is turned round in dark mode.
+            figure: Drawn immediately, on a transparent background; colours are inverted in dark mode.
             caption: What it shows and how to read it.
-            alt: What it shows, for those who do not see it.
+            alt: What it shows, for readers who cannot see it.
 
         Raises:
             ValueError: `alt` is empty.
@@ -98,19 +97,19 @@ class Report:
         self._picture(title, kind, content, (width_in, height_in), caption, alt)
 
     def facts(self, facts: Mapping[str, str]) -> None:
-        """Add a row of the few figures that matter most, each with its name."""
+        """Add a row of the most important numbers, each with its name."""
         items = Markup("").join(
             Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in facts.items()
         )
         self._add(Markup('<dl class="facts">{}</dl>').format(items))
 
     def picture(self, title: str, path: str | Path, caption: str, alt: str) -> None:
-        """Add a picture that is a file already, .png or .svg; else as `figure`."""
+        """Add an existing .png or .svg file; otherwise like `figure`."""
         path = Path(path)
         self._picture(title, path.suffix.removeprefix(".").lower(), path.read_bytes(), None, caption, alt)
 
     def write_html(self, path: str | Path) -> Path:
-        """Write one self-contained file and give its path back."""
+        """Write one self-contained file and return its path."""
         environment = Environment(
             loader=FileSystemLoader(Path(__file__).parent),
             autoescape=True,
@@ -137,11 +136,9 @@ class Report:
         alt: str,
     ) -> None:
         if not alt.strip():
-            raise ValueError(
-                f"alt of figure {title!r} is empty; describe in a sentence what the picture shows"
-            )
+            raise ValueError(f"alt of figure {title!r} is empty; describe the figure in a sentence")
         if kind not in _MEDIA:
-            raise ValueError(f"picture {title!r} is of kind {kind!r}; known are {', '.join(_MEDIA)}")
+            raise ValueError(f"picture {title!r} has the format {kind!r}; supported are {', '.join(_MEDIA)}")
         size = (
             Markup(' width="{}" height="{}"').format(*(round(inches * 96) for inches in size_in))
             if size_in
@@ -161,7 +158,7 @@ class Report:
         if size_in and size_in[0] <= _WIDE_INCHES:
             html = Markup('<div class="narrow">{}</div>').format(
                 html
-            )  # two neighbours are side by side where there is room
+            )  # two narrow figures are shown side by side if there is room
         self._add(html)
 
     def _add(self, html: Markup) -> None:

@@ -1,4 +1,4 @@
-"""What a run ran, on what, with which settings: the last section of every report."""
+"""The last section of every report: data, code version and settings."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def add_provenance(report: Report, run: LoggedRun) -> None:
 
 
 def split_of(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The split among a run's identity; a study names the kind of its folds there, which is none."""
+    """The split in a run's identity; None for a study, which records the kind of its folds there."""
     split = identity.get("split")
     return split if isinstance(split, dict) else {}
 
 
 def listed(names: Sequence[object], most: int = 8) -> str:
-    """Names with commas, the first few of them."""
+    """The first few names, separated by commas."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(str(name) for name in names[:most]) + more
 

@@ -1,4 +1,4 @@
-"""Scores on the test cells next to those of baselines: the section of a report that people read first."""
+"""The report's first section: scores on the test cells, next to the baselines'."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCORES = {
     "macro_f1": "macro-F1",
     "weighted_f1": "weighted F1",
 }
-"""Name among the metrics, and for people."""
+"""Name of the metric, and its title in reports."""
 
 _MOST_ROWS = 40
 """Of donors or datasets."""
@@ -41,10 +41,10 @@ def add_results(report: Report, run: LoggedRun) -> None:
         verdict = "above" if difference > 0 else "below" if difference < 0 else "the same as"
         report.text(
             f"Macro-F1 is **{abs(difference):.3f} {verdict}** the best baseline on the same cells"
-            f" ({best['model']}, {best['macro_f1']:.3f}). One split shows little about small differences;"
-            f" cross-validation shows more."
+            f" ({best['model']}, {best['macro_f1']:.3f}). One split says little about small differences;"
+            f" use cross-validation."
         )
-    caption = "Macro-F1 weighs every type alike, however rare it is; accuracy weighs every cell alike."
+    caption = "Macro-F1 weights all types equally, even rare ones; accuracy weights all cells equally."
     report.table("Test scores", pd.DataFrame(rows).dropna(axis="columns", how="all"), caption)
     if per_class is not None:
         per_class = per_class.rename(columns={"label": "type", "f1": "F1"}).sort_values(
@@ -64,14 +64,14 @@ def add_results(report: Report, run: LoggedRun) -> None:
         report.figure(
             "Confusion matrix",
             confusion_figure(counts_kk, names),
-            "Rows are true types (with their cells), columns predictions. In each field is the share of the"
-            " row, and below it the number of cells.",
+            "Rows are true types (with numbers of cells), columns predictions. Each field has the share of"
+            " the row and the number of cells.",
             _confusion_alt(counts_kk, names),
         )
 
 
 def _add_groups(report: Report, cells: pd.DataFrame, column: str, noun: str) -> None:
-    """Scores of the test cells of each donor or dataset, the worst first; nothing where there is only one."""
+    """Scores of each donor's or dataset's test cells, worst first; skipped if there is only one."""
     rows = []
     for name, own in cells.groupby(cells[column].astype(str), sort=True):
         wrong = own[own["label"] != own["prediction"]]
@@ -92,8 +92,8 @@ def _add_groups(report: Report, cells: pd.DataFrame, column: str, noun: str) -> 
         return
     table = pd.DataFrame(rows).sort_values("accuracy", kind="stable")
     note = (
-        f"Of {len(cells):,} test cells whose predictions the run kept. Unsure is the share that is answered"
-        f" with unknown or a broader term."
+        f"For the {len(cells):,} test cells with saved predictions. Unsure is the share labelled unknown or"
+        f" with a broader term."
     )
     if len(table) > _MOST_ROWS:
         note += f" The {_MOST_ROWS} worst of {len(table):,}."
@@ -106,9 +106,9 @@ def _confusion_alt(counts_kk: np.ndarray, names: list[str]) -> str:
         np.unravel_index(flat, wrong_kk.shape) for flat in np.argsort(-wrong_kk, axis=None, kind="stable")[:3]
     ]
     said = "; ".join(
-        f"{names[row]} taken for {names[column]} {wrong_kk[row, column]} times"
+        f"{names[row]} labelled {names[column]} {wrong_kk[row, column]} times"
         for row, column in pairs
         if wrong_kk[row, column]
     )
-    right = f"{np.trace(counts_kk):,} of {counts_kk.sum():,} cells are right"
+    right = f"{np.trace(counts_kk):,} of {counts_kk.sum():,} cells are correct"
     return f"Confusion matrix of {len(names)} types; {right}. {said or 'No mistakes'}."

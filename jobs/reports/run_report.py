@@ -1,7 +1,7 @@
-"""The report of a run: what was run on what, what came out next to the baselines, and pictures of it.
+"""The report of a run: its data and settings, its results next to the baselines, and figures.
 
-Everything comes from what the run logged, so a report can be made again at any time. A section appears where
-its artifacts are found.
+Everything comes from the run's artifacts, so a report can be made again at any time. Sections without
+artifacts are left out.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ _MOST_ROWS, _MOST_LETTERS = 40, 80
 def write_report(run: LoggedRun, others: Sequence[LoggedRun], out: Path) -> None:
     """Write the report of a run as one HTML file, and keep it with the run.
 
-    A study (a cross-validation, an ablation) has made its own, which is copied.
+    A study (cross-validation or ablation) already has a report, which is copied.
 
     Args:
         run: The run.
-        others: Runs whose folders of artifacts belong into the same report, such as that of `jobs.explain`.
+        others: Further runs whose artifacts belong in the same report, for example a run of `jobs.explain`.
         out: The file.
     """
     page = study_page(run)
@@ -115,22 +115,22 @@ def _add_summary(report: Report, run: LoggedRun, identity: dict[str, Any]) -> No
     if test_groups:
         kind = _plural(split["group_by"].removesuffix("_id"))
         report.text(
-            f"The test is on {cells['test']:,} cells of {len(test_groups)} {kind} that the model never saw"
+            f"The test uses {cells['test']:,} cells of {len(test_groups)} {kind} that the model never saw"
             f" ({listed(test_groups)}). Its best step was chosen on {cells.get('val', 0):,} other cells."
         )
     if run.status in ("FAILED", "KILLED"):
-        report.warning(f"The run did not end well: {run.tags.get('error', run.status)}")
+        report.warning(f"The run failed: {run.tags.get('error', run.status)}")
     for note in identity.get("notes", []):
         report.warning(note)
     if 0 < len(test_groups) < 3 and split["group_by"] == "donor_id":
         report.warning(
-            f"The test has only {len(test_groups)} donors; the scores may be far from those on others."
+            f"The test has only {len(test_groups)} donors; scores on other donors may be very different."
         )
     num_cut = run.metrics.get("data/cells_cut", 0)
     if num_cut:
         report.warning(
-            f"{num_cut:,.0f} cells, counted each time they were read, have more genes than"
-            f" `tokens.max_genes` and were cut to those that stand out most."
+            f"{num_cut:,.0f} cells (counted each time they were read) have more genes than"
+            f" `tokens.max_genes` and were cut to the genes furthest above their mean."
         )
 
 
@@ -176,10 +176,10 @@ def _add_calibration(report: Report, run: LoggedRun) -> None:
     report.figure(
         "Reliability",
         reliability_figure(table),
-        "Share of right predictions by confidence. On the dashed line 90 of 100 cells with confidence 0.9 are"
-        f" right; below it the model is too sure of itself. Bins of fewer than {LEAST_CELLS} cells are not"
+        "Share of correct predictions by confidence. On the dashed line, 90 of 100 cells with confidence 0.9"
+        f" are correct; below it, the model is overconfident. Bins of fewer than {LEAST_CELLS} cells are not"
         f" drawn. Expected calibration error, over all bins: {errors}.",
-        f"Share of right predictions by confidence. Expected calibration error: {errors}.",
+        f"Share of correct predictions by confidence. Expected calibration error: {errors}.",
     )
 
 
@@ -196,7 +196,7 @@ def _add_folder(report: Report, run: LoggedRun, folder: str, title: str) -> None
 
 
 def _shortened(value: Any) -> Any:
-    """A list of many names would make a row as high as the screen; the artifact has it whole."""
+    """Shorten long lists of names, which would fill the screen; the artifact has all of them."""
     return textwrap.shorten(value, _MOST_LETTERS, placeholder=" …") if isinstance(value, str) else value
 
 

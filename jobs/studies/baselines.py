@@ -112,7 +112,7 @@ def run_baseline(name: str, cells: BaselineCells, seed: int) -> tuple[Answer, Co
 
 
 def check_names(names: Sequence[str]) -> list[str]:
-    """The baselines named in a list; `all` names every one.
+    """Check the names of baselines; `all` selects every one.
 
     Raises:
         ValueError: An unknown name.

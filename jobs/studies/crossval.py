@@ -100,11 +100,11 @@ def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any
         Settings of each configuration, in the order they were started, with its finished folds.
     """
     search = study.config.search
-    beside = _Beside(lambda: _run_baselines(study, baselines))
+    background = _InBackground(lambda: _run_baselines(study, baselines))
     drawn = search.algorithm != "grid" and bool(search.space)
     space = search_space(study.config)
     settings = run_trials(study, space, num_samples=search.num_samples if drawn else 1)
-    beside.join()
+    background.join()
     return [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
 
 
@@ -129,7 +129,7 @@ def _register(study: Study, settings: dict[str, Any], results: Sequence[FoldResu
     return version
 
 
-class _Beside:
+class _InBackground:
     """A function running in a thread alongside the trials; `join` raises its exception."""
 
     def __init__(self, work: Callable[[], None]) -> None:

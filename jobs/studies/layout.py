@@ -105,7 +105,7 @@ def search_space(config: ExperimentConfig) -> dict[str, Any]:
             )
         else:
             raise ValueError(
-                f"search.space.{name}={values} must be a list such as [2, 4], or uniform(a, b),"
+                f"search.space.{name}={values} must be a list, for example [2, 4], or uniform(a, b),"
                 f" loguniform(a, b), randint(a, b)"
             )
         for value in probes:
