@@ -27,8 +27,8 @@ from data_ingest.atlas import (
 )
 from data_ingest.filters import check_filter, full_obs_filter, read_filtered, require_column
 from data_ingest.measured import measured_by_cells
+from data_ingest.query_counts import summary_of
 from data_ingest.query_labels import MAJOR, labels_of
-from data_ingest.query_summary import summary_of
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 from screformer.counts import Panels
 from screformer.settings import plain

@@ -1,76 +1,22 @@
-"""What a query found, in counts, and how long its cells take to read."""
+"""The printed report of a query, with the time that its cells take to read."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
-from data_ingest.filters import SEPARATOR
-from data_ingest.query_labels import MAJOR, labels_of
+from data_ingest.datasource import gene_of_var, read_cells
+from data_ingest.query import QueryResult
 
-if TYPE_CHECKING:
-    from data_ingest.query import QueryResult
-
-REPORTED = ("assay", "disease", "nnz", MAJOR)
-"""obs columns that only the report of a query reads, where the atlas has them."""
 BYTES_PER_COUNT = 8
 """A stored count in memory: gene and value."""
 _RUNS, _RUN_LENGTH = 8, 64
 
 
-def summary_of(obs: pd.DataFrame, label_column: str) -> dict[str, Any]:
-    """Counts of cells, donors and datasets, and of cells by label, assay, disease and major type.
-
-    A cell with several diseases counts for each of them. Cells without a label are counted by their cell
-    type. What needs a column that is not in obs is left out.
-
-    Args:
-        obs: As `QueryResult.obs`.
-        label_column: As `QueryResult.label_column`.
-    """
-    unmapped = obs["label"].isna()
-    found: dict[str, Any] = {
-        "cells": len(obs),
-        "donors": int(obs["donor_id"].nunique()),
-        "datasets": int(obs["dataset_id"].nunique()),
-        "labels": count_values(obs["label"]),
-        "unmapped_cells": int(unmapped.sum()),
-        "unmapped_cell_types": count_values(obs["cell_type"][unmapped]),
-    }
-    if label_column != MAJOR:
-        found["major_types"] = count_values(pd.Series(labels_of(obs, MAJOR)[0]))
-    if "assay" in obs:
-        found["assays"] = count_values(obs["assay"])
-    if "disease" in obs:
-        found["diseases"] = count_parts(obs["disease"])
-    if "nnz" in obs:
-        found["stored_counts"] = int(obs["nnz"].sum())
-    return found
-
-
-def count_values(values: pd.Series) -> dict[str, int]:
-    """How often each value occurs, most frequent first; unused categories are omitted."""
-    counts = values.value_counts()
-    return {str(name): int(count) for name, count in counts.items() if count}
-
-
-def count_parts(values: pd.Series) -> dict[str, int]:
-    """As `count_values`, where a value may be several, joined by `SEPARATOR`."""
-    parts: dict[str, int] = {}
-    for value, count in count_values(values).items():
-        for part in value.split(SEPARATOR):
-            parts[part] = parts.get(part, 0) + count
-    return dict(sorted(parts.items(), key=lambda item: (-item[1], item[0])))
-
-
 def seconds_to_read(result: QueryResult) -> float:
-    """Time that one reader needs for all cells of a query, by that for a few hundred of them."""
-    from data_ingest.datasource import gene_of_var, read_cells
-
+    """Estimate how long one reader takes for all cells of a query, from a few hundred of them, in seconds."""
     vocabulary = result.vocabulary()
     genes, joinids = gene_of_var(result.atlas, vocabulary), result.obs_joinids
     panels = result.panels(genes, len(vocabulary))
@@ -84,11 +30,11 @@ def seconds_to_read(result: QueryResult) -> float:
 
 
 def report(result: QueryResult, *, seconds: float | None = None) -> str:
-    """The summary of a result in words.
+    """Describe a query's result.
 
     Args:
         result: The result.
-        seconds: As `seconds_to_read`; None leaves it out.
+        seconds: From `seconds_to_read`; None leaves the time out.
     """
     summary = result.summary()
     lines = [

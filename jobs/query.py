@@ -49,7 +49,8 @@ def arguments(parser: Parser) -> None:
 def work(args: argparse.Namespace) -> Result:
     """Run the query, print what it found, save it."""
     from data_ingest.query import find_cells, resolve_query
-    from data_ingest.query_summary import REPORTED, report, seconds_to_read
+    from data_ingest.query_counts import REPORTED
+    from data_ingest.query_summary import report, seconds_to_read
 
     atlas, query, expected_hash = resolve_query(args.settings)
     column = args.settings.labels.column
