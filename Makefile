@@ -6,16 +6,16 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format site benchmark wheel clean docs/settings.md
+.PHONY: help install quickstart test lint format site benchmark wheel clean docs/settings.md docs/files.md
 
 help:
 	@echo "make install      .venv with screformer in it"
 	@echo "make quickstart   the whole chain on simulated cells, in ./quickstart (ARGS='--h5ad FILE' for yours)"
 	@echo "make test         the tests (ARGS='-k stream' for some)"
 	@echo "make lint         ruff and mypy"
-	@echo "make docs/settings.md   the page of all settings, from screformer/config.py"
-	@echo "make site      the documentation site, in ./site"
-	@echo "make wheel        wheel and sdist in dist/, tried in an environment of their own"
+	@echo "make docs/settings.md docs/files.md   the pages made from the code"
+	@echo "make site         the documentation site, in ./site"
+	@echo "make wheel        wheel and sdist in dist/, tested in a fresh environment"
 	@echo "make benchmark    the stream and the attention against their peers"
 
 install: $(VENV)/installed
@@ -35,8 +35,8 @@ format: $(VENV)/installed-for-tests
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-docs/settings.md: $(VENV)/installed
-	$(RUN) docs/make_settings.py > $@.part && mv $@.part $@
+docs/settings.md docs/files.md: $(VENV)/installed
+	$(RUN) docs/make_$(notdir $(basename $@)).py > $@.part && mv $@.part $@
 
 benchmark: $(VENV)/installed-for-tests
 	$(RUN) -m jobs.benchmark stream

@@ -1,4 +1,4 @@
-"""docs/settings.md is what its generator makes of screformer/config.py."""
+"""The pages made from the code are current: docs/settings.md and docs/files.md."""
 
 import runpy
 from pathlib import Path
@@ -16,3 +16,12 @@ def test_the_settings_page_is_current_and_complete() -> None:
             (row,) = (line for line in page.splitlines() if line.startswith(f"| `{section}.{name}` |"))
             assert row.count(" | ") == 3 and len(row.rsplit(" | ", 1)[1]) > 10, row
     assert (DOCS / "settings.md").read_text() == page, "run `make docs/settings.md`"
+
+
+def test_the_page_of_files_is_current_and_complete() -> None:
+    page = runpy.run_path(str(DOCS / "make_files.py"))["page"]()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) > 150
+    unclear = [row for row in rows if not row.endswith(". |") or len(row) > 150]
+    assert not unclear, "each file's docstring starts with one line that ends with a period"
+    assert (DOCS / "files.md").read_text() == page, "run `make docs/files.md`"
