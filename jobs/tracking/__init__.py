@@ -1,1 +1,1 @@
-"""The only door to MLflow: runs, registered models, aliases."""
+"""Runs, registered models and aliases; all use of MLflow is in this package."""

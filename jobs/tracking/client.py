@@ -1,4 +1,4 @@
-"""Find and reach the MLflow tracking store: the only place that imports mlflow."""
+"""Access to the MLflow tracking store; other modules get `mlflow` from here."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from screformer.config import TrackingConfig
 
 PATIENCE_S = 2.0
-"""For one quick question to the server before anything is sent to it in a running job."""
+"""Timeout of the health check that precedes each request of a running job."""
 
 _ENVIRONMENT = {
-    # Without it the import starts a thread that reports usage over the network.
+    # By default, importing mlflow starts a thread that reports usage over the network.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # MLflow would try seven times for minutes; what fails is kept in the outbox and tried again from there.
+    # MLflow's default is seven retries over minutes; here the outbox keeps and retries what failed.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-"""Defaults of what MLflow reads from the environment when it is imported."""
+"""Defaults for variables that MLflow reads at import."""
 
 _LOGIN = (
     "; a proxy or a login page may be in front of it, or the token may have expired: check the address, and"
@@ -44,12 +44,12 @@ _LOGIN = (
 )
 
 _CHATTY = ("mlflow.store.db.utils", "mlflow.pyfunc")
-"""Loggers that report each new table, and the check of the input example."""
+"""Loggers that report each new database table and the check of the input example."""
 
 
 @cache
 def mlflow_package() -> Any:
-    """The `mlflow` package, with the submodules used here, in the environment that it reads at import."""
+    """Import `mlflow` and the submodules used here, with `_ENVIRONMENT` set first."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import mlflow
@@ -66,10 +66,10 @@ def mlflow_package() -> Any:
 
 @lru_cache(maxsize=4)
 def mlflow_client(uri: str) -> Any:
-    """MLflow's client of a store, which is made where it is a SQLite file that does not exist.
+    """MLflow client of a store; a missing SQLite file is created.
 
     Args:
-        uri: As `tracking_uri` gives it.
+        uri: The store, as returned by `tracking_uri`.
 
     Raises:
         ValueError: MLflow cannot open it.
@@ -87,7 +87,7 @@ def mlflow_client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _making(uri: str) -> Iterator[None]:
-    """Let one process at a time make the tables of a SQLite file: two at once break each other."""
+    """Lock a SQLite store while its tables are created: two processes at once would break it."""
     if not uri.startswith("sqlite:"):
         yield
         return
@@ -107,27 +107,27 @@ def _making(uri: str) -> Iterator[None]:
 
 
 def existing_store(tracking: TrackingConfig) -> str:
-    """The tracking store to read from; nothing is made.
+    """The tracking store to read from; it is not created.
 
     Raises:
-        ValueError: A SQLite file that does not exist.
+        ValueError: The SQLite file does not exist.
         ConnectionError: The server does not answer.
     """
     uri = tracking_uri(tracking)
     if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
         raise ValueError(
-            f"there is no tracking store {uri}, so no run or model either; name the one that has it in"
-            f" tracking.uri (--tracking-uri) or MLFLOW_TRACKING_URI"
+            f"tracking store {uri} does not exist, so it has no runs or models; set tracking.uri"
+            f" (--tracking-uri) or MLFLOW_TRACKING_URI to the store that has them"
         )
     probe(uri)
     return uri
 
 
 def require_here(uri: str) -> None:
-    """Refuse a SQLite file that another machine has.
+    """Reject a SQLite store that is on another machine.
 
     Raises:
-        ValueError: This machine does not have it.
+        ValueError: This machine does not have the file.
     """
     if uri.startswith("sqlite:") and not sqlite_path(uri).is_file():
         raise ValueError(
@@ -139,11 +139,11 @@ def require_here(uri: str) -> None:
 def tracking_uri(tracking: TrackingConfig) -> str:
     """The tracking store: `tracking.uri`, else MLFLOW_TRACKING_URI, else `./mlflow.db`.
 
-    Never with a password: that of a server goes into MLflow's own variables, and that of a database is `***`,
-    which `store_address` replaces where the environment has it.
+    The result never contains a password. A server's is moved to MLflow's own variables. A database's is
+    masked as `***`; `store_address` fills it in from the environment.
 
     Raises:
-        ValueError: A folder or something else that MLflow 3 has no store for.
+        ValueError: MLflow 3 has no such kind of store, for example a folder.
     """
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
     if uri.endswith(".db") and "://" not in uri:
@@ -152,8 +152,8 @@ def tracking_uri(tracking: TrackingConfig) -> str:
         return f"sqlite:///{sqlite_path(uri)}"
     if not uri.startswith(("http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ValueError(
-            f"tracking.uri={without_secret(uri)!r} is no tracking store; give http://HOST:PORT of an MLflow"
-            f" server, or sqlite:///PATH/mlflow.db (MLflow 3 keeps no runs in plain folders)"
+            f"tracking.uri={without_secret(uri)!r} is not a tracking store; give http://HOST:PORT of an"
+            f" MLflow server, or sqlite:///PATH/mlflow.db (MLflow 3 keeps no runs in plain folders)"
         )
     if uri.startswith("http"):
         return _adopt_password(uri)
@@ -161,10 +161,10 @@ def tracking_uri(tracking: TrackingConfig) -> str:
 
 
 def store_address(uri: str) -> str:
-    """What MLflow needs to reach a store: the URI with its password, from MLFLOW_TRACKING_URI.
+    """The URI of a store with its password, which is read from MLFLOW_TRACKING_URI.
 
     Raises:
-        ValueError: The environment of this process does not have it.
+        ValueError: MLFLOW_TRACKING_URI of this process does not have the password.
     """
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith("http"):
@@ -182,7 +182,7 @@ def store_address(uri: str) -> str:
 
 
 def _adopt_password(address: str) -> str:
-    """Move user and password of a server's address into the variables that MLflow reads them from."""
+    """Move user and password from a server's address to the environment variables that MLflow reads."""
     parts = urllib.parse.urlsplit(address)
     user, at, host = parts.netloc.rpartition("@")
     if not at:
@@ -199,17 +199,17 @@ def sqlite_path(uri: str) -> Path:
 
 
 def scratch_folder() -> str:
-    """A folder that lasts until this process ends."""
+    """A temporary folder that is deleted when this process ends."""
     folder = tempfile.mkdtemp(prefix="screformer-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def probe(uri: str, *, timeout_s: float = 10) -> None:
-    """Ask a server one quick question, because MLflow retries for minutes before it reports an absence.
+    """Check that a server is up; MLflow itself retries for minutes before it reports a failure.
 
     Raises:
-        ConnectionError: Nobody answers, or somebody else does.
+        ConnectionError: Nothing answers, or something that is not MLflow.
     """
     if not uri.startswith(("http://", "https://")):
         return
@@ -218,7 +218,7 @@ def probe(uri: str, *, timeout_s: float = 10) -> None:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             answer = response.read(200)
     except urllib.error.HTTPError as error:
-        # Something answers; a proxy may hide /health, or be in front of a server that is away.
+        # Something answers. A proxy may hide /health, or report that the server behind it is down.
         if error.code in (502, 503, 504):
             raise ConnectionError(f"tracking.uri={uri} does not answer: {error}") from error
     except OSError as error:
@@ -232,7 +232,7 @@ def probe(uri: str, *, timeout_s: float = 10) -> None:
 
 
 def _credentials() -> dict[str, str]:
-    """The header that MLflow's client would send."""
+    """The authorization header that MLflow's client would send."""
     token = os.environ.get("MLFLOW_TRACKING_TOKEN")
     if token:
         return {"Authorization": f"Bearer {token}"}
@@ -243,17 +243,17 @@ def _credentials() -> dict[str, str]:
 
 
 def metric_points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
-    """(step, value) points of a metric, by step."""
+    """(step, value) points of a metric, sorted by step."""
     points = mlflow_client(uri).get_metric_history(run_id, key)
     return sorted((point.step, point.value) for point in points)
 
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises when the server fails into one clear line.
+    """Turn MLflow's errors about a failing server into one clear line.
 
     Raises:
-        ConnectionError: The server is away or not well, or something else answers in its place.
+        ConnectionError: The server is down or broken, or something else answers in its place.
     """
     try:
         yield
@@ -263,15 +263,13 @@ def answering(uri: str) -> Iterator[None]:
         if not is_away(error):
             raise
         first = " ".join(str(error).split())[:200]
-        raise ConnectionError(
-            f"tracking.uri={uri} does not answer as MLflow does ({first}){_LOGIN}"
-        ) from error
+        raise ConnectionError(f"tracking.uri={uri} does not answer like MLflow ({first}){_LOGIN}") from error
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether an error of MLflow's client is not about what was asked, but about who answers.
+    """Whether an error is about the server, not the request.
 
-    The server is absent, overloaded or broken, or a proxy or a login page answers in its place. The same
+    The server is down, overloaded or broken, or a proxy or a login page answers in its place. The same
     request can succeed later, or with another token.
     """
     from requests.exceptions import HTTPError, RequestException
@@ -280,7 +278,7 @@ def is_away(error: BaseException) -> bool:
     if isinstance(error, exceptions.RestException):
         return _is_elsewhere(error.get_http_status_code())
     if isinstance(error, exceptions.MlflowException) and error.message.startswith("API request to"):
-        return True  # the answer is no JSON, so it is not MLflow's
+        return True  # the answer is not JSON, so it is not from MLflow
     if isinstance(error, HTTPError) and error.response is not None:
         return _is_elsewhere(error.response.status_code)
     if isinstance(error, RequestException | ConnectionError):

@@ -1,6 +1,6 @@
-"""What a run logs, as plain entries: each kind is a small function that sends one.
+"""The entries that a run logs, and one small sending function per kind.
 
-Sending an entry twice does no harm, because nobody knows whether a server that went away had taken it.
+Sending an entry twice is harmless: after a lost connection, nobody knows whether the server stored it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from jobs.tracking.client import mlflow_client, mlflow_package
 from jobs.tracking.models import register_model
 
 Entry = dict[str, Any]
-"""Plain values of JSON, with the `kind` among them."""
+"""Plain JSON values, including `kind`."""
 
 _METRICS_AT_ONCE, _PARAMS_AT_ONCE = 1000, 100
-"""The most that the store takes in one request."""
+"""The store's limits per request."""
 
 _DATASET_NAME = 500
-"""The longest name of a dataset that MLflow keeps."""
+"""MLflow's limit on the length of a dataset name."""
 
 
 def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any:
@@ -30,22 +30,22 @@ def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any
         uri: The tracking store.
         run_id: The run.
         entry: What to send.
-        content: The file or folder that belongs to it.
+        content: The entry's file or folder, if any.
 
     Returns:
         The version number for the kind `register`, else None.
 
     Raises:
-        ValueError: An entry of another version of screformer.
+        ValueError: The entry was written by another version of screformer.
     """
     kind = entry["kind"]
     if kind == "register":
         for version in mlflow_client(uri).search_model_versions(f"run_id='{run_id}'"):
-            if version.name == entry["name"]:  # sent before, by a process that was killed after it
+            if version.name == entry["name"]:  # sent by a process that was killed afterwards
                 return int(version.version)
         return register_model(uri, run_id, entry["model_dir"], entry["name"])
     if kind not in _SENDERS:
-        raise ValueError(f"entries of the kind {kind!r} are of another version of screformer; sync with that")
+        raise ValueError(f"entry kind {kind!r} is from another version of screformer; sync with that version")
     _SENDERS[kind](mlflow_client(uri), run_id, entry, content)
     return None
 
@@ -103,8 +103,8 @@ def _running(client: Any, run_id: str, entry: Entry, content: Path | None) -> No
 
 
 def _end(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
-    of_earlier_attempt = entry["status"] == "FINISHED" and "error" in client.get_run(run_id).data.tags
-    if of_earlier_attempt:
+    clears_error = entry["status"] == "FINISHED" and "error" in client.get_run(run_id).data.tags
+    if clears_error:  # set by an earlier attempt
         client.delete_tag(run_id, "error")
     client.set_terminated(run_id, entry["status"], entry["time_ms"])
 

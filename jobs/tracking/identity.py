@@ -1,4 +1,4 @@
-"""Which code runs, with which packages, on which machine."""
+"""Identify the code, packages and machine of a run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,7 @@ _PACKAGES = (
 
 
 def code_identity() -> dict[str, Any]:
-    """Which code runs, with what, on which machine.
-
-    Version, git revision, package versions and host facts, as plain values.
-    """
+    """Version, git revision, package versions and host facts of this process, as plain values."""
     root = Path(screformer.__file__).resolve().parents[1]
     gpus: list[str] = []
     torch = sys.modules.get("torch")
@@ -60,7 +57,7 @@ def package_version(package: str) -> str:
 
 
 def git_revision(root: Path) -> str:
-    """Commit of the source tree, with `+changes` when files differ from it."""
+    """Commit of the source tree, with `+changes` if tracked files differ from it."""
     try:
         ask = [
             ["git", "-C", str(root), *words]

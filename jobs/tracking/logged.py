@@ -1,4 +1,4 @@
-"""Read back what a run logged."""
+"""Read logged runs and their artifacts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from screformer.config import TrackingConfig
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedRun:
-    """A run as its store has it."""
+    """A run, as read from its store."""
 
     run_id: str
     name: str
@@ -29,17 +29,17 @@ class LoggedRun:
     ended_ms: int | None
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
-    """Last value of each."""
+    """Last value of each metric."""
     artifacts: tuple[str, ...]
-    """Paths of all files but those of the model."""
+    """Paths of all files except the model's."""
     store: str
 
     def history(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) points of a metric, by step."""
+        """(step, value) points of a metric, sorted by step."""
         return metric_points(self.store, self.run_id, key)
 
     def file(self, path: str) -> Path:
-        """A file of the run on this machine; a downloaded one lasts until this process ends."""
+        """Local path of an artifact; a downloaded copy is deleted when this process ends."""
         return Path(mlflow_client(self.store).download_artifacts(self.run_id, path, scratch_folder()))
 
 
@@ -51,7 +51,7 @@ def logged_run(run_id: str, tracking: TrackingConfig) -> LoggedRun:
         tracking: Where runs are kept.
 
     Raises:
-        ValueError: There is no such run.
+        ValueError: The run does not exist.
         ConnectionError: The tracking server does not answer.
     """
     store, run_id = existing_store(tracking), run_id.removeprefix("runs:/")
@@ -81,10 +81,10 @@ def logged_run(run_id: str, tracking: TrackingConfig) -> LoggedRun:
 
 
 def run_file(run_id: str, name: str, tracking: TrackingConfig) -> Path:
-    """Fetch an artifact of a run; a downloaded one lasts until this process ends.
+    """Fetch an artifact of a run; a downloaded copy is deleted when this process ends.
 
     Raises:
-        ValueError: No such run or artifact.
+        ValueError: The run or artifact does not exist.
         ConnectionError: The tracking server does not answer.
     """
     store = existing_store(tracking)

@@ -1,7 +1,4 @@
-"""The model card: what a registered model is, what it was trained on and how well it did.
-
-As Markdown made from its own files.
-"""
+"""Model card in Markdown, generated from a model's files: labels, training data, scores and limits."""
 
 from __future__ import annotations
 
@@ -30,9 +27,9 @@ def model_card(
     Args:
         model_dir: Model directory.
         name: Registered model.
-        run_id: MLflow run that trained it; empty leaves out what is true of one machine only.
-        about: Lines for the top.
-        more: Further sections, by title, after the labels.
+        run_id: MLflow run that trained it; if empty, machine-specific facts are left out.
+        about: Lines at the top.
+        more: Further sections by title, placed after the labels.
     """
     loaded = load_model(model_dir)
     meta = loaded.meta
@@ -48,18 +45,18 @@ def model_card(
         _section("Scores", _scores(meta)),
         _section("Confidence", _confidence(loaded)),
         _section("Limits", _limits(loaded)),
-        _section("Made by", _code(loaded)),
+        _section("Software and architecture", _code(loaded)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _plain(text: object) -> str:
-    """A name as Markdown and HTML show it literally, on one line."""
+    """Escape a name on one line, so that Markdown and HTML show it literally."""
     return html.escape(re.sub(r"([\\`*_\[\]#|~$]|^[+-])", r"\\\1", " ".join(str(text).split())), quote=False)
 
 
 def _code_span(text: object) -> str:
-    """A value in the type of code, also with backticks in it."""
+    """A value as a Markdown code span, even if it contains backticks."""
     words = " ".join(str(text).split())
     longest = max(map(len, re.findall(r"`+", words)), default=0)
     if not longest:
@@ -113,8 +110,7 @@ def _scores(meta: Mapping[str, Any]) -> list[str]:
         folds = meta["folds"]
         lines += [
             f"Cross-validation of these settings, {len(folds['names'])} {folds['kind']} folds (run"
-            f" `{folds['run_id']}`); then"
-            " trained on the cells of all of them:",
+            f" `{folds['run_id']}`). The final model was trained on the cells of all folds:",
             "",
             f"| metric | {' | '.join(f'fold {name}' for name in folds['names'])} |",
             f"|---|{'---|' * len(folds['names'])}",
@@ -130,25 +126,25 @@ def _confidence(loaded: LoadedModel) -> list[str]:
     calibration, measured = loaded.calibration, loaded.calibration.measured
     if measured is None:
         return [
-            "Not calibrated: probabilities are the softmax of the network, and every cell gets its best"
+            "Not calibrated: probabilities are the network's softmax output, and every cell gets its best"
             " label."
         ]
     return [
         f"- temperature {calibration.temperature:.3f}, from {measured['cells']:,.0f} validation cells;"
         f" expected calibration error"
         f" {measured['ece_before']:.3f} before, {measured['ece_after']:.3f} after (on the same cells)",
-        f"- unknown above a score of {calibration.unknown_threshold:.4g}, which"
-        f" {measured['false_alarm_rate']:.0%} of these cells exceed",
-        f"- below a probability of {MIN_PROBABILITY:g} one of {len(calibration.lineage.terms)} more general"
-        f" terms is the answer, or `unknown`",
+        f"- cells with a score above {calibration.unknown_threshold:.4g} are `unknown`;"
+        f" {measured['false_alarm_rate']:.0%} of these validation cells are",
+        f"- below a probability of {MIN_PROBABILITY:g}, the label is one of"
+        f" {len(calibration.lineage.terms)} more general terms, or `unknown`",
     ]
 
 
 def _limits(loaded: LoadedModel) -> list[str]:
     lines = [f"- {_plain(note)}" for note in loaded.meta.get("notes", [])]
     genes = (
-        f"- knows {len(loaded.vocabulary):,} genes; others only add to the library size, and one that an"
-        " input lacks is unknown, not 0"
+        f"- knows {len(loaded.vocabulary):,} genes; other genes only count towards the library size, and a"
+        " gene missing from the input is treated as unknown, not as 0"
     )
     return [*lines, genes, "- human cells only"]
 

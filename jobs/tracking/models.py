@@ -1,4 +1,4 @@
-"""Registered models: register, resolve, aliases."""
+"""Register and resolve models, and move their aliases."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from screformer.config import TrackingConfig
 logger = logging.getLogger(__name__)
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-"""Aliases of the newest registered version, and of the one in use, which is moved by hand or by
-`jobs.promote` only."""
+"""Aliases of the newest registered version and of the version in use. The latter is moved only by hand or by
+`jobs.promote`."""
 
 
 _WEIGHTS = "weights.safetensors"
@@ -51,7 +51,7 @@ _LOADING_PACKAGES = (
 )
 
 
-_DESCRIPTION_CHARACTERS = 5000  # the most that MLflow's database keeps
+_DESCRIPTION_CHARACTERS = 5000  # limit of MLflow's database
 
 
 def register_model(
@@ -59,17 +59,16 @@ def register_model(
 ) -> int:
     """Register a fine-tuned model directory as the next version of a model, and give it an alias.
 
-    The version is an MLflow `pyfunc` from code: the file `jobs/tracking/pyfunc.py`, copies of the
-    `screformer` package and of the reader of .h5ad files, the model directory itself and a model card, which
-    is also the version's description. It loads in a process that has neither this repository nor Ray, and
-    holds no pickle.
+    The version is an MLflow `pyfunc` model from code: the file `jobs/tracking/pyfunc.py`, copies of the
+    `screformer` package and of the .h5ad reader, the model directory, and a model card that is also the
+    version's description. It loads without this repository and without Ray, and contains no pickle.
 
     Args:
-        tracking_uri: The store of the run, as `TrackedRun` has it.
-        run_id: The run that made the model.
+        tracking_uri: The run's store, from `TrackedRun`.
+        run_id: The run that produced the model.
         model_dir: Directory written by `screformer.checkpoint.save_model`, with labels.
-        name: Registered model, created where it does not exist.
-        alias: Moved to the new version; empty moves none.
+        name: Registered model; created if missing.
+        alias: Alias to move to the new version; empty moves none.
 
     Returns:
         The version number.
@@ -90,8 +89,8 @@ def register_model(
         experiment_id, name=MODEL_FOLDER, source_run_id=run_id, model_type="cell-type-classifier"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        # The folder of an artifact is named after its source; a fixed name keeps versions alike wherever they
-        # were trained.
+        # MLflow names an artifact's folder after its source. A fixed name makes versions identical wherever
+        # they were trained.
         source = Path(scratch) / "source" / MODEL_FOLDER
         shutil.copytree(model_dir, source)
         package = Path(scratch) / "source" / "screformer"
@@ -128,8 +127,8 @@ def register_model(
     except mlflow_package().exceptions.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # A database store looks `models:/` sources up in the global tracking URI, which may be another one; a
-    # server takes nothing else.
+    # A database store resolves `models:/` sources through the global tracking URI, which may differ. A server
+    # accepts no other source.
     source_uri = f"models:/{logged.model_id}" if tracking_uri.startswith("http") else logged.artifact_location
     short = card
     if len(card) > _DESCRIPTION_CHARACTERS:
@@ -144,10 +143,10 @@ def register_model(
 
 
 def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str, int]:
-    """The aliases of a registered model and the versions they name.
+    """The aliases of a registered model, with their version numbers.
 
     Raises:
-        ValueError: There is no such model.
+        ValueError: The model does not exist.
     """
     store = existing_store(tracking or TrackingConfig())
     client = mlflow_client(store)
@@ -161,7 +160,7 @@ def model_aliases(name: str, tracking: TrackingConfig | None = None) -> dict[str
 def move_alias(
     name: str, alias: str, version: int, *, reason: Mapping[str, Any], tracking: TrackingConfig | None = None
 ) -> None:
-    """Let an alias name another version, which keeps the reason as tag `promotion.ALIAS`."""
+    """Move an alias to another version and store the reason in its tag `promotion.ALIAS`."""
     client = mlflow_client(tracking_uri(tracking or TrackingConfig()))
     client.set_model_version_tag(
         name, str(version), f"promotion.{alias}", json.dumps(dict(reason), default=str)[:5000]
@@ -170,12 +169,12 @@ def move_alias(
 
 
 def pinned_model(uri: str, tracking: TrackingConfig | None = None) -> str:
-    """The model URI with its alias replaced by the version number that it names now.
+    """The model URI with its alias replaced by the current version number.
 
-    Any other URI or path as it is.
+    Any other URI or path is returned unchanged.
 
     Raises:
-        ValueError: There is no such model, alias or version; the message lists what there is.
+        ValueError: The model, alias or version does not exist; the message lists the existing ones.
     """
     if not uri.startswith("models:/"):
         return uri
@@ -185,19 +184,19 @@ def pinned_model(uri: str, tracking: TrackingConfig | None = None) -> str:
 
 
 def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
-    """Find a model directory on this machine, downloading it where needed.
+    """Return a local model directory; download it if needed.
 
     Args:
         uri: `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` (the model that the run logged), a
-            bare run id, `bundled:NAME`, or a directory: that of a model, or of a checkpoint that holds one.
-        tracking: Where models are kept; the default is that of the configuration.
+            bare run id, `bundled:NAME`, a model directory, or a checkpoint directory with a model in it.
+        tracking: Where models are kept; defaults to the configuration's default.
 
     Returns:
-        Directory with weights, configuration, vocabulary and labels. A downloaded one lasts until this
+        Directory with weights, configuration, vocabulary and labels. A downloaded one is deleted when this
         process ends.
 
     Raises:
-        ValueError: Nothing of that name, or it holds no model.
+        ValueError: Nothing has that name, or it contains no model.
         ConnectionError: The tracking server does not answer.
     """
     if uri.startswith(bundled.PREFIX):
@@ -208,7 +207,7 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
     store = existing_store(tracking or TrackingConfig())
     location = _run_model(uri.removeprefix("runs:/"), store) if is_run else _version_location(uri, store)
     target: str | None = None
-    if not location.startswith(("/", "file:")):  # files are read in place
+    if not location.startswith(("/", "file:")):  # local files are read in place
         target = scratch_folder()
     return _model_directory(
         Path(
@@ -221,11 +220,11 @@ def resolve_model(uri: str, tracking: TrackingConfig | None = None) -> Path:
 
 
 def _registered(uri: str, store: str) -> tuple[str, Any]:
-    """Name and version entity of a `models:/` URI."""
+    """Name and MLflow version entity of a `models:/` URI."""
     client = mlflow_client(store)
     found = re.fullmatch(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))", uri)
     if found is None:
-        raise ValueError(f"model {uri!r} must read models:/NAME@ALIAS or models:/NAME/VERSION")
+        raise ValueError(f"model {uri!r} must be models:/NAME@ALIAS or models:/NAME/VERSION")
     name = found["name"]
     try:
         if found["alias"]:
@@ -234,7 +233,7 @@ def _registered(uri: str, store: str) -> tuple[str, Any]:
     except mlflow_package().exceptions.MlflowException as error:
         models = {model.name: model for model in client.search_registered_models()}
         if name not in models:
-            known = f"there are {', '.join(sorted(models))}" if models else "nothing is registered there yet"
+            known = f"it has {', '.join(sorted(models))}" if models else "it has no models yet"
             raise ValueError(f"model {uri!r}: no registered model {name!r} in {store}; {known}") from error
         versions = sorted(int(version.version) for version in client.search_model_versions(f"name='{name}'"))
         aliases = ", ".join(
@@ -253,10 +252,7 @@ def _version_location(uri: str, store: str) -> str:
 
 
 def _run_model(run_id: str, store: str) -> str:
-    """Where the artifacts of a run's model are.
-
-    The registered one, else the directory `model` among the run's artifacts.
-    """
+    """Location of a run's model: the registered one, else `model` among the run's artifacts."""
     client = mlflow_client(store)
     try:
         run = client.get_run(run_id)
@@ -267,8 +263,7 @@ def _run_model(run_id: str, store: str) -> str:
         return str(client.get_logged_model(models[-1].model_id).artifact_location)
     if not any(entry.path == MODEL_FOLDER for entry in client.list_artifacts(run_id)):
         raise ValueError(
-            f"run {run_id} ({run.info.status}) logged no model; give a run of pretrain or finetune that ended"
-            f" well"
+            f"run {run_id} ({run.info.status}) logged no model; give a pretrain or finetune run that finished"
         )
     return f"{run.info.artifact_uri.rstrip('/')}/{MODEL_FOLDER}"
 
@@ -277,7 +272,7 @@ def _model_directory(directory: Path, uri: str) -> Path:
     for candidate in (directory, directory / MODEL_FOLDER, directory / "artifacts" / MODEL_FOLDER):
         if (candidate / _WEIGHTS).is_file():
             return candidate
-    what = "holds no" if directory.is_dir() else "is no directory with"
+    what = "has no" if directory.is_dir() else "is not a directory with"
     raise ValueError(
         f"model {uri!r} {what} {_WEIGHTS}; give models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN_ID or a"
         f" model directory"

@@ -1,4 +1,4 @@
-"""How a run, its dataset and its tags are called in MLflow."""
+"""Names of runs, datasets and tags in MLflow."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from screformer.config import ExperimentConfig
 
 _DIGEST = 36
-"""The longest digest of a dataset that MLflow keeps."""
+"""MLflow's limit on the length of a dataset digest."""
 
 
 def run_name(job: str, what: str) -> str:
-    """What ran, on what, when: `finetune blood, tissue_general == 'lung', 2026-11-26 17:40`."""
+    """Job, input and start time: `finetune blood, tissue_general == 'lung', 2026-11-26 17:40`."""
     return f"{job} {what}".strip() + f", {datetime.now().astimezone():%Y-%m-%d %H:%M}"
 
 
 def cells_of(config: ExperimentConfig) -> str:
-    """The cells of a configuration in a few words: the name of the atlas, and the query."""
+    """Describe the cells of a configuration briefly: the name of the atlas and the query."""
     atlas, query = config.atlas.uri.rstrip("/"), config.query.file or config.query.obs_filter
     shown = query.rpartition("/")[2] if config.query.file else query
     parts = [atlas.rpartition("/")[2], textwrap.shorten(shown, 60, placeholder=" ...")]
@@ -28,7 +28,7 @@ def cells_of(config: ExperimentConfig) -> str:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values with dotted names."""
+    """Flatten nested mappings; names are joined by dots."""
     found: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -39,7 +39,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def dataset(query: Mapping[str, Any]) -> dict[str, Any]:
-    """What MLflow shows as the run's dataset: the atlas and its version, and the query's hash as digest."""
+    """Describe the run's dataset for MLflow: the atlas and its version, with the query's hash as digest."""
     atlas = query.get("atlas", {})
     uri = str(atlas.get("uri", ""))
     version = f"@{atlas['timestamp_ms']}" if atlas.get("timestamp_ms") else ""

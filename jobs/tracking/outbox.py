@@ -1,8 +1,8 @@
-"""What could not be sent to the tracking server, kept until it can be.
+"""Outbox: keeps log entries on disk until the tracking server accepts them.
 
-Each entry is one file, written whole or not at all, so that a driver and its workers may share a
-folder, also in an object store, and a killed process leaves nothing half. Names sort by time. What an entry
-means is `jobs.tracking.entries`' business.
+Each entry is written completely or not at all. A driver and its workers can therefore share a folder, even in
+an object store, and a killed process leaves no partial entry. Names sort by time. The content of entries is
+defined in `jobs.tracking.entries`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Entry = dict[str, Any]
 
 
 Send = Callable[[Entry, Path | None], Any]
-"""Sends an entry with its file or folder, if it has one. Raises `ConnectionError` when the server is away."""
+"""Sends an entry with its file or folder, if any. Raises `ConnectionError` if the server is down."""
 
 
 RETRY_S, _MOST_RETRY_S, _SHARE = 5.0, 60.0, 0.05
-"""The server is asked again after 5 s or, where asking takes long, so seldom that it costs 5 % of the time;
-at least once a minute."""
+"""The server is retried after 5 s. If attempts are slow, they are spaced out to take at most 5 % of the time,
+but with at least one attempt per minute."""
 
 
 _PATIENCE_S = 30.0
-"""For the thread that posts, before what it has not begun goes into the folder."""
+"""Time for the sending thread to finish; entries it has not started by then go to the folder."""
 
 
 _ENTRY = "entry.json"
@@ -49,9 +49,9 @@ _counter = itertools.count()
 
 
 class Outbox:
-    """The entries of one run, in a folder.
+    """The kept entries of one run, in a folder.
 
-    Get it from `outbox`, so that a process has one for each folder.
+    Use `outbox` to get one, so that a process has a single instance per folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -68,14 +68,14 @@ class Outbox:
         self._thread: threading.Thread | None = None
 
     def post(self, entry: Entry, send: Send) -> None:
-        """Hand an entry to a thread of this process that delivers it, and return at once.
+        """Queue an entry for a sending thread of this process and return at once.
 
-        However slow the server is, whoever logs does not wait for it. While the thread is busy, entries go
-        into the folder, if that is on this machine, so that a killed process loses none of them.
+        The caller never waits for a slow server. While the thread is busy, entries are written to the folder
+        if it is on this machine, so that a killed process loses none of them.
 
         Args:
-            entry: Plain values of JSON.
-            send: How to send it, and those before it.
+            entry: Plain JSON values.
+            send: Sends this entry and any earlier ones.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._post_all, name="screformer-log", daemon=True)
@@ -90,16 +90,16 @@ class Outbox:
             entry, send = self._queue.get()
             try:
                 self.deliver(entry, send)
-                if self._waiting and time.monotonic() >= self._next_try:  # what was posted meanwhile
+                if self._waiting and time.monotonic() >= self._next_try:  # posted in the meantime
                     self.flush(send)
-            except Exception as error:  # noqa: BLE001 - no refusal of one entry may end the thread
-                logger.warning("metrics were refused and are kept: %s: %s", type(error).__name__, error)
+            except Exception as error:  # noqa: BLE001 - one rejected entry must not end the thread
+                logger.warning("metrics were rejected and are kept: %s: %s", type(error).__name__, error)
                 self._put(entry, None)
             finally:
                 self._queue.task_done()
 
     def settle(self) -> None:
-        """Wait until what was posted is sent or kept; what takes longer than `_PATIENCE_S` is kept."""
+        """Wait until all posted entries are sent or kept; after `_PATIENCE_S`, the rest are kept."""
         deadline = time.monotonic() + _PATIENCE_S
         with self._queue.all_tasks_done:
             while self._queue.unfinished_tasks and time.monotonic() < deadline:
@@ -112,15 +112,15 @@ class Outbox:
         self._queue.join()
 
     def deliver(self, entry: Entry, send: Send, content: Path | None = None) -> Any:
-        """Send an entry after those that wait, or keep it; never waits for a server that is away.
+        """Send an entry after all kept ones, or keep it; does not wait for a server that is down.
 
         Args:
-            entry: Plain values of JSON.
-            send: How to send it, and those before it.
-            content: A file or folder that belongs to it; a copy is kept.
+            entry: Plain JSON values.
+            send: Sends this entry and any earlier ones.
+            content: The entry's file or folder; a copy is kept.
 
         Returns:
-            What `send` returned, or None where the entry was kept.
+            The result of `send`, or None if the entry was kept.
         """
         with self._sending:
             if not self._waiting:
@@ -137,9 +137,9 @@ class Outbox:
             return None
 
     def flush(self, send: Send) -> tuple[int, int]:
-        """Send what waits, oldest first, until the server is away again.
+        """Send the kept entries, oldest first; stop if the server is down again.
 
-        An entry that the server refuses stays, so that nothing is lost, and those after it are sent.
+        An entry that the server rejects stays in the outbox, and the entries after it are sent.
 
         Returns:
             Entries sent, and entries left.
@@ -149,19 +149,19 @@ class Outbox:
 
     def _flush(self, send: Send) -> tuple[int, int]:
         began, num_sent, num_refused = time.monotonic(), 0, 0
-        self._waiting = False  # what is put from now on waits again
+        self._waiting = False  # set again by every entry kept from now on
         names = self.names()
         for name in names:
             try:
                 with self._read(name) as (entry, content):
                     send(entry, content)
-            except FileNotFoundError:  # another process of the run has just sent it
+            except FileNotFoundError:  # another process of this run just sent it
                 continue
             except ConnectionError as error:
                 self._away(error, began)
                 return num_sent, len(names) - num_sent
-            except Exception as error:  # noqa: BLE001 - no refusal of one entry may hold up the others
-                logger.warning("%s/%s was refused: %s: %s", self.folder, name, type(error).__name__, error)
+            except Exception as error:  # noqa: BLE001 - one rejected entry must not block others
+                logger.warning("%s/%s was rejected: %s: %s", self.folder, name, type(error).__name__, error)
                 num_refused += 1
                 continue
             with contextlib.suppress(FileNotFoundError):
@@ -173,7 +173,7 @@ class Outbox:
         return num_sent, num_refused
 
     def names(self) -> list[str]:
-        """The entries that wait, oldest first."""
+        """Names of the kept entries, oldest first."""
         found = self._files.get_file_info(
             pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
         )
@@ -206,10 +206,10 @@ class Outbox:
             yield tree["entry"], target
 
     def _away(self, error: ConnectionError, began: float) -> None:
-        """Report once that the server is away, and do not ask it again for a while."""
+        """Report once that the server is down, and do not try it again for a while."""
         if not self._is_away:
             logger.warning(
-                "%s; the job continues, what it logs is kept in %s and sent when the server is back",
+                "%s; the job continues; its log entries are kept in %s and sent when the server is back",
                 error,
                 self.folder,
             )
@@ -221,5 +221,5 @@ class Outbox:
 
 @lru_cache(maxsize=64)
 def outbox(folder: str) -> Outbox:
-    """The outbox of a folder or URI in this process; the folder is made with the first entry."""
+    """This process's outbox for a folder or URI; the folder is created with the first entry."""
     return Outbox(folder)

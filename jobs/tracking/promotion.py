@@ -1,4 +1,4 @@
-"""Compare a candidate with the champion on the same folds or held-out cells.
+"""Compare a candidate with the champion on the same folds or held-out cells, and promote it.
 
 Axes: n cells.
 """
@@ -38,20 +38,20 @@ _LEAST_CELLS = 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Candidate less champion on the same cells."""
+    """Difference between candidate and champion on the same cells."""
 
     num_cells: int
     groups: tuple[str, ...]
-    """Groups of the cells, such as donors."""
+    """Groups that the cells belong to, for example donors."""
     difference: float
-    """Of balanced accuracy: the mean over types of the share of cells with the right best label."""
+    """Candidate minus champion, in balanced accuracy: the mean over types of the share of correct labels."""
     low: float
     """Lower end of the 95 % interval of the difference."""
     high: float
     accuracy: dict[str, float]
-    """Of `candidate` and `champion`, over cells."""
+    """Share of correct cells, for `candidate` and `champion`."""
     table: pd.DataFrame
-    """One row per type: `label`, `cells`, `candidate`, `champion` (shares that are right), `difference`,
+    """One row per type: `label`, `cells`, `candidate`, `champion` (shares of correct cells), `difference`,
     `low`, `high`."""
 
 
@@ -59,9 +59,9 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
     """Compare two models cell by cell.
 
     Args:
-        right_n: Of `candidate` and `champion`, which cells they labelled right, bool (n,).
+        right_n: For `candidate` and `champion`, which cells they labelled correctly, bool (n,).
         labels_n: True label of each cell, object (n,).
-        groups: Where the cells come from.
+        groups: Groups that the cells belong to.
     """
     rng = np.random.default_rng(0)
     gain_n = right_n[CANDIDATE].astype(np.int8) - right_n[CHAMPION]
@@ -69,7 +69,7 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
     for label in sorted(set(labels_n)):
         inside = labels_n == label
         gain = gain_n[inside]
-        # A bootstrap of a mean over the three values that a gain can have is a multinomial draw.
+        # A gain has three possible values, so bootstrapping its mean is a multinomial draw.
         shares = np.array([(gain == value).mean() for value in (-1, 0, 1)])
         drawn = rng.multinomial(len(gain), shares, size=_SAMPLES) @ np.array([-1, 0, 1]) / len(gain)
         samples.append(drawn)
@@ -101,15 +101,15 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
 def compare_folds(
     candidate: Mapping[str, Any] | None, champion: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Candidate less champion over the folds that both were cross-validated on.
+    """Candidate minus champion over the folds that both were cross-validated on.
 
     Args:
-        candidate: What `jobs.comparison.fold_scores` gave; None where a model carries nothing of the kind.
-        champion: Likewise.
+        candidate: The candidate's fold scores (`folds` in its meta data), or None if it has none.
+        champion: The same for the champion.
 
     Returns:
-        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None unless
-        both have the same folds.
+        `difference` of macro-F1, `low` and `high` of its 95 % interval, `folds` and their `kind`; None if
+        the two do not have the same folds.
     """
     if candidate is None or champion is None or candidate["hash"] != champion["hash"]:
         return None
@@ -119,13 +119,13 @@ def compare_folds(
 
 
 def compare_folds_with_floor(candidate: Mapping[str, Any] | None, num_labels: int) -> dict[str, Any] | None:
-    """Candidate less the most frequent label for every cell, over the candidate's folds.
+    """Candidate minus a baseline over the candidate's folds; the baseline predicts the most frequent label.
 
-    The macro-F1 of one label for every cell is at most 1 / `num_labels`, which is taken for it.
+    A constant label has a macro-F1 of at most 1 / `num_labels`; that bound is used as the baseline's score.
 
     Args:
-        candidate: As `compare_folds`.
-        num_labels: Labels.
+        candidate: As in `compare_folds`.
+        num_labels: Number of labels.
     """
     if candidate is None:
         return None
@@ -134,21 +134,21 @@ def compare_folds_with_floor(candidate: Mapping[str, Any] | None, num_labels: in
 
 
 def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparison:
-    """Label the cells that neither model was trained on with both.
+    """Compare both models on cells that neither was trained on.
 
     Args:
         candidate: The candidate.
-        champion: The champion; None takes, in its place, the most frequent label for every cell.
+        champion: The champion; None compares with the most frequent label for every cell.
 
     Raises:
-        ValueError: The candidate held no cells out, its atlas is not there any more, or the champion was
-            trained on those cells.
+        ValueError: The candidate's training held out no cells, its atlas no longer exists, or the champion
+            was trained on those cells.
     """
     split, query = candidate.meta.get("split", {}), candidate.meta.get("query", {})
     groups = _groups_to_compare_on(split, champion)
     if not groups or not query:
         raise ValueError(
-            "the candidate's training held no cells out to compare on; train it with split.test_fraction"
+            "the candidate's training held out no cells to compare on; train it with split.test_fraction"
             " above 0"
         )
     atlas, filters, expected_hash = saved_query(query)
@@ -165,8 +165,8 @@ def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparis
     labels_n = result.obs["label"].astype(str).to_numpy(dtype=object)[positions]
     if len(positions) < _LEAST_CELLS:
         raise ValueError(
-            f"only {len(positions)} labelled cells are left to compare on, at least {_LEAST_CELLS} are"
-            f" needed; hold more out"
+            f"only {len(positions)} labelled cells are left to compare on, but {_LEAST_CELLS} are needed;"
+            f" hold out more"
         )
     answers_n = {CANDIDATE: _best_labels(candidate, result, positions)}
     if champion is not None:
@@ -185,7 +185,7 @@ def _best_labels(predictor: Predictor, result: QueryResult, positions: np.ndarra
 
 
 def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) -> list[str]:
-    """The candidate's held-out groups less those that the champion was trained on."""
+    """The candidate's held-out groups that the champion was not trained on."""
     held_out = set(split.get("groups", {}).get("test", []))
     if champion is None or not held_out:
         return sorted(held_out)
@@ -193,8 +193,8 @@ def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) 
     if theirs.get("group_by") != split["group_by"]:
         raise ValueError(
             f"the candidate was split by {split['group_by']!r} and the champion by"
-            f" {theirs.get('group_by')!r}: what neither was trained on cannot be known; train the candidate"
-            f" with the champion's split.group_by"
+            f" {theirs.get('group_by')!r}, so cells that neither was trained on cannot be determined; train"
+            f" the candidate with the champion's split.group_by"
         )
     seen = {group for part in ("train", "val") for group in theirs["groups"].get(part, [])}
     if held_out <= seen:
@@ -209,7 +209,7 @@ def _groups_to_compare_on(split: Mapping[str, Any], champion: Predictor | None) 
 def _measured(
     candidate: Predictor, champion: Predictor | None
 ) -> tuple[str, str, dict[str, Any], Comparison | None]:
-    """Metric, cells and numbers of a comparison: on the same folds if both have them, else cell by cell."""
+    """Metric, cells and numbers of a comparison: on shared folds if there are any, else cell by cell."""
     own = candidate.meta.get("folds")
     if champion is None:
         folds = compare_folds_with_floor(own, len(candidate.label_names))
@@ -228,22 +228,21 @@ def _measured(
 def promote(
     name: str, tracking: TrackingConfig, *, margin: float = 0.0, force: bool = False
 ) -> dict[str, Any]:
-    """Compare candidate and champion, and move the alias where the candidate is better.
+    """Compare candidate and champion, and move the alias if the candidate is better.
 
-    Where there is no champion yet, the candidate must be better than giving every cell the most frequent
-    label.
+    If there is no champion yet, the candidate must beat the most frequent label for every cell.
 
     Args:
         name: Registered model.
         tracking: Where it is kept.
-        margin: The lower end of the interval must be above it.
-        force: Move the alias anyway; the reason and the force are kept as a tag of the version and in a run.
+        margin: The lower end of the interval must be above this.
+        force: Move the alias anyway. The version's tag and the run record the reason and that it was forced.
 
     Returns:
-        `promoted`, `reason`, versions, and the numbers of the comparison where there was one.
+        `promoted`, `reason`, versions, and the numbers of the comparison if there was one.
 
     Raises:
-        ValueError: There is no candidate, or the two cannot be compared and `force` is not given.
+        ValueError: There is no candidate, or the two cannot be compared and `force` is False.
     """
     aliases = model_aliases(name, tracking)
     if CANDIDATE not in aliases:
@@ -254,7 +253,7 @@ def promote(
     version, before = aliases[CANDIDATE], aliases.get(CHAMPION)
     found: dict[str, Any] = {"model": name, "candidate": version, "champion_before": before, "forced": force}
     if before == version:
-        return {**found, "promoted": False, "reason": f"version {version} is the champion already"}
+        return {**found, "promoted": False, "reason": f"version {version} is already the champion"}
     candidate, comparison = Predictor.load(resolve_model(f"models:/{name}/{version}", tracking)), None
     measured: dict[str, Any] = {}
     try:
@@ -266,7 +265,7 @@ def promote(
             f" {measured['high']:+.4f}) on {where}; the interval must be above {margin:+.4f}"
         )
         if champion is None:
-            reason = f"there is no champion; against the most frequent label for every cell, {reason}"
+            reason = f"there is no champion; compared with the most frequent label for every cell: {reason}"
     except ValueError as error:
         if not force:
             raise

@@ -1,9 +1,7 @@
-"""The registered model, as code.
+"""MLflow pyfunc code of a registered model.
 
-MLflow copies this file next to the weights and runs it wherever the model is loaded.
-
-It may import `screformer` and `data_ingest.cells` with what that needs, as copies of both travel with the
-model, but nothing else of this repository.
+MLflow copies this file next to the weights and runs it wherever the model is loaded. From this repository, it
+may import only `screformer` and `data_ingest.cells` (with its dependencies): both are copied with the model.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _OUTPUT_KINDS = {
     "conf_score": "float",
     "unknown": "boolean",
     "unknown_score": "float",
-}  # the others are strings
+}  # all other columns are strings
 
 
 _PARAMS = (
@@ -43,26 +41,26 @@ _PARAMS = (
 _TAKES = "a pandas DataFrame with a row per cell and a column per gene, or an AnnData"
 
 FILES_ROOT = "files_root"
-"""Setting of the model (`model_config`): the folder of the .h5ad files that it may read, or how their
-addresses begin; empty for none."""
+"""Model setting (`model_config`): folder or URI prefix of the .h5ad files that the model may read; empty for
+none."""
 
 
 class InputError(MlflowException, ValueError):
-    """A ValueError that MLflow's server answers with status 400 and its message."""
+    """A ValueError that MLflow's server returns as status 400 with the message."""
 
     def __init__(self, message: str) -> None:
         MlflowException.__init__(self, message, error_code=INVALID_PARAMETER_VALUE)
 
 
 class CellTypeModel(PythonModel):
-    """Labels cells given as a table of raw counts, an .h5ad file or an AnnData."""
+    """Labels cells from a table of raw counts, an .h5ad file or an AnnData object."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read the model directory that was registered as the artifact `model`."""
+        """Load the model directory from the artifact `model`."""
         self.predictor = Predictor.load(context.artifacts["model"])
         self.files_root = str((context.model_config or {}).get(FILES_ROOT) or "")
 
-    # Of the hints for what it takes, this is the one that MLflow neither warns of nor makes a schema of.
+    # Of the possible type hints for the input, MLflow only accepts this one without a warning or a schema.
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> pd.DataFrame:
@@ -70,24 +68,24 @@ class CellTypeModel(PythonModel):
 
         Args:
             context: Not used.
-            model_input: Raw counts of cells. A table: one row per cell and one column per gene, named by
-                Ensembl id or symbol. In Python also an AnnData. All measured genes should be there, also
-                those that the model does not know: they belong to the cell's library size. If the model was
-                loaded with `model_config={"files_root": FOLDER}`, the path of an .h5ad file in that folder,
-                as a string or a table of one column of them, read where the model runs. By default text is
-                refused: who can send a request must not name files of the server.
+            model_input: Raw counts of cells: a table with one row per cell and one column per gene, named by
+                Ensembl id or symbol. In Python, also an AnnData object. Include all measured genes, even
+                those that the model does not know: they count towards the library size. If the model was
+                loaded with `model_config={"files_root": FOLDER}`, also the path of an .h5ad file in that
+                folder on the model's machine, or a one-column table of such paths. By default, text is
+                rejected, so that clients cannot make the server read its files.
             params: `probabilities` adds a column `probability: LABEL` per label; `embedding` adds
-                `embedding_0`, ...; `min_gene_overlap` is the least share of the model's expected expression
-                that the genes must carry; `layer` takes the counts of an .h5ad or AnnData from that layer, or
-                from `raw`, instead of X.
+                `embedding_0`, ...; `min_gene_overlap` is the minimum share of the model's expected expression
+                that the genes must cover; `layer` reads the counts of an .h5ad file or AnnData object from
+                that layer, or from `raw`, instead of X.
 
         Returns:
-            The columns of `screformer.predictor.Predictions.table`, indexed as the input; cells of several
-            files one after another.
+            The columns of `screformer.predictor.Predictions.table`, with the index of the input; the cells of
+            several files are concatenated.
 
         Raises:
-            ValueError: Too few genes, genes of another species, values that are no raw counts, or text where
-                no files may be read.
+            ValueError: Too few genes, genes of another species, values that are not raw counts, or text when
+                the model may not read files.
         """
         try:
             return self._predict(model_input, params)
@@ -112,8 +110,8 @@ class CellTypeModel(PythonModel):
         text = next((i for i, kind in kinds.items() if not pd.api.types.is_numeric_dtype(kind)), None)
         if text is not None:
             raise ValueError(
-                f"input: column {table.columns[text]!r} holds {kinds[text]}, not counts; only genes may be"
-                f" columns, cell names go to the index"
+                f"input: column {table.columns[text]!r} has type {kinds[text]}, not counts; every column must"
+                f" be a gene, and cell names must be the index"
             )
         match = self.predictor.genes.match(list(table.columns))
         match.require(given["min_gene_overlap"], source="input")
@@ -156,10 +154,10 @@ class CellTypeModel(PythonModel):
         return self._table(list(predictions(self.predictor, cells)), index, given)
 
     def _table(self, parts: list[Predictions], index: pd.Index, given: dict[str, Any]) -> pd.DataFrame:
-        """One row per cell, by position: names of cells may repeat."""
+        """One row per cell, aligned by position, because cell names may repeat."""
         for part in parts:
             if not np.isfinite(part.probabilities_nk).all():
-                raise ValueError("input: some cells have counts too large to compute with; give raw counts")
+                raise ValueError("input: some cells have counts too large for the model; give raw counts")
         dtypes = dict.fromkeys(self.predictor.names.dtypes, object)  # plain text, as in the signature
         columns = [answers(self.predictor, parts).astype(dtypes)]
         if given["probabilities"]:
@@ -173,7 +171,7 @@ class CellTypeModel(PythonModel):
 
 
 def _files(model_input: Any) -> list[str]:
-    """The .h5ad files that an input names: a string, or a table of one column of strings; else nothing."""
+    """The .h5ad files named by an input (a string or a one-column table of strings), or none."""
     if isinstance(model_input, str | Path):
         return [str(model_input)]
     if isinstance(model_input, pd.DataFrame) and model_input.shape[1] == 1 and len(model_input):
@@ -187,11 +185,11 @@ def _allowed(name: str, root: str) -> str:
     """The path or address of a file that may be read.
 
     Raises:
-        ValueError: It is not below the root; whether it exists is not said.
+        ValueError: It is not inside the root. The message does not reveal whether the file exists.
     """
     if not root:
         raise ValueError(
-            f"input is text, and this model reads no files; give {_TAKES}, or load the model with"
+            f"input is text, but this model may not read files; give {_TAKES}, or load the model with"
             f" model_config={{'{FILES_ROOT}': FOLDER}} (mlflow models serve: the environment variable"
             f" SERVING_MODEL_CONFIG, as JSON)"
         )
@@ -200,16 +198,16 @@ def _allowed(name: str, root: str) -> str:
     if is_address and name.startswith(f"{root.rstrip('/')}/") and ".." not in name.split("/"):
         return name
     if not is_address and "://" not in root:
-        path = Path(root, name).resolve()  # also follows links out of the folder
+        path = Path(root, name).resolve()  # resolves links out of the folder too
         if path.is_relative_to(Path(root).resolve()):
             return str(path)
-    raise ValueError(f"input names a file outside of {FILES_ROOT}, which is all that this model may read")
+    raise ValueError(f"input names a file outside {FILES_ROOT}; this model may read only files in it")
 
 
 def _local(name: str, scratch: str) -> str:
-    """A file on this machine.
+    """Local path of a file.
 
-    As it is, or downloaded by MLflow's artifact stores (s3://, gs://, http://, runs:/, ...).
+    A URI (s3://, gs://, http://, runs:/, ...) is downloaded through MLflow's artifact stores.
     """
     if "://" not in name and not name.startswith(("runs:/", "models:/")):
         return name
@@ -220,20 +218,20 @@ def _local(name: str, scratch: str) -> str:
         return download_artifacts(artifact_uri=name, dst_path=scratch)
     except (MlflowException, OSError) as error:
         raise ValueError(
-            f"{name} cannot be fetched ({error}); give a path or URI that the machine of the model can read"
+            f"{name} cannot be fetched ({error}); give a path or URI that the model's machine can read"
         ) from error
 
 
 def signature_and_example(model_dir: str | Path) -> tuple[ModelSignature, pd.DataFrame]:
-    """What the registry stores about input and output of a model directory.
+    """Signature and input example of a model directory, for the registry.
 
-    The signature leaves the input open on purpose: MLflow would drop every column that it does not list, so
-    symbols, and the genes that make up the library size, would be lost before the model sees them. The model
-    checks its input itself.
+    The signature deliberately does not list inputs. MLflow drops columns that are not listed, so gene symbols
+    and the genes that count only towards the library size would never reach the model. The model checks its
+    input itself.
 
     Returns:
-        The signature, and two cells that `predict` accepts: the genes with the highest expected expression,
-        small whole counts.
+        The signature, and an example of two cells that `predict` accepts: small integer counts of the genes
+        with the highest expected expression.
 
     Raises:
         ValueError: Not a model directory, or a model without labels.

@@ -1,8 +1,8 @@
-"""MLflow runs: start one and log to it.
+"""MLflow runs: start a run and log to it.
 
-`TrackedRun` is a plain picklable handle, so that rank 0 of a Ray worker group logs into the run that the
-driver started. Nothing here touches MLflow's global state (active run, tracking URI), and nothing here knows
-what is logged: names of artifacts and pictures are in `jobs.reports.artifacts`.
+`TrackedRun` is a plain picklable handle, so rank 0 of a Ray worker group can log to the run that the driver
+started. This module does not touch MLflow's global state (active run, tracking URI). It does not depend on
+what is logged either: names of artifacts and figures are in `jobs.reports.artifacts`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONFIG, IDENTITY = "config.yaml", "identity.json"
-"""Artifacts of every run: its settings, from which it can be started again, and what it read and ran."""
+"""Artifacts of every run: settings to start it again with, and the data and code it used."""
 
 
 def start_run(
@@ -55,18 +55,18 @@ def start_run(
     """Start the run of a job and log its configuration.
 
     Args:
-        config: The job's settings; `config.tracking` has where runs are kept and what they are called.
-        job: Name of the command, such as `finetune`; kept as a tag.
-        parent: Run that this one belongs to, such as that of a cross-validation.
-        what: What the job works on, for the run's name; empty takes the atlas and the query.
+        config: The job's settings; `config.tracking` sets the store, experiment and name of the run.
+        job: Name of the command, for example `finetune`; stored as a tag.
+        parent: Parent run, for example of a cross-validation.
+        what: The job's input, for the run's name; by default, the atlas and the query.
 
     Returns:
-        The run, to be used in a `with` statement: an exception marks it FAILED with the error, else it ends
-        FINISHED.
+        The run, for use in a `with` statement. An exception marks it FAILED and logs the error; otherwise it
+        ends FINISHED.
 
     Raises:
         ConnectionError: The tracking server does not answer.
-        ValueError: `tracking.uri` names something that MLflow cannot use.
+        ValueError: MLflow cannot use `tracking.uri`.
     """
     uri = tracking_uri(config.tracking)
     probe(uri)
@@ -91,11 +91,11 @@ def start_run(
 
 
 def _experiment(uri: str, name: str) -> str:
-    """The id of an experiment, which is made where it does not exist."""
+    """The id of an experiment; a missing one is created."""
     client = mlflow_client(uri)
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        # A server chooses its own artifact store; a SQLite file has none, and MLflow would take the working
+        # A server has its own artifact store. A SQLite file has none, and MLflow would use the working
         # directory of each process.
         artifacts = sqlite_path(uri).parent / "mlartifacts" if uri.startswith("sqlite:") else None
         try:
@@ -104,28 +104,25 @@ def _experiment(uri: str, name: str) -> str:
         except mlflow_package().exceptions.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(name)  # another job was faster
+            experiment = client.get_experiment_by_name(name)  # another job created it first
     found: str = experiment.experiment_id
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """A run of one job. Picklable; every process that holds it may log."""
+    """A run of one job. Picklable; any process that has it may log."""
 
     tracking_uri: str
-    """Absolute, so that it means the same in every process of this machine; other nodes need a server."""
+    """Absolute, so it is valid in every process of this machine; other nodes need a server."""
     run_id: str
     """MLflow's identifier."""
 
     outbox: str = ""
-    """Folder or URI where entries wait while the server is away; empty sends everything at once or raises."""
+    """Folder or URI that keeps entries while the server is down; if empty, logging raises instead."""
 
     def kept_in(self, run_dir: str) -> TrackedRun:
-        """The same run, which loses nothing while its server is away.
-
-        What cannot be sent waits in `outbox/` of the run folder.
-        """
+        """The same run with an outbox: entries that cannot be sent wait in `outbox/` of the run folder."""
         if not self.tracking_uri.startswith("http"):
             return self
         folder = run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).resolve())
@@ -139,9 +136,9 @@ class TrackedRun:
         self.end(error=error)
 
     def end(self, *, error: BaseException | None = None) -> None:
-        """Mark the run FINISHED.
+        """Mark the run FINISHED, or with an error FAILED (KILLED if interrupted).
 
-        Or FAILED (KILLED when interrupted) with the error as a tag and its traceback as an artifact.
+        The error is logged as a tag, its traceback as an artifact.
         """
         entry: Entry = {"kind": "end", "status": "FINISHED", "time_ms": int(time.time() * 1000)}
         if error is not None:
@@ -153,7 +150,7 @@ class TrackedRun:
         left = len(outbox(self.outbox).names()) if self.outbox else 0
         if left:
             logger.warning(
-                "%d entries of run %s did not reach %s and are kept in %s; when it is back, `%s` sends them",
+                "%d entries of run %s did not reach %s and are kept in %s; `%s` sends them once it is back",
                 left,
                 self.run_id,
                 self.tracking_uri,
@@ -162,22 +159,22 @@ class TrackedRun:
             )
 
     def send_kept(self) -> tuple[int, int]:
-        """Send what waits in the outbox; gives how many entries were sent and how many are left."""
+        """Send the entries in the outbox; returns the numbers of entries sent and left."""
         self.settle()
         return outbox(self.outbox).flush(self._send) if self.outbox else (0, 0)
 
     def settle(self) -> None:
-        """Wait until the metrics that this process logged are sent or kept; before a process ends."""
+        """Wait until all metrics logged by this process are sent or kept; call before the process ends."""
         if self.outbox:
             outbox(self.outbox).settle()
 
     def log_config(self, tree: Mapping[str, Any]) -> None:
-        """Log every setting as a parameter (`model.n_hashes`) and the whole as `config.yaml`.
+        """Log every setting as a parameter (`model.n_hashes`) and all of them as `config.yaml`.
 
-        Which a job can be started from again.
+        A job can be started again from `config.yaml`.
 
         Args:
-            tree: Nested plain values of the settings that the job uses.
+            tree: The settings that the job uses, as nested plain values.
         """
         import yaml
 
@@ -190,10 +187,10 @@ class TrackedRun:
         self._log_text(CONFIG, yaml.safe_dump(tree, sort_keys=False))
 
     def log_identity(self, identity: Mapping[str, Any]) -> None:
-        """Log what the run read and which code it ran.
+        """Log the data and code that the run used.
 
         Args:
-            identity: Nested plain values, such as `{"atlas": atlas.to_dict(), "query": {"hash": ...,
+            identity: Nested plain values, for example `{"atlas": atlas.to_dict(), "query": {"hash": ...,
                 "num_cells": ...}}`. They become tags (`atlas.uri`) and, with `code_identity()`, the artifact
                 `identity.json`.
         """
@@ -208,9 +205,9 @@ class TrackedRun:
         self._log_text(IDENTITY, json.dumps(whole, indent=2, default=str))
 
     def log_metrics(self, metrics: Mapping[str, float], *, step: int) -> None:
-        """Log scalars, such as `{"train/loss": 0.3}`; with an outbox, a thread sends them.
+        """Log scalars like `{"train/loss": 0.3}`; with an outbox, a thread sends them.
 
-        Characters that MLflow refuses become `_`.
+        Characters that MLflow rejects become `_`.
         """
         named = {re.sub(r"[^\w\-. :/]", "_", name): float(value) for name, value in metrics.items()}
         entry = {"kind": "metrics", "metrics": named, "step": step, "time_ms": int(time.time() * 1000)}
@@ -220,26 +217,26 @@ class TrackedRun:
             self._deliver(entry)
 
     def log_table(self, table: pd.DataFrame, path: str) -> None:
-        """Log a table as CSV under `path`, such as `test/per_class.csv`; the index is left out."""
+        """Log a table without its index as CSV under `path`, for example `test/per_class.csv`."""
         self._log_text(path, csv_text(table))
 
     def log_figure(self, draw: Callable[[], Figure], path: str, *, dpi: int = 120) -> None:
-        """Log a picture under `path`, such as `test/confusion.png`.
+        """Log a figure under `path`, for example `test/confusion.png`.
 
-        A picture that cannot be drawn is left out with a warning: it never ends a run.
+        If a figure cannot be drawn, it is skipped with a warning; it never ends a run.
         """
         folder, _, name = path.rpartition("/")
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / name
             try:
                 draw().savefig(file, dpi=dpi)
-            except Exception as error:  # noqa: BLE001 - whatever a name or a number in it makes of it
-                logger.warning("the picture %s cannot be drawn and is left out: %s", path, str(error).strip())
+            except Exception as error:  # noqa: BLE001 - a name or number in it may raise anything
+                logger.warning("figure %s could not be drawn and is skipped: %s", path, str(error).strip())
                 return
             self.log_file(file, folder=folder)
 
     def histories(self, names: Sequence[str] | None = None) -> dict[str, list[tuple[int, float]]]:
-        """(step, value) points of metrics, or of all; ConnectionError if the server does not answer."""
+        """(step, value) points of some or all metrics; ConnectionError if the server does not answer."""
         require_here(self.tracking_uri)
         with answering(self.tracking_uri):
             logged = mlflow_client(self.tracking_uri).get_run(self.run_id).data.metrics
@@ -247,9 +244,9 @@ class TrackedRun:
             return {name: metric_points(self.tracking_uri, self.run_id, name) for name in wanted}
 
     def log_file(self, path: str | Path, *, folder: str = "") -> None:
-        """Log a file, or a directory with its name, as artifact.
+        """Log a file, or a directory under its name, as an artifact.
 
-        A directory called `model` makes `runs:/ID` resolvable.
+        A directory called `model` is what `runs:/ID` resolves to.
         """
         self._deliver({"kind": "file", "folder": folder}, Path(path))
 
@@ -259,10 +256,10 @@ class TrackedRun:
         self._deliver({"kind": "tags", "tags": values})
 
     def register(self, model_dir: str | Path, name: str) -> int | None:
-        """Register the run's model as `register_model` does, or keep that for later where the server is away.
+        """Register the run's model with `register_model`, or later if the server is down.
 
         Returns:
-            The version number; None where `jobs.sync` has to register it.
+            The version number, or None if `jobs.sync` has to register the model later.
         """
         if self.outbox:
             self.send_kept()
@@ -271,7 +268,7 @@ class TrackedRun:
         )
         if version is None:
             logger.warning(
-                "the model is kept in %s; when %s is back, `%s` registers it as %s",
+                "the model is kept in %s; once %s is back, `%s` registers it as %s",
                 model_dir,
                 self.tracking_uri,
                 self._sync_command,
@@ -290,7 +287,7 @@ class TrackedRun:
         return send_entry(self.tracking_uri, self.run_id, entry, content)
 
     def _send(self, entry: Entry, content: Path | None) -> Any:
-        """Raises `ConnectionError` when the server is away, quickly."""
+        """Send one entry; raises `ConnectionError` quickly if the server is down."""
         with answering(self.tracking_uri):
             probe(self.tracking_uri, timeout_s=PATIENCE_S)
             return send_entry(self.tracking_uri, self.run_id, entry, content)

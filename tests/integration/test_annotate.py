@@ -326,7 +326,7 @@ def test_bad_requests_stop_with_what_to_do(
     unwritable = message("--h5ad", str(good), "--out", str(good / "inside" / "out.h5ad"))
     assert "Not a directory" in unwritable and unwritable.count("\n") == 1
     assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 2
-    assert "is no directory with weights.safetensors" in capsys.readouterr().err
+    assert "is not a directory with weights.safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.h5ad*"))
 
 

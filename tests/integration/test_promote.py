@@ -52,7 +52,8 @@ def test_models_of_the_same_folds_are_compared_by_them(
     first, _, short, second, _, third = (
         json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")
     )
-    assert first["promoted"] and "there is no champion; against the most frequent label" in first["reason"]
+    assert first["promoted"]
+    assert "there is no champion; compared with the most frequent label" in first["reason"]
     assert first["comparison"]["difference"] == pytest.approx(0.70 - 1 / 4), "four labels"
     assert not short["promoted"] and short["comparison"] == second["comparison"], "better, but by less"
     assert "the interval must be above +0.0500" in short["reason"]

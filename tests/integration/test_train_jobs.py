@@ -170,7 +170,7 @@ def test_dry_run_prints_and_stops(
             "fine-tuning needs at least 2 labels with labels.min_cells=100000 training cells",
         ),
         (["--resume", "nowhere"], "no run.json there"),
-        (["--from", "nowhere", "--dry-run"], "model 'nowhere' is no directory with weights.safetensors"),
+        (["--from", "nowhere", "--dry-run"], "model 'nowhere' is not a directory with weights.safetensors"),
     ],
 )
 def test_bad_input_is_said_in_one_line(
