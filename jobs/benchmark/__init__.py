@@ -1,1 +1,1 @@
-"""Benchmarks next to peers: `python -m jobs.benchmark NAME`."""
+"""Benchmarks next to peers, started by the command `benchmark`."""
