@@ -1,1 +1,1 @@
-"""Label cells with a model: shards, copies of .h5ad files, AnnData."""
+"""Label cells with a model: Parquet shards, .h5ad copies and atlas columns."""

@@ -1,4 +1,4 @@
-"""Write labels into obs of the atlas that the cells came from."""
+"""Write labels to obs of the atlas that the cells came from."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from jobs.labelling.shards import shard_files
 from screformer.predictor import ANSWER_COLUMNS
 
 OBS_PREFIX = "screformer_"
-"""Of the obs columns in an atlas, whose own columns are never touched."""
+"""Prefix of the label columns in obs; the atlas's own columns are never changed."""
 
 
 def write_to_atlas(source: AtlasCells, folder: Path) -> None:
-    """Put the labels into obs of the atlas they came from, as columns `screformer_...`.
+    """Write the labels to obs of the cells' atlas, as columns `screformer_...`.
 
-    Cells outside the query keep what they had.
-
-    The new columns make a new version of the atlas; a pinned one stays as it is. obs is held in memory for
-    it.
+    Cells outside the query keep their values. Writing creates a new version of the atlas; a pinned version
+    does not change. The whole obs table is read into memory.
 
     Raises:
-        ValueError: A public release of Census, which nobody can write to.
+        ValueError: The atlas is a public Census release, which is read-only.
     """
     if census_release(source.atlas) is not None:
-        raise ValueError(f"{source.atlas.uri} cannot be written to; name a folder with --out instead")
+        raise ValueError(f"{source.atlas.uri} is read-only; write to a folder with --out instead")
     labels = pd.concat([pd.read_parquet(path) for path in shard_files(folder)]).set_index("cell")
     labels.index = labels.index.astype(np.int64)
     texts = labels.select_dtypes("category").columns
@@ -58,6 +56,6 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
         obs[column] = whole
     writable = tiledbsoma.SOMATileDBContext(
         tiledb_config=dict(context.tiledb_config)
-    )  # the newest version, not a pinned one
+    )  # the latest version, not a pinned one
     with tiledbsoma.Experiment.open(uri, "w", context=writable) as experiment:
         tiledbsoma.io.update_obs(experiment, obs.drop(columns="soma_joinid"))

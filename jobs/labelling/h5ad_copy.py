@@ -36,20 +36,20 @@ from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Annotation:
-    """What was done to one file."""
+    """Result of annotating one file."""
 
     path: Path
     """The annotated copy."""
     table: pd.DataFrame
-    """One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
+    """One row per label: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
     genes: GeneMatch
-    """Which genes of the model the file has."""
+    """Match between the genes of the file and of the model."""
     num_cells: int
-    """Cells labelled."""
+    """Number of labelled cells."""
     num_empty: int
-    """Cells with too few counts to say anything of them."""
+    """Number of cells with too few counts to be labelled."""
     moved: Mapping[str, str]
-    """Columns of the input with a name of ours, and the names under which they are kept."""
+    """Input columns whose names are used here, and the new names they are kept under."""
     seconds: float
     """Time for reading, labelling and writing."""
 
@@ -83,42 +83,42 @@ def annotate(
 ) -> Annotation:
     """Copy an .h5ad file and label its cells.
 
-    Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and says in `uns["screformer"]` where they come
-    from. Columns of these names that the input already has are kept as `NAME_original`, unless an earlier run
-    of this command wrote them. The copy appears under its name only when it is complete; until then the
-    labels are kept in the folder `TARGET.labels`, from which an interrupted run resumes.
+    Adds the obs columns `screformer.predictor.ANSWER_COLUMNS` and records their provenance in
+    `uns["screformer"]`. Input columns with the same names are kept as `NAME_original`, unless an earlier run
+    of this command wrote them. The copy gets its final name only when it is complete. Until then, labels are
+    kept in the folder `TARGET.labels`, and an interrupted run resumes from there.
 
     Args:
         predictor: The model.
         cells: The file.
-        target: The copy; its folder is made.
-        model: URI of the model for `uns`, with its version.
-        probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), in the order of the
-            label's categories.
+        target: Path of the copy; its folder is created.
+        model: Model URI with version number, for `uns`.
+        probabilities: Also write `obsm["screformer_probabilities"]`, float32 (n, k), with columns in
+            the order of the label categories.
         embedding: Also write `obsm["X_screformer"]`, float32 (n, d).
-        majority_vote: obs column of clusters, such as `leiden`; also write `majority_label`, the most
+        majority_vote: obs column of clusters, for example `leiden`; also write `majority_label`, the most
             frequent best label of the cell's cluster. Empty writes none.
-        drop_absent: Also write `present_label`, the best label among those that the file's cells as a whole
-            hold (`screformer.composition.present_labels`); holds 4 bytes per cell and label in memory.
+        drop_absent: Also write `present_label`, the best label among the types estimated to be present in
+            the file (`screformer.composition.present_labels`); needs 4 bytes of memory per cell and label.
         overwrite: Replace an existing target.
 
     Returns:
-        What was done, to be printed.
+        A summary to print.
 
     Raises:
-        ValueError: Values that are no raw counts, or a target that is there already.
+        ValueError: The values are not raw counts, or the target already exists.
     """
     target = Path(target)
     if target.exists() and target.samefile(cells.path):
-        raise ValueError(f"--out {target} is the input itself; name another file, the input is never changed")
+        raise ValueError(f"--out {target} is the input file, which is never changed; give another path")
     if target.exists() and not overwrite:
-        raise ValueError(f"--out {target} exists already; name another file or add --overwrite")
+        raise ValueError(f"--out {target} already exists; give another path or add --overwrite")
     started = time.perf_counter()
     require_prior(predictor, drop_absent)
     with H5adFile.open(cells.path, layer=cells.layer, raw=cells.raw) as file:
         source = file.source
         clusters_n = cluster_codes(file.obs, majority_vote) if majority_vote else None
-        next(file.chunks(64))  # checks the first counts before the copy, which may take long
+        next(file.chunks(64))  # checks the first counts before the copy, which can take long
     target.parent.mkdir(parents=True, exist_ok=True)
     with _copy_of(cells.path, target) as copy:
         labelled = label_cells(
@@ -154,7 +154,7 @@ def annotate(
 
 @contextmanager
 def _copy_of(source: Path, target: Path) -> Iterator[h5py.File]:
-    """A copy of a file, open for writing, that takes its name when the block ends without an error."""
+    """A copy of a file, open for writing; it gets its final name if the block ends without an error."""
     partial = target.with_name(target.name + ".tmp")
     try:
         shutil.copyfile(source, partial)
@@ -162,7 +162,8 @@ def _copy_of(source: Path, target: Path) -> Iterator[h5py.File]:
         with h5py.File(partial, "r+") as copy:
             if not isinstance(copy["obs"], h5py.Group):
                 raise ValueError(
-                    f"{source}: obs is stored as before anndata 0.7; read it with anndata and write it again"
+                    f"{source}: obs has the format of anndata before 0.7; read it with anndata and write it"
+                    f" again"
                 )
             for key in ("uns", "obsm"):
                 if key not in copy:
@@ -174,10 +175,10 @@ def _copy_of(source: Path, target: Path) -> Iterator[h5py.File]:
 
 
 def _write_columns(copy: h5py.File, table: pd.DataFrame) -> dict[str, str]:
-    """Put columns into obs; those of the input with the same name move, unless an earlier run wrote them.
+    """Write columns to obs; rename input columns of the same name, unless an earlier run wrote them.
 
     Returns:
-        The columns that moved, and where to.
+        The renamed columns and their new names.
     """
     obs = copy["obs"]
     record = read_elem(copy["uns"][PROVENANCE]) if PROVENANCE in copy["uns"] else {}
@@ -205,7 +206,7 @@ def _write_columns(copy: h5py.File, table: pd.DataFrame) -> dict[str, str]:
 def _write_matrices(
     copy: h5py.File, labelled: LabelledCells, num_cells: int, prefixes: Mapping[str, str]
 ) -> None:
-    """Put columns of the shards into obsm, shard by shard: they may be larger than memory."""
+    """Copy columns of the shards to obsm, shard by shard, because they may not fit in memory."""
     datasets: dict[str, h5py.Dataset] = {}
     start = 0
     for shard in labelled.shards() if prefixes else ():
@@ -227,5 +228,5 @@ def _matrix(labelled: LabelledCells, prefix: str) -> np.ndarray:
 
 
 def empty_cells_text(count: int) -> str:
-    """A line about cells that are unknown for want of counts."""
-    return f"  {count:,} cells have too few counts to tell their type, and are unknown"
+    """A line about cells that are unknown because they have too few counts."""
+    return f"  {count:,} cells have too few counts to be typed and are labelled unknown"

@@ -1,4 +1,4 @@
-"""Label files and atlas queries into the outputs that the command `annotate` offers."""
+"""Outputs of the `annotate` command: labelled copies, Parquet folders and atlas columns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from screformer.predictor import ANSWER_COLUMNS, Predictor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Labeller:
-    """A model, and how it labels."""
+    """A loaded model and the options of a labelling."""
 
     model: str
-    """URI with its version."""
+    """Model URI with version number."""
     predictor: Predictor
     settings: ExperimentConfig
-    """`atlas`, `query` and `tracking` say which cells and where the model is."""
+    """`atlas` and `query` select the cells; `tracking` locates the model."""
     layer: str | None
     raw: bool
     min_gene_overlap: float
@@ -47,10 +47,10 @@ class Labeller:
         embedding: bool = False,
         overwrite: bool = False,
     ) -> Self:
-        """Find and load a model; the other arguments are those of `jobs.labelling.h5ad_copy.annotate`.
+        """Find and load a model; other arguments are as in `jobs.labelling.h5ad_copy.annotate`.
 
         Raises:
-            ValueError: No such model, or one that has no labels.
+            ValueError: The model does not exist or has no labels.
         """
         pinned = pinned_model(model, settings.tracking)
         return cls(
@@ -91,8 +91,8 @@ class Labeller:
         return self._label(self._file(source), target, started)
 
     def atlas(self, target: Path, *, write_obs: bool = False) -> str:
-        """Label an atlas query into a folder of Parquet files, perhaps also into obs; returns the summary."""
-        # Labelling files needs neither TileDB-SOMA nor what comes with it.
+        """Label an atlas query into a folder of Parquet files, and optionally obs; returns the summary."""
+        # Imported here because labelling files does not need TileDB-SOMA and its dependencies.
         from data_ingest.atlas_cells import query_cells
         from jobs.labelling.atlas_obs import OBS_PREFIX, write_to_atlas
 

@@ -1,6 +1,6 @@
 """Label any number of cells into Parquet shards.
 
-In parallel where they are many, and going on where an interrupted run stopped.
+Large inputs are labelled in parallel. An interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from screformer.files import write_whole
 from screformer.predictor import Predictor, loaded_predictor
 
 CELLS_FOR_RAY = {"additive": 100_000, "reformer": 20_000}
-"""From how many cells on they are labelled in parallel Ray tasks, by encoder. One process labels fewer cells
-sooner than Ray starts."""
+"""Minimum number of cells for parallel Ray tasks, by encoder. One process labels fewer cells faster than Ray
+starts."""
 
 
-PLAN = "_plan.json"  # readers of Parquet folders leave out names that begin with _
+PLAN = "_plan.json"  # readers of Parquet folders skip names that begin with _
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class LabelledCells:
 
     folder: Path
     table: pd.DataFrame
-    """One row per answer: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
+    """One row per label: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
     num_empty: int
-    """Cells with too few counts to say anything of them."""
+    """Number of cells with too few counts to be labelled."""
 
     def shards(self) -> Iterator[pd.DataFrame]:
-        """The cells in their order, some thousands at a time."""
+        """The labels in cell order, a few thousand cells at a time."""
         for path in shard_files(self.folder):
             yield pd.read_parquet(path)
 
@@ -61,26 +61,25 @@ def label_cells(
     overwrite: bool = False,
     scratch: bool = False,
 ) -> LabelledCells:
-    """Label cells into a folder of Parquet files, which pandas and pyarrow read as one table.
+    """Label cells into a folder of Parquet files that pandas and pyarrow read as one table.
 
     Args:
         predictor: The model; Ray tasks load it from its directory.
         source: The cells.
-        folder: Where the shards go. Those that are there already, from an interrupted run, are kept.
-        model: URI of the model with its version.
-        probabilities: Also a column `probability: LABEL` per label.
-        embedding: Also columns `embedding_0`, ...
-        overwrite: Begin anew where the folder is there already.
-        scratch: The folder is the caller's own and goes when he is done: labels of other cells there, or of
-            another model, are replaced instead of refused, and nothing stays behind where cells cannot be
-            labelled.
+        folder: Output folder. Shards from an interrupted run are kept.
+        model: Model URI with version number.
+        probabilities: Also write a column `probability: LABEL` per label.
+        embedding: Also write columns `embedding_0`, ...
+        overwrite: Start over if the folder already exists.
+        scratch: The folder is temporary, and the caller deletes it afterwards. Labels of other cells or of
+            another model are replaced, not rejected, and the folder is deleted if cells cannot be labelled.
 
     Returns:
-        The folder and what is in it.
+        The folder and a summary of its labels.
 
     Raises:
-        ValueError: The folder holds labels of other cells or of another model, or something else; or cells
-            that cannot be labelled.
+        ValueError: The folder has labels of other cells or of another model, or other content; or the cells
+            cannot be labelled.
     """
     weights = hashlib.sha256((predictor.directory / "weights.safetensors").read_bytes()).hexdigest()
     plan = {
@@ -92,7 +91,7 @@ def label_cells(
     }
     if folder.exists() and not (folder / PLAN).exists():
         raise ValueError(
-            f"--out {folder} is there already and was not made by this command; name another folder"
+            f"--out {folder} already exists and was not written by this command; give another folder"
         )
     text = json.dumps(plan, indent=2)
     if folder.exists() and (overwrite or (scratch and (folder / PLAN).read_text() != text)):
@@ -100,8 +99,8 @@ def label_cells(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / PLAN).exists() and (folder / PLAN).read_text() != text:
         raise ValueError(
-            f"--out {folder} holds labels of other cells, another model or other columns; name another, or"
-            f" add --overwrite"
+            f"--out {folder} has labels of other cells, another model or other columns; give another folder"
+            f" or add --overwrite"
         )
     (folder / PLAN).write_text(text)
     size = source.cells_per_read
@@ -112,7 +111,7 @@ def label_cells(
     if in_process:
         label = partial(label, predictor)
     else:
-        from cluster.connect import connect  # needs Ray, which few cells do without
+        from cluster.connect import connect  # needs Ray, which few cells do not
 
         connect()
         label = partial(_label_task, label, str(predictor.directory))
@@ -172,7 +171,7 @@ def _path(folder: Path, start: int) -> Path:
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The Parquet files of a folder of labels, in order."""
+    """The Parquet files of a folder of labels, in cell order."""
     return sorted(folder.glob("[0-9]*.parquet"))
 
 

@@ -310,8 +310,8 @@ def test_bad_requests_stop_with_what_to_do(
     assert "cut.h5ad is" in message("--h5ad", str(tmp_path / "cut.h5ad"), "--out", out)
     assert "does not exist" in message("--h5ad", str(tmp_path / "none.h5ad"), "--out", out)
     assert "has no layer 'counts'" in message("--h5ad", str(good), "--out", out, "--layer", "counts")
-    assert "is the input itself" in message("--h5ad", str(good), "--out", str(good))
-    assert "exists already; name another file or add --overwrite" in message(
+    assert "is the input file, which is never changed" in message("--h5ad", str(good), "--out", str(good))
+    assert "already exists; give another path or add --overwrite" in message(
         "--h5ad", str(good), "--out", str(tmp_path / "mouse.h5ad")
     )
     assert "is one file, but there are 2 inputs; name a folder" in message(
@@ -381,12 +381,12 @@ def test_parquet_is_the_same_table_and_is_resumed(
     assert shards[0].stat().st_mtime_ns == before and shards[1].exists(), "only what was missing is made"
     pd.testing.assert_frame_equal(pd.read_parquet(out).set_index("cell"), made)
     assert main(command) == 2
-    assert "holds labels of other cells, another model or other columns" in capsys.readouterr().err
+    assert "has labels of other cells, another model or other columns" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
     assert "embedding_0" not in pd.read_parquet(out)
     (tmp_path / "mine.parquet").mkdir()
     assert main([*command[:-1], str(tmp_path / "mine.parquet"), "--overwrite"]) == 2
-    assert "was not made by this command" in capsys.readouterr().err
+    assert "was not written by this command" in capsys.readouterr().err
 
 
 def test_many_cells_are_labelled_in_parallel(
