@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_ingest.split import Split, choose_validation, random_cells
-from screformer.config import GroupBy
 
 FILE = "folds.parquet"
 _TRIALS = 64
 """Number of random orders in which groups are assigned; fewer if there are very many groups."""
 _META = b"screformer.folds"
-_KINDS: dict[GroupBy, str] = {"donor_id": "donor", "dataset_id": "dataset", "none": "random"}
+_KINDS = {"donor_id": "donor", "dataset_id": "dataset", "none": "random"}
 """Name of the kind of folds for each grouping; files of earlier versions contain it."""
 
 
@@ -34,12 +33,12 @@ class Folds:
     Every cell is tested once; a fold's validation cells come from its other cells.
     """
 
-    group_by: GroupBy
+    group_by: str
     """obs column whose groups stay together; `none` assigns single cells."""
     fold_n: np.ndarray
     """Test fold of each cell, int16 (n,)."""
     names: tuple[str, ...]
-    """Name of each fold: its dataset for `dataset_id`, otherwise its number."""
+    """Name of each fold: its number; of a column other than `donor_id`, the value, such as a dataset."""
     seed: int
     notes: tuple[str, ...]
     """Caveats for readers of the results."""
@@ -49,8 +48,8 @@ class Folds:
 
     @property
     def kind(self) -> str:
-        """The kind of folds: `donor`, `dataset` or `random`."""
-        return _KINDS[self.group_by]
+        """The kind of folds, such as `donor`, `dataset` or `random`."""
+        return _KINDS.get(self.group_by, self.group_by)
 
     def name(self, fold: int) -> str:
         """The name of a fold; `all` for `fold` = f, which has no test cells."""
@@ -117,16 +116,7 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
     Raises:
         ValueError: The file or some of the cells are missing.
     """
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"folds {path} cannot be read ({error}); use the folder of a jobs.crossval run, or its {FILE}"
-        ) from error
-    saved = (table.schema.metadata or {}).get(_META)
-    if saved is None:
-        raise ValueError(f"{path} contains no folds; use the {FILE} of a jobs.crossval run")
-    meta: dict[str, Any] = json.loads(saved)
+    table, meta = _read(path)
     theirs = table["joinid"].to_numpy()
     order = np.argsort(theirs)
     place = np.minimum(np.searchsorted(theirs, joinids, sorter=order), max(len(theirs) - 1, 0))
@@ -137,9 +127,8 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
             f" {joinids[missing[0]]}); use the query"
             " and the atlas version that they were made for"
         )
-    of_kind = {kind: group_by for group_by, kind in _KINDS.items()}
     return Folds(
-        group_by=meta["group_by"] if "group_by" in meta else of_kind[meta["kind"]],
+        group_by=meta["group_by"],
         fold_n=table["fold"].to_numpy()[order[place]].astype(np.int16),
         names=tuple(meta["names"]),
         seed=meta["seed"],
@@ -147,10 +136,31 @@ def load_folds(path: str | Path, joinids: np.ndarray) -> Folds:
     )
 
 
+def saved_group_by(path: str | Path) -> str:
+    """The column that saved folds are grouped by; raises like `load_folds`."""
+    group_by: str = _read(path)[1]["group_by"]
+    return group_by
+
+
+def _read(path: str | Path) -> tuple[pa.Table, dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"folds {path} cannot be read ({error}); use the folder of a jobs.crossval run, or its {FILE}"
+        ) from error
+    saved = (table.schema.metadata or {}).get(_META)
+    if saved is None:
+        raise ValueError(f"{path} contains no folds; use the {FILE} of a jobs.crossval run")
+    meta: dict[str, Any] = json.loads(saved)
+    of_kind = {kind: group_by for group_by, kind in _KINDS.items()}
+    return table, {"group_by": of_kind.get(meta.get("kind", "")), **meta}
+
+
 def make_folds(
-    group_by: GroupBy,
+    group_by: str,
     donors: Sequence[str] | np.ndarray,
-    datasets: Sequence[str] | np.ndarray,
+    groups: Sequence[str] | np.ndarray,
     labels: np.ndarray,
     num_folds: int,
     seed: int,
@@ -159,36 +169,36 @@ def make_folds(
 
     `donor_id`: donors stay whole, and each label is spread as evenly as they allow; the sizes of two folds
     differ by at most the largest donor.
-    `dataset_id`: each dataset is a fold.
     `none`: each label's cells are assigned one by one, so its numbers per fold differ by at most one.
+    Any other column, such as `dataset_id` or `study`: each of its values is a fold.
 
     Args:
         group_by: obs column whose groups stay together, or `none`.
         donors: Shape (n,).
-        datasets: Shape (n,).
+        groups: Shape (n,), each cell's value of `group_by`; not used with `donor_id` and `none`.
         labels: Shape (n,), label code of each cell, -1 for none.
-        num_folds: f, at least 2; not used with `dataset_id`.
+        num_folds: f, at least 2; used with `donor_id` and `none`.
         seed: Random seed.
 
     Raises:
         ValueError: Fewer than two folds are possible.
     """
     label_n = np.asarray(labels, np.int64)
-    donor_n, dataset_n = np.asarray(donors, dtype=str), np.asarray(datasets, dtype=str)
+    donor_n, group_n = np.asarray(donors, dtype=str), np.asarray(groups, dtype=str)
     rng, notes = np.random.default_rng([seed, 12]), []
     assert num_folds >= 2, "checked by CrossvalConfig"
-    if group_by == "dataset_id":
-        names, fold_n = np.unique(dataset_n, return_inverse=True)
+    if group_by not in ("donor_id", "none"):
+        names, fold_n = np.unique(group_n, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
-                f"crossval.group_by=dataset_id needs at least 2 datasets, the query has {len(names)}; use"
+                f"crossval.group_by={group_by} needs at least 2 values, the query has {len(names)}; use"
                 f" crossval.group_by=donor_id"
             )
         for donor in np.unique(donor_n):
-            found = np.unique(dataset_n[donor_n == donor])
+            found = np.unique(group_n[donor_n == donor])
             if len(found) > 1:
                 notes.append(
-                    f"donor {donor} is in datasets {', '.join(found)}, so in training and test of some folds"
+                    f"donor {donor} is in {group_by} {', '.join(found)}, so trains and tests some folds"
                 )
         return Folds(
             group_by=group_by,
@@ -213,7 +223,7 @@ def make_folds(
         )  # continues from label to label, so fold sizes differ by at most one cell too
         names_f = tuple(str(fold) for fold in range(num_folds))
         return Folds(group_by=group_by, fold_n=fold_n, names=names_f, seed=seed, notes=tuple(notes))
-    names, group_n = np.unique(donor_n, return_inverse=True)
+    names, place_n = np.unique(donor_n, return_inverse=True)
     if len(names) < 2:
         raise ValueError(
             f"crossval.group_by=donor_id needs at least 2 donors, the query has {len(names)}; select more"
@@ -225,7 +235,7 @@ def make_folds(
         )
         num_folds = len(names)
     counts_dk = np.zeros((len(names), int(label_n.max(initial=-1)) + 2), np.int64)
-    np.add.at(counts_dk, (group_n, label_n + 1), 1)
+    np.add.at(counts_dk, (place_n, label_n + 1), 1)
     single = [str(names[d]) for d in np.flatnonzero((counts_dk[:, 1:] > 0).sum(1) == 1)]
     if single:
         notes.append(
@@ -236,7 +246,7 @@ def make_folds(
     names_f = tuple(str(fold) for fold in range(num_folds))
     return Folds(
         group_by=group_by,
-        fold_n=fold_d[group_n].astype(np.int16),
+        fold_n=fold_d[place_n].astype(np.int16),
         names=names_f,
         seed=seed,
         notes=tuple(notes),

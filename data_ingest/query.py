@@ -275,8 +275,8 @@ def resolve_query(config: ExperimentConfig) -> tuple[AtlasConfig, QueryConfig, s
     return dataclasses.replace(atlas, tiledb_config=settings), query, expected_hash
 
 
-def run_query(config: ExperimentConfig) -> QueryResult:
+def run_query(config: ExperimentConfig, columns: Iterable[str] = ()) -> QueryResult:
     """The result of a configuration's query, with its label column and the column its split groups by."""
     atlas, query, expected_hash = resolve_query(config)
-    columns = (config.split.group_by,)
+    columns = (config.split.group_by, *columns)
     return find_cells(atlas, query, config.labels.column, columns, expected_hash=expected_hash)

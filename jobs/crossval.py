@@ -19,8 +19,8 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--group-by",
         dest="crossval.group_by",
-        choices=["donor_id", "dataset_id", "none"],
-        help="same as crossval.group_by=...: what a fold keeps together",
+        metavar="COLUMN",
+        help="same as crossval.group_by=...: what a fold keeps together, such as donor_id, dataset_id, study",
     )
 
 

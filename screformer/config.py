@@ -30,15 +30,12 @@ from screformer.settings import (
 
 Task = Literal["pretrain", "finetune"]
 Command = Literal["pretrain", "finetune", "quickstart", "crossval", "ablate"]
-GroupBy = Literal["donor_id", "dataset_id", "none"]
-"""What a fold keeps together: an obs column, or nothing."""
-
 WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "pretrain": ("crossval", "search", "ablation"),
     "finetune": ("crossval", "search", "ablation"),
     "quickstart": ("crossval", "search", "ablation"),
     "crossval": ("split", "ablation"),
-    "ablate": ("split", "search", "crossval.baselines", "crossval.register"),
+    "ablate": ("split", "search", "crossval.baselines", "crossval.num_seeds", "crossval.register"),
 }
 """Sections and settings that a command does not use, and therefore refuses."""
 
@@ -465,11 +462,11 @@ class TrackingConfig:
 class CrossvalConfig:
     """How a cross-validation divides cells, and what it compares. An ablation uses the same folds."""
 
-    group_by: GroupBy = setting("donor_id", "cells")
-    """What a fold keeps together: `donor_id`; `dataset_id`, each of which is a fold; or nothing (`none`:
-    random cells, which gives optimistic scores)."""
+    group_by: str = setting("donor_id", "cells")
+    """What a fold keeps together: `donor_id`; another obs column, such as `dataset_id` or `study`, each value
+    of which is a fold; or nothing (`none`: random cells, which gives optimistic scores)."""
     num_folds: int = setting(5, "cells")
-    """Folds; with `group_by=dataset_id` there are as many as datasets."""
+    """Folds of donors or random cells; of another column there are as many as values."""
     val_fraction: float = setting(0.1, "cells")
     """Share of a fold's training cells that choose the step and the settings of baselines; whole donors where
     the labels allow it."""
@@ -482,6 +479,9 @@ class CrossvalConfig:
     """Optimizer steps of pre-training, in place of `train.max_steps`."""
     baselines: tuple[str, ...] = setting(("all",))
     """Methods to compare with, by name; empty compares with none."""
+    num_seeds: int = setting(1)
+    """Seeds of our model, counted up from `train.seed`; folds and baselines are the same for all. A search
+    takes one, then repeats its best configuration."""
     concurrent_folds: int = setting(1)
     """Folds of a configuration that are trained at a time."""
     concurrent_trials: int = setting(1)
@@ -491,7 +491,7 @@ class CrossvalConfig:
     `tracking.model_name` with its folds' scores."""
 
     def __post_init__(self) -> None:
-        for name in ("pretrain_steps", "concurrent_folds", "concurrent_trials"):
+        for name in ("pretrain_steps", "num_seeds", "concurrent_folds", "concurrent_trials"):
             require(getattr(self, name) >= 1, f"crossval.{name}={getattr(self, name)} must be at least 1")
         require(self.num_folds >= 2, f"crossval.num_folds={self.num_folds} must be at least 2")
         require(

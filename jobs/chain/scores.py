@@ -30,7 +30,7 @@ def logistic_regression(cells: TrainingCells) -> LogisticRegression:
     found = BaselineCells(
         train=parts["train"],
         val=parts["val"],
-        test_x_ng=parts["test"].x_ng,
+        test=parts["test"].cells,
         num_classes=k,
         genes=cells.genes.feature_ids,
     )

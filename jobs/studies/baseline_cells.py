@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from scipy import sparse
 
+from screformer.counts import CellCounts
 from screformer.metrics import LabelCounts
 
 if TYPE_CHECKING:
@@ -23,14 +25,35 @@ MOST_FITTED = 50_000
 """Most training cells that a baseline gets; a random sample if there are more. Limits memory."""
 
 
+@dataclass(frozen=True, eq=False)
+class Cells:
+    """Some cells, without their labels."""
+
+    counts: CellCounts
+
+    @cached_property
+    def x_ng(self) -> sparse.csr_matrix:
+        """log1p of counts per 10,000, float32; genes that were not measured are 0."""
+        values = sparse.csr_matrix(self.counts.normalised())
+        # 32-bit indices: scikit-learn's solvers accept nothing else.
+        values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
+        return values
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Part:
     """Cells of one part."""
 
-    x_ng: sparse.csr_matrix
-    """log1p of counts per 10,000, float32."""
+    cells: Cells
     labels_n: np.ndarray
     """Class, int64."""
+    datasets_n: np.ndarray
+    """Code of each cell's data set, int64."""
+
+    @property
+    def x_ng(self) -> sparse.csr_matrix:
+        """As `Cells.x_ng`."""
+        return self.cells.x_ng
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +63,7 @@ class BaselineCells:
     train: Part
     val: Part
     """Empty if the split has no validation cells; settings are then chosen on the training cells."""
-    test_x_ng: sparse.csr_matrix
+    test: Cells
     num_classes: int
     """k; classes without a training cell are never predicted."""
     genes: tuple[str, ...]
@@ -64,8 +87,7 @@ class Candidate(NamedTuple):
     """A method with one setting, fitted."""
 
     setting: dict[str, Any]
-    label: Callable[[sparse.csr_matrix], Labels]
-    """From cells as in `Part.x_ng`."""
+    label: Callable[[Cells], Labels]
     parameters: Callable[[], int]
     """Number of values learned or stored."""
 
@@ -99,7 +121,7 @@ def choose(cells: BaselineCells, candidates: Candidates, *, patience: int = 0) -
     best_score, worse = -1.0, 0
     with contextlib.closing(candidates):
         for candidate in candidates:
-            predicted_n = candidate.label(cells.chooser.x_ng).predicted_n
+            predicted_n = candidate.label(cells.chooser.cells).predicted_n
             score = macro_f1(cells.chooser.labels_n, predicted_n, cells.num_classes)
             if score > best_score:
                 best, best_score, worse = candidate, score, 0
@@ -108,7 +130,7 @@ def choose(cells: BaselineCells, candidates: Candidates, *, patience: int = 0) -
             if patience and worse == patience:
                 break
     assert best is not None
-    predicted_n, probabilities_nk = best.label(cells.test_x_ng)
+    predicted_n, probabilities_nk = best.label(cells.test)
     return Answer(
         predicted_n=predicted_n,
         probabilities_nk=probabilities_nk,
@@ -127,16 +149,16 @@ def baseline_parts(cells: TrainingCells) -> tuple[dict[str, Part], np.ndarray]:
     for part, positions in cells.parts.items():
         most = min(len(positions), MOST_FITTED) if part == "train" else len(positions)
         if not len(positions):
+            none = CellCounts.of(np.zeros((0, len(cells.genes))))
             parts[part] = Part(
-                x_ng=sparse.csr_matrix((0, len(cells.genes)), dtype=np.float32),
-                labels_n=np.zeros(0, np.int64),
+                cells=Cells(none), labels_n=np.zeros(0, np.int64), datasets_n=np.zeros(0, np.int64)
             )
             continue
         found = cells.sample(part, most)
-        # 32-bit indices: scikit-learn's solvers accept nothing else.
-        values = sparse.csr_matrix(found.cells.normalised())
-        values.indices, values.indptr = values.indices.astype(np.int32), values.indptr.astype(np.int32)
-        parts[part] = Part(x_ng=values, labels_n=found.labels_n)
+        places = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
+        parts[part] = Part(
+            cells=Cells(found.cells), labels_n=found.labels_n, datasets_n=cells.datasets_n[places]
+        )
         joinids = found.joinids_n if part == "test" else joinids
     return parts, joinids
 

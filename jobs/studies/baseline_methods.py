@@ -15,7 +15,16 @@ import numpy as np
 from scipy import sparse
 from scipy.stats import rankdata
 
-from jobs.studies.baseline_cells import BaselineCells, Candidate, Candidates, Labels, spread, variable_genes
+from jobs.studies.baseline_cells import (
+    BaselineCells,
+    Candidate,
+    Candidates,
+    Cells,
+    Labels,
+    spread,
+    variable_genes,
+)
+from screformer.additive_start import Labelled, informative_genes, reference_profile
 
 _CHUNK = 2048
 """Cells made dense at a time."""
@@ -25,8 +34,8 @@ def majority(cells: BaselineCells, seed: int) -> Candidates:
     """The most frequent class for every cell."""
     share_k = np.bincount(cells.train.labels_n, minlength=cells.num_classes) / len(cells.train.labels_n)
 
-    def label(x_ng: sparse.csr_matrix) -> Labels:
-        num_cells = x_ng.shape[0]
+    def label(found: Cells) -> Labels:
+        num_cells = len(found.counts)
         return Labels(
             np.full(num_cells, int(share_k.argmax())), np.tile(share_k.astype(np.float32), (num_cells, 1))
         )
@@ -78,11 +87,12 @@ def _linear(cells: BaselineCells, make: Callable[[float], Any], cs: Sequence[flo
     for c in cs:
         model = make(c).fit(cells.train.x_ng, cells.train.labels_n)
 
-        def label(x_ng: sparse.csr_matrix, model: Any = model) -> Labels:
-            predicted_n = np.asarray(model.predict(x_ng), np.int64)
+        def label(found: Cells, model: Any = model) -> Labels:
+            predicted_n = np.asarray(model.predict(found.x_ng), np.int64)
             if not hasattr(model, "predict_proba"):
                 return Labels(predicted_n, None)
-            return Labels(predicted_n, spread(model.predict_proba(x_ng), model.classes_, cells.num_classes))
+            probabilities = model.predict_proba(found.x_ng)
+            return Labels(predicted_n, spread(probabilities, model.classes_, cells.num_classes))
 
         def parameters(model: Any = model) -> int:
             return int(np.asarray(model.coef_).size + np.asarray(model.intercept_).size)
@@ -100,20 +110,39 @@ def pca_knn(cells: BaselineCells, seed: int) -> Candidates:
     train_nd = svd.transform(cells.train.x_ng)
     for neighbours in sorted({min(count, len(train_nd)) for count in (5, 15, 30)}):
         model = KNeighborsClassifier(neighbours, weights="distance").fit(train_nd, cells.train.labels_n)
-        label = _by_probability(cells, model, svd.transform)
+        label = _by_probability(cells, model, lambda found: svd.transform(found.x_ng))
         yield Candidate({"neighbours": neighbours}, label, lambda: train_nd.size)
 
 
 def gradient_boosting(cells: BaselineCells, seed: int) -> Candidates:
-    """LightGBM on the 2,000 most variable genes; validation cells also choose the number of rounds."""
+    """LightGBM on the 2,000 most variable genes."""
+    columns = variable_genes(cells.train.x_ng, 2000)
+    return _boosted(cells, seed, lambda found: sparse.csr_matrix(found.x_ng[:, columns]))
+
+
+def gradient_boosting_panels(cells: BaselineCells, seed: int) -> Candidates:
+    """LightGBM with the inputs of the additive encoder.
+
+    Its 1,024 genes that tell types apart, values scaled by panel, and NaN for what was not measured.
+    """
+    labelled = Labelled(cells.train.cells.counts, cells.train.labels_n, cells.train.datasets_n)
+    columns, reference_g = informative_genes(labelled, 1024), reference_profile(labelled)
+
+    def cut(found: Cells) -> np.ndarray:
+        values_ni = found.counts.normalised(reference_g)[:, columns].toarray()
+        panels = found.counts.panels
+        values_ni[~panels.measured_pg[:, columns][panels.panels_n]] = np.nan
+        return values_ni
+
+    return _boosted(cells, seed, cut)
+
+
+def _boosted(cells: BaselineCells, seed: int, cut: Callable[[Cells], Any]) -> Candidates:
+    """LightGBM with two sizes of trees; validation cells also choose the number of rounds."""
     import lightgbm
 
-    columns = variable_genes(cells.train.x_ng, 2000)
-
-    def cut(x_ng: sparse.csr_matrix) -> sparse.csr_matrix:
-        return sparse.csr_matrix(x_ng[:, columns])
-
     chooser, known = cells.chooser, np.isin(cells.chooser.labels_n, cells.train.labels_n)
+    train, val = cut(cells.train.cells), cut(chooser.cells)[known]
     for leaves in (7, 31):
         model = lightgbm.LGBMClassifier(
             n_estimators=150,
@@ -128,9 +157,9 @@ def gradient_boosting(cells: BaselineCells, seed: int) -> Candidates:
             force_row_wise=True,
         )
         model.fit(
-            cut(cells.train.x_ng),
+            train,
             cells.train.labels_n,
-            eval_set=[(cut(chooser.x_ng)[known], chooser.labels_n[known])],
+            eval_set=[(val, chooser.labels_n[known])],
             callbacks=[lightgbm.early_stopping(15, verbose=False)],
         )
 
@@ -197,17 +226,18 @@ def celltypist(cells: BaselineCells, seed: int) -> Candidates:
             random_state=seed,
         )
 
-        def label(x_ng: sparse.csr_matrix, model: Any = model) -> Labels:
+        def label(found: Cells, model: Any = model) -> Labels:
             """One-vs-rest scores, computed on a few dense cells at a time.
 
             CellTypist 1.7 fails on sparse cells unless they were centred.
             """
+            x_ng = found.x_ng
             scores_nk = np.zeros((x_ng.shape[0], cells.num_classes), np.float32)
             for start in range(0, len(scores_nk), _CHUNK):
                 rows = slice(start, start + _CHUNK)
-                found = celltypist.annotate(data(x_ng[rows].toarray()), model=model).probability_matrix
-                codes = [int(name.removeprefix("class")) for name in found.columns]
-                scores_nk[rows, codes] = found.to_numpy()
+                table = celltypist.annotate(data(x_ng[rows].toarray()), model=model).probability_matrix
+                codes = [int(name.removeprefix("class")) for name in table.columns]
+                scores_nk[rows, codes] = table.to_numpy()
             predicted_n = scores_nk.argmax(1)
             # Divided by their sum, they can be read as probabilities.
             scores_nk /= np.maximum(scores_nk.sum(1, keepdims=True), 1e-12)
@@ -238,8 +268,9 @@ def spearman_centroid(cells: BaselineCells, seed: int) -> Candidates:
         centroids_kg = rank_rows(mean_kg[:, columns])
 
         def label(
-            x_ng: sparse.csr_matrix, columns: np.ndarray = columns, centroids_kg: np.ndarray = centroids_kg
+            found: Cells, columns: np.ndarray = columns, centroids_kg: np.ndarray = centroids_kg
         ) -> Labels:
+            x_ng = found.x_ng
             chunks = [
                 rank_rows(x_ng[start : start + _CHUNK][:, columns].toarray()) @ centroids_kg.T
                 for start in range(0, x_ng.shape[0], _CHUNK)
@@ -254,12 +285,12 @@ def spearman_centroid(cells: BaselineCells, seed: int) -> Candidates:
 
 
 def _by_probability(
-    cells: BaselineCells, model: Any, prepare: Callable[[Any], Any] = lambda x_ng: x_ng
-) -> Callable[[Any], Labels]:
+    cells: BaselineCells, model: Any, prepare: Callable[[Cells], Any] = lambda found: found.x_ng
+) -> Callable[[Cells], Labels]:
     """Label cells with a fitted scikit-learn classifier: the class with the largest probability."""
 
-    def label(x_ng: sparse.csr_matrix) -> Labels:
-        probabilities_nk = spread(model.predict_proba(prepare(x_ng)), model.classes_, cells.num_classes)
+    def label(found: Cells) -> Labels:
+        probabilities_nk = spread(model.predict_proba(prepare(found)), model.classes_, cells.num_classes)
         return Labels(probabilities_nk.argmax(1), probabilities_nk)
 
     return label

@@ -72,6 +72,12 @@ BASELINES: dict[str, Baseline] = {
         seconds_per_1000_cells=10,
         needs=("lightgbm",),
     ),
+    "gradient_boosting_panels": Baseline(
+        title="gradient boosting, our inputs",
+        candidates=methods.gradient_boosting_panels,
+        seconds_per_1000_cells=10,
+        needs=("lightgbm",),
+    ),
     "mlp": Baseline(
         title="multilayer perceptron", candidates=methods.mlp, seconds_per_1000_cells=0.5, patience=4
     ),

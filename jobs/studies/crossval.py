@@ -49,6 +49,9 @@ def run_crossval(
         config = study.config
         skipped = study.missing_baselines()
         notes = study.notes()
+        seeds = config.crossval.num_seeds
+        if seeds > 1:
+            notes.append(f"the scores of {OURS} are means of {seeds} seeds in each fold")
         notes += [
             f"{BASELINES[name].title} was skipped: it needs {', '.join(missing)}; pip install"
             f" 'screformer[baselines]'"
@@ -66,7 +69,7 @@ def run_crossval(
                 f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds:"
                 f" its score is optimistic ({best})"
             )
-        methods = {OURS: ours} | {
+        methods = {OURS: [*ours, *_other_seeds(study, best)]} | {
             name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted
         }
         tree = write_crossval_report(study, methods, trials, notes)
@@ -106,6 +109,20 @@ def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any
     settings = run_trials(study, space, num_samples=search.num_samples if drawn else 1)
     background.join()
     return [(setting, results_of(study.trial_folder(setting), len(study.folds))) for setting in settings]
+
+
+def _other_seeds(study: Study, settings: dict[str, Any]) -> list[FoldResult]:
+    """Run a configuration with the seeds after its first."""
+    from ray import tune
+
+    first = study.config.merge(settings).train.seed
+    others = [
+        {**settings, "train.seed": first + further} for further in range(1, study.config.crossval.num_seeds)
+    ]
+    if not others:
+        return []
+    ran = run_trials(study, {"settings": tune.grid_search(others)})
+    return [result for setting in ran for result in results_of(study.trial_folder(setting), len(study.folds))]
 
 
 def _trial_row(study: Study, setting: dict[str, Any], results: Sequence[FoldResult]) -> dict[str, Any]:

@@ -145,21 +145,21 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
 def read_baseline_cells(study: Study, fold: int) -> tuple[BaselineCells, np.ndarray, np.ndarray, list[int]]:
     """A fold's cells for the baselines, in the classes of the whole query. Ray must be running.
 
+    They are fitted on the cells that our model trains on: `labels.max_cells` holds for all.
+
     Returns:
         The cells; joinid and class of each test cell; the classes that can be learned.
     """
     cells = study.cells(study.config, "finetune", fold)
     known = study.known(cells)
-    learned_n = np.where(np.isin(study.labels_n, known), study.labels_n, -1)
-    split = study.split(fold)
-    positions = {part: split[part][learned_n[split[part]] >= 0] for part in ("train", "val")}
-    positions["test"] = split["test"][study.labels_n[split["test"]] >= 0]
+    test_n = study.split(fold)["test"]
+    positions = {**cells.parts, "test": test_n[study.labels_n[test_n] >= 0]}
     parts, joinids = baseline_parts(dataclasses.replace(cells, codes_n=study.labels_n, parts=positions))
     test: Part = parts["test"]
     found = BaselineCells(
         train=parts["train"],
         val=parts["val"],
-        test_x_ng=test.x_ng,
+        test=test.cells,
         num_classes=len(study.label_names),
         genes=cells.genes.feature_ids,
     )

@@ -77,7 +77,8 @@ def write_crossval_report(
     }
     report = Report(
         "Cross-validation",
-        f"{len(folds)} folds, {kinds[folds.kind]}; {len(study.labels_n):,} cells, {k} labels",
+        f"{len(folds)} folds, {kinds.get(folds.kind, f'each {folds.kind} is held out')};"
+        f" {len(study.labels_n):,} cells, {k} labels",
     )
     report.text(verdict(tree) if OURS in tree else "")
     for note in notes:

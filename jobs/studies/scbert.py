@@ -9,7 +9,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from jobs.studies.baseline_cells import BaselineCells, Candidate, Candidates, Labels, variable_genes
+from jobs.studies.baseline_cells import BaselineCells, Candidate, Candidates, Cells, Labels, variable_genes
 
 NUM_GENES, DIM, STEPS, BATCH, STEPS_PER_CANDIDATE = 200, 32, 150, 32, 50
 
@@ -58,9 +58,9 @@ def scbert(cells: BaselineCells, seed: int) -> Candidates:
             if step % STEPS_PER_CANDIDATE == 0:
                 state = {name: weight.clone() for name, weight in network.state_dict().items()}
 
-                def label(x_ng: sparse.csr_matrix, state: dict[str, Tensor] = state) -> Labels:
+                def label(found: Cells, state: dict[str, Tensor] = state) -> Labels:
                     network.load_state_dict(state)
-                    return _label(network, logits, x_ng[:, columns].toarray(), counts_k)
+                    return _label(network, logits, found.x_ng[:, columns].toarray(), counts_k)
 
                 setting = {"genes": len(columns), "steps": step}
                 yield Candidate(setting, label, lambda: num_trained)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 METRICS = {
     "macro_f1": "macro-F1",
+    "macro_f1_true": "macro-F1 of true types",
     "accuracy": "accuracy",
     "weighted_f1": "weighted F1",
     "balanced_accuracy": "balanced accuracy",
@@ -33,7 +34,7 @@ METRICS = {
 """Title of each score."""
 
 
-COMPARED = ("macro_f1", "macro_f1_present", "accuracy", "balanced_accuracy")
+COMPARED = ("macro_f1", "macro_f1_true", "macro_f1_present", "accuracy", "balanced_accuracy")
 """Scores whose differences the report shows; `report.json` has all."""
 
 
@@ -50,8 +51,9 @@ def counts(result: FoldResult, num_classes: int) -> LabelCounts:
 def scores(result: FoldResult, study: Study) -> dict[str, float]:
     """Scores of one fold.
 
-    Cells of a type that the fold's training cells lack count as errors, except in `macro_f1_known`, which
-    leaves them out. In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the
+    `macro_f1` counts every type that is true or predicted, `macro_f1_true` those that are true. Cells of a
+    type that the fold's training cells lack count as errors, except in `macro_f1_known`, which leaves them
+    out. In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the
     true label is just the more general one. `macro_f1_present` drops labels estimated to be absent from the
     test cells as a whole (`screformer.composition.present_labels`); true labels are not used for that.
     """
@@ -66,6 +68,7 @@ def scores(result: FoldResult, study: Study) -> dict[str, float]:
         name: float(getattr(whole, name))
         for name in ("macro_f1", "accuracy", "weighted_f1", "balanced_accuracy")
     }
+    found["macro_f1_true"] = float(whole.f1_k[whole.support_k > 0].mean())
     found |= {"macro_f1_known": known.macro_f1, "ontology_f1": lenient.macro_f1}
     if result.probabilities_nk is not None:
         found["ece"] = expected_calibration_error(result.probabilities_nk, result.labels_n)
@@ -88,16 +91,15 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference: str) -> dict[str, Any]:
     """Scores of all methods over their finished folds.
 
-    Includes the differences `reference` - method on common folds.
+    Includes the differences `reference` - method on common folds. Seeds of one fold share its cells, so their
+    mean is one observation: intervals are over folds.
     """
-    by_fold = {
-        name: {result.fold: scores(result, study) for result in results} for name, results in methods.items()
-    }
+    by_fold = {name: _mean_by_fold(results, study) for name, results in methods.items()}
     tree: dict[str, Any] = {}
     for name, results in methods.items():
         entry: dict[str, Any] = {
             "title": baseline_title(name),
-            "folds": [result.fold for result in results],
+            "folds": list(by_fold[name]),
             "metrics": {},
         }
         for metric in METRICS:
@@ -124,6 +126,17 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
         entry["chosen"] = [result.account.get("chosen", {}) for result in results]
         tree[name] = entry
     return tree
+
+
+def _mean_by_fold(results: Sequence[FoldResult], study: Study) -> dict[int, dict[str, float]]:
+    """Scores of each fold: the mean over its seeds."""
+    found: dict[int, list[dict[str, float]]] = {}
+    for result in results:
+        found.setdefault(result.fold, []).append(scores(result, study))
+    return {
+        fold: {metric: float(np.mean([one[metric] for one in seeds])) for metric in seeds[0]}
+        for fold, seeds in found.items()
+    }
 
 
 def fold_scores(study: Study, results: Sequence[FoldResult]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_ingest.folds import FILE, Folds, load_folds, make_folds
+from data_ingest.folds import FILE, Folds, load_folds, make_folds, saved_group_by
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, sample_cells
 from jobs.studies.baselines import BASELINES, check_names
@@ -148,15 +148,15 @@ def open_study(
     """
     crossval = config.crossval
     check_names(crossval.baselines)
-    query, labels_n, names = _labelled_cells(config)
-    if folds_from or resume:
-        path = _folds_file(folds_from, config) if folds_from else Path(run_dir or ".") / FILE
+    path = _folds_file(folds_from, config) if folds_from else Path(run_dir or ".") / FILE if resume else None
+    group_by = saved_group_by(path) if path else crossval.group_by
+    column = "donor_id" if group_by == "none" else group_by
+    query, labels_n, names = _labelled_cells(config, column)
+    if path:
         folds = load_folds(path, query.obs_joinids)
     else:
-        donors, datasets = (query.obs[column].astype(str).to_numpy() for column in ("donor_id", "dataset_id"))
-        folds = make_folds(
-            crossval.group_by, donors, datasets, labels_n, crossval.num_folds, config.train.seed
-        )
+        donors, groups = (query.obs[name].astype(str).to_numpy() for name in ("donor_id", column))
+        folds = make_folds(group_by, donors, groups, labels_n, crossval.num_folds, config.train.seed)
     settled = {
         "atlas.uri": query.atlas.uri,
         "atlas.timestamp_ms": query.atlas.timestamp_ms,
@@ -176,9 +176,14 @@ def open_study(
     )
 
 
-def _labelled_cells(config: ExperimentConfig) -> tuple[QueryResult, np.ndarray, tuple[str, ...]]:
-    """The query's cells (at most `crossval.max_cells`), the class of each, and the names of the classes."""
-    query = run_query(config)
+def _labelled_cells(config: ExperimentConfig, column: str) -> tuple[QueryResult, np.ndarray, tuple[str, ...]]:
+    """The query's cells (at most `crossval.max_cells`), the class of each, and the names of the classes.
+
+    Args:
+        config: The recipe.
+        column: obs column to read with them.
+    """
+    query = run_query(config, (column,))
     labels_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     most = config.crossval.max_cells
     if most and most < len(labels_n):

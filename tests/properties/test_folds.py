@@ -95,10 +95,12 @@ def test_what_a_reader_must_know_is_said():
     assert any("only one label (c)" in note for note in folds.notes)
     assert folds.labels_of_one_fold(labels) == {2: folds.names[folds.fold_n[-1]]}
     shared = make_folds("dataset_id", donors, np.tile(["x", "y"], 30), labels, 5, 0)
-    assert shared.names == ("x", "y") and any("donor a is in datasets x, y" in note for note in shared.notes)
+    assert shared.names == ("x", "y") and any(
+        "donor a is in dataset_id x, y" in note for note in shared.notes
+    )
     assert any("optimistic" in note for note in make_folds("none", donors, donors, labels, 5, 0).notes)
-    with pytest.raises(ValueError, match="needs at least 2 datasets, the query has 1"):
-        make_folds("dataset_id", donors, np.full(60, "x"), labels, 5, 0)
+    with pytest.raises(ValueError, match="group_by=study needs at least 2 values, the query has 1"):
+        make_folds("study", donors, np.full(60, "x"), labels, 5, 0)
     with pytest.raises(ValueError, match="needs at least 2 donors, the query has 1"):
         make_folds("donor_id", np.full(60, "a"), donors, labels, 5, 0)
 

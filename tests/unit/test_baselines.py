@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from scipy import sparse
 
-from jobs.studies.baseline_cells import BaselineCells, Candidate, Labels, Part, choose
+from jobs.studies.baseline_cells import BaselineCells, Candidate, Cells, Labels, Part, choose
 from jobs.studies.baselines import BASELINES, check_names, run_baseline
+from screformer.counts import CellCounts
 
 K, GENES = 4, 80
 
@@ -20,8 +20,11 @@ def make_part(num_cells, seed, classes=(0, 1, 2)):
     for code in range(K):
         rate[code, code * 10 : code * 10 + 10] = 4
     counts = rng.poisson(rate[labels])
-    values = np.log1p(counts * (1e4 / counts.sum(1, keepdims=True))).astype(np.float32)
-    return Part(x_ng=sparse.csr_matrix(values), labels_n=labels.astype(np.int64))
+    return Part(
+        cells=Cells(CellCounts.of(counts)),
+        labels_n=labels.astype(np.int64),
+        datasets_n=np.arange(num_cells, dtype=np.int64) % 2,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def cells():
     test = make_part(80, 3)
     genes = tuple(f"ENSG{index:011d}" for index in range(GENES))
     found = BaselineCells(
-        train=make_part(240, 1), val=make_part(60, 2), test_x_ng=test.x_ng, num_classes=K, genes=genes
+        train=make_part(240, 1), val=make_part(60, 2), test=test.cells, num_classes=K, genes=genes
     )
     return found, test.labels_n
 
@@ -57,10 +60,10 @@ def test_baseline(name, cells):
 def test_settings_are_chosen_on_the_validation_cells_alone(cells):
     found, truth = cells
     shuffled = np.random.default_rng(0).permutation(found.val.labels_n)
-    other = dataclasses.replace(found, val=Part(x_ng=found.val.x_ng, labels_n=shuffled))
+    other = dataclasses.replace(found, val=dataclasses.replace(found.val, labels_n=shuffled))
     answer, _ = run_baseline("logistic_l2", other, 0)
     assert (answer.predicted_n == truth).mean() > 0.9, "shuffled validation labels teach nothing"
-    empty = Part(x_ng=found.val.x_ng[:0], labels_n=found.val.labels_n[:0])
+    empty = make_part(0, 2)
     without = dataclasses.replace(found, val=empty)
     assert without.chooser is without.train and found.chooser is found.val
 
@@ -74,10 +77,10 @@ def test_the_first_best_candidate_labels_the_test_cells_once(cells):
         for number, right in enumerate(rights):
             fitted.append(number)
 
-            def label(x_ng, number=number, right=right):
-                if x_ng is found.test_x_ng:
+            def label(cells, number=number, right=right):
+                if cells is found.test:
                     labelled.append(number)
-                    return Labels(np.full(x_ng.shape[0], number), None)
+                    return Labels(np.full(len(cells.counts), number), None)
                 return Labels(np.where(np.arange(60) < right, found.val.labels_n, 3), None)
 
             yield Candidate({"number": number}, label, lambda: 7)

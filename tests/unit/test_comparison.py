@@ -60,6 +60,8 @@ def test_types_that_could_not_be_learned_count_as_errors_but_in_one_score():
         (1 + 2 / 3 + 0) / 3
     )
     assert found["macro_f1_known"] == 1
+    stray = scores(make_result([0, 0, 1, 1], [0, 0, 1, 2]), make_study(("", "", "")))
+    assert stray["macro_f1_true"] == pytest.approx((1 + 2 / 3) / 2) and stray["macro_f1"] < 0.6
 
 
 def test_a_prediction_below_the_true_term_counts_in_the_ontology_aware_score_and_not_the_other_way():
