@@ -1,1 +1,1 @@
-"""A training run: its cells, its start, its workers and what it leaves."""
+"""Training runs: cells, starting point, workers and results."""

@@ -1,4 +1,4 @@
-"""From public files to the model that comes with screformer."""
+"""Train the model bundled with screformer from public files."""
 
 from __future__ import annotations
 
@@ -27,40 +27,39 @@ SETS = (
     "onek1k_4types",
     "onek1k_bcells",
 )
-"""Labelled sets of human blood cells. Cells that `duplicate_of` calls copies are left out."""
+"""Labelled data sets of human blood cells. Cells marked as copies by `duplicate_of` are excluded."""
 FILTER = "cell_type_major != 'hematopoietic precursor cell'"
-"""Progenitors are left out: all of them come from one donor and one protocol, and a model that knew them
-called many monocytes of other protocols progenitors (181 of 996 cells of a healthy 10x 3' v2 sample)."""
+"""Progenitors are excluded. All of them come from one donor and one protocol, and a model trained with them
+labelled many monocytes of other protocols as progenitors (181 of 996 cells of a healthy 10x 3' v2 sample)."""
 CARD = "MODEL_CARD.md"
 LIMITS = (
-    "Other cells than these types: progenitors, red blood cells, granulocytes, mast cells, innate lymphoid"
-    " cells and tumour cells were not in the training sets. Some are flagged as unknown, others get"
-    " a wrong label.",
-    "Other tissues than blood, and other species.",
-    "Plasma cells come from one gene panel of 100 genes.",
-    "Subtypes, such as CD4 and CD8 T cells: the labels are major types.",
+    "Other cell types: progenitors, red blood cells, granulocytes, mast cells, innate lymphoid cells and"
+    " tumour cells were not in the training sets. Some are flagged as unknown, others get a wrong label.",
+    "Tissues other than blood, and other species.",
+    "Plasma cells in other assays: those in the training sets come from one panel of 100 genes.",
+    "Subtypes like CD4 and CD8 T cells: the labels are major types.",
 )
 
 
 def train_bundled(config: ExperimentConfig, data: Path, scratch: Path, out: Path) -> dict[str, Any]:
-    """Train on the labelled sets, all donors, and write the model directory with its card.
+    """Train on all donors of the labelled sets, and write the model directory with its card.
 
     Args:
         config: The recipe's settings.
-        data: Folder of the files, and of their label table `label_map.tsv`.
-        scratch: Where atlas, checkpoints and runs go.
-        out: The model directory.
+        data: Folder with the files and their label table `label_map.tsv`.
+        scratch: Folder for the atlas, checkpoints and runs.
+        out: The model directory to write.
 
     Returns:
-        Folder and size of the model, and its scores.
+        Folder, size and scores of the model.
 
     Raises:
-        ValueError: A file is missing, or cannot be used.
+        ValueError: A file is missing or cannot be used.
     """
     files = [data / f"{name}.h5ad" for name in SETS]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise ValueError(f"--data {data} lacks {', '.join(missing)}")
+        raise ValueError(f"--data {data} has no {', '.join(missing)}")
     atlas = scratch / "atlas"
     connect(num_cpus=2)
     options = IngestOptions(
@@ -89,7 +88,7 @@ def train_bundled(config: ExperimentConfig, data: Path, scratch: Path, out: Path
 
 
 def write_bundled(model_dir: Path, out: Path, sources: Sequence[Mapping[str, str]]) -> None:
-    """Write a trained model without what is true of one machine only, and its card."""
+    """Write a trained model without machine-specific settings, and its card."""
     loaded = load_model(model_dir)
     neutral = {
         "atlas": {"uri": "", "timestamp_ms": 0},
@@ -108,7 +107,7 @@ def write_bundled(model_dir: Path, out: Path, sources: Sequence[Mapping[str, str
 
 
 def _source(path: Path) -> dict[str, str]:
-    """Where a file comes from, and its licence."""
+    """Origin and licence of a file."""
     adata = anndata.read_h5ad(path, backed="r")
     source = {name: str(value) for name, value in adata.uns["source"].items()}
     adata.file.close()
@@ -118,19 +117,19 @@ def _source(path: Path) -> dict[str, str]:
 
 def _card(model_dir: Path, sources: Sequence[Mapping[str, str]]) -> str:
     table = [
-        "| set | study | taken from | licence |",
+        "| data set | study | source | licence |",
         "|---|---|---|---|",
         *(f"| {s['file']} | {s['original_study']} | {s['repo']} | {s['license']} |" for s in sources),
         "",
-        "The model holds no cell of these sets. `screformer train_bundled` trains it again.",
+        "The model contains no cells of these data sets. To retrain it, run `screformer train_bundled`.",
     ]
     about = [
-        "Human blood cells, major types. Scores on donors and data sets that it has not seen are in",
-        "docs/results.md; those below are of its validation cells.",
+        "Major types of human blood cells. The scores below are for validation cells; docs/results.md has",
+        "scores on unseen donors and data sets.",
     ]
     return model_card(
         model_dir,
         name="screformer: blood",
         about=about,
-        more={"Sources": table, "What it does not know": [f"- {limit}" for limit in LIMITS]},
+        more={"Sources": table, "Not covered": [f"- {limit}" for limit in LIMITS]},
     )

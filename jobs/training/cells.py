@@ -26,44 +26,43 @@ from screformer.tokenizer import GeneVocabulary
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingCells:
-    """Cells, labels, genes and parts of a run.
+    """Cells, labels, genes and split of a run.
 
-    The parts of one configuration are the same for pre-training and fine-tuning.
+    Pre-training and fine-tuning with one configuration have the same split.
     """
 
     config: ExperimentConfig
-    """The run's settings, with the atlas pinned and the attention named."""
+    """The run's settings, with the atlas pinned and `model.attention` resolved."""
     query: QueryResult
     labels: dict[str, Any]
-    """`column`, `names` of the k classes, `cl_ids`; without names for pre-training."""
+    """`column`, `names` of the k classes, `cl_ids`; no names for pre-training."""
     codes_n: np.ndarray
-    """Class of each cell of the query, int64; -1 where it has none."""
+    """Class of each cell of the query, int64; -1 for none."""
     parts: dict[str, np.ndarray]
-    """Positions among the query's cells of `train`, `val` and `test`, increasing; a part may be empty,
-    `train` is not."""
+    """Positions of `train`, `val` and `test` cells in the query, increasing. Only `train` is never empty."""
     genes: GeneVocabulary
-    """Which genes the model knows. Their mean expression is read later, by `starting_point`."""
+    """Genes of the model. Their mean expression is read later, by `starting_point`."""
     attention: str
-    """Which attention was taken and why, for the log."""
+    """The chosen attention and the reason, for the log."""
     natural_counts_k: np.ndarray
-    """As `class_counts_k`, before `labels.max_cells` left cells out."""
+    """Like `class_counts_k`, but before `labels.max_cells` is applied."""
     notes: tuple[str, ...]
-    """What a reader of the results must know: cells left out, a split that could not be as wished."""
+    """What a reader of the results must know, for example excluded cells or changes to the split."""
 
     @property
     def class_counts_k(self) -> np.ndarray:
-        """Training cells of each class, int64."""
+        """Number of training cells per class, int64 (k,)."""
         codes = self.codes_n[self.parts["train"]]
         return np.bincount(codes[codes >= 0], minlength=len(self.labels["names"]))
 
     @property
     def datasets_n(self) -> np.ndarray:
-        """Code of the data set of each cell of the query, int64."""
+        """Data set code of each cell of the query, int64."""
         return pd.factorize(self.query.obs["dataset_id"])[0].astype(np.int64)
 
     @property
     def prior_k(self) -> np.ndarray:
-        """Share of each class that the finished network takes for granted, float64 (k,); sums to 1."""
+        """Class prior of the finished network, float64 (k,); sums to 1."""
         shares_k, shift_k = self._loss_shares_k, self.prior_shift_k
         if shift_k is None:
             return shares_k
@@ -72,7 +71,7 @@ class TrainingCells:
 
     @property
     def prior_shift_k(self) -> np.ndarray | None:
-        """What is added to the logits of the trained network; None where nothing is."""
+        """Shift to add to the logits of the trained network, or None."""
         strength = self.config.train.prior_shift
         if not (strength and self.labels["names"]):
             return None
@@ -89,32 +88,32 @@ class TrainingCells:
 
     @property
     def train_weights_n(self) -> np.ndarray | None:
-        """Weight of each training cell in the loss; None where its class alone decides."""
+        """Loss weight of each training cell; None if weights depend only on the class."""
         if not self.labels["names"] or self.config.train.class_weighting != "sqrt_dataset":
             return None
         train = self.parts["train"]
         return dataset_weights(self.codes_n[train], self.datasets_n[train])
 
     def streams(self, vocabulary: GeneVocabulary) -> dict[str, CellStream]:
-        """Part to its cells as batches of tokens; those of `train` shuffled; without empty parts.
+        """Token batches of each part that is not empty; `train` is shuffled.
 
         Args:
-            vocabulary: `genes` with their mean expression, which chooses the tokens of a long cell.
+            vocabulary: `genes` with mean expression, used to choose the tokens of cells with too many genes.
         """
         return {part: self._stream(part, vocabulary) for part, cells in self.parts.items() if len(cells)}
 
     def sample(self, part: str, most_cells: int, *, even_labels: bool = False) -> Sample:
-        """Raw counts of at most `most_cells` cells of a part, as `CellStream.sample`. Ray must be running."""
+        """Raw counts of at most `most_cells` cells of a part (`CellStream.sample`). Ray must be running."""
         stream = self._stream(part, self.genes)
         return stream.sample(most_cells, self.config.train.seed, even_labels=even_labels)
 
     def groups(self, part: str) -> list[str]:
-        """The split's groups (such as donors) in a part."""
+        """The split's groups in a part, for example donors."""
         groups_n = self.query.obs[self.config.split.group_by].astype(str).to_numpy()
         return sorted(set(groups_n[self.parts[part]]))
 
     def identity(self) -> dict[str, Any]:
-        """What has to be kept with a model of these cells."""
+        """Facts about these cells to store with a model: query, split and notes."""
         return {
             "query": self.query.identity(),
             "split": {
@@ -127,7 +126,7 @@ class TrainingCells:
 
     @cached_property
     def _panels(self) -> Panels:
-        """Which genes were measured in which cells of the query."""
+        """Which genes were measured in each cell of the query."""
         return self.query.panels(gene_of_var(self.query.atlas, self.genes), len(self.genes))
 
     def _stream(self, part: str, vocabulary: GeneVocabulary) -> CellStream:
@@ -161,7 +160,7 @@ class TrainingCells:
 
 
 def describe(cells: TrainingCells) -> dict[str, Any]:
-    """What a run will take: cells, steps, parameters, and a rough estimate of memory per worker in GB."""
+    """Size of a run: cells, steps, parameters and a rough memory estimate per worker, in GB."""
     config, train = cells.config, cells.config.train
     network = ScReformer(
         config.model,

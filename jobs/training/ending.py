@@ -1,4 +1,4 @@
-"""The one ending of a training: calibrate, score, log, save."""
+"""Final steps of every training: calibrate, score, log and save the model."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from screformer.training import Outcome
 
 
 def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, float]:
-    """Leave the model of a finished training; rank 0 alone calls it.
+    """Calibrate, score and save the model of a finished training; called only by rank 0.
 
     Args:
-        task: What was trained.
-        outcome: What `fit` gave.
-        folder: Where the model directory is written.
+        task: The training.
+        outcome: The result of `fit`.
+        folder: Path of the model directory to write.
 
     Returns:
-        `best_val/...` and `test/...`: scores of the best weights, and of their calibration.
+        `best_val/...` and `test/...`: scores of the best weights and of their calibration.
     """
     scores = outcome.scores()
     calibration = None
@@ -47,9 +47,10 @@ def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, floa
 def calibration_scores(
     calibration: Calibration, val: CellOutputs, test: CellOutputs | None
 ) -> dict[str, float]:
-    """Metrics of a calibration.
+    """Calibration metrics.
 
-    `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` of known types, for `best_val` and `test`.
+    `PART/ece_uncalibrated`, `PART/ece` and `PART/unknown_share` (known types flagged unknown), for `best_val`
+    and `test`.
     """
     scores: dict[str, float] = {}
     for part, outputs in (("best_val", val), ("test", test)):
@@ -69,7 +70,7 @@ def calibration_scores(
 
 
 def _reliability(calibration: Calibration, val: CellOutputs, test: CellOutputs | None) -> pd.DataFrame:
-    """Confidence against accuracy before and after calibration, of validation and test cells."""
+    """Confidence versus accuracy of validation and test cells, before and after calibration."""
     tables = []
     for part, outputs in (("validation", val), ("test", test)):
         for state, used in (("before", Calibration()), ("after", calibration)):

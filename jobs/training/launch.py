@@ -1,4 +1,4 @@
-"""Launch a training with Ray Train: on workers, or in this process."""
+"""Launch a training with Ray Train, on workers or in this process."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NON_FINITE = "non_finite.json"
 
 
 def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> None:
-    """Refuse what the cluster could never hold: Ray would wait for it for ever.
+    """Reject a layout that can never fit the cluster; Ray would wait forever.
 
     Args:
         config: The run's settings.
-        nodes: As `ray.nodes()` gives them.
+        nodes: Result of `ray.nodes()`.
 
     Raises:
-        ValueError: Too few CPUs or GPUs, with the sum.
+        ValueError: Too few CPUs or GPUs; the message shows the calculation.
     """
     cluster = config.cluster
     resources = [node["Resources"] for node in nodes if node["Alive"]]
@@ -46,12 +46,12 @@ def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> N
             f" read task of"
             f" cpus_per_read_task={cluster.cpus_per_read_task:g} = {needed:g} CPUs, but Ray has {cpus:g} on"
             f" {len(resources)} node(s);"
-            " lower one of them or add nodes"
+            " lower one of these settings or add nodes"
         )
     if cluster.use_gpu and cluster.num_workers > gpus:
         raise ValueError(
-            f"cluster.num_workers={cluster.num_workers} need one GPU each, but Ray has {gpus:g}; lower it, or"
-            f" set cluster.use_gpu=false"
+            f"cluster.num_workers={cluster.num_workers} needs one GPU each, but Ray has {gpus:g}; lower it,"
+            f" or set cluster.use_gpu=false"
         )
     places = sum(
         min(
@@ -62,40 +62,41 @@ def check_layout(config: ExperimentConfig, nodes: Sequence[dict[str, Any]]) -> N
     )
     if places < cluster.num_workers:
         raise ValueError(
-            f"cluster.cpus_per_worker={cluster.cpus_per_worker:g} lets only {places} workers fit on the nodes"
-            f" ({', '.join(format(float(node.get('CPU', 0)), 'g') for node in resources)} CPUs), not"
+            f"with cluster.cpus_per_worker={cluster.cpus_per_worker:g}, only {places} workers fit on the"
+            f" nodes ({', '.join(format(float(node.get('CPU', 0)), 'g') for node in resources)} CPUs), not"
             f" {cluster.num_workers}; lower it"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a training leaves."""
+    """Result of a training."""
 
     model_dir: Path
-    """The best model, on this machine; its meta data hold its scores."""
+    """Local directory of the best model; its meta data include its scores."""
     account: Account
-    """What the training took."""
+    """How the training ended, with its speed and memory."""
 
 
 def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Trained:
     """Train with Ray Train.
 
     Args:
-        task: What to train.
-        folder: Path or URI where attempts and their checkpoints are kept, and the model, if it is a path.
-        in_process: Train in this process, the only rank, and keep no checkpoints. It starts in milliseconds,
-            so it is for trainings shorter than the start of workers. The configuration has one worker.
+        task: The training.
+        folder: Path or URI for attempts and their checkpoints and, if a path, for the model.
+        in_process: Train in this process as the only rank, without checkpoints. This starts in milliseconds,
+            so it suits trainings that are shorter than the start of workers. The configuration must have one
+            worker.
 
     Raises:
         ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
-        NonFiniteError: The loss or a weight became NaN or infinite; the cells of that step are in
-            `non_finite.json` of the folder.
-        KeyboardInterrupt: SIGTERM or SIGINT arrived; a checkpoint was saved, as its note says.
+        NonFiniteError: The loss or a weight became NaN or infinite; `non_finite.json` in the folder lists
+            the cells of that step.
+        KeyboardInterrupt: SIGTERM or SIGINT arrived; the exception's note names the saved checkpoint.
     """
     if in_process:
         model_dir = model_folder(folder)
-        # Not a TorchTrainer: in local mode that ends the process group, which DeepSpeed holds on to.
+        # Not a TorchTrainer: in local mode it destroys the process group, which DeepSpeed still uses.
         local = DataParallelTrainer(
             partial(train_loop_per_worker, task=task, model_dir=str(model_dir), flag=""),
             scaling_config=ray.train.ScalingConfig(num_workers=0),
@@ -111,11 +112,11 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
         write_json(folder, NON_FINITE, {"message": account.not_finite, "joinids": joinids})
         resume = "" if in_process else f", and resume with --resume {folder} train.lr=..."
         raise NonFiniteError(
-            f"{account.not_finite}{resume}; {folder}/{NON_FINITE} names the step's cells", joinids
+            f"{account.not_finite}{resume}; {folder}/{NON_FINITE} lists the step's cells", joinids
         )
     if account.stopped_after is not None:
         stop = KeyboardInterrupt()
-        stop.add_note(f"the checkpoint of step {account.stopped_after} is saved")
+        stop.add_note(f"saved a checkpoint at step {account.stopped_after}")
         raise stop
     if not in_process:
         model_dir = keep_model(result.checkpoint, folder)
@@ -123,21 +124,21 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
 
 
 def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
-    # How often Ray Train looks at its workers (2 s by default): each checkpoint, and the end, wait for the
-    # next look.
+    # How often Ray Train polls its workers (default 2 s). Each checkpoint, and the end of training, waits for
+    # the next poll.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     cluster = task.config.cluster
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(
-        # Not with a `train_loop_config`, which the controller would read, and load all our code for.
+        # Without `train_loop_config`: the controller would unpickle it and import all our code.
         partial(train_loop_per_worker, task=task, model_dir="", flag=flag),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         run_config=ray.train.RunConfig(
-            # A name of its own for each attempt: which checkpoint to resume from is ours to say, by the
-            # manifest that is written last.
+            # A separate name per attempt: we choose the checkpoint to resume from ourselves, by the manifest
+            # that is written last.
             name=f"attempt-{len(attempts(folder)):03d}",
             storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
@@ -148,14 +149,15 @@ def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """Without what of Ray Train's is of no use here, which it has no public switch for."""
+    """TorchTrainer without features that are not needed here and have no public switch."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without the actor that splits Ray Train's datasets, of which our trainings have none.
+        """Remove two of Ray Train's actors.
 
-        And without the watcher of a controller that dies, where there is no dashboard that it could ask. Such
-        a Ray ends with this process, so nothing is left to clean up; the watcher would warn every second, or
-        fail where another Ray runs on the machine.
+        One splits Ray Train datasets, which we do not use. The other watches for a dead controller and needs
+        the dashboard; it is removed if there is none. A Ray without a dashboard ends with this process, so
+        there is nothing to clean up. The watcher would warn every second, or fail if another Ray runs on the
+        machine.
         """
         unused = {"DatasetsCallback"}
         if not ray._private.worker.get_dashboard_url():
@@ -164,4 +166,4 @@ class _Trainer(ray.train.torch.TorchTrainer):
         return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """None of Ray's, which would end the run without a checkpoint."""
+        """Do nothing: Ray's handler would end the run without a checkpoint."""

@@ -1,4 +1,4 @@
-"""From a configuration to the cells of a training run: query, split, classes, genes, attention.
+"""Prepare the cells of a training run: query, split, classes, genes, attention.
 
 Axes: n cells of the query, g genes, k classes.
 """
@@ -20,7 +20,7 @@ from screformer.config import ExperimentConfig, Task
 from screformer.tokenizer import GeneVocabulary
 
 MIN_OVERLAP = 0.5
-"""Least share of a given model's expected expression that the query's genes must carry."""
+"""Minimum share of a start model's expected expression that the query's genes must cover."""
 
 
 def prepare_cells(
@@ -31,29 +31,29 @@ def prepare_cells(
     query: QueryResult | None = None,
     split: Split | None = None,
 ) -> TrainingCells:
-    """Run the query, split its cells, choose classes and genes, and settle the attention.
+    """Run the query, split its cells, and choose classes, genes and attention.
 
-    All cells of the query are split, labelled or not, so that pre-training and fine-tuning of one
-    configuration hold out the same groups. Ray is not needed.
+    The split covers all cells of the query, labelled or not. Pre-training and fine-tuning with the same
+    configuration therefore hold out the same groups. Ray is not needed.
 
     Args:
         config: The run's settings.
         task: `finetune` needs labels.
-        start: A model to start from, whose genes and attention are kept.
-        query: The query's result, where it is known.
-        split: Parts of the query's cells, such as those of a fold; None splits as `config.split` says.
+        start: Model to start from; its genes and attention are kept.
+        query: Result of the query, if already known.
+        split: A given split, for example of a fold; None splits by `config.split`.
 
     Raises:
-        ValueError: The query, the split, the labels or the overlap with the start model's genes do not allow
-            training.
+        ValueError: The query, the split, the labels or the overlap with the start model's genes does not
+            allow training.
     """
     if task == "pretrain" and config.tokens.expression == "binary":
         raise ValueError(
-            "tokens.expression='binary' leaves pre-training nothing to learn, as every detected gene has the"
-            " same expression; choose another encoding, or fine-tune without pre-training"
+            "tokens.expression='binary' leaves pre-training nothing to learn, because all detected genes have"
+            " the same expression; choose another encoding, or fine-tune without pre-training"
         )
     if task == "pretrain" and config.model.encoder == "additive":
-        raise ValueError("model.encoder=additive is never pre-trained; fine-tune it right away")
+        raise ValueError("model.encoder=additive cannot be pre-trained; fine-tune it directly")
     query = query or run_query(config)
     config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
     codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
@@ -79,7 +79,7 @@ def prepare_cells(
         genes = start.vocabulary
         check_overlap(query, start)
         notes += _leaks(config, query, parts["test"], start)
-        if config.model.attention == "auto":  # its weights fit no other
+        if config.model.attention == "auto":  # its weights do not fit any other
             config = config.merge({"model.attention": start.config.model.attention})
     model, attention = settle_attention(config.model, config.tokens.most_slots(len(genes)))
     return TrainingCells(
@@ -98,7 +98,7 @@ def prepare_cells(
 def _capped(
     config: ExperimentConfig, query: QueryResult, train: np.ndarray, codes_n: np.ndarray
 ) -> tuple[np.ndarray, list[str]]:
-    """At most `labels.max_cells` training cells of each label in each data set; notes."""
+    """Keep at most `labels.max_cells` training cells per label and data set; also returns notes."""
     most = config.labels.max_cells
     if not most:
         return train, []
@@ -109,15 +109,15 @@ def _capped(
     if len(kept) == len(train):
         return train, []
     return kept, [
-        f"{len(train) - len(kept)} of {len(train)} training cells are left out: no label takes more than"
-        f" labels.max_cells={most} of one data set"
+        f"{len(train) - len(kept)} of {len(train)} training cells are excluded: at most"
+        f" labels.max_cells={most} cells are used per label and data set"
     ]
 
 
 def _classes(
     config: ExperimentConfig, query: QueryResult, train: np.ndarray, codes_n: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-    """Labels with at least `labels.min_cells` training cells; each cell's class among them; notes."""
+    """Labels with at least `labels.min_cells` training cells, the class of each cell, and notes."""
     all_names = [str(name) for name in query.obs["label"].cat.categories]
     train_codes = codes_n[train]
     counts = np.bincount(train_codes[train_codes >= 0], minlength=len(all_names))
@@ -134,10 +134,10 @@ def _classes(
         )
     notes = []
     if rare:
-        notes.append(f"labels with fewer than {config.labels.min_cells} training cells are left out: {rare}")
+        notes.append(f"labels with fewer than {config.labels.min_cells} training cells are excluded: {rare}")
     unlabelled = int((codes_n < 0).sum())
     if unlabelled:
-        notes.append(f"{unlabelled} cells without a label are left out")
+        notes.append(f"{unlabelled} cells without a label are excluded")
     new_code = np.full(len(all_names) + 1, -1, dtype=np.int64)
     new_code[kept] = np.arange(len(kept))
     names = [all_names[code] for code in kept]
@@ -152,26 +152,25 @@ def _classes(
 def _measured_genes(
     config: ExperimentConfig, query: QueryResult, train: np.ndarray
 ) -> tuple[GeneVocabulary, list[str]]:
-    """Genes that enough training cells measured, and notes."""
+    """Genes measured in enough training cells, and notes."""
     share_g = query.measured_share(train)
     measured_g = (share_g > 0) & (share_g >= config.query.min_measured)
     if not measured_g.any():
         raise ValueError(
-            f"no gene was measured for query.min_measured={config.query.min_measured} of the training"
-            f" cells; lower it, or query datasets that have genes in common"
+            f"no gene was measured in query.min_measured={config.query.min_measured} of the training"
+            f" cells; lower it, or query datasets that share genes"
         )
     notes = []
     if not measured_g.all():
         notes.append(
-            f"{int((~measured_g).sum())} of {len(measured_g)} genes are left out, which were not measured"
-            f" for any training cell, or for less than {config.query.min_measured:.0%} of them"
-            f" (query.min_measured)"
+            f"{int((~measured_g).sum())} of {len(measured_g)} genes are excluded: they were measured in no"
+            f" training cell, or in less than {config.query.min_measured:.0%} of them (query.min_measured)"
         )
     return query.vocabulary(measured_g), notes
 
 
 def _leaks(config: ExperimentConfig, query: QueryResult, test: np.ndarray, start: LoadedModel) -> list[str]:
-    """A note, where the start model was trained on test groups."""
+    """A note if the start model was trained on test groups."""
     theirs = start.meta.get("split", {})
     if theirs.get("group_by") != config.split.group_by:
         return []
@@ -181,12 +180,12 @@ def _leaks(config: ExperimentConfig, query: QueryResult, test: np.ndarray, start
         return []
     return [
         f"the start model was trained on {len(leaked)} of the test groups ({', '.join(leaked[:5])}):"
-        f" the test flatters it"
+        f" the test scores are too optimistic"
     ]
 
 
 def check_overlap(query: QueryResult, start: LoadedModel) -> None:
-    """Refuse a start model whose genes the query lacks."""
+    """Reject a start model if the query has too few of its genes."""
     found_g = np.isin(start.vocabulary.feature_ids, query.feature_ids)
     weight_g = start.vocabulary.weight_g
     share = float(weight_g[found_g].sum() / weight_g.sum())
@@ -196,6 +195,6 @@ def check_overlap(query: QueryResult, start: LoadedModel) -> None:
     )
     if share < MIN_OVERLAP:
         raise ValueError(
-            f"{text}, fewer than {MIN_OVERLAP:.0%}; check query.var_filter, or train without --from"
+            f"{text}, less than {MIN_OVERLAP:.0%}; check query.var_filter, or train without --from"
         )
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""The lines that a training prints: one for each report, at most 100 columns, with the time that is left."""
+"""Progress lines of a training: one per report, at most 100 columns, with the time left."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SHOWN = {
     "test/macro_f1": "test macro-F1 {:.3f}",
     "test/accuracy": "accuracy {:.3f}",
 }
-"""Metrics that are shown, in this order; MLflow has all."""
+"""Metrics to print, in this order; MLflow has all metrics."""
 
 
 class ProgressLines:
-    """Makes the lines of one training."""
+    """Formats the progress lines of one training."""
 
     def __init__(
         self, max_steps: int, *, done_steps: int = 0, clock: Callable[[], float] = time.monotonic
@@ -28,15 +28,15 @@ class ProgressLines:
         """Start the clock.
 
         Args:
-            max_steps: Steps of the training.
-            done_steps: Those made before this process took over.
-            clock: Seconds from any moment.
+            max_steps: Number of steps of the training.
+            done_steps: Steps done before this process started.
+            clock: Returns seconds from an arbitrary origin.
         """
         self._max_steps, self._done, self._clock = max_steps, done_steps, clock
         self._start = clock()
 
     def line(self, metrics: Mapping[str, float], step: int) -> str:
-        """The line of a report."""
+        """Format one report."""
         shown = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
         if "best_step" not in metrics:
             shown.insert(0, f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}")
@@ -47,7 +47,7 @@ class ProgressLines:
 
 
 def duration(seconds: float) -> str:
-    """Such as `40 s`, `12 min`, `3.4 h`."""
+    """Format a duration, for example `40 s`, `12 min` or `3.4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""A training run from configuration to registered model.
+"""A training run, from configuration to registered model.
 
 Axes: n cells of the query, g genes of the vocabulary, k classes.
 """
@@ -43,25 +43,25 @@ from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
 SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
-"""Most test cells, and most tokens, whose embeddings a run keeps for its report; the driver, which may have
-no GPU, computes them."""
+"""Maximum numbers of test cells and tokens whose embeddings a run keeps for its report. The driver computes
+them, and may have no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a training run leaves."""
+    """Result of a training run."""
 
     run_id: str
     """MLflow run."""
     run_dir: str
-    """Folder or URI of checkpoints; `--resume` takes it."""
+    """Run folder or URI, for `--resume`."""
     model_dir: str
     """Local directory of the best model."""
     metrics: dict[str, float]
     """`best_val/...` and `test/...` of the best model."""
     model_version: int | None
-    """Version in the registry; None for pre-training, and where the tracking server is away and `jobs.sync`
-    has to register it."""
+    """Version in the registry. None for pre-training, or if the tracking server is down and `jobs.sync` has
+    to register the model later."""
 
 
 def run_training(
@@ -72,20 +72,20 @@ def run_training(
     resume: str | None = None,
     overrides: Sequence[str] = (),
 ) -> TrainingResult:
-    """Train a model with Ray Train; connects to Ray where no connection is.
+    """Train a model with Ray Train; connects to Ray if needed.
 
     Args:
-        config: The run's settings. When resuming, those that the run was started with are taken instead, with
-            `overrides`.
+        config: The run's settings. When resuming, the run's original settings with `overrides` are used
+            instead.
         task: `pretrain` or `finetune`.
         init_from: Model to start from: a run id, `runs:/...`, `models:/NAME@ALIAS` or a model directory.
-        resume: Run folder of a training that was interrupted; it resumes after its newest whole checkpoint.
-        overrides: Settings that differ when resuming, such as `cluster.num_workers=1`.
+        resume: Run folder of an interrupted training, which resumes from its newest complete checkpoint.
+        overrides: Settings to change when resuming, for example `cluster.num_workers=1`.
 
     Raises:
-        ValueError: Settings, cells, start model or cluster do not allow the run; another process is writing
-            the run folder; or a loss or weight became NaN or infinite.
-        KeyboardInterrupt: SIGTERM or SIGINT arrived; its notes say how to resume.
+        ValueError: The settings, cells, start model or cluster do not allow the run; another process is
+            writing to the run folder; or a loss or weight became NaN or infinite.
+        KeyboardInterrupt: SIGTERM or SIGINT arrived; the exception's notes show how to resume.
         ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
     """
     saved: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def run_training(
         saved = read_run(resume)
         found = read_result(resume)
         if found is not None:
-            print(f"{resume} is finished; there is nothing to resume", flush=True)
+            print(f"{resume} is already finished; there is nothing to resume", flush=True)
             return TrainingResult(**found)
         task, init_from = saved["task"], saved["init_from"]
         config = ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=task)
@@ -152,11 +152,11 @@ def _trained_model(
     model: LoadedModel | None,
     resumes: bool,
 ) -> Path:
-    """Train, resume after the newest checkpoint, or take the model of a training that had ended."""
+    """Train, resume from the newest checkpoint, or return the model of a training that already ended."""
     newest = newest_checkpoint(run_dir) if resumes else None
     checkpoint, ended = newest or (None, False)
     if checkpoint is not None and ended:
-        print("training had ended; doing what is left", flush=True)
+        print("training had already ended; finishing the remaining steps of the run", flush=True)
         return keep_model(checkpoint, run_dir)
     return train(training_task(task, cells, run, model=model, checkpoint=checkpoint), run_dir).model_dir
 
@@ -169,9 +169,9 @@ def describe_training(
     resume: str | None = None,
     overrides: Sequence[str] = (),
 ) -> str:
-    """What `run_training` would do, as YAML: its settings, then cells, steps, memory and notes.
+    """A plan of `run_training` as YAML: its settings, then cells, steps, memory and notes.
 
-    Args and errors are those of `run_training`; nothing is written, and Ray is not started.
+    Args and errors are as in `run_training`. Nothing is written, and Ray is not started.
     """
     if resume is not None:
         saved = ExperimentConfig.from_saved(read_run(resume)["config"], resume=True)
@@ -183,10 +183,7 @@ def describe_training(
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
-    """Log what the model says of some test cells.
-
-    With their embeddings, for the pictures of `jobs.report`.
-    """
+    """Log predictions and embeddings of some test cells, for the figures of `jobs.report`."""
     if not len(cells.parts["test"]):
         return
     predictor = Predictor.load(model_dir)

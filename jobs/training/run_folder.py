@@ -1,4 +1,4 @@
-"""The folder of a training run, on a disk or an object store: what it started with, checkpoints, result."""
+"""Folder of a training run on disk or in an object store: settings, checkpoints, result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from screformer.training_checkpoint import damage, read_position
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
 _ATTEMPT = re.compile(r"attempt-\d+")
 _CHECKPOINT = re.compile(r"checkpoint_\d[\d_.-]*")
-"""Ray Train's names. It also keeps `checkpoint_manager_snapshot.json` beside the checkpoints."""
+"""Ray Train's names. It also keeps `checkpoint_manager_snapshot.json` next to the checkpoints."""
 
 
 def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
@@ -33,12 +33,12 @@ def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
 
 
 def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """How to reach the folder, and its path there."""
+    """The folder's file system, and its path there."""
     return pyarrow.fs.FileSystem.from_uri(run_dir if "://" in run_dir else Path(run_dir).resolve().as_uri())
 
 
 def write_json(run_dir: str, name: str, tree: dict[str, Any]) -> None:
-    """Write a file of the folder, which is made where it does not exist."""
+    """Write a JSON file to the folder; a missing folder is created."""
     files, path = filesystem(run_dir)
     files.create_dir(path, recursive=True)
     with files.open_output_stream(f"{path}/{name}") as out:
@@ -46,24 +46,24 @@ def write_json(run_dir: str, name: str, tree: dict[str, Any]) -> None:
 
 
 def read_run(run_dir: str, *, option: str = "--resume") -> dict[str, Any]:
-    """What a run wrote into its folder when it started.
+    """Read the file that a run wrote when it started.
 
-    `config`, `task`, `init_from`, `query_hash` and `run`.
+    It has `config`, `task`, `init_from`, `query_hash` and `run`.
 
     Raises:
-        ValueError: No such folder; the message names the command's option.
+        ValueError: There is no such folder; the message names the command's option.
     """
     try:
         return _read_json(run_dir, RUN_FILE)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{option} {run_dir}: no {RUN_FILE} there ({error}); give the folder that the run printed when it"
+            f"{option} {run_dir} has no {RUN_FILE} ({error}); give the folder that the run printed when it"
             f" started"
         ) from error
 
 
 def read_result(run_dir: str) -> dict[str, Any] | None:
-    """What a run left when it had ended well; None where it did not."""
+    """The result of a finished run; None if the run did not finish."""
     try:
         return _read_json(run_dir, RESULT_FILE)
     except (OSError, ValueError):
@@ -77,9 +77,9 @@ def attempts(run_dir: str) -> list[str]:
 
 
 def newest_checkpoint(run_dir: str) -> tuple[ray.train.Checkpoint, bool] | None:
-    """The last checkpoint that is whole, and whether training ended with it; None where there is none yet.
+    """The newest complete checkpoint and whether training ended with it, or None if there is none yet.
 
-    A damaged one is reported, and the one before it is taken.
+    A damaged checkpoint is reported, and the one before it is used.
     """
     files, _ = filesystem(run_dir)
     for attempt in reversed(attempts(run_dir)):
@@ -89,14 +89,14 @@ def newest_checkpoint(run_dir: str) -> tuple[ray.train.Checkpoint, bool] | None:
                 fault = damage(folder)
                 if not fault:
                     return checkpoint, bool(read_position(folder)["finished"])
-            print(f"{path} is left out: {fault}", flush=True)
-    print(f"{run_dir} has no complete checkpoint yet: starting from its beginning", flush=True)
+            print(f"{path} is skipped: {fault}", flush=True)
+    print(f"{run_dir} has no complete checkpoint yet; training starts from the beginning", flush=True)
     return None
 
 
 @contextmanager
 def resumable(run_dir: str | Path) -> Iterator[None]:
-    """Make a Ctrl-C within say how the run is resumed."""
+    """Add a note on how to resume the run to a KeyboardInterrupt."""
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -105,9 +105,9 @@ def resumable(run_dir: str | Path) -> Iterator[None]:
 
 
 def keep_model(checkpoint: ray.train.Checkpoint, run_dir: str) -> Path:
-    """Copy the model of a checkpoint to where it outlives the checkpoints.
+    """Copy a checkpoint's model to the run folder, where it outlives the checkpoints.
 
-    That is the run folder, or a temporary one where the run folder is remote.
+    If the run folder is remote, a temporary folder is used.
     """
     target = model_folder(run_dir)
     with checkpoint.as_directory() as folder:
@@ -116,7 +116,7 @@ def keep_model(checkpoint: ray.train.Checkpoint, run_dir: str) -> Path:
 
 
 def model_folder(run_dir: str) -> Path:
-    """Where a run leaves its model on this machine."""
+    """Local folder for the model of a run."""
     return Path(tempfile.mkdtemp(prefix="screformer-model-") if "://" in run_dir else run_dir) / "model"
 
 
@@ -127,7 +127,7 @@ def _read_json(run_dir: str, name: str) -> dict[str, Any]:
 
 
 def _folders(files: pyarrow.fs.FileSystem, path: str, name: re.Pattern[str]) -> Iterator[str]:
-    """Folders in a folder whose name fits, by name."""
+    """Subfolders whose name matches, sorted by name."""
     found = files.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
     for info in sorted(found, key=lambda info: info.base_name):
         if info.type == pyarrow.fs.FileType.Directory and name.fullmatch(info.base_name):

@@ -1,4 +1,4 @@
-"""What a training run starts from: a model, its own checkpoint, or its own cells.
+"""Starting point of a training run: a model, its own checkpoint, or its cells.
 
 Axes: n cells, g genes, k classes.
 """
@@ -21,21 +21,21 @@ from screformer.start import LinearStart, Start, logistic_start, svd_gene_embedd
 from screformer.tokenizer import GeneVocabulary
 
 SAMPLE_CELLS = 4096
-"""Training cells, at most, from which mean expression and the SVD start are taken."""
+"""Maximum number of training cells used for mean expression and the SVD start."""
 ADDITIVE_SAMPLE_CELLS = 16384
-"""The same for an additive encoder, evenly over the labels."""
+"""The same for an additive encoder; sampled evenly over the labels."""
 HEADS = ("classification_head.", "linear_skip.")
 
 
 def load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
-    """The model to start from.
+    """Load the model to start from.
 
     Args:
         config: The run's settings.
         init_from: A run id, `runs:/...`, `models:/NAME@ALIAS` or a model directory.
 
     Raises:
-        ValueError: No such model, or one of another shape; names the setting.
+        ValueError: The model does not exist or has another shape; the message names the setting.
     """
     start = load_model(resolve_model(init_from, config.tracking))
     ours, theirs = config.to_dict(), start.config.to_dict()
@@ -52,22 +52,22 @@ def load_start(config: ExperimentConfig, init_from: str) -> LoadedModel:
 def starting_point(
     cells: TrainingCells, model: LoadedModel | None, checkpoint: ray.train.Checkpoint | None = None
 ) -> tuple[GeneVocabulary, Start]:
-    """The vocabulary of the run's model, and what its network starts from. Ray must be running.
+    """The vocabulary of the run's model and the starting point of its network. Ray must be running.
 
     Args:
         cells: The run's cells.
-        model: A given model to start from.
-        checkpoint: Of the run itself, which holds all weights.
+        model: Model to start from.
+        checkpoint: Checkpoint of the run itself, with all weights.
 
     Raises:
-        ValueError: The checkpoint knows other labels.
+        ValueError: The checkpoint has different labels.
     """
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             saved = load_model(Path(folder) / "model")
         if saved.labels["names"] != cells.labels["names"]:
             raise ValueError(
-                f"the run was started with the labels {saved.labels['names']}, now they are"
+                f"the run was started with the labels {saved.labels['names']}, but they are now"
                 f" {cells.labels['names']}"
             )
         return saved.vocabulary, Start()
@@ -95,7 +95,7 @@ def starting_point(
 
 
 def _additive_point(cells: TrainingCells) -> tuple[GeneVocabulary, Start]:
-    """The input genes and the reference profile, and the start of an additive encoder."""
+    """Vocabulary (with input genes and reference profile) and start of an additive encoder."""
     config, joinids = cells.config, cells.query.obs_joinids
     sample = cells.sample("train", ADDITIVE_SAMPLE_CELLS, even_labels=True)
     datasets_n = cells.datasets_n[np.searchsorted(joinids, sample.joinids_n)]
@@ -117,7 +117,7 @@ def _additive_point(cells: TrainingCells) -> tuple[GeneVocabulary, Start]:
 
 
 def linear_start(cells: TrainingCells) -> LinearStart | None:
-    """A logistic regression on some training cells, or None where none is wanted."""
+    """A logistic regression on a sample of training cells, or None if it is turned off."""
     config = cells.config
     if not (cells.labels["names"] and config.model.linear_skip and config.model.linear_start_cells):
         return None

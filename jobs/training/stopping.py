@@ -1,7 +1,7 @@
-"""Ask a running training to save a checkpoint and end: SIGTERM, Ctrl-C, `ray job stop`.
+"""Graceful stop of a training on SIGTERM, Ctrl-C or `ray job stop`, with a checkpoint.
 
-The driver raises a flag that all nodes see: a named actor, which holds nothing. Rank 0 looks for it a few
-times a second, beside its steps, and tells the others after the step that it is in.
+The driver raises a flag that all nodes can see: an empty named actor. A thread of rank 0 checks for it a few
+times per second, and rank 0 informs the other ranks after the current step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ LOOK_EVERY_S = 0.25
 
 @ray.remote(num_cpus=0)
 class _Flag:
-    """Its existence is the message."""
+    """The flag is raised if this actor exists."""
 
 
 class StopWatch:
-    """On rank 0: whether the driver asked to stop, and whether a checkpoint by time is due.
+    """Watches, on rank 0, for the stop flag and for the next timed checkpoint.
 
     Args:
-        flag: Name of the flag; empty looks for none.
-        every_s: Seconds between checkpoints; 0 saves none by time.
+        flag: Name of the flag; empty disables the check.
+        every_s: Seconds between timed checkpoints; 0 disables them.
     """
 
     def __init__(self, flag: str, *, every_s: float) -> None:
@@ -40,19 +40,19 @@ class StopWatch:
             threading.Thread(target=self._look, args=(flag,), name="stop-watch", daemon=True).start()
 
     def stop_asked(self) -> bool:
-        """Whether the driver wants training to end."""
+        """Whether the driver asked training to stop."""
         return self._asked.is_set()
 
     def checkpoint_due(self) -> bool:
-        """Whether the last checkpoint is too old."""
+        """Whether the last checkpoint is older than `every_s`."""
         return self._every_s > 0 and time.monotonic() - self._saved_s > self._every_s
 
     def saved(self) -> None:
-        """A checkpoint was saved."""
+        """Record that a checkpoint was saved."""
         self._saved_s = time.monotonic()
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop watching."""
         self._ended.set()
 
     def _look(self, flag: str) -> None:
@@ -65,9 +65,9 @@ class StopWatch:
 
 @contextmanager
 def stop_on_signals(flag: str) -> Iterator[None]:
-    """Within it, SIGTERM and SIGINT raise the flag; a second one ends the process as usual.
+    """Make SIGTERM and SIGINT raise the flag; a second signal ends the process as usual.
 
-    Only in the main thread, which alone may handle signals.
+    Has no effect outside the main thread, because only that thread can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -79,7 +79,7 @@ def stop_on_signals(flag: str) -> Iterator[None]:
         for each, handler in before.items():
             signal.signal(each, handler)
         print(
-            f"{signal.Signals(number).name}: saving a checkpoint, then stopping; a second one stops at once",
+            f"{signal.Signals(number).name}: saving a checkpoint, then stopping; repeat to stop at once",
             flush=True,
         )
         raised.append(_Flag.options(name=flag).remote())  # type: ignore[attr-defined]

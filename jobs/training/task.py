@@ -1,4 +1,4 @@
-"""A training as one value: made once by the driver, read by every rank.
+"""A training as one value, built by the driver and read by every rank.
 
 Axes: k classes.
 """
@@ -27,35 +27,35 @@ from screformer.tokenizer import GeneVocabulary
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingTask:
-    """Everything that a training needs. Picklable; what is large travels by reference."""
+    """Everything that a training needs. Picklable; large parts are passed by reference."""
 
     task: Task
     config: ExperimentConfig
-    """Its attention is named."""
+    """Settings, with `model.attention` resolved."""
     streams: Mapping[str, CellStream]
-    """Part to its cells; `train` at least."""
+    """Cells of each part; always includes `train`."""
     labels: Mapping[str, Any]
     """As `LoadedModel.labels`."""
     lineage: Lineage
-    """Terms above the labels, for calibrated answers."""
+    """Cell Ontology terms above the labels, for calibrated answers."""
     class_counts_k: np.ndarray
-    """Training cells of each class, int64."""
+    """Number of training cells per class, int64 (k,)."""
     prior_k: np.ndarray
-    """What the finished network takes for granted: the share of each class, float64 (k,)."""
+    """Class prior of the finished network, float64 (k,)."""
     prior_shift_k: np.ndarray | None
-    """Added to the logits of the trained network; None adds nothing."""
+    """Shift to add to the logits of the trained network, or None."""
     start: ray.ObjectRef
-    """A `Start`: what the network starts from."""
+    """A `Start`: the network's starting point."""
     meta: Mapping[str, Any]
-    """What is kept with the model: cells, code and run. The ending adds scores and the best step."""
+    """Cells, code and run, stored with the model. `finish` adds scores and the best step."""
     run: TrackedRun
-    """Where rank 0 logs."""
+    """Run that rank 0 logs to."""
     checkpoint: ray.train.Checkpoint | None = None
-    """Of this run, from which it resumes."""
+    """Checkpoint of this run to resume from."""
 
     @property
     def vocabulary(self) -> GeneVocabulary:
-        """The model's genes, with their mean expression."""
+        """The model's genes with their mean expression."""
         return self.streams["train"].vocabulary
 
 
@@ -67,17 +67,17 @@ def training_task(
     model: LoadedModel | None = None,
     checkpoint: ray.train.Checkpoint | None = None,
 ) -> TrainingTask:
-    """Read what the network starts from, and put all together. Ray must be running.
+    """Read the network's starting point and assemble the task. Ray must be running.
 
     Args:
-        task: What is learned.
-        cells: As `prepare_cells` gives them for the same task and model.
+        task: `pretrain` or `finetune`.
+        cells: Result of `prepare_cells` for the same task and model.
         run: The MLflow run.
-        model: A given model to start from.
-        checkpoint: Of this run, to resume from.
+        model: Model to start from.
+        checkpoint: Checkpoint of this run to resume from.
 
     Raises:
-        ValueError: The checkpoint knows other labels.
+        ValueError: The checkpoint has different labels.
     """
     vocabulary, start = starting_point(cells, model, checkpoint)
     return TrainingTask(

@@ -1,6 +1,6 @@
-"""What runs on each rank of a training: the network, its engine, this rank's cells, and the loop.
+"""Training on one rank: build the network and engine, read the rank's cells, run the loop.
 
-A rank is a worker of Ray Train, or the calling process itself in Ray Train's local mode.
+A rank is a Ray Train worker or, in Ray Train's local mode, the calling process.
 """
 
 from __future__ import annotations
@@ -41,39 +41,38 @@ from screformer.training_checkpoint import (
 )
 
 REPLAY_BYTES = 512 * 2**20
-"""Validation batches of a rank up to this size are kept in memory, so that each validation after the first
-reads nothing."""
+"""If a rank's validation batches are no larger than this, they stay in memory and are read only once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """How a training ended, and what it took."""
+    """How a training ended, with its speed and memory."""
 
     best_step: int = 0
     cells_per_s: float = 0.0
-    """Median over the log lines."""
+    """Median of the logged values."""
     peak_memory_gb: float = 0.0
     stopped_after: int | None = None
-    """Step of its last checkpoint, where it was asked to stop."""
+    """Step of the last checkpoint if training was asked to stop; else None."""
     not_finite: str = ""
-    """What became NaN or infinite, where it ended for that; its last checkpoint is from before."""
+    """What became NaN or infinite and ended training, or empty; the last checkpoint is older."""
     joinids: tuple[int, ...] = ()
-    """Cells of that step."""
+    """Cells of the step with the NaN or infinity."""
 
 
 def train_loop_per_worker(*, task: TrainingTask, model_dir: str, flag: str) -> dict[str, Any]:
-    """Train on this rank's share of the cells; every rank calls it.
+    """Train on this rank's share of the cells; called on every rank.
 
-    It does not raise what another attempt would only repeat; Ray Train would make it.
+    Errors that would only recur are returned, not raised, because Ray Train would retry the training.
 
     Args:
-        task: What to train.
-        model_dir: Where the only rank leaves its model without any checkpoint, or "" to leave both in
-            checkpoints of Ray Train.
-        flag: Name of the flag that asks to stop.
+        task: The training.
+        model_dir: Where a single rank writes its model, without checkpoints; "" writes model and training
+            state as Ray Train checkpoints.
+        flag: Name of the stop flag.
 
     Returns:
-        The fields of an `Account`: plain values, which Ray Train's controller reads without our code.
+        The fields of an `Account` as plain values, which Ray Train's controller can read without our code.
     """
     try:
         return dataclasses.asdict(_train(task, model_dir, flag))
@@ -86,8 +85,8 @@ def _train(task: TrainingTask, model_dir: str, flag: str) -> Account:
     rank = torch.distributed.get_rank()
     engine = _engine(task)
     resume = None
-    # After a lost worker Ray gives the newest checkpoint of this attempt; a job that was killed as a whole
-    # names one itself.
+    # After losing a worker, Ray returns the newest checkpoint of this attempt. A resumed run has one in its
+    # task.
     checkpoint = ray.train.get_checkpoint() or task.checkpoint
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
@@ -158,37 +157,37 @@ def _train(task: TrainingTask, model_dir: str, flag: str) -> Account:
 
 
 def _hand_over(folder: Path, metrics: dict[str, float]) -> None:
-    """Seal a checkpoint that all ranks wrote their part of, and give it to Ray Train to keep."""
+    """Seal a checkpoint once every rank has written its part, and report it to Ray Train."""
     seal(folder)
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def _restore(folder: Path, engine: Any) -> tuple[Progress, Weights, Weights]:
-    """Put a checkpoint into the engine.
+    """Load a checkpoint into the engine.
 
     Returns:
-        Where the run stood, and on rank 0 its best weights and the average of its weights.
+        The progress of the run and, on rank 0, its best weights and its average weights.
     """
     load_training(folder, engine)
     progress = Progress.from_dict(read_position(folder))
     if torch.distributed.get_rank() != 0:
         return progress, {}, {}
     print(
-        f"resumed after step {progress.global_step} (epoch {progress.epoch}, {progress.cells_consumed} cells"
-        f" into it)",
+        f"resumed after step {progress.global_step} (epoch {progress.epoch}, {progress.cells_consumed} of its"
+        f" cells done)",
         flush=True,
     )
     return progress, read_weights(folder / "model"), read_average(folder)
 
 
 def _prepare_process(task: TrainingTask) -> None:
-    """Threads, log levels, and in local mode a process group of one."""
+    """Set threads and log levels; in local mode, create a process group of one."""
     quiet_data()
     cluster = task.config.cluster
     if not cluster.use_gpu:
         torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     if not torch.distributed.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
         torch.distributed.init_process_group(
             "nccl" if cluster.use_gpu else "gloo",
             store=torch.distributed.HashStore(),
@@ -237,7 +236,7 @@ def _parts(task: TrainingTask) -> Parts:
 
 
 class _Replay:
-    """Batches that are kept after the first pass, where memory allows."""
+    """Batches that stay in memory after the first pass, up to `REPLAY_BYTES`."""
 
     def __init__(self, source: Callable[[], Iterator[Batch]]) -> None:
         self._source = source

@@ -86,7 +86,7 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     assert all_genes.genes.feature_ids == whole.feature_ids
     assert shared.genes.feature_ids == tuple(np.array(whole.feature_ids)[everywhere])
     assert any(
-        f"{(~everywhere).sum()} of {len(everywhere)} genes are left out" in note for note in shared.notes
+        f"{(~everywhere).sum()} of {len(everywhere)} genes are excluded" in note for note in shared.notes
     )
     positions = np.flatnonzero(whole.obs["dataset_id"].isin(names[:2]))
     sizes = whole.obs["dataset_id"].iloc[positions].astype(str).value_counts()

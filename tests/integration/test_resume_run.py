@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_left_out_and_a_second_resume_is_refused(
 def test_a_finished_run_is_left_alone(stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]) -> None:
     before = _client().get_run(finished[0]["run_id"]).info
     again, printed = stopped[0].resume()
-    assert "is finished; there is nothing to resume" in printed and again == finished[0]
+    assert "is already finished; there is nothing to resume" in printed and again == finished[0]
     after = _client().get_run(finished[0]["run_id"]).info
     assert (after.status, after.end_time) == ("FINISHED", before.end_time)
 
@@ -158,7 +158,8 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
     for found in run.objects("result.json"):
         found.delete()
     again, printed = run.resume()
-    assert "training had ended; doing what is left" in printed and "step  10/" not in printed
+    assert "training had already ended; finishing the remaining steps of the run" in printed
+    assert "step  10/" not in printed
     assert again["metrics"] == result["metrics"] and again["model_version"] == 1
     assert client.get_run(result["run_id"]).info.status == "FINISHED"
 

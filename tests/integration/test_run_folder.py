@@ -88,7 +88,7 @@ def test_a_resume_takes_the_newest_whole_checkpoint(run_dir: str, capsys: pytest
         capsys.readouterr()
         assert _step(run_dir) == (2, False)
         printed = capsys.readouterr().out
-        assert f"{newest} is left out: " in printed and reason in printed
+        assert f"{newest} is skipped: " in printed and reason in printed
 
 
 def test_a_run_that_ended_is_known_by_its_checkpoint_or_its_result(run_dir: str) -> None:

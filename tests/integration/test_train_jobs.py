@@ -227,7 +227,7 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
         ValueError, match=r"num_workers=2 x cpus_per_worker=1 \+ .*=0.5 = 2.5 CPUs, but Ray has 2"
     ):
         check_layout(config(num_workers=2), [node(2)])
-    with pytest.raises(ValueError, match="lets only 1 workers fit on the nodes"):
+    with pytest.raises(ValueError, match="cpus_per_worker=2, only 1 workers fit on the nodes"):
         check_layout(config(num_workers=2, cpus_per_worker=2.0), [node(3), node(1), node(1)])
-    with pytest.raises(ValueError, match="need one GPU each, but Ray has 1"):
+    with pytest.raises(ValueError, match="needs one GPU each, but Ray has 1"):
         check_layout(config(num_workers=2, use_gpu=True), [node(8, 1)])
