@@ -1,1 +1,1 @@
-"""Gene attributions of many cells, and checks of whether to believe them."""
+"""Gene attributions of many cells, and checks of their reliability."""

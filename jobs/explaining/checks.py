@@ -1,4 +1,4 @@
-"""The summary of finished explanations: means, top genes, markers, and whether to believe them.
+"""Summarise finished explanations: means, top genes, markers and reliability checks.
 
 Axes: n cells, m pairs of cell and class, g genes, k classes.
 """
@@ -25,8 +25,8 @@ from screformer.markers import markers
 from screformer.predictor import Predictor
 
 ADDITIVITY_BOUND = 0.05
-"""Largest median additivity error, as a share of the distance of output and base, that passes without a loud
-word."""
+"""Median additivity error, as a share of the difference between output and base, above which a warning is
+printed."""
 
 
 TOP_GENES = 20
@@ -43,7 +43,7 @@ def summarise(
     plan: dict[str, Any],
     num_nodes: int,
 ) -> dict[str, Any]:
-    """Mean values, top genes and checks of finished explanations; writes tables and pictures."""
+    """Compute mean values, top genes and checks of finished explanations; write tables and figures."""
     names, num_genes = predictor.label_names.tolist(), len(predictor.vocabulary)
     means = MeasuredMeans(len(names), pd.read_parquet(out / GENES))
     relative: list[np.ndarray] = []
@@ -68,7 +68,7 @@ def summarise(
     candidates = _Candidates.read(predictor, source, np.array(plan["candidates"]))
     more_kg, regression = candidates.expressed_more(len(names)), candidates.regression_top()
     order_kg = np.argsort(-mean_kg, axis=1, kind="stable")
-    # Genes that support a class by being expressed, and genes that do by their absence.
+    # Genes whose expression supports a class, and genes whose absence does.
     top, lacking = (
         {
             code: [gene for gene in order_kg[code].tolist() if side_kg[code, gene]][:TOP_GENES]
@@ -121,12 +121,12 @@ def summarise(
 
 @dataclass(frozen=True, eq=False)
 class _Candidates:
-    """The cells that the explained ones were chosen from."""
+    """The cells from which the explained ones were chosen."""
 
     x_ng: sparse.csr_matrix
     """log1p of counts per 10,000."""
     codes_n: np.ndarray
-    """Their predicted labels."""
+    """Predicted label codes."""
     panels: Panels
 
     @classmethod
@@ -135,9 +135,9 @@ class _Candidates:
         return cls(sparse.csr_matrix(cells.normalised()), predictor.predict(cells).label_codes, cells.panels)
 
     def expressed_more(self, num_classes: int) -> np.ndarray:
-        """Which genes a class expresses more than the other classes do on average.
+        """Which genes each class expresses more than the average of the other classes.
 
-        Of the cells that measured them; bool (k, g).
+        Only cells in which the gene was measured count. Returns bool (k, g).
         """
         num_panels, (num_cells, num_genes) = len(self.panels.measured_pg), self.x_ng.shape
         group_n = self.codes_n * num_panels + self.panels.panels_n
@@ -154,7 +154,7 @@ class _Candidates:
         return mean_kg > others_kg
 
     def dots(self, top: dict[int, list[int]], names: list[str], gene_names: np.ndarray) -> pd.DataFrame:
-        """How the cells of each label express the first top genes of all labels, for a dot plot.
+        """Expression of every label's first top genes in the cells of each label, for a dot plot.
 
         Returns:
             One row per label and gene: `label`, `gene`, `share` of the label's cells that express it, and
@@ -171,16 +171,13 @@ class _Candidates:
         return pd.DataFrame(rows)
 
     def regression_top(self) -> dict[int, set[int]]:
-        """Genes with the largest coefficients of a logistic regression that predicts the model's labels.
-
-        By class.
-        """
+        """By class, the genes with the largest coefficients in a regression on the model's labels."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
 
         if (
             len(np.unique(self.codes_n)) < 3
-        ):  # two classes have one row of coefficients; a comparison of tops needs more
+        ):  # two classes share one row of coefficients, so there are no top genes per class
             return {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -194,7 +191,7 @@ class _Candidates:
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
-    """The summary in words."""
+    """The summary as printable lines."""
     error = summary["additivity_error"]
     lines = [
         f"{summary['cells']} cells against {summary['background']} background cells",
@@ -203,7 +200,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     ]
     if not error["holds"]:
         lines.append(
-            f"WARNING: the median additivity error is above {error['bound']:.0%}: do not trust these values;"
+            f"WARNING: the median additivity error is above {error['bound']:.0%}; do not trust these values,"
             f" raise --nodes or --background"
         )
     curves = summary["curves"]
@@ -219,7 +216,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     ]
     for row in summary["classes"]:
         known = (
-            f"{row['markers_in_model']} of the {row['markers_listed']} listed for it are among the"
+            f"{row['markers_in_model']} of its {row['markers_listed']} listed markers are among the"
             " model's genes"
         )
         found = row["markers"] or f"none; {known}"

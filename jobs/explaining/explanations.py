@@ -1,4 +1,4 @@
-"""Compute gene attributions of a sample of cells in Ray tasks, into Parquet shards.
+"""Compute gene attributions of a sample of cells in Ray tasks and write Parquet shards.
 
 Axes: n cells, m pairs of cell and class, g genes, k classes.
 """
@@ -49,16 +49,17 @@ def explain(
 
     Args:
         predictor: The model.
-        model_dir: Its directory, which Ray tasks load it from.
+        model_dir: The model's directory, from which Ray tasks load it.
         source: The cells.
-        out: Folder for everything; an interrupted run of the same cells and settings resumes in it.
-        num_cells: Cells to explain, evenly over the predicted labels.
-        num_background: Background cells, evenly over the predicted labels, none of them explained.
-        num_nodes: Points of each path.
-        seed: Of the choice of cells.
+        out: Output folder; an interrupted run with the same cells and settings resumes there.
+        num_cells: Number of cells to explain, spread evenly over the predicted labels.
+        num_background: Number of background cells, spread evenly over the predicted labels; none of them is
+            explained.
+        num_nodes: Points on each integration path.
+        seed: Seeds the choice of cells.
 
     Returns:
-        The summary, which is also `summary.json`.
+        The summary, also written to `summary.json`.
 
     Raises:
         ValueError: `out` holds explanations of other cells or settings.
@@ -99,9 +100,10 @@ def _plan(
     num_nodes: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Which cells: background and explained ones, each taken from the predicted labels in turn.
+    """Choose the background and explained cells, taking the predicted labels in turn.
 
-    Both come from at most 2,000 random cells that the model labels first.
+    The model first labels a random sample of at most 2,000 cells (more if more are needed); both sets come
+    from that sample.
     """
     rng = np.random.default_rng(seed)
     most = max(CANDIDATES, num_cells + num_background)
@@ -133,7 +135,7 @@ def _plan(
 
 
 def _in_turn(codes_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order in which the classes come in turn, as long as each lasts."""
+    """A random order that takes one cell of each class in turn until the class is used up."""
     shuffled = rng.permutation(len(codes_n))
     turn = pd.Series(codes_n[shuffled]).groupby(codes_n[shuffled]).cumcount().to_numpy()
     return shuffled[np.lexsort((codes_n[shuffled], turn))]
@@ -144,7 +146,7 @@ def _prepare(out: Path, plan: dict[str, Any], predictor: Predictor, panels: Pane
     text = json.dumps(plan)
     if (out / PLAN).exists() and (out / PLAN).read_text() != text:
         raise ValueError(
-            f"--out {out} holds explanations of other cells, another model or other settings; name another"
+            f"--out {out} holds explanations of other cells, another model or other settings; choose another"
             f" folder"
         )
     (out / PLAN).write_text(text)
@@ -163,7 +165,7 @@ def _run_tasks(
     num_nodes: int,
     out: Path,
 ) -> list[float]:
-    """Explain the cells of each missing shard; returns the peak memory of each in GB."""
+    """Explain the cells of each missing shard; return the peak memory of each task in GB."""
     shards = {
         start: out / SHARDS / f"{start:08d}.parquet" for start in range(0, len(chosen), CELLS_PER_SHARD)
     }
@@ -196,8 +198,8 @@ def _explain_shard(
     explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
     names, known = predictor.label_names.tolist(), source.labels(cells)
     rows: list[dict[str, Any]] = []
-    told = zip(cells, panels, source.names(cells), known, tokens_of(predictor, source, cells), strict=True)
-    for position, panel, name, label, tokens in told:
+    items = zip(cells, panels, source.names(cells), known, tokens_of(predictor, source, cells), strict=True)
+    for position, panel, name, label, tokens in items:
         predicted = int(explainer.logits([tokens])[0].argmax())
         wanted = dict.fromkeys([predicted] + ([names.index(label)] if label in names else []))
         for found in explainer.attribute(tokens, list(wanted)):

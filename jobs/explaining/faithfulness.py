@@ -1,4 +1,4 @@
-"""Whether explanations are faithful to the model: deletion and insertion curves, other hashes and weights."""
+"""Check that explanations are faithful to the model: deletion, insertion, hashes, weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 def curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, Any]:
     """Areas under the deletion and insertion curves.
 
-    A curve is the predicted label's probability over the share of genes taken away (deletion) or put in alone
-    (insertion). Genes go by their value, largest first, and in random order for comparison.
+    A curve gives the predicted label's probability against the share of genes removed (deletion) or the share
+    of genes present (insertion). Genes are taken by value, largest first, and in random order for comparison.
     """
     rng = np.random.default_rng(0)
     every = np.ones(len(predictor.vocabulary), bool)
@@ -62,9 +62,9 @@ def curves(predictor: Predictor, source: CellSource, out: Path) -> dict[str, Any
 
 
 def _some_rows(out: Path) -> pd.DataFrame:
-    """Evenly chosen rows of cells with their predicted class.
+    """Evenly spaced rows that explain a cell's predicted class.
 
-    Of the others only the positions are ever in memory.
+    For the other rows, only the positions are kept in memory.
     """
     positions = []
     for path in sorted((out / SHARDS).glob("*.parquet")):
@@ -82,9 +82,7 @@ def _some_rows(out: Path) -> pd.DataFrame:
 def sanity(
     predictor: Predictor, source: CellSource, out: Path, background: list[CellTokens], num_nodes: int
 ) -> dict[str, float]:
-    """Correlation of a few cells' values with those under another hash seed.
-
-    And with those of a network with random weights.
+    """Correlation of a few cells' values with those from another hash seed and from random weights.
 
     The first should be near 1, the second near 0.
     """

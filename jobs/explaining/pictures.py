@@ -1,4 +1,4 @@
-"""Pictures of explanations, a pair for each label.
+"""Draw figures of explanations: a beeswarm and bars for each label, and a heat map.
 
 Axes: g genes, k classes.
 """
@@ -16,7 +16,7 @@ from jobs.reports.figures import bar_figure, beeswarm_figure, heat_figure
 def draw(
     out: Path, names: list[str], gene_names: np.ndarray, mean_kg: np.ndarray, top: dict[int, list[int]]
 ) -> None:
-    """Beeswarm and bar picture of each class, heat map of classes by top genes."""
+    """Draw a beeswarm and a bar plot of each class, and a heat map of classes by top genes."""
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
     for code, genes in top.items():
@@ -25,7 +25,7 @@ def draw(
             own = table[(table["class"] == names[code]) & (table["predicted"] == names[code])]
             if len(own):
                 rows.append(values_matrix(own, len(gene_names))[:, genes].toarray())
-        # Names that differ in signs alone ("CD14+ CD16-" and "CD14- CD16+") keep apart by the number.
+        # The number separates names that differ only in signs ("CD14+ CD16-" and "CD14- CD16+").
         stem = f"{code + 1:02d}_" + "".join(letter if letter.isalnum() else "_" for letter in names[code])
         bar = bar_figure(gene_names[genes], mean_kg[code, genes], names[code])
         bar.savefig(pictures / f"bar_{stem}.png", dpi=100)

@@ -1,4 +1,4 @@
-"""Explain cells with a registered model, as a run that is tracked."""
+"""Explain cells with a registered model, as a tracked run."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ def explain_run(
     num_nodes: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """Explain a sample of cells, log numbers and files as an MLflow run, and write its report.
+    """Explain a sample of cells, log the results to an MLflow run, and write its report.
 
     Args:
-        model: As `resolve_model` takes it.
+        model: Any model URI that `resolve_model` accepts.
         settings: `atlas`, `query.obs_filter` and `tracking` are used.
-        out: Folder for everything.
-        h5ad: File of the cells; None takes those of the atlas query.
+        out: Output folder.
+        h5ad: File with the cells; None uses the atlas query.
         layer: Layer of the file that holds the counts.
         raw: The counts are in `raw.X`.
-        min_gene_overlap: As `GeneMatch.require`; None takes `MIN_GENE_OVERLAP`.
-        num_cells: As `explain`; so are the others.
-        num_background: Background cells.
-        num_nodes: Points of each path; None takes `NUM_NODES`.
-        seed: Of the choice of cells.
+        min_gene_overlap: As for `GeneMatch.require`; None means `MIN_GENE_OVERLAP`.
+        num_cells: Number of cells to explain.
+        num_background: Number of background cells.
+        num_nodes: Points on each integration path; None means `NUM_NODES`.
+        seed: Seeds the choice of cells.
 
     Returns:
         The summary of `explain`, with `out` and `run` (the run's id).
 
     Raises:
-        ValueError: No such model, cells that cannot be used, or `out` holds explanations of others.
+        ValueError: The model does not exist, the cells cannot be used, or `out` holds other explanations.
     """
     pinned = pinned_model(model, settings.tracking)
     model_dir = resolve_model(pinned, settings.tracking)

@@ -1,4 +1,4 @@
-"""Saved explanations: their shards, and how to read them.
+"""Saved explanations: the shards and functions that read them.
 
 Axes: n cells, m pairs of cell and class, g genes, k classes.
 """
@@ -23,7 +23,7 @@ SHARDS, BACKGROUND, GENES, PLAN = "values", "background.parquet", "genes.parquet
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Explanations:
-    """What a run of this command saved, as `load_explanations` gives it back."""
+    """The saved results of a finished run, as returned by `load_explanations`."""
 
     cells: pd.DataFrame
     """m rows: `cell`, `position`, `class`, `predicted`, `true`, `output`, `base`, `additivity_error`,
@@ -31,13 +31,13 @@ class Explanations:
     values_mg: sparse.csr_matrix
     """Contribution of each gene to the class's logit, float32."""
     genes: pd.DataFrame
-    """g rows: `feature_id`, `feature_name`, and `panel_0`, ...: whether the cells of that `panel` measured
-    the gene."""
+    """g rows: `feature_id`, `feature_name`, and `panel_0`, ...: whether the gene was measured in the cells of
+    that `panel`."""
 
     def mean(self, label: str) -> pd.Series:
         """Mean contribution of each gene to a class, by gene name, largest first.
 
-        Of a gene that is over the cells predicted to be of the class whose dataset measured it.
+        The mean is over cells predicted to be of the class in which the gene was measured.
         """
         rows = ((self.cells["class"] == label) & (self.cells["predicted"] == label)).to_numpy()
         means = MeasuredMeans(1, self.genes)
@@ -51,9 +51,9 @@ class Explanations:
 
 
 class MeasuredMeans:
-    """Mean of each gene's value by class, over the cells whose dataset measured the gene.
+    """Mean of each gene's value by class, over the cells whose data set measured the gene.
 
-    Shards are added one after another.
+    Shards are added one at a time.
     """
 
     def __init__(self, num_classes: int, genes: pd.DataFrame) -> None:
@@ -78,21 +78,21 @@ class MeasuredMeans:
 
     @property
     def cells_k(self) -> np.ndarray:
-        """Cells added by class, int64 (k,)."""
+        """Number of cells added, by class, int64 (k,)."""
         return self._cells_kp.sum(axis=1)
 
 
 def load_explanations(out: str | Path) -> Explanations:
-    """Read the folder that the command wrote.
+    """Read the output folder of a finished run.
 
     Raises:
-        ValueError: There is none, or it is not finished.
+        ValueError: The folder does not exist or the run is not finished.
     """
     out = Path(out)
     if not (out / EXPLAINED).is_file():
         raise ValueError(
-            f"{out} holds no finished explanations; run `python -m jobs.explain ... --out {out}` again, it"
-            f" resumes where it stopped"
+            f"{out} has no finished explanations; run `python -m jobs.explain ... --out {out}` again to"
+            f" resume where it stopped"
         )
     genes = pd.read_parquet(out / GENES)
     frames, rows = [], []
@@ -105,7 +105,7 @@ def load_explanations(out: str | Path) -> Explanations:
 
 
 def tokens_of(predictor: Predictor, source: CellSource, positions: np.ndarray) -> list[CellTokens]:
-    """Tokens of some cells of a source."""
+    """Tokens of the cells at some positions of a source."""
     cells = source.read(positions)
     return cell_tokens(predictor.tokenizer(cells), cells.panels)
 

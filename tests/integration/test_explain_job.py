@@ -108,7 +108,7 @@ def test_explanations_are_saved_checked_and_resumed(
     shards = sorted((out / "values").iterdir())
     assert len(shards) == 2
     (out / "summary.json").unlink()
-    with pytest.raises(ValueError, match="holds no finished explanations"):
+    with pytest.raises(ValueError, match="has no finished explanations"):
         load_explanations(out)
     before, content = shards[0].stat().st_mtime_ns, pd.read_parquet(shards[1])
     shards[1].unlink()
