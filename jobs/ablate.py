@@ -1,9 +1,9 @@
-"""Vary one thing at a time over the same folds, to measure what each part of the model is worth.
+"""Vary one setting at a time over the same folds, to measure what each part of the model is worth.
 
-The reference is the recipe; a variant is the recipe with some settings changed. Baselines are left out
-(`crossval` has them), and variants with the same pre-training share it. A variant that changes the cells,
-their labels or the folds runs on separate folds and is reported without a paired difference. The last line
-on stdout is one JSON object.
+The reference is the recipe; a variant is the recipe with some settings changed. Variants with the same
+pre-training share it. A variant that changes the cells, labels or folds gets separate folds and is reported
+without a paired difference. Baselines are not run (use `crossval`). The last line on stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="groups of variants to run; default: all of the recipe's",
+        help="groups of variants to run (default: all groups in the recipe)",
     )
 
 

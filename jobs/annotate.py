@@ -1,8 +1,8 @@
 """Label the cells of .h5ad files, or of an atlas query, with a registered model.
 
-The output for a file is a copy with new obs columns (X and everything else stay as they are, byte by byte),
-or a folder of Parquet files. The output for an atlas query is a folder of Parquet files, or new obs columns
-of the atlas. Memory does not grow with the number of cells, many cells are labelled in parallel, and an
+For a file, the output is a copy with new obs columns (X and everything else stay byte-identical) or a folder
+of Parquet files. For an atlas query, it is a folder of Parquet files, optionally with new obs columns in the
+atlas. Memory use does not grow with the number of cells, large inputs are labelled in parallel, and an
 interrupted run resumes where it stopped.
 """
 
@@ -23,22 +23,22 @@ def arguments(parser: Parser) -> None:
         "--out",
         required=True,
         type=Path,
-        help="the annotated copy; NAME.parquet for a folder of Parquet files;"
-        " for several files, or with --parquet, a folder for them",
+        help="the labelled copy, or NAME.parquet for a folder of Parquet files;"
+        " for several files, or with --parquet, the folder to write them to",
     )
     parser.add_argument("--parquet", action="store_true", help="write Parquet instead of .h5ad copies")
     parser.add_argument(
         "--write-obs",
         action="store_true",
-        help="also write the labels into obs of the atlas, as screformer_...",
+        help="also write the labels into the atlas's obs, as screformer_...",
     )
     parser.add_argument(
-        "--majority-vote", default="", metavar="COLUMN", help="obs column of clusters; adds majority_label"
+        "--majority-vote", default="", metavar="COLUMN", help="obs column with clusters; adds majority_label"
     )
     parser.add_argument(
         "--drop-absent",
         action="store_true",
-        help="add present_label: the best label among the types estimated to be present in the file",
+        help="add present_label: the best label among the types estimated to be in the file",
     )
     add_gene_overlap(parser)
     parser.add_argument(
@@ -49,25 +49,25 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the .h5ad copies that an interrupted run finished (labels are always kept)",
+        help="skip .h5ad copies that an interrupted run finished (labels are always reused)",
     )
     parser.add_argument("--device", help="for example cpu or cuda:0 (default: a GPU if available)")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Find the outputs, and refuse what would not be written into them."""
+    """Choose the output paths, and refuse options that do not apply to them."""
     only_copies = {"--majority-vote": bool(args.majority_vote), "--drop-absent": args.drop_absent}
     refused = next((option for option, given in only_copies.items() if given), None)
     if args.h5ad is None:
         if refused:
-            raise ValueError(f"{refused} writes into .h5ad copies; drop it or --atlas")
+            raise ValueError(f"{refused} applies to .h5ad copies only; remove it or --atlas")
         target = args.out if args.out.suffix == ".parquet" else args.out.with_name(args.out.name + ".parquet")
         args.targets = [(None, target)]
         return
     if args.write_obs:
-        raise ValueError("--write-obs writes into an atlas; give --atlas instead of --h5ad")
+        raise ValueError("--write-obs writes into an atlas; use --atlas instead of --h5ad")
     if refused and (args.parquet or args.out.suffix == ".parquet"):
-        raise ValueError(f"{refused} writes into .h5ad copies; drop it or --parquet")
+        raise ValueError(f"{refused} applies to .h5ad copies only; remove it or --parquet")
     args.targets = targets(args.h5ad, args.out, parquet=args.parquet)
 
 
@@ -75,7 +75,7 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
     """Pair each input with its output: --out itself for one input, a file in the folder --out for several.
 
     Raises:
-        ValueError: Several inputs and one output file, or two inputs of one name.
+        ValueError: Several inputs but one output file, or two inputs with the same name.
     """
     single = len(sources) == 1
     to_parquet = parquet or out.suffix == ".parquet"
@@ -83,17 +83,17 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
         return [(sources[0], out)]
     if not to_parquet and out.suffix not in ("", ".h5ad") and not out.is_dir():
         raise ValueError(
-            f"--out {out}: labels are written as NAME.h5ad (a copy of the file) or NAME.parquet (a table);"
-            f" for other formats write {out.with_suffix('.parquet')} and convert it with pandas"
+            f"--out {out}: the output is NAME.h5ad (a copy of the file) or NAME.parquet (a table);"
+            f" for other formats, write {out.with_suffix('.parquet')} and convert it with pandas"
         )
     if single and not to_parquet:
         return [(sources[0], out / sources[0].name if out.is_dir() else out)]
     if out.suffix == ".h5ad" or out.is_file():
-        raise ValueError(f"--out {out} is one file, but there are {len(sources)} inputs; name a folder")
+        raise ValueError(f"--out {out} is a file, but there are {len(sources)} inputs; give a folder")
     names = [f"{source.stem}.parquet" if to_parquet else source.name for source in sources]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
-        raise ValueError(f"two inputs would both go to {out / repeated}; annotate them one by one")
+        raise ValueError(f"two inputs would both be written to {out / repeated}; label them separately")
     return [(source, out / name) for source, name in zip(sources, names, strict=True)]
 
 

@@ -1,9 +1,7 @@
-"""The command line that all commands share; one file, because it is their whole grammar.
+"""The command-line grammar shared by all commands; one file because all of it is needed together.
 
-Arguments, settings, messages and exit statuses are here.
-
-Nothing heavy is imported before the arguments and settings are checked, so typing errors are
-reported at once.
+It covers arguments, settings, messages and exit statuses. Heavy modules are imported only after arguments and
+settings have been checked, so typos are reported at once.
 
 Exit statuses, the same for every command:
 
@@ -40,23 +38,23 @@ RECIPES = Path(__file__).parent / "recipes"
 
 _OURS = ("jobs", "data_ingest", "cluster", "screformer")
 _TRY_AGAIN = (ConnectionError, TimeoutError, RuntimeError)
-"""Not the user's fault: the same command may succeed later. The first two are kinds of OSError."""
+"""Not the user's fault: the same command may succeed later. The first two are subclasses of OSError."""
 _THE_USERS = (ValueError, OSError)
 
 Result = dict[str, Any] | str | None
-"""What a command prints last: one JSON object, some words, or nothing."""
+"""What a command prints last: one JSON object, text, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """One command: its arguments, the settings they change, and what it does.
 
-    Called with the words of a command line, it parses and checks them, works, prints the result and returns
-    the exit status.
+    Calling it with the words of a command line parses and checks them, does the work, prints the result and
+    returns the exit status.
     """
 
     name: str
-    """What follows `screformer` or `python -m jobs.`, with a blank instead of a further dot."""
+    """What follows `screformer` or `python -m jobs.`, with a space in place of any further dot."""
     doc: str | None
     """Docstring of the module; the text of `--help`."""
     arguments: Callable[[Parser], None]
@@ -64,11 +62,11 @@ class Command:
     work: Callable[[argparse.Namespace], Result]
     """Imports what it needs and runs the command."""
     extra: str = "all"
-    """Extra of the package that installs what it needs."""
+    """The extra of the package that installs what the command needs."""
     check: Callable[[argparse.Namespace], None] = lambda args: None
-    """Raises ValueError for arguments that do not go together."""
+    """Raises ValueError for arguments that cannot be combined."""
     recipe: str | None = None
-    """Recipe to start from; empty starts from the defaults. None: the command takes neither `--config` nor
+    """Recipe to start from; empty means the defaults. None: the command accepts neither `--config` nor
     `section.field=value`."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int:
@@ -80,7 +78,7 @@ class Command:
             with _messages(verbose=verbose, quiet=args.quiet):
                 result = self.work(args)
         except KeyboardInterrupt as stop:
-            hints = getattr(stop, "__notes__", None) or ["the same command starts it again"]
+            hints = getattr(stop, "__notes__", None) or ["run the same command to start again"]
             return self._refuse("; ".join(["interrupted", *hints]), INTERRUPTED)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
@@ -91,7 +89,7 @@ class Command:
         except (*_THE_USERS, RuntimeError) as error:
             if verbose:
                 traceback.print_exc()
-            # Ray wraps the error of a task in one whose text is a traceback.
+            # Ray wraps a task's error in one whose text is a traceback.
             cause = getattr(error, "cause", None) or error
             return self._refuse(str(cause), FAILED if isinstance(error, _TRY_AGAIN) else USER)
         if result is not None:
@@ -99,17 +97,17 @@ class Command:
         return DONE
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parse and check the words of a command line, without any work.
+        """Parse and check the words of a command line, without doing any work.
 
         Args:
-            argv: The words behind the command's name; None takes those of this process.
+            argv: The words after the command's name; None means those of this process.
 
         Returns:
-            The arguments; `settings` is the settings tree with all that the words change, `overrides` those
-            of the form `section.field=value`.
+            The arguments. `settings` is the settings tree with every change applied; `overrides` are the
+            words of the form `section.field=value`.
 
         Raises:
-            ValueError: A word, a setting or a combination that the command does not take.
+            ValueError: A word, setting or combination that the command does not accept.
             SystemExit: With `--help`.
         """
         words = list(sys.argv[1:] if argv is None else argv)
@@ -151,7 +149,7 @@ class Command:
         )
         self.arguments(parser)
         if self.recipe is not None:
-            default = f"default {self.recipe}" if self.recipe else "default: every setting's own default"
+            default = f"default {self.recipe}" if self.recipe else "default: the default of every setting"
             parser.add_argument(
                 "--config", metavar="RECIPE", help=f"YAML file, or one of {', '.join(recipes())} ({default})"
             )
@@ -159,13 +157,13 @@ class Command:
                 "words",
                 nargs="*",
                 metavar="section.field=value",
-                help="settings, e.g. atlas.uri=./atlas model.n_hashes=8; `screformer settings` lists them",
+                help="settings, for example model.n_hashes=8; `screformer settings` lists them",
             )
         amount = parser.add_mutually_exclusive_group()
         amount.add_argument(
-            "-v", "--verbose", action="store_true", help="more messages, errors with traceback"
+            "-v", "--verbose", action="store_true", help="show more messages, and errors with a traceback"
         )
-        amount.add_argument("-q", "--quiet", action="store_true", help="print the result and warnings only")
+        amount.add_argument("-q", "--quiet", action="store_true", help="print only the result and warnings")
         return parser
 
     def _refuse(self, message: str, status: int) -> int:
@@ -174,20 +172,20 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, whose errors are reported as all others are."""
+    """argparse's parser, with errors reported like all others."""
 
     @property
     def option_strings(self) -> list[str]:
-        """All options that it knows."""
+        """All options of the parser."""
         return list(self._option_string_actions)
 
     def error(self, message: str) -> Any:
-        """Raise the error instead of ending the process."""
+        """Raise ValueError instead of ending the process."""
         raise ValueError(f"{message} (`{self.prog} --help` lists the arguments)")
 
 
 class Pairs(argparse.Action):
-    """Read `NAME=VALUE` words into a dict; the option may be repeated."""
+    """Parse `NAME=VALUE` words into a dict; the option may be repeated."""
 
     def __call__(
         self,
@@ -196,19 +194,21 @@ class Pairs(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Add the pairs to those that are there."""
+        """Add the pairs to those already given."""
         pairs = dict(getattr(namespace, self.dest) or {})
         for text in values:
             name, equals, value = text.partition("=")
             if not (equals and name and value):
                 raise argparse.ArgumentError(self, f"{text!r} must read {self.metavar}")
             if pairs.setdefault(name, value) != value:
-                raise argparse.ArgumentError(self, f"{name!r} is {pairs[name]!r} and {value!r}; give it once")
+                raise argparse.ArgumentError(
+                    self, f"{name!r} is both {pairs[name]!r} and {value!r}; give it once"
+                )
         setattr(namespace, self.dest, pairs)
 
 
 def add_model(parser: Parser) -> None:
-    """`--model`, as `jobs.tracking.models.resolve_model` reads it, and where models are kept."""
+    """`--model`, in the forms that `jobs.tracking.models.resolve_model` accepts, and `--tracking-uri`."""
     parser.add_argument(
         "--model",
         default=DEFAULT,
@@ -224,17 +224,17 @@ def add_tracking(parser: Parser) -> None:
         "--tracking-uri",
         dest="tracking.uri",
         metavar="URI",
-        help="where runs and models are kept (default MLFLOW_TRACKING_URI, else ./mlflow.db)",
+        help="where runs and models are stored (default: MLFLOW_TRACKING_URI, else ./mlflow.db)",
     )
 
 
 def add_cells(parser: Parser, *, many: bool) -> None:
-    """Which cells: those of .h5ad files (one file unless `many`) or of an atlas query."""
+    """The choice of cells: .h5ad files (one file unless `many`) or an atlas query."""
     where = parser.add_mutually_exclusive_group(required=True)
     if many:
-        where.add_argument("--h5ad", nargs="+", type=Path, metavar="FILE", help=".h5ad files of raw counts")
+        where.add_argument("--h5ad", nargs="+", type=Path, metavar="FILE", help=".h5ad files with raw counts")
     else:
-        where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file of raw counts")
+        where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file with raw counts")
     where.add_argument(
         "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
     )
@@ -266,89 +266,89 @@ def add_tiledb(parser: Parser) -> None:
 
 
 def add_counts(parser: Parser) -> None:
-    """`--layer` and `--use`: where the counts of an .h5ad file are."""
+    """`--layer` and `--use`: where to find the counts in an .h5ad file."""
     counts = parser.add_mutually_exclusive_group()
-    counts.add_argument("--layer", metavar="NAME", help="take the counts of .h5ad files from this layer")
+    counts.add_argument("--layer", metavar="NAME", help="read the counts of .h5ad files from this layer")
     counts.add_argument(
-        "--use", choices=("X", "raw"), default="X", help="take them from X (default) or from raw.X"
+        "--use", choices=("X", "raw"), default="X", help="read the counts from X (default) or raw.X"
     )
 
 
 def add_gene_overlap(parser: Parser) -> None:
-    """`--min-gene-overlap`; None takes `MIN_GENE_OVERLAP`, whose module is too heavy to load here."""
+    """`--min-gene-overlap`; None means `MIN_GENE_OVERLAP`, whose module is too heavy to load here."""
     parser.add_argument(
         "--min-gene-overlap",
         type=float,
         metavar="SHARE",
-        help="least share of the model's expected expression that a file's genes must carry (default 0.1)",
+        help="smallest share of the model's expected expression that a file's genes must cover (default 0.1)",
     )
 
 
 def add_training(parser: Parser) -> None:
-    """What the trainings share: which cells, `--dry-run` and `--resume`."""
+    """Arguments of the training commands: the cells, `--dry-run` and `--resume`."""
     add_filter(parser)
     parser.add_argument(
         "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print settings, cells, steps and memory, and stop"
+        "--dry-run", action="store_true", help="print settings, cells, steps and memory, then stop"
     )
     parser.add_argument(
         "--resume",
         metavar="RUN_DIR",
-        help="continue an interrupted run, with its settings; of those given now only"
-        " `section.field=value` counts",
+        help="resume an interrupted run with its own settings; only section.field=value"
+        " given now can change them",
     )
 
 
 def add_study(parser: Parser) -> None:
-    """What cross-validation and ablation share: `--folds`, `--dry-run` and `--resume`."""
+    """Arguments of cross-validation and ablation: `--folds`, `--dry-run` and `--resume`."""
     parser.add_argument(
         "--folds",
         metavar="RUN",
         help="use the folds of an earlier study: its folder, folds.parquet or MLflow run id",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print settings, folds, notes and how long it takes, and stop"
+        "--dry-run", action="store_true", help="print settings, folds, notes and the time needed, then stop"
     )
     parser.add_argument(
-        "--resume", metavar="RUN_DIR", help="continue an interrupted study; finished folds are not run again"
+        "--resume", metavar="RUN_DIR", help="resume an interrupted study; finished folds are not run again"
     )
 
 
 def check_study(args: argparse.Namespace) -> None:
-    """Refuse settings next to `--resume`, which continues a study as it began, and what `--folds` fixes.
+    """Refuse settings given with `--resume`, and settings that `--folds` already fixes.
 
     Raises:
-        ValueError: There are some.
+        ValueError: Such a setting is given.
     """
     given = {text.partition("=")[0] for text in args.overrides}
     given |= {name for name, value in vars(args).items() if "." in name and value is not None}
     if args.resume and (given or args.config or args.folds or args.dry_run):
-        raise ValueError("--resume continues a study with the settings it began with; give nothing else")
+        raise ValueError("--resume uses the settings the study was started with; give nothing else")
     fixed = sorted(given & {"crossval.group_by", "crossval.num_folds"})
     if args.folds and fixed:
         raise ValueError(f"{fixed[0]} has no effect with --folds {args.folds}, which fixes it; remove one")
 
 
 def add_device(parser: Parser, *, rounds: int) -> None:
-    """What the benchmarks of the network share: rounds, threads, device, dtype and its peak speed."""
+    """Arguments of the network benchmarks: rounds, threads, device, dtype and peak speed."""
     parser.add_argument(
-        "--rounds", type=count, default=rounds, help="timed rounds after one to warm up (default %(default)s)"
+        "--rounds", type=count, default=rounds, help="timed rounds after a warm-up (default %(default)s)"
     )
-    parser.add_argument("--threads", type=count, help="threads on a CPU (default: as many as PyTorch takes)")
+    parser.add_argument("--threads", type=count, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--device", default="cpu", help="for example cuda (default %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument(
         "--peak-tflops",
         type=float,
         metavar="X",
-        help="what the device can do, for the utilisation; known by name for some GPUs",
+        help="peak speed of the device, for the utilisation; built in for some GPUs",
     )
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1, as the type of an argument."""
+    """Argument type: a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} must be at least 1")
@@ -356,15 +356,15 @@ def count(text: str) -> int:
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that are installed with screformer."""
+    """Names of the recipes installed with screformer."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_path(name: str | Path) -> Path:
-    """The file of a recipe: an installed one by its name, or any other by its path.
+    """The file of a recipe, given the name of an installed one or any path.
 
     Raises:
-        ValueError: There is neither.
+        ValueError: There is no such recipe or file.
     """
     path = Path(name)
     if path.is_file():
@@ -372,14 +372,14 @@ def recipe_path(name: str | Path) -> Path:
     if path.name == str(name) and path.suffix == "" and (RECIPES / f"{name}.yaml").is_file():
         return RECIPES / f"{name}.yaml"
     near = difflib.get_close_matches(path.stem, recipes(), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"recipes by name are {', '.join(recipes())}"
+    hint = f"did you mean {near[0]}?" if near else f"installed recipes are {', '.join(recipes())}"
     raise ValueError(f"--config {name}: no such file or recipe; {hint}")
 
 
 def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Take the settings (`section.field=value`) out of the words of a command line, wherever they are.
+    """Separate the settings (`section.field=value`) from the other words of a command line.
 
-    An option that takes several values would swallow those behind it: `--test-donors d1 d2 train.seed=1`.
+    argparse would give them to an option that takes several values: `--test-donors d1 d2 train.seed=1`.
 
     Returns:
         The other words, and the settings.
@@ -393,7 +393,7 @@ def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def program(name: str) -> str:
-    """How the command was called: `screformer NAME` or `python -m jobs.NAME`."""
+    """The command as it was called: `screformer NAME` or `python -m jobs.NAME`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec else ""
     as_module = bool(name) and module == f"jobs.{name.split()[0]}"
@@ -402,7 +402,7 @@ def program(name: str) -> str:
 
 @contextlib.contextmanager
 def _messages(*, verbose: bool, quiet: bool) -> Iterator[None]:
-    """Log warnings, or more; when quiet, drop progress from both outputs."""
+    """Log warnings, or more if verbose; if quiet, suppress progress on stdout and stderr."""
     style = "%(asctime)s %(levelname)s %(name)s: %(message)s" if verbose else "%(levelname)s: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=style)
     for name in _OURS:

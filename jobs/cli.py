@@ -1,7 +1,7 @@
-"""The `screformer` command: one name for all commands.
+"""The `screformer` command, which runs all others by name.
 
-`screformer NAME ...` is `python -m jobs.NAME ...`, which is also what follows `ray job submit
---working-dir . --`.
+`screformer NAME ...` is the same as `python -m jobs.NAME ...`; use the latter after
+`ray job submit --working-dir . --`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from screformer import __version__
 
 COMMANDS = {
     "quickstart": "Run the whole chain in one command: ingest, train, test, register, annotate, report.",
-    "ingest": "Make an atlas from .h5ad files, or add files to one.",
-    "query": "Count the cells of a query, and save it for other commands.",
+    "ingest": "Build an atlas from .h5ad files, or add files to one.",
+    "query": "Count the cells of a query, and save the query for other commands.",
     "pretrain": "Pre-train a network on unlabelled cells.",
     "finetune": "Train a cell-type classifier, test it on held-out groups and register it.",
-    "crossval": "Cross-validate next to baselines on the same folds, or search for settings.",
-    "ablate": "Vary one thing at a time over the same folds.",
+    "crossval": "Cross-validate the model and baselines on the same folds, or search for settings.",
+    "ablate": "Vary one setting at a time over the same folds.",
     "annotate": "Label the cells of .h5ad files or of an atlas query.",
     "explain": "Show which genes drive each label.",
-    "promote": "Make the candidate the champion if it is better.",
-    "report": "Make the report of a run.",
-    "train_bundled": "Train the model of blood cells that comes with screformer.",
+    "promote": "Promote the candidate to champion if it is better.",
+    "report": "Write the report of a run.",
+    "train_bundled": "Train the blood-cell model that comes with screformer.",
     "sync": "Send what an unreachable tracking server missed.",
-    "settings": "List the settings with their values and meanings, and the recipes.",
-    "benchmark": "Measure attention, training steps or the stream next to their peers.",
+    "settings": "List the settings with their values and meanings, or the recipes.",
+    "benchmark": "Compare our attention, training step, stream or labelling with peers.",
 }
 
 
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def dispatch(group: str, table: Mapping[str, str], words: Sequence[str]) -> int:
-    """Run the command that the first word names, or print the names.
+    """Run the command named by the first word, or print the names.
 
     Args:
-        group: What the names belong to: nothing, or `benchmark`.
-        table: Names, and a line on each.
+        group: The command group: empty, or `benchmark`.
+        table: Names, each with a one-line description.
         words: The name and its arguments.
 
     Returns:

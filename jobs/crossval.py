@@ -1,8 +1,8 @@
-"""Cross-validate scReformer-BERT next to its baselines on the same folds, or search for its settings.
+"""Cross-validate scReformer-BERT and its baselines on the same folds, or search for settings.
 
-One parent run in MLflow holds the folds (`folds.parquet`) and the report; each fold of each configuration is
-a child run. A test fold is used only at the end: validation cells from the other folds choose the step and
-the settings of the baselines. The last line on stdout is one JSON object.
+A parent run in MLflow has the folds (`folds.parquet`) and the report; each fold of each configuration is a
+child run. A test fold is used only at the end: validation cells from the other folds choose the step and the
+baselines' settings. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def arguments(parser: Parser) -> None:
         "--group-by",
         dest="crossval.group_by",
         metavar="COLUMN",
-        help="same as crossval.group_by=...: what a fold keeps together, such as donor_id, dataset_id, study",
+        help="same as crossval.group_by=...: cells to keep together, e.g. donor_id, dataset_id, study",
     )
 
 

@@ -1,8 +1,8 @@
 """Show which genes drive each label, for cells of an .h5ad file or of an atlas query.
 
-For a stratified sample of cells, expected gradients of the logits of the predicted and the true label are
-computed in parallel and written to Parquet shards; an interrupted run resumes with the missing shards. Then
-come checks of their reliability: additivity, deletion and insertion curves against random genes,
+For a stratified sample of cells, computes expected gradients of the logits of the predicted and the true
+label, in parallel, and writes them to Parquet shards; an interrupted run resumes with the missing shards.
+Then checks whether they can be trusted: additivity, deletion and insertion curves against random genes, known
 markers, a logistic regression's coefficients, other hash seeds, random weights. The last line on stdout is
 one JSON object.
 """
@@ -27,13 +27,13 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--background", type=count, default=8, metavar="N", help="background cells (default %(default)s)"
     )
-    parser.add_argument("--nodes", type=count, metavar="N", help="points of each path; more are more exact")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of cells (default %(default)s)")
+    parser.add_argument("--nodes", type=count, metavar="N", help="points per path; more are more exact")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing cells (default %(default)s)")
     add_gene_overlap(parser)
 
 
 def work(args: argparse.Namespace) -> Result:
-    """Explain the cells, and log it as a run."""
+    """Explain the cells and log the result as a run."""
     from jobs.explaining.checks import summary_lines
     from jobs.explaining.run import explain_run
 

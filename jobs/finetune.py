@@ -1,6 +1,6 @@
 """Train a cell-type classifier, test it on held-out groups and register it.
 
-It starts from a pre-trained network (`--from`) or from scratch. The last line on stdout is one JSON object.
+Starts from a pre-trained network (`--from`) or from scratch. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def arguments(parser: Parser) -> None:
         "--from",
         dest="init_from",
         metavar="MODEL",
-        help="start from a run id, runs:/ID, models:/NAME@ALIAS, a model directory or bundled:blood",
+        help="starting point: a run id, runs:/ID, models:/NAME@ALIAS, a model directory or bundled:blood",
     )
     add_training(parser)
 

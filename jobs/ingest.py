@@ -1,6 +1,7 @@
-"""Make an atlas from .h5ad files, or add files to one.
+"""Build an atlas from .h5ad files, or add files to one.
 
-`screformer ingest --h5ad FILE... --atlas URI`. An interrupted ingest is completed by the same command.
+`screformer ingest --h5ad FILE... --atlas URI`. To complete an interrupted ingest, run the
+same command again.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ def arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help=".h5ad files; cells that the atlas already has are left as they are",
+        help=".h5ad files; cells already in the atlas are left unchanged",
     )
     parser.add_argument(
         "--atlas",
         dest="atlas.uri",
         required=True,
         metavar="URI",
-        help="a path or s3://bucket/prefix; made if there is none",
+        help="a path or s3://bucket/prefix; created if missing",
     )
     parser.add_argument(
         "--labels",
@@ -44,7 +45,7 @@ def arguments(parser: Parser) -> None:
         action=Pairs,
         default={},
         metavar="NAME=COLUMN",
-        help="obs columns under other names: donor_id=patient",
+        help="names of obs columns in the files, for example donor_id=patient",
     )
     parser.add_argument(
         "--set",
@@ -52,13 +53,13 @@ def arguments(parser: Parser) -> None:
         action=Pairs,
         default={},
         metavar="NAME=VALUE",
-        help="values for files that lack a column: tissue_general=blood",
+        help="values for columns that files lack, for example tissue_general=blood",
     )
     add_counts(parser)
     parser.add_argument(
         "--feature-id-column",
         metavar="COLUMN",
-        help="var column of Ensembl gene ids; found by its usual names by default",
+        help="var column of Ensembl gene ids (default: found by its usual names)",
     )
     parser.add_argument(
         "--symbol-table",
@@ -70,7 +71,7 @@ def arguments(parser: Parser) -> None:
         "--duplicate-genes",
         choices=("error", "sum", "drop"),
         default="error",
-        help="several genes of one id in a file: refuse, add up, leave out",
+        help="if several columns of a file have the same gene id: refuse the file, add them up, or drop them",
     )
     parser.add_argument(
         "--major-types",
@@ -80,20 +81,20 @@ def arguments(parser: Parser) -> None:
     )
     add_tiledb(parser)
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, write nothing"
+        "--dry-run", action="store_true", help="check everything and print the plan, but write nothing"
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read all counts of the atlas and compare each cell's sum with obs, after the ingest or, without"
-        " --h5ad, alone",
+        help="read all counts of the atlas and compare each cell's sum with obs, after the ingest;"
+        " without --h5ad, only verify",
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse a command that does nothing."""
+    """Refuse a command that would do nothing."""
     if not args.h5ad and not args.verify:
-        raise ValueError("--h5ad is missing; name at least one .h5ad file, or add --verify")
+        raise ValueError("--h5ad is missing; give at least one .h5ad file, or add --verify")
 
 
 def work(args: argparse.Namespace) -> Result:
@@ -121,12 +122,12 @@ def work(args: argparse.Namespace) -> Result:
     lines = [summary(ingest(args.h5ad, uri, options))] if args.h5ad else []
     if args.verify:
         num_cells = verify_atlas(uri, options.tiledb_config)
-        lines.append(f"{uri}: the counts of all {num_cells} cells are as ingested")
+        lines.append(f"{uri}: the counts of all {num_cells} cells match obs")
     return "\n".join(lines)
 
 
 def summary(report: IngestReport) -> str:
-    """The report in words, file by file, the totals last."""
+    """The report as text, file by file, with the totals at the end."""
     would = "would " if report.dry_run else ""
     lines = [line for file in report.files for line in file.lines()]
     if report.rolled_back:

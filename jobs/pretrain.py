@@ -1,4 +1,4 @@
-"""Pre-train a network on unlabelled cells: it learns to predict the expression of genes that are hidden.
+"""Pre-train a network on unlabelled cells, by predicting the expression of hidden genes.
 
 The last line on stdout is one JSON object.
 """

@@ -1,16 +1,16 @@
-"""Make the candidate the champion if it is better on cells that neither model was trained on.
+"""Promote the candidate to champion if it is better on cells that neither model was trained on.
 
-Two models that carry the scores of a cross-validation on the same folds (`crossval.register=true`) are
-compared by these: the mean difference of macro-F1 over the folds, with its interval by Student's t. Otherwise
-the cells are those that the candidate's training held out, except those of groups (usually donors) that the
-champion was trained on. Both models label each cell, and the difference of their balanced accuracies is taken
-with its interval, from bootstrap samples of the cells within each type.
+If both models have cross-validation scores on the same folds (`crossval.register=true`), these are compared:
+the mean difference of macro-F1 over the folds, with its interval by Student's t. Otherwise both models label
+the cells held out by the candidate's training, except those of groups (usually donors) that the champion was
+trained on. Their balanced accuracies are compared, with an interval from bootstrap samples of the cells
+within each type.
 
-If there is no champion yet, the candidate must be better than giving every cell the most frequent label;
-`--force` promotes it anyway.
+If there is no champion yet, the candidate must be better than giving every cell the most frequent label.
+`--force` promotes it in any case.
 
-A comparison that keeps the champion is a success, with exit status 0: `promoted` in the JSON object on the
-last line of stdout says which it was.
+The exit status is 0 whether or not the candidate is promoted; `promoted` in the JSON object on the last line
+of stdout says which.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def arguments(parser: Parser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="how far above 0 the whole interval must be (default %(default)s)",
+        help="the whole interval of the difference must be above this (default %(default)s)",
     )
     parser.add_argument(
-        "--force", action="store_true", help="promote anyway; the version records that it was forced"
+        "--force", action="store_true", help="promote in any case; the version records that it was forced"
     )
 
 
@@ -45,7 +45,7 @@ def work(args: argparse.Namespace) -> Result:
     found = promote(name, args.settings.tracking, margin=args.margin, force=args.force)
     if found["promoted"]:
         forced = " (forced)" if args.force else ""
-        print(f"{name}: version {found['candidate']} is the champion now{forced}: {found['reason']}")
+        print(f"{name}: version {found['candidate']} is now the champion{forced}: {found['reason']}")
     else:
         before = found["champion_before"]
         kept = f"version {before} stays the champion" if before else "there is still no champion"

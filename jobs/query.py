@@ -1,6 +1,6 @@
-"""Count the cells of a query, and save it for other commands.
+"""Count the cells of a query, and save the query for other commands.
 
-An atlas and filters, or a saved query: `screformer query --atlas A --obs-filter "..." --out blood.json`.
+Give an atlas and filters, or a saved query: `screformer query --atlas A --obs-filter "..." --out blood.json`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def arguments(parser: Parser) -> None:
 
 
 def work(args: argparse.Namespace) -> Result:
-    """Run the query, print what it found, save it."""
+    """Run the query, print what it found, and save it."""
     from data_ingest.query import find_cells, resolve_query
     from data_ingest.query_counts import REPORTED
     from data_ingest.query_summary import report, seconds_to_read

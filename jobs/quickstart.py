@@ -1,7 +1,7 @@
 """Run the whole chain in one command: ingest, train, test, register, annotate, report.
 
-Without --h5ad it simulates its datasets first. The result is shown next to a logistic regression on the same
-cells, and everything is kept in one folder. The last line on stdout is one JSON object.
+Without --h5ad, it first simulates datasets. The result is compared with a logistic regression on the same
+cells, and everything is written to one folder. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def arguments(parser: Parser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="your .h5ad files of raw counts; default: simulated",
+        help="your .h5ad files with raw counts (default: simulated ones)",
     )
     parser.add_argument(
         "--labels",
@@ -34,27 +34,27 @@ def arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="DONOR",
-        help="donors to hold out; default: a fifth of the cells",
+        help="donors to hold out (default: a fifth of the cells)",
     )
     parser.add_argument(
         "--annotate",
         type=Path,
         metavar="FILE",
-        help=".h5ad to label at the end; default: held-out cells of one dataset",
+        help=".h5ad file to label at the end (default: held-out cells of one dataset)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("quickstart"),
         metavar="FOLDER",
-        help="folder for everything that is made (default ./quickstart)",
+        help="output folder (default ./quickstart)",
     )
     parser.add_argument(
         "--pretrain-steps",
         type=int,
         default=100,
         metavar="N",
-        help="steps of pre-training; 0 leaves it out (default %(default)s)",
+        help="pre-training steps; 0 skips pre-training (default %(default)s)",
     )
     parser.add_argument(
         "--cells", type=int, default=2400, metavar="N", help="cells to simulate (default %(default)s)"
@@ -62,7 +62,7 @@ def arguments(parser: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse files that are not there, and send everything that is made into the folder."""
+    """Refuse missing files, and direct all output to the folder."""
     for path in (*args.h5ad, args.annotate, args.labels):
         if path is not None and not path.is_file():
             raise ValueError(f"{path}: no such file")

@@ -1,4 +1,4 @@
-"""Make the report of a run: one HTML file with everything in it, which any browser opens.
+"""Write the report of a run as one self-contained HTML file.
 
 The last line on stdout is one JSON object.
 """
@@ -19,25 +19,25 @@ def arguments(parser: Parser) -> None:
         required=True,
         nargs="+",
         metavar="RUN",
-        help="run id or runs:/ID; the artifacts of further runs (explain) are added",
+        help="run id or runs:/ID; explanations and tables of further runs are added",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help=".html file (default report-RUN.html, RUN is eight characters)",
+        help=".html file (default report-RUN.html, with the first eight characters of the run id)",
     )
     add_tracking(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse other formats."""
+    """Refuse formats other than HTML."""
     if args.out is not None and args.out.suffix != ".html":
         raise ValueError(f"--out {args.out} must end in .html")
 
 
 def work(args: argparse.Namespace) -> Result:
-    """Write the report, and keep it with the run."""
+    """Write the report, and log it to the run."""
     from jobs.reports.run_report import write_report
     from jobs.tracking.logged import logged_run
 

@@ -1,9 +1,9 @@
-"""List the settings with their values and meanings, and the recipes.
+"""List the settings with their values and meanings, or the recipes.
 
-screformer settings                     # every setting in one line
+screformer settings                     # every setting, one per line
 screformer settings model train.lr      # a section or a setting in full
 screformer settings --config blood      # what a recipe changes
-screformer settings --recipes           # the recipes that --config knows by name
+screformer settings --recipes           # the recipes that --config accepts by name
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def arguments(parser: Parser) -> None:
         "names", nargs="*", metavar="NAME", help="sections or settings, for example model train.lr"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--config", metavar="RECIPE", help="only what this recipe changes, and how")
+    what.add_argument("--config", metavar="RECIPE", help="show only what this recipe changes")
     what.add_argument("--recipes", action="store_true", help="list the recipes instead")
 
 
 def check(args: argparse.Namespace) -> None:
-    """Read the recipe, and find the names."""
+    """Read the recipe and look up the names."""
     if args.config:
         args.settings = ExperimentConfig.from_file(recipe_path(args.config))
     sections = described()
@@ -59,7 +59,7 @@ def work(args: argparse.Namespace) -> Result:
             for setting in args.listed
             if setting.name in changed
         ]
-        return "\n".join(rows) or f"{args.config} changes nothing of it"
+        return "\n".join(rows) or f"{args.config} changes none of these settings"
     if args.chosen:
         return "\n\n".join(_in_full(setting, width) for setting in args.chosen)
     return "\n".join(_in_brief(setting, width) for setting in args.listed)
@@ -82,7 +82,7 @@ def _in_full(setting: Setting, width: int) -> str:
 
 
 def _first_line(recipe: str) -> str:
-    """What a recipe is for: the comment at its top, up to the first full stop or colon."""
+    """What a recipe is for: its first comment, up to the first full stop or colon."""
     comment = ""
     for line in recipe_path(recipe).read_text().splitlines():
         if not line.startswith("#"):

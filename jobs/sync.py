@@ -1,6 +1,7 @@
-"""Send what a run could not log while its tracking server did not answer, its model included.
+"""Send what a run could not log while its tracking server was unreachable, including its model.
 
-The last line on stdout is one JSON object. The command fails (status 1) while something is left to send.
+The last line on stdout is one JSON object. The exit status is 1 if anything could not
+be sent.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ def arguments(parser: Parser) -> None:
         "--run-dir",
         required=True,
         metavar="RUN_DIR",
-        help="folder or URI that the run printed when it started",
+        help="folder or URI printed when the run started",
     )
 
 
 def work(args: argparse.Namespace) -> Result:
-    """Send everything that is kept."""
+    """Send everything that was kept."""
     from jobs.reports.artifacts import log_curves
     from jobs.tracking.runs import TrackedRun
     from jobs.training.run_folder import read_run
@@ -35,8 +36,8 @@ def work(args: argparse.Namespace) -> Result:
         log_curves(run)
     if left:
         raise ConnectionError(
-            f"{left} entries of run {run.run_id} are left in {run.outbox}; {run.tracking_uri} does not"
-            f" accept them yet; try again later"
+            f"{left} entries of run {run.run_id} are still in {run.outbox}; {run.tracking_uri} did not"
+            f" accept them; try again later"
         )
     return {"run_id": run.run_id, "sent": sent}
 

@@ -1,7 +1,7 @@
-"""Train the model of blood cells that comes with screformer, from the public labelled sets.
+"""Train the blood-cell model that comes with screformer, from public labelled data sets.
 
-`screformer train_bundled --data FOLDER --work SCRATCH` makes an atlas of the sets, trains by the recipe
-`blood`, and writes `screformer/pretrained/blood/` with its model card. The data are not copied.
+`screformer train_bundled --data FOLDER --work SCRATCH` builds an atlas from the data sets, trains with the
+recipe `blood`, and writes `screformer/pretrained/blood/` with its model card. The data are not copied.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def arguments(parser: Parser) -> None:
         help="folder with the .h5ad files and label_map.tsv",
     )
     parser.add_argument(
-        "--work", required=True, type=Path, metavar="FOLDER", help="where atlas, checkpoints and runs go"
+        "--work", required=True, type=Path, metavar="FOLDER", help="folder for atlas, checkpoints and runs"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=FOLDER / "blood",
         metavar="FOLDER",
-        help="the model directory (default: that of the installed package)",
+        help="model directory (default: that of the installed package)",
     )
 
 

@@ -314,13 +314,13 @@ def test_bad_requests_stop_with_what_to_do(
     assert "already exists; give another path or add --overwrite" in message(
         "--h5ad", str(good), "--out", str(tmp_path / "mouse.h5ad")
     )
-    assert "is one file, but there are 2 inputs; name a folder" in message(
+    assert "is a file, but there are 2 inputs; give a folder" in message(
         "--h5ad", str(good), str(tmp_path / "mouse.h5ad"), "--out", out
     )
-    assert "two inputs would both go to" in message(
+    assert "two inputs would both be written to" in message(
         "--h5ad", str(good), str(good), "--out", str(tmp_path / "folder")
     )
-    assert "labels are written as NAME.h5ad (a copy of the file) or NAME.parquet" in message(
+    assert "the output is NAME.h5ad (a copy of the file) or NAME.parquet" in message(
         "--h5ad", str(good), "--out", str(tmp_path / "labels.csv")
     )
     unwritable = message("--h5ad", str(good), "--out", str(good / "inside" / "out.h5ad"))

@@ -152,7 +152,7 @@ def test_pairs_are_read_and_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert args.settings.atlas.tiledb_config == {"vfs.s3.region": "eu", "vfs.s3.scheme": "http"}
     for words, message in (
         (["vfs.s3.region"], "argument --tiledb: 'vfs.s3.region' must read NAME=VALUE"),
-        (["a=1", "a=2"], "argument --tiledb: 'a' is '1' and '2'; give it once"),
+        (["a=1", "a=2"], "argument --tiledb: 'a' is both '1' and '2'; give it once"),
     ):
         assert query(["--tiledb", *words]) == 2
         assert message in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_recipes_have_names(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {dim: 8}")
     assert recipe_path(mine) == mine
-    with pytest.raises(ValueError, match=r"no such file or recipe; recipes by name are .*blood"):
+    with pytest.raises(ValueError, match=r"no such file or recipe; installed recipes are .*blood"):
         recipe_path(tmp_path / "xyz.yaml")
 
 
