@@ -1,1 +1,1 @@
-"""Benchmarks next to peers, started by the command `benchmark`."""
+"""Benchmarks of our parts and their peers, run by the command `benchmark`."""

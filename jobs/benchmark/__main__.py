@@ -1,4 +1,4 @@
-"""Measure our parts next to their peers, in one run on one machine."""
+"""Compare our parts with their peers, in one run on one machine."""
 
 from __future__ import annotations
 

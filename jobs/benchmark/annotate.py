@@ -1,9 +1,9 @@
-"""Measure labelling a file with the bundled model, next to CellTypist, from command to written file.
+"""Time labelling a file with the bundled model and with CellTypist, from command to output file.
 
     screformer benchmark annotate --h5ad my.h5ad
-    screformer benchmark annotate --h5ad my.h5ad --cells 100000       # the file's cells, repeated
+    screformer benchmark annotate --h5ad my.h5ad --cells 100000       # cells of the file, repeated
 
-Prints a table and, last, one JSON line.
+Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Measure LSH attention next to reformer-pytorch's and PyTorch's fused full attention.
+"""Compare LSH attention with reformer-pytorch's and with PyTorch's fused full attention.
 
     screformer benchmark attention
     screformer benchmark attention --device cuda --dtype bfloat16 --lengths 2048 4096 8192 16384
 
-Prints tables of time, memory and utilisation and, last, one JSON line.
+Prints tables of time, memory and utilisation, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def arguments(parser: Parser) -> None:
         "--memory-length",
         type=int,
         default=8192,
-        help="tokens for the comparison of depths; 0 leaves it out (default %(default)s)",
+        help="tokens for comparing depths; 0 skips this (default %(default)s)",
     )
     add_device(parser, rounds=5)
 

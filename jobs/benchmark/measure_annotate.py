@@ -1,8 +1,8 @@
 """Time whole processes that label a file: `screformer annotate` and CellTypist.
 
-CellTypist's models must be downloaded, so a model is trained here on the file's own cells. It knows about as
-many genes as CellTypist's published models do. As its documentation advises, the peer's process normalises
-the counts, and it labels without majority voting, like ours.
+CellTypist's published models would have to be downloaded, so one with about as many genes is trained here on
+the file's own cells. The peer's process normalises the counts, as CellTypist's documentation advises, and
+labels without majority voting, like ours.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def measure(path: Path, *, num_cells: int | None, rounds: int) -> dict[str, obje
 
     Args:
         path: A .h5ad file with raw counts in X.
-        num_cells: Cells to label; the file's are repeated. None: those of the file.
+        num_cells: Cells to label, repeating the file's if needed; None labels those of the file.
         rounds: Runs of each.
 
     Raises:
-        RuntimeError: A process failed; the message has the end of its output.
+        RuntimeError: A process failed; the message includes the end of its output.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -89,7 +89,7 @@ def _result(times: Times, peak_mib: Mapping[str, float], num_cells: int) -> dict
 
 
 def _train_peer(cells: anndata.AnnData, target: Path) -> None:
-    """A CellTypist model of the labels that ours gives to some of the cells."""
+    """Train a CellTypist model on some of the cells, with the labels that our model gives them."""
     import celltypist
     import scanpy
 

@@ -1,4 +1,4 @@
-"""LSH attention next to reformer-pytorch's and PyTorch's fused full attention: time, memory, utilisation.
+"""Time, memory and utilisation of LSH attention, reformer-pytorch's, and fused full attention.
 
 Peers take turns in one process, so other load affects all of them equally; medians are compared.
 """
@@ -33,8 +33,8 @@ def _attention_steps(length: int, args: argparse.Namespace) -> dict[str, Callabl
     library = LSHAttention(bucket_size=args.bucket_size, n_hashes=args.n_hashes)
     padded = -(-length // (2 * args.bucket_size)) * 2 * args.bucket_size
     leaves = [part.requires_grad_() for part in (qk, v)]
-    # Each peer gets its inputs as it likes them: heads in the batch for the library, before the tokens for
-    # full attention.
+    # Each peer gets its preferred layout: heads folded into the batch for the library, before the tokens
+    # for full attention.
     library_leaves = [
         F.pad(part.detach().transpose(1, 2).flatten(0, 1), (0, 0, 0, padded - length))
         .contiguous()
@@ -73,7 +73,7 @@ def _attention_steps(length: int, args: argparse.Namespace) -> dict[str, Callabl
 
 
 def _equal_hash_steps(length: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """The same without the hashing: both get the same hashes ready-made, and sort them."""
+    """The same without hashing: both get the same precomputed hashes and sort them."""
     from reformer_pytorch.reformer_pytorch import LSHAttention
 
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)

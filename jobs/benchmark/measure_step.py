@@ -1,9 +1,9 @@
-"""A training step (forward, backward, update) of our network, next to one of scBERT's configuration.
+"""Time a training step (forward, backward, update) of our network and of scBERT's.
 
 scBERT has 16,906 genes and a [CLS] token, width 200, depth 6 and 10 heads of 64 features of Performer
-attention, and predicts the bin of masked genes. Ours has the same width, depth and heads, first on the same
-tokens (all genes), then as one would use it: detected genes only. Then the base recipe with LSH and with full
-attention; from where on LSH attention is the faster one is `screformer.attention.CROSSOVER_TOKENS`.
+attention, and predicts the bins of masked genes. Ours has the same width, depth and heads, first on the same
+tokens (all genes), then on detected genes only, its normal use. The base recipe is timed with LSH and with
+full attention; `screformer.attention.CROSSOVER_TOKENS` is where LSH becomes faster.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Kind = Literal["lsh", "full"]
 def _draw_cells(
     cells: int, num_genes: int, num_detected: int, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Tokens of all genes, a [CLS] first, and the slots to hide: 15 % of the detected genes."""
+    """Tokens of all genes after a [CLS], and the slots to hide: 15 % of the detected genes."""
     generator = torch.Generator().manual_seed(0)
     detected = torch.rand(cells, num_genes, generator=generator).argsort(1) < num_detected
     values = F.pad(torch.rand(cells, num_genes, generator=generator).mul_(4).add_(0.5) * detected, (1, 0))
@@ -88,7 +88,7 @@ def _our_step(
 
 
 def _base_step(attention: Kind, length: int, args: argparse.Namespace) -> Callable[[], None]:
-    """A step of the base recipe, on as many cells of `length` tokens as make `args.base_tokens` together."""
+    """A step of the base recipe, on enough cells of `length` tokens to make up `args.base_tokens`."""
     batch, hidden = _draw_cells(
         max(1, args.base_tokens // length), args.genes, length - 1, torch.device(args.device)
     )
@@ -185,7 +185,7 @@ def _measure_next_to_scbert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Time the parts, print tables, and return the numbers, or only print a profile.
+    """Time the parts, print tables and return the numbers; or only print a profile.
 
     `args` are those of the command.
     """

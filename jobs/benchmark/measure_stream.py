@@ -1,4 +1,4 @@
-"""Cells per second from the atlas into the training loop, next to other readers of the same cells.
+"""Time our stream from the atlas into the training loop, and other readers of the same cells.
 
 The others are a plain SOMA scan, our read tasks without Ray, and tiledbsoma-ml. All read the same cells of
 the same atlas in one run, in alternating rounds; medians are compared.
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             atlas = AtlasConfig(uri=f"{stack.enter_context(tempfile.TemporaryDirectory())}/atlas")
             write_synthetic_atlas(atlas.uri, num_cells=args.cells, num_genes=args.genes)
         query = find_cells(pinned(atlas), QueryConfig(obs_filter=args.settings.query.obs_filter))
-        # A process per core that knows nothing of Ray; spawned, since TileDB does not survive a fork.
+        # A process per core without Ray; spawned, since TileDB does not survive a fork.
         pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")))
         return _measure(query, pool, cores, args)
 
@@ -96,8 +96,7 @@ def _measure(
         versions["tiledbsoma-ml"] = importlib.metadata.version("tiledbsoma-ml")
     except importlib.metadata.PackageNotFoundError:
         print(
-            "tiledbsoma-ml is not installed (pip install screformer[baselines]), so there is no peer in this"
-            " run",
+            "tiledbsoma-ml is not installed (pip install screformer[baselines]), so it is not compared",
             file=sys.stderr,
         )
     else:
@@ -108,16 +107,18 @@ def _measure(
             )  # type: ignore[misc]
         joinids = np.concatenate(list(_peer(query, PEER_IO_BATCH, cores, arguments.seed)))
         entropy["tiledbsoma-ml"] = _entropy(codes[np.searchsorted(query.obs_joinids, joinids)])
-    next(iter(_blocks(stream, 0)))  # Ray's worker processes start before the clock does
+    next(iter(_blocks(stream, 0)))  # start Ray's worker processes before timing
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in tqdm(range(arguments.rounds), desc="rounds", disable=None):
         for name, run in contestants.items():
             if name in peers and number and min(peers, key=lambda peer: seconds[peer][0]) != name:
-                continue  # only the peer's best batch size continues
+                continue  # only the peer's best batch size runs again
             start = time.perf_counter()
             seen = run(number)
             seconds[name].append(time.perf_counter() - start)
-            assert num_cells <= seen < num_cells + arguments.batch, f"{name} gave {seen} of {num_cells} cells"
+            assert num_cells <= seen < num_cells + arguments.batch, (
+                f"{name} returned {seen} of {num_cells} cells"
+            )
     rates = {name: num_cells / statistics.median(times) for name, times in seconds.items()}
     for name, rate in rates.items():
         spread = ", ".join(f"{num_cells / time_s:,.0f}" for time_s in seconds[name])
@@ -152,7 +153,7 @@ def _measure(
 
 
 def _values_per_cell(query: QueryResult) -> float:
-    """Mean number of stored values of the cells of the atlas."""
+    """Mean number of stored values per cell of the atlas."""
     with open_atlas(query.atlas) as experiment:
         x = experiment.ms[MEASUREMENT].X[X_LAYER]
         return float(x.nnz / experiment.obs.count)
@@ -188,7 +189,7 @@ def _run_read_tasks(atlas: AtlasConfig, arrays: CellArrays, plan: EpochPlan, num
 
 
 def _peer(query: QueryResult, batch_size: int, threads: int, seed: int) -> Iterator[np.ndarray]:
-    """Joinids of tiledbsoma-ml's batches, read as its documents advise.
+    """Joinids of tiledbsoma-ml's batches, read as its documentation advises.
 
     Sparse X, eager fetching, TileDB's own buffer size.
     """

@@ -1,10 +1,10 @@
-"""Measure a training step of our network next to one of scBERT's, and with LSH and full attention.
+"""Compare a training step of our network with one of scBERT's, and LSH with full attention.
 
     screformer benchmark step
-    screformer benchmark step --profile 1024             # where a step of the base recipe spends its time
+    screformer benchmark step --profile 1024             # profile a step of the base recipe
     screformer benchmark step --device cuda --dtype bfloat16 --cells 8 --base-tokens 131072
 
-Prints tables and, last, one JSON line.
+Prints tables, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def arguments(parser: Parser) -> None:
         "--genes",
         type=count,
         default=16906,
-        help="genes of the vocabulary; with the [CLS] scBERT's 16,907 tokens (default %(default)s)",
+        help="genes of the vocabulary; with the [CLS], scBERT's 16,907 tokens (default %(default)s)",
     )
     parser.add_argument(
         "--detected", type=count, default=1500, help="detected genes of a cell (default %(default)s)"

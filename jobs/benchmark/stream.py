@@ -1,9 +1,9 @@
-"""Measure cells per second from an atlas into the training loop, next to other readers of the same cells.
+"""Compare the stream from an atlas into the training loop with other readers of the same cells.
 
-    screformer benchmark stream                                # on a synthetic atlas, removed afterwards
+    screformer benchmark stream                                # on a synthetic atlas, deleted afterwards
     screformer benchmark stream --atlas ./atlas --rounds 5
 
-Prints a table and, last, one JSON line.
+Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def arguments(parser: Parser) -> None:
         "--atlas",
         dest="atlas.uri",
         metavar="URI",
-        help="read this atlas; a synthetic one is written, read and removed by default",
+        help="read this atlas (default: a synthetic one, deleted afterwards)",
     )
     add_filter(parser)
     add_tiledb(parser)
@@ -29,12 +29,12 @@ def arguments(parser: Parser) -> None:
         ("genes", 20_000, "genes of the synthetic atlas"),
         ("batch", 64, "cells per batch of our stream"),
         ("max-genes", TokensConfig().max_genes, "tokens per cell"),
-        ("rounds", 3, "epochs that each reader reads"),
+        ("rounds", 3, "epochs per reader"),
     ):
         parser.add_argument(
             f"--{option}", type=count, default=default, metavar="N", help=f"{meaning} (default %(default)s)"
         )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of data and order (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of data and order (default 0)")
 
 
 def work(args: argparse.Namespace) -> Result:

@@ -16,7 +16,7 @@ from screformer.reversible import ReversibleEncoder
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of peers run in turn: for each peer, one value per round."""
+    """Seconds of peers run in turn: one value per round for each peer."""
 
     rounds: Mapping[str, Sequence[float]]
 
@@ -27,7 +27,7 @@ class Times:
     def ratio(self, slow: str, fast: str) -> float:
         """Median over the rounds of `slow` / `fast`.
 
-        Other load falls on both sides of a round, so it cancels.
+        Other load affects both halves of a round, so it cancels out.
         """
         return statistics.median(
             one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True)
@@ -84,7 +84,7 @@ def peak_activation_mb(
 ) -> float:
     """Peak memory of one forward and backward pass of a reversible encoder (width 128, 4 heads).
 
-    Without the gradients of its weights.
+    Excludes the gradients of its weights.
     """
     device = torch.device(device)
     encoder = ReversibleEncoder(ModelConfig(depth=depth, attention="lsh")).to(device, dtype)
@@ -112,7 +112,7 @@ PEAK_BF16_TFLOPS = {
     "A10": 125,
     "RTX 4090": 165,
 }
-"""Dense bfloat16 TFLOP/s by NVIDIA's data sheets, found by a part of the card's name."""
+"""Dense bfloat16 TFLOP/s from NVIDIA's data sheets, looked up by part of the card's name."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:

@@ -1,1 +1,1 @@
-"""The whole chain in one process: what the command `quickstart` runs."""
+"""The whole chain in one process, as run by the command `quickstart`."""

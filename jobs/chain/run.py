@@ -48,10 +48,10 @@ def run_chain(
     Args:
         config: Settings of all stages, with `atlas.uri`, `tracking` and `cluster.storage_path`.
         out: Folder for everything else. An atlas from an earlier run is replaced; models and runs are kept.
-        files: .h5ad files of raw counts; simulated ones when empty.
+        files: .h5ad files with raw counts; if empty, simulated ones.
         labels: As `IngestOptions.labels`.
-        unseen: File to label at the end; None takes test cells of one dataset, or a simulated dataset.
-        pretrain_steps: Steps of pre-training; 0 leaves it out.
+        unseen: File to label at the end; None uses test cells of one dataset, or a simulated dataset.
+        pretrain_steps: Pre-training steps; 0 skips pre-training.
         simulated_cells: Cells to simulate.
 
     Returns:
@@ -93,7 +93,7 @@ def _stages(
     unseen: Path | None,
     pretrain_steps: int,
 ) -> dict[str, Any]:
-    # Two symbols of one Ensembl gene are common in older files, and their counts belong together.
+    # In older files, two symbols often belong to one Ensembl gene; their counts are summed.
     added = ingest(files, config.atlas.uri, IngestOptions(labels=labels, duplicate_genes="sum"))
     for file in added.files:
         clock.detail("\n".join(file.lines()))
@@ -184,10 +184,10 @@ class _Clock:
 
 
 def _fresh_folder(out: Path) -> None:
-    """Make the folder, without the atlas of an earlier run.
+    """Create the folder, and remove the atlas of an earlier run.
 
     Raises:
-        ValueError: There is an atlas that this command did not make.
+        ValueError: The folder has an atlas that this command did not create.
     """
     out.mkdir(parents=True, exist_ok=True)
     atlas = out / "atlas"

@@ -1,4 +1,4 @@
-"""Test scores of the model, next to a logistic regression and the most frequent type on the same cells."""
+"""Test scores of the model, a logistic regression and the most frequent type on the same cells."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from screformer.metrics import OURS, LabelCounts
 
 @dataclass(frozen=True, kw_only=True)
 class LogisticRegression:
-    """A logistic regression and what it scored on the held-out cells."""
+    """A logistic regression and its scores on the held-out cells."""
 
     c: float
     """Inverse regularisation, chosen by macro-F1 on the validation cells."""
@@ -24,7 +24,7 @@ class LogisticRegression:
 
 
 def logistic_regression(cells: TrainingCells) -> LogisticRegression:
-    """Fit the baseline `logistic_l2` on the cells and genes that the model gets; Ray must be running."""
+    """Fit the baseline `logistic_l2` on the cells and genes used for the model. Ray must be running."""
     parts, _ = baseline_parts(cells)
     k = len(cells.labels["names"])
     found = BaselineCells(
@@ -43,7 +43,7 @@ def logistic_regression(cells: TrainingCells) -> LogisticRegression:
 def score_table(
     cells: TrainingCells, metrics: dict[str, float], baseline: LogisticRegression
 ) -> pd.DataFrame:
-    """A row for each of the three, ours first: `model` and the names of `SCORES`."""
+    """A row for each of the three, ours first, with columns `model` and the names of `SCORES`."""
     majority = LabelCounts(len(cells.labels["names"]))
     truth = torch.from_numpy(cells.codes_n[cells.parts["test"]])
     majority.add(truth, torch.full_like(truth, int(cells.class_counts_k.argmax())))
@@ -54,7 +54,7 @@ def score_table(
 
 
 def score_text(scores: pd.DataFrame, cells: TrainingCells) -> str:
-    """The table in print."""
+    """The table as text."""
     lines = [
         "",
         f"{len(cells.parts['test']):,} cells of held-out donors ({', '.join(cells.groups('test'))})",

@@ -1,4 +1,4 @@
-"""The file that is labelled at the end, and whether its own labels agree with the predictions.
+"""The file labelled at the end, and how well its own labels agree with the predictions.
 
 Axes: n cells.
 """
@@ -24,10 +24,10 @@ _MOST_CELLS = 5_000
 
 
 def write_test_cells(cells: TrainingCells, path: Path) -> None:
-    """Write test cells as an .h5ad of raw counts, as a laboratory would have it.
+    """Write test cells as an .h5ad file of raw counts, as a lab would have it.
 
-    They are those of the dataset with the most test cells, evenly subsampled if there are many, with the
-    genes that it measured.
+    Takes the dataset with the most test cells, evenly subsampled if there are many, and the genes it
+    measured.
     """
     datasets_n = cells.query.obs["dataset_id"].astype(str).to_numpy()[cells.parts["test"]]
     names, sizes = np.unique(datasets_n, return_counts=True)
@@ -46,11 +46,11 @@ def write_test_cells(cells: TrainingCells, path: Path) -> None:
 
 
 def agreement_text(source: Path, annotated: Path, labels: Path | None) -> str:
-    """How many of a file's own labels, read as ingest does, the predictions match; empty without any."""
+    """The share of a file's own labels (read as by ingest) that predictions match; empty without labels."""
     try:
         file = check_file(str(source), options=IngestOptions(duplicate_genes="sum"), symbols=None)
     except ValueError:
-        return ""  # ingest would refuse the file, so there are no labels by its rules
+        return ""  # ingest would refuse the file, so it has no labels to compare with
     labelled = label(file, read_labels(labels) if labels else {}, MajorTypes())
     own_n = labelled.obs["cell_type_major"].astype(str).to_numpy()
     with H5adFile.open(annotated) as copy:

@@ -12,7 +12,7 @@ from jobs.reports.figures import map_figure
 from jobs.reports.page import Report
 
 _MOST_ON_MAP = 4_000
-"""More cells do not improve the map, and from 4,096 cells UMAP compiles a neighbour search for 30 s."""
+"""More cells do not improve the map, and from 4,096 cells UMAP spends 30 s compiling a neighbour search."""
 _FEWEST_FOR_UMAP = 250
 """For fewer cells, UMAP is not worth the 20 s of CPU that it spends on compilation in each process."""
 

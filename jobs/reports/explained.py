@@ -33,7 +33,7 @@ def add_explanations(report: Report, run: LoggedRun) -> None:
     if not error["holds"]:
         report.warning(
             f"The values of a cell do not add up to its logit: the median error is {error['median']:.1%}, and"
-            f" {error['bound']:.0%}is the limit for trusting them. Run explain again with more `--nodes`."
+            f" {error['bound']:.0%} is the limit for trusting them. Run `explain` again with more `--nodes`."
         )
     report.text(
         "The contribution of a gene is what it adds to the logit of a label, compared with the background"

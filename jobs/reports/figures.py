@@ -125,7 +125,7 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
             ylim=(0, 1),
             title=f"{part} ({rows['cells'].sum():,} cells)",
             xlabel="confidence",
-            ylabel="share that is right",
+            ylabel="share of correct predictions",
         )
         axes.legend(loc="upper left", fontsize=8)
         axes.grid(alpha=0.3)
@@ -139,7 +139,7 @@ def calibration_error(rows: pd.DataFrame) -> float:
 
 
 def perturbation_figure(curves: pd.DataFrame) -> Figure:
-    """Curves over the share of genes, one per column."""
+    """Curves over the share of genes deleted or inserted, one per column."""
     figure = _figure(6, 4)
     axes = figure.add_subplot()
     for name, values in curves.items():

@@ -241,9 +241,9 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def _shown(column: pd.Series) -> list[str]:
-    """The values as they are read.
+    """Format values for reading.
 
-    Whole numbers with commas, others to three decimals or digits, a dash for what is missing.
+    Whole numbers with commas, others to three decimals or digits, a dash for missing values.
     """
     missing = column.isna()
     if _is_number(column):

@@ -52,7 +52,7 @@ _MOST_ROWS, _MOST_LETTERS = 40, 80
 
 
 def write_report(run: LoggedRun, others: Sequence[LoggedRun], out: Path) -> None:
-    """Write the report of a run as one HTML file, and keep it with the run.
+    """Write the report of a run as one HTML file, and log it to the run.
 
     A study (cross-validation or ablation) already has a report, which is copied.
 
@@ -115,7 +115,7 @@ def _add_summary(report: Report, run: LoggedRun, identity: dict[str, Any]) -> No
     if test_groups:
         kind = _plural(split["group_by"].removesuffix("_id"))
         report.text(
-            f"The test uses {cells['test']:,} cells of {len(test_groups)} {kind} that the model never saw"
+            f"The model was tested on {cells['test']:,} cells of {len(test_groups)} {kind} it never saw"
             f" ({listed(test_groups)}). Its best step was chosen on {cells.get('val', 0):,} other cells."
         )
     if run.status in ("FAILED", "KILLED"):

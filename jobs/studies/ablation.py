@@ -45,7 +45,7 @@ def run_ablation(
         `run_id`, `run_dir`, `report` (its path) and `variants`: macro-F1, difference and interval of each.
 
     Raises:
-        ValueError: The settings, cells, folds or cluster rule it out.
+        ValueError: The settings, cells, folds or cluster do not allow it.
         RuntimeError: A fold failed; the others' results are kept.
     """
     from ray import tune

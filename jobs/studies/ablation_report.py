@@ -22,7 +22,7 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
         difference = row["difference"]
         if difference is None:
             lines.append(
-                f"{row['variant']}: {spread_text(row)} on its own folds; the reference scores"
+                f"{row['variant']}: {spread_text(row)} on separate folds; the reference has"
                 f" {spread_text(rows[0])}; not paired."
             )
         elif row["identical"]:
@@ -34,8 +34,8 @@ def conclusions(rows: Sequence[dict[str, Any]]) -> list[str]:
             )
         elif difference["high"] < 0:
             lines.append(
-                f"{row['variant']}: the reference is better ({difference_text(difference)}): what it does"
-                f" here helps."
+                f"{row['variant']}: worse than the reference ({difference_text(difference)}): the reference's"
+                f" choice helps."
             )
         else:
             lines.append(
@@ -81,11 +81,10 @@ def ablation_report(
     for note in study.notes():
         report.warning(note)
     caption = (
-        "macro-F1: mean and standard deviation over folds. Minus reference: mean difference over the"
-        " same folds, each the mean over"
-        " its seeds, with a 95 % interval by Student's t; below zero, the reference is better. A variant"
-        " with different cells, labels or"
-        " folds has none. Seconds count training only; memory is that of the whole process."
+        "macro-F1: mean and standard deviation over folds. Minus reference: mean difference over the same"
+        " folds (averaged over seeds), with a 95 % interval by Student's t; below zero, the reference is"
+        " better. Variants with different cells, labels or folds have none. Seconds are of training only;"
+        " memory is that of the whole process."
     )
     report.table("Variants", _table(rows), caption)
     drawn = {

@@ -41,7 +41,7 @@ def run_crossval(
         (macro-F1 by name), `skipped`, `model_version` (with `crossval.register`, else None).
 
     Raises:
-        ValueError: The settings, cells, folds or cluster rule it out.
+        ValueError: The settings, cells, folds or cluster do not allow it.
         RuntimeError: A fold or a baseline failed; the others' results are kept.
     """
     with opened(config, "crossval", folds_from=folds_from, resume=resume) as study:
@@ -66,8 +66,8 @@ def run_crossval(
         best, ours = max(whole, key=lambda pair: _mean_macro_f1(study, pair[1]))
         if len(trials) > 1:
             notes.append(
-                f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds:"
-                f" its score is optimistic ({best})"
+                f"{OURS} is the best of {len(trials)} configurations, chosen on these test folds,"
+                f" so its score is optimistic ({best})"
             )
         methods = {OURS: [*ours, *_other_seeds(study, best)]} | {
             name: results_of(study.baseline_folder(name), len(study.folds)) for name in wanted

@@ -22,9 +22,9 @@ def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> 
     Uses the reference's network and random cells of different lengths.
 
     Returns:
-        `ff_chunks_bit_equal`: feed-forward in slices gives the same bits; `reversible_gradient_error`:
-            largest difference, over all
-        parameters, between their gradients with and without recomputation, over the norm of the latter.
+        `ff_chunks_bit_equal`: whether feed-forward in slices gives the same bits;
+        `reversible_gradient_error`: the largest difference, over all parameters, between gradients with and
+        without recomputation, relative to the norm of the latter.
     """
     longest = config.tokens.most_slots(num_genes) - 1
     generator, slots = torch.Generator().manual_seed(config.train.seed), torch.arange(longest)
@@ -64,11 +64,10 @@ def exactness(config: ExperimentConfig, *, num_genes: int, num_classes: int) -> 
 
 
 def exact_lines(exact: Mapping[str, Any]) -> list[str]:
-    """`exactness` in words."""
+    """The result of `exactness` as text."""
     same = "the same bits as" if exact["ff_chunks_bit_equal"] else "**different bits from**"
     return [
         f"Feed-forward in {_CHUNKS} slices gives {same} one slice.",
         f"Gradients with recomputation (reversible) differ from those without by at most"
-        f" {exact['reversible_gradient_error']:.1e}"
-        " of their norm.",
+        f" {exact['reversible_gradient_error']:.1e} of their norm.",
     ]

@@ -40,7 +40,7 @@ def opened(
         resume: Folder of the interrupted study.
 
     Raises:
-        ValueError: The settings, cells, folds or cluster rule it out.
+        ValueError: The settings, cells, folds or cluster do not allow it.
     """
     saved = read_study(resume) if resume else {}
     config = ExperimentConfig.from_saved(saved["config"], resume=True) if saved else config

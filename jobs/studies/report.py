@@ -18,9 +18,9 @@ from screformer.metrics import OURS, LabelCounts, reliability
 
 
 def verdict(tree: Mapping[str, Any]) -> str:
-    """How our model compares with the best baseline in macro-F1, in a few sentences.
+    """A few sentences that compare our model with the best baseline in macro-F1.
 
-    Also with absent types dropped on both sides.
+    Also compares them with absent types dropped.
     """
     text = [_verdict(tree, metric) for metric in ("macro_f1", "macro_f1_present")]
     return "\n\n".join(dict.fromkeys(text))
@@ -111,9 +111,8 @@ def write_crossval_report(
         report.table(
             f"{OURS} minus baseline",
             pd.DataFrame(rows),
-            "Mean difference over the same folds, with a 95 % interval by Student's t. Above zero,"
-            " our model is better. With few folds and"
-            " shared training cells, these intervals are rough.",
+            "Mean difference over the same folds, with a 95 % interval by Student's t. Above zero, our model"
+            " is better. These intervals are rough, since folds are few and share training cells.",
         )
     scores = {
         entry["title"]: entry["metrics"]["macro_f1"]["values"]
@@ -186,8 +185,7 @@ def write_crossval_report(
             "Configurations",
             pd.DataFrame(trials),
             "Mean macro-F1 of the finished folds. The best one with all folds is ours above; its score is"
-            " optimistic"
-            " because it was chosen here.",
+            " optimistic because it was chosen here.",
         )
     report.section("Folds")
     report.table(

@@ -51,11 +51,11 @@ def counts(result: FoldResult, num_classes: int) -> LabelCounts:
 def scores(result: FoldResult, study: Study) -> dict[str, float]:
     """Scores of one fold.
 
-    `macro_f1` counts every type that is true or predicted, `macro_f1_true` those that are true. Cells of a
-    type that the fold's training cells lack count as errors, except in `macro_f1_known`, which leaves them
-    out. In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the
-    true label is just the more general one. `macro_f1_present` drops labels estimated to be absent from the
-    test cells as a whole (`screformer.composition.present_labels`); true labels are not used for that.
+    `macro_f1` counts every type that is true or predicted, `macro_f1_true` only true ones. Cells of a type
+    missing from the fold's training cells count as errors, except in `macro_f1_known`, which leaves them out.
+    In `ontology_f1`, a prediction below the true term counts as correct, as in scTab: the true label is just
+    more general. `macro_f1_present` drops labels estimated to be absent from the test cells as a whole
+    (`screformer.composition.present_labels`); true labels are not used for that.
     """
     k = len(study.label_names)
     whole, known, lenient = counts(result, k), LabelCounts(k), LabelCounts(k)

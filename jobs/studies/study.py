@@ -67,7 +67,7 @@ class Study:
         for fold in range(len(self.folds)):
             notes += [*self.split(fold).notes, *self._rare_labels(fold)]
         if self.config.crossval.pretrain == "once":
-            notes.append(f"pre-training saw the cells of every fold, without labels: this favours {OURS}")
+            notes.append(f"pre-training saw the cells of every fold, without labels, which favours {OURS}")
         unlabelled = int((self.labels_n < 0).sum())
         if unlabelled:
             notes.append(f"{unlabelled} cells without a label are used for pre-training only")
@@ -144,7 +144,7 @@ def open_study(
         resume: The folder contains a study that was started.
 
     Raises:
-        ValueError: The query, labels or folds rule it out.
+        ValueError: The query, labels or folds do not allow a study.
     """
     crossval = config.crossval
     check_names(crossval.baselines)

@@ -192,7 +192,7 @@ def test_the_help_gives_the_default_that_is_used(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         command("annotate").parse(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"must carry (default {MIN_GENE_OVERLAP})" in said
+    assert f"must cover (default {MIN_GENE_OVERLAP})" in said
     assert "exit status: 0 done, 1 failed, 2 something you can fix" in said
 
 
