@@ -76,12 +76,13 @@ def run_chain(
             last_donors = [f"{dataset.name}_donor{dataset.donors}" for dataset in DATASETS]
             config = config.merge({"split.test_groups": last_donors})
         clock.say("simulate", f"{simulated_cells:,} cells in {len(files)} .h5ad files -> {out / 'simulated'}")
-    layout = config.cluster
+    layout, ray_was_there = config.cluster, ray.is_initialized()
     connect(num_cpus=layout.num_workers * layout.cpus_per_worker + layout.cpus_per_read_task)
     try:
         return _stages(config, out, clock, files, labels, unseen, pretrain_steps)
     finally:
-        ray.shutdown()
+        if not ray_was_there:
+            ray.shutdown()
 
 
 def _stages(

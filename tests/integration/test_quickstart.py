@@ -60,7 +60,7 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_own_files_with_named_test_donors(tmp_path: Path, sim_h5ads: list[Path]) -> None:
+def test_own_files_with_named_test_donors(ray_local: None, tmp_path: Path, sim_h5ads: list[Path]) -> None:
     donors = ["sim_blood_donor2", "sim_blood_panel_donor4"]
     files = [str(path) for path in sim_h5ads[:2]]
     words = ["--out", "qs", "--h5ad", *files, "--test-donors", *donors, "--pretrain-steps", "0", *SMALL]
