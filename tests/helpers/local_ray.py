@@ -2,6 +2,10 @@
 
 import ray
 
+ONE_READER = ("cluster.cpus_per_worker=0.5", "cluster.cpus_per_read_task=1.5")
+"""Settings of a training whose ranks read with one process each, not with as many as there is room for:
+each takes two seconds to start."""
+
 
 def start_ray() -> None:
     """Start it, unless this process has it already."""

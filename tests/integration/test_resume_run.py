@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import boto3
 import pytest
 
+from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, run_here, start_python
 from helpers.servers import S3
 from jobs import finetune
@@ -80,7 +81,7 @@ def stopped(
         SMOKE,
         f"atlas.uri={small_atlas}",
         f"cluster.storage_path={s3.uri}/runs",
-        "cluster.cpus_per_worker=0.5",
+        *ONE_READER,
         "tracking.model_name=resumed",
         "train.max_steps=150",
         "train.eval_every_steps=25",
@@ -88,7 +89,7 @@ def stopped(
     )
     try:
         uri = read_until(process, r"--resume (s3://\S+)\)")[1]
-        read_until(process, r"step +60/150")
+        read_until(process, r"step +30/150")
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate(timeout=120)
         assert process.returncode == 130, printed
@@ -104,7 +105,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(stopped: tuple[Run, s
         rf"interrupted; the checkpoint of step \d+ is saved; resume with --resume {run.uri}\n", printed
     )
     assert "Traceback" not in printed and "Fatal Python error" not in printed
-    assert run.steps()[-1] >= 60 and run.steps()[-1] not in (150, run.steps()[-2])
+    assert run.steps()[-1] >= 30 and run.steps()[-1] not in (150, run.steps()[-2])
     saved = json.loads(run.objects("run.json")[0].get()["Body"].read())
     assert _client().get_run(saved["run"]["run_id"]).info.status == "KILLED"
 
@@ -118,7 +119,7 @@ def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
     content = bytearray(shard.get()["Body"].read())
     content[-1] ^= 1
     shard.put(Body=bytes(content))
-    process = run.start("--resume", run.uri)
+    process = run.start("--resume", run.uri, "train.max_steps=60")
     try:
         line = read_until(process, r".* is left out: training_state.safetensors was changed: .*")[0]
         assert "is being written by process" in run.resume(status=2)[1]
@@ -165,7 +166,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
 
 
 def test_a_nan_ends_the_run_without_a_model(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
-    settings = ["cluster.cpus_per_worker=0.5", "tracking.model_name=diverged", "train.lr=1e30"]
+    settings = [*ONE_READER, "tracking.model_name=diverged", "train.lr=1e30"]
     words = ["--config", SMOKE, f"atlas.uri={small_atlas}", f"cluster.storage_path={tmp_path}", *settings]
     _, printed = run_here(finetune.main, *words, cwd=tmp_path, status=2)
     assert "Traceback" not in printed

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, run_here
 from helpers.servers import mlflow_server
 from jobs import finetune, report
@@ -31,7 +32,7 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
         address = server.url.replace("http://", f"http://me:{PASSWORD}@")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         smoke = str(REPO_ROOT / "jobs" / "recipes" / "smoke.yaml")
-        words = ["--config", smoke, f"atlas.uri={small_atlas}", "cluster.cpus_per_worker=0.5"]
+        words = ["--config", smoke, f"atlas.uri={small_atlas}", *ONE_READER]
         result, printed = run_here(finetune.main, *words, cwd=tmp_path / "run")
         assert result["model_version"] is not None
         run_here(report.main, "--run", result["run_id"], cwd=tmp_path / "run")

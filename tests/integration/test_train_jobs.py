@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, kill_tree, read_until, run_here, start_command
 from jobs import finetune, pretrain
 from jobs.training.launch import check_layout
@@ -34,7 +36,7 @@ def settings(small_atlas: str) -> list[str]:
         SMOKE,
         f"atlas.uri={small_atlas}",
         "cluster.num_workers=2",
-        "cluster.cpus_per_worker=0.5",
+        *ONE_READER,
     ]
 
 
@@ -121,8 +123,9 @@ def test_a_killed_job_resumes_to_the_same_result(
     start_model = json.loads((Path(finetuned["run_dir"]) / "run.json").read_text())["init_from"]
     job = start_command("jobs.finetune", "--from", start_model, *settings, *LONGER, cwd=tmp_path)
     run_dir = read_until(job, r"--resume (\S+)\)")[1]
-    read_until(job, r"step 1[02]/30")
+    line = read_until(job, r"^step 1[02]/30.*")[0]
     kill_tree(job)
+    assert re.fullmatch(r"step 1\d/30  loss \S+  \S+ cells/s.*  .* left", line.strip()), "no prefix"
     killed_ms = time.time() * 1000
     result, _ = run_here(finetune.main, "--resume", run_dir, "cluster.num_workers=1", cwd=tmp_path)
     history = tracking_client().get_metric_history(result["run_id"], "train/loss")
@@ -134,19 +137,30 @@ def test_a_killed_job_resumes_to_the_same_result(
         assert result["metrics"][name] == pytest.approx(value, rel=1e-3, abs=0.03 if counted else None), name
 
 
-def test_an_interrupted_job_says_how_to_resume(settings: list[str], tmp_path: Path) -> None:
-    job = start_command("jobs.pretrain", *settings, "train.max_steps=5000", cwd=tmp_path)
-    run_dir = read_until(job, r"--resume (\S+)\)")[1]
-    line = read_until(job, r"(?m)^step .*")[0]
-    assert re.fullmatch(r"step +\d+/5000  loss \S+  \S+ cells/s.*  .* left", line.strip()), "no prefix"
-    job.send_signal(signal.SIGINT)
-    said, _ = job.communicate(timeout=120)
-    assert re.fullmatch(
+def interrupt_after_a_checkpoint(folder: Path, ended: threading.Event) -> None:
+    """Send SIGINT to this process, once the job in its main thread has a checkpoint below the folder."""
+    while not ended.wait(0.1):
+        if list(folder.rglob("position.json")):
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+
+
+def test_an_interrupted_job_says_how_to_resume(settings: list[str], ray_local: None, tmp_path: Path) -> None:
+    ended = threading.Event()
+    interrupting = threading.Thread(target=interrupt_after_a_checkpoint, args=(tmp_path, ended))
+    interrupting.start()
+    try:
+        words = [*settings, "train.max_steps=5000"]
+        _, said = run_here(pretrain.main, *words, cwd=tmp_path, status=130)
+    finally:
+        ended.set()
+        interrupting.join()
+    found = re.search(r"--resume (\S+)\)", said)
+    assert found and re.fullmatch(
         r"screformer pretrain: interrupted; the checkpoint of step \d+ is saved;"
-        rf" resume with --resume {run_dir}",
+        rf" resume with --resume {found[1]}",
         said.splitlines()[-1],
     ), said
-    assert job.returncode == 130
 
 
 def test_dry_run_prints_and_stops(
