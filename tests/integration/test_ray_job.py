@@ -4,6 +4,7 @@ beside them."""
 import json
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -187,33 +188,22 @@ def test_ingest_and_train_across_both_nodes_from_s3(
 ) -> None:
     atlas = f"{s3.uri}/two-nodes"
     tiledb = [f"{name}={value}" for name, value in s3.tiledb_config.items()]
-    status, output = cluster.submit(
-        "python",
-        "-m",
-        "jobs.ingest",
-        "--h5ad",
-        *map(str, sim_h5ads),
-        "--atlas",
-        atlas,
-        "--tiledb",
-        *tiledb,
-        cwd=tmp_path,
-    )
-    assert status == 0 and "added 900 cells" in output, output
+    ingest = ["python", "-m", "jobs.ingest", "--h5ad", *map(str, sim_h5ads), "--atlas", atlas]
+    ingest += ["--tiledb", *tiledb]
 
-    settings = [f"atlas.uri={atlas}", *(f"atlas.tiledb_config.{text}" for text in tiledb)]
+    train = ["python", "-m", "jobs.finetune", "--config", "jobs/recipes/smoke.yaml", f"atlas.uri={atlas}"]
+    train += [f"atlas.tiledb_config.{text}" for text in tiledb]
     # Two workers of 1.5 CPUs cannot meet on a node of 2.
-    settings += [
+    train += [
         "cluster.num_workers=2",
         "cluster.cpus_per_worker=1.5",
         "cluster.cpus_per_read_task=0.5",
         f"cluster.storage_path={tmp_path}",
     ]
-    settings += ["train.max_steps=4", "train.eval_every_steps=2"]
-    status, output = cluster.submit(
-        "python", "-m", "jobs.finetune", "--config", "jobs/recipes/smoke.yaml", *settings, cwd=tmp_path
-    )
-    assert status == 0, output
+    train += ["train.max_steps=4", "train.eval_every_steps=2"]
+    both = f"{shlex.join(ingest)} && {shlex.join(train)}"
+    status, output = cluster.submit("sh", "-c", both, cwd=tmp_path, timeout_s=560)
+    assert status == 0 and "added 900 cells" in output, output
     assert [cluster.workers_on(node) for node in (0, 1)] == [1, 1], output
     result = json.loads(next(line for line in output.splitlines() if line.startswith('{"run_id"')))
     assert (
