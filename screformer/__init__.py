@@ -1,4 +1,4 @@
-"""scReformer-BERT: tokens, model, training, metrics and prediction, without Ray, MLflow or SOMA.
+"""scReformer-BERT: tokens, model, training, metrics and prediction; no Ray, MLflow or SOMA.
 
 `screformer.annotate(adata)` labels the cells of an AnnData; see `screformer.labelling.annotate`.
 """
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import `annotate` on first use: it needs torch."""
+    """Import `annotate` on first use, because it needs torch."""
     if name == "annotate":
         from screformer.labelling import annotate
 

@@ -1,4 +1,4 @@
-"""Attention over the tokens of a cell: LSH (Reformer's), full, local, over random buckets, or none.
+"""Attention over the tokens of a cell: LSH (as in Reformer), full, local, random buckets, or none.
 
 Axes: n cells, l token slots, h heads, e head width, d model width.
 """
@@ -17,7 +17,7 @@ from screformer.config import ModelConfig
 from screformer.lsh import SortedTokens, hash_buckets, lsh_attention, random_buckets, sort_tokens
 
 _LEAST_WEIGHT = 1e-6
-"""Effective weight of keys of weight 0; avoids a division by 0."""
+"""Used instead of key weights of 0, to avoid division by 0."""
 CROSSOVER_TOKENS = 1536
 """Tokens per cell at which a training step of the base recipe becomes faster with lsh than with full
 attention, on a CPU (docs/log/2026-11-24-speed.md)."""
@@ -25,7 +25,7 @@ attention, on a CPU (docs/log/2026-11-24-speed.md)."""
 
 @dataclass
 class HashMemo:
-    """Hashes of one attention layer in one forward pass, kept for the recomputation in its backward pass."""
+    """Hashes of an attention layer in a forward pass, kept for recomputation in the backward pass."""
 
     sorted_tokens: SortedTokens | None = None
 
@@ -44,22 +44,22 @@ class SelfAttention(Protocol):
     ) -> Tensor:
         """Attend.
 
-        `hash_seed` seeds the hashes, `memo` keeps them for a recomputation, and `key_weight_nl` in [0, 1] is
-        how much each token counts as a key (explanations move it between absent and present).
+        `hash_seed` seeds the hashes, `memo` keeps them for recomputation, and `key_weight_nl` in [0, 1] is
+        the weight of each token as a key (explanations vary it between absent and present).
         """
 
 
 class LSHSelfAttention(nn.Module):
-    """Reformer's self-attention; parameters as in reformer_pytorch.LSHSelfAttention.
+    """Reformer's self-attention, with the parameters of reformer_pytorch.LSHSelfAttention.
 
     Args:
         dim: Width.
         heads: Number of heads; divides the width.
         bucket_size: Tokens per bucket.
-        n_hashes: Hash rounds; may be changed at any time, no parameter depends on it.
-        eval_n_hashes: Hash rounds in eval mode; 0 uses `n_hashes`.
-        random: Shuffle the tokens into buckets instead of hashing them; a control that measures the benefit
-            of hashing.
+        n_hashes: Number of hash rounds; can be changed at any time, because no parameter depends on it.
+        eval_n_hashes: Number of hash rounds in eval mode; 0 uses `n_hashes`.
+        random: Shuffle the tokens into buckets instead of hashing them; a control to measure the benefit of
+            hashing.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class LSHSelfAttention(nn.Module):
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the rotations; equal seeds give equal results.
             memo: Stores the hashes of this call, or supplies those of an earlier one.
-            key_weight_nl: How much each token counts as a key, in [0, 1], shape (n, l); None is 1.
+            key_weight_nl: Weight of each token as a key, in [0, 1], shape (n, l); None is 1.
 
         Returns:
             Attended tokens, shape (n, l, d).
@@ -114,7 +114,8 @@ class LSHSelfAttention(nn.Module):
         attend = partial(lsh_attention, qk, tokens=tokens, bucket_size=self.bucket_size)
         if key_weight_nl is None:
             return self.to_out(attend(v).flatten(2))
-        # If w are the softmax weights over all keys, those over keys of weight p are w p / sum(w p). That is
+        # With softmax weights w over all keys, the weights for keys of weight p are w p / sum(w p). This
+        # needs
         # two calls of the same attention: one on p times the values and one on p.
         weight = key_weight_nl[..., None, None].expand_as(v).contiguous()
         return self.to_out((attend(v * weight) / attend(weight).clamp(min=_LEAST_WEIGHT)).flatten(2))
@@ -166,7 +167,7 @@ class FullSelfAttention(nn.Module):
     ) -> Tensor:
         """Attend; shapes as in `LSHSelfAttention.forward`.
 
-        Cells without tokens give finite, meaningless rows.
+        Cells without tokens get finite, meaningless rows.
         """
         q, k, v = self._split(x_nld)
         mask = None
@@ -194,7 +195,7 @@ class LocalSelfAttention(FullSelfAttention):
         key_weight_nl: Tensor | None = None,
     ) -> Tensor:
         """Attend; shapes as in `LSHSelfAttention.forward`. Key weights are not supported."""
-        assert key_weight_nl is None, "local attention does not weigh its keys"
+        assert key_weight_nl is None, "local attention does not support key weights"
         m, length = self.bucket_size, x_nld.shape[1]
         fill = -length % m
         q, k, v = (F.pad(part, (0, 0, 0, fill)) for part in self._split(x_nld))
@@ -221,16 +222,13 @@ class NoAttention(nn.Module):
         memo: HashMemo | None = None,
         key_weight_nl: Tensor | None = None,
     ) -> Tensor:
-        """Return zeros, through x.
-
-        Parameters before this layer still get a gradient, as ZeRO expects.
-        """
+        """Return zeros that depend on x, so earlier parameters still get a gradient, as ZeRO expects."""
         return x_nld * 0
 
 
 def make_attention(config: ModelConfig) -> nn.Module:
     """Build the `SelfAttention` named by `model.attention`."""
-    assert config.attention != "auto", "attention must be settled first; see settle_attention"
+    assert config.attention != "auto", "resolve `auto` first with settle_attention"
     if config.attention in ("lsh", "random"):
         return LSHSelfAttention(
             config.dim,
@@ -251,12 +249,11 @@ def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig,
     """Replace `auto` with the faster of `lsh` and `full`, and describe the choice.
 
     Args:
-        config: The architecture; anything but `auto` is kept.
-        most_slots: Tokens of the longest cell.
+        config: The architecture; attention other than `auto` is kept.
+        most_slots: Number of tokens of the longest cell.
 
     Returns:
-        The architecture with its attention resolved, and a line for the log that also lists settings without
-        effect.
+        The architecture with its attention resolved, and a log line that also lists settings without effect.
     """
     if config.encoder == "additive":
         return replace(config, attention="none"), "encoder: additive, without attention"

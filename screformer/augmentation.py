@@ -1,7 +1,6 @@
-"""Training cells as other experiments would see them: at lower depth, with fewer genes measured.
+"""Augment training cells by lower sequencing depth and smaller gene panels.
 
-A pure function of seed, epoch and cell: independent of the number of ranks, the batch, and where a run was
-resumed.
+A pure function of seed, epoch and cell, independent of the number of ranks, the batch and resuming.
 
 Axes: n cells, g genes of the vocabulary.
 """
@@ -16,9 +15,9 @@ from scipy import sparse
 from screformer.counts import CellCounts, Panels
 
 LEAST_DEPTH = 0.25
-"""Smallest share of its counts that a thinned cell keeps."""
+"""Minimum share of counts that a thinned cell keeps."""
 LEAST_GENES = 0.15
-"""Smallest share of its measured input genes that a cell with a random panel keeps."""
+"""Minimum share of measured input genes that a cell with a random panel keeps."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -26,15 +25,15 @@ class Augmentation:
     """Changes training cells before they become tokens. Picklable."""
 
     thinned_share: float
-    """Share of the cells whose counts are thinned binomially."""
+    """Share of cells whose counts are thinned binomially."""
     panel_share: float
-    """Share of the cells that lose some genes; these are then unknown, not zero."""
+    """Share of cells from which some genes are removed; these are then unknown, not zero."""
     genes: np.ndarray
     """Vocabulary indices of the genes that can be removed, increasing."""
     seed: int
 
     def __call__(self, cells: CellCounts, joinids_n: np.ndarray, epoch: int) -> CellCounts:
-        """The cells as seen in one epoch.
+        """The augmented cells in one epoch.
 
         Args:
             cells: Raw counts.

@@ -1,6 +1,6 @@
-"""Cells to label or explain: the interface of a source, and the source in memory.
+"""Sources of cells to label or explain: the interface, and the source for an AnnData in memory.
 
-Files and atlases are in `data_ingest.cells` and `data_ingest.atlas_cells`.
+The sources for files and atlases are in `data_ingest.cells` and `data_ingest.atlas_cells`.
 
 Axes: n cells.
 """
@@ -21,11 +21,11 @@ CELLS_PER_READ = 4_096
 
 
 class CellSource(Protocol):
-    """Cells that can be read by position. Picklable and small; opens its data in the process that reads."""
+    """Cells that can be read by position. Small and picklable: the reading process opens the data."""
 
     @property
     def num_cells(self) -> int:
-        """How many."""
+        """Number of cells."""
 
     def names(self, positions: np.ndarray) -> np.ndarray:
         """Name of each cell, object (n,)."""
@@ -37,10 +37,10 @@ class CellSource(Protocol):
         """Raw counts over the model's genes of cells at increasing positions."""
 
     def panels(self, positions: np.ndarray) -> Panels:
-        """Which of the model's genes were measured in which cells."""
+        """Which of the model's genes were measured in each cell."""
 
     def identity(self) -> dict[str, str]:
-        """Plain values that identify the cells and change when they do."""
+        """Plain values that identify the cells and change if the cells change."""
 
     @property
     def cells_per_read(self) -> int:
@@ -57,7 +57,7 @@ class AnnDataCells:
     gene_names: Any
     match: GeneMatch
     source: str
-    """For messages."""
+    """Name used in messages."""
 
     @classmethod
     def open(
@@ -70,18 +70,18 @@ class AnnDataCells:
         raw: bool = False,
         source: str = "adata",
     ) -> AnnDataCells:
-        """Find the model's genes in an AnnData.
+        """Match the model's genes to an AnnData.
 
         Args:
             predictor: The model.
             adata: The cells.
             min_gene_overlap: As in `GeneMatch.require`.
-            layer: Counts are in this layer instead of X.
-            raw: Counts are in `raw.X` instead of X.
+            layer: Layer with the counts, instead of X.
+            raw: Read counts from `raw.X` instead of X.
             source: Name used in messages.
 
         Raises:
-            ValueError: No such layer or raw, no X, or too few genes.
+            ValueError: The layer, raw or X does not exist, or too few genes match.
         """
         layers = ", ".join(adata.layers) or "none"
         if layer and layer not in adata.layers:
@@ -91,7 +91,7 @@ class AnnDataCells:
         owner = adata.raw if raw else adata
         counts = adata.layers[layer] if layer else owner.X
         if counts is None:
-            raise ValueError(f"{source} has no X; name the layer with raw counts (it has {layers})")
+            raise ValueError(f"{source} has no X; choose the layer with raw counts (it has {layers})")
         match = predictor.genes.match_var(owner.var)
         match.require(min_gene_overlap, source=source)
         return cls(adata=adata, counts=counts, gene_names=owner.var_names, match=match, source=source)

@@ -1,9 +1,9 @@
-"""Every setting of screformer, with its unit, reason and check; one file, because it is the reference.
+"""All settings, with units, reasons and checks; one long file, because it is the reference.
 
-A configuration is a frozen tree of dataclasses, one section per stage of the flow. It is read from a YAML
-recipe, varied by dotted overrides (`model.n_hashes=8`), sent across process borders as a plain dict, and
-saved with every checkpoint and run. Fields that go straight to Ray, DeepSpeed, TileDB or the Reformer keep
-upstream's names. `docs/settings.md` is made from this file by `make docs/settings.md`.
+A configuration is a frozen tree of dataclasses, one section per stage of the pipeline. It is read from a YAML
+recipe, modified by dotted overrides (`model.n_hashes=8`), sent to other processes as a plain dict, and saved
+with every checkpoint and run. Fields passed unchanged to Ray, DeepSpeed, TileDB or the Reformer keep their
+upstream names. `make docs/settings.md` generates `docs/settings.md` from this file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "crossval": ("split", "ablation"),
     "ablate": ("split", "search", "crossval.baselines", "crossval.num_seeds", "crossval.register"),
 }
-"""Sections and settings that a command does not use, and therefore refuses."""
+"""Sections and settings that a command does not use and therefore rejects."""
 
 _RENAMED = {"crossval.split": "crossval.group_by", "search.concurrent_trials": "crossval.concurrent_trials"}
 _OLD_GROUPS = {"donor": "donor_id", "dataset": "dataset_id", "random": "none"}
@@ -49,7 +49,7 @@ _REMOVED: Mapping[str, Any] = {
     "train.gene_dropout": 0.0,
     "zero.stage3_param_persistence_threshold": None,
 }
-"""Settings of earlier versions with the value that is now fixed; None where no result depends on it."""
+"""Settings of earlier versions, with their value that is now fixed; None if no result depends on it."""
 _KEYS_BELONG = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or the variables of your store, in the environment (for"
     " Ray jobs: runtime_env env_vars)"
@@ -58,7 +58,7 @@ _LAST_WITH_REMOVED = "git commit 2dc0365"
 
 
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Forward passes per optimizer step on each rank.
+    """Number of forward passes per optimizer step on each rank.
 
     Raises:
         ValueError: The global batch is not a multiple of micro-batch x world size.
@@ -75,29 +75,29 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
 
 
 def check_task_size(cells_per_task: int, global_batch_size: int) -> None:
-    """Refuse read tasks that hold less than one global batch.
+    """Reject read tasks with less than one global batch.
 
     Raises:
         ValueError: `cells_per_task` is too small.
     """
     require(
         cells_per_task >= global_batch_size,
-        f"stream.cells_per_task={cells_per_task} must hold at least one"
+        f"stream.cells_per_task={cells_per_task} must be at least"
         f" train.global_batch_size={global_batch_size}",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasConfig:
-    """Which atlas is read, and how TileDB reaches it."""
+    """The atlas to read, and TileDB settings to access it."""
 
     uri: str = setting("", "cells")
     """A path, `s3://bucket/prefix`, `census` (latest long-term release) or `census:YYYY-MM-DD`."""
     timestamp_ms: int = setting(0, "cells")
-    """Atlas version, in milliseconds since 1970; 0 takes the newest one and pins it in all that is saved."""
+    """Atlas version, in milliseconds since 1970; 0 uses the newest version and pins it in all saved files."""
     tiledb_config: Mapping[str, str] = setting({}, "cells")
-    """Passed to TileDB as it is, for example `vfs.s3.region: eu-west-1`; credentials belong in the
-    environment and are refused here."""
+    """Passed to TileDB unchanged, for example `vfs.s3.region: eu-west-1`. Credentials are rejected; put them
+    in the environment."""
 
     def __post_init__(self) -> None:
         refuse_secret_address("atlas.uri", self.uri, _KEYS_BELONG)
@@ -109,42 +109,42 @@ class AtlasConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QueryConfig:
-    """Which cells and genes of the atlas are used, in SOMA's value-filter language."""
+    """The cells and genes of the atlas to use, as SOMA value filters."""
 
     obs_filter: str = setting("", "cells")
-    """For example `tissue_general == 'blood' and assay != 'Smart-seq2'`; empty takes every cell."""
+    """For example `tissue_general == 'blood' and assay != 'Smart-seq2'`; empty selects all cells."""
     var_filter: str = setting("", "cells")
-    """For example `feature_id in ['ENSG00000156738']`; empty takes every gene."""
+    """For example `feature_id in ['ENSG00000156738']`; empty selects all genes."""
     is_primary_data: bool = setting(True, "cells")
-    """Drop cells that Census marks as copies of cells in another dataset."""
+    """Exclude cells that Census marks as copies of cells in another dataset."""
     min_measured: float = setting(0.0, "pretraining")
-    """Least share of the training cells whose dataset measured a gene, for the gene to be used; 0 uses
-    every gene that any dataset measured. Near 1 a small panel among large ones makes training and prediction
-    faster, at the cost of the genes that it lacks."""
+    """Use only genes measured in at least this share of the training cells; 0 uses all genes measured in any
+    dataset. With values near 1, one small panel among large ones makes training and prediction faster, but
+    loses the genes not on that panel."""
     file: str = setting("", "cells")
-    """A query saved by `jobs.query`; replaces the filters, and its hash is checked against the atlas."""
+    """A query saved by `jobs.query`; replaces the filters. Its hash is checked against the atlas."""
 
     def __post_init__(self) -> None:
         require(0.0 <= self.min_measured <= 1.0, f"query.min_measured={self.min_measured} must be in [0, 1]")
         require(
             not (self.file and (self.obs_filter or self.var_filter)),
-            f"query.file={self.file!r} already holds filters; drop query.obs_filter and query.var_filter, or"
+            f"query.file={self.file!r} already has filters; drop query.obs_filter and query.var_filter, or"
             f" query.file",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelsConfig:
-    """What is predicted."""
+    """The labels to predict."""
 
     column: str = setting("cell_type_major", "cells")
-    """obs column of labels. `cell_type_major` is the first-tier roll-up made from the Cell Ontology; any
-    other obs column works."""
+    """obs column of labels. `cell_type_major` is a first-tier roll-up along the Cell Ontology; any other obs
+    column works too."""
     min_cells: int = setting(10)
-    """Labels with fewer training cells are left out of training and counted in the run."""
+    """Labels with fewer training cells are excluded from training and reported by the run."""
     max_cells: int = setting(0)
-    """Fine-tuning trains on at most so many cells of each label in each data set, chosen at random, so that
-    large ones do not crowd out the rest; 0 takes all."""
+    """Fine-tuning uses at most this many random cells per label and data set, so large ones do not crowd out
+    the rest; 0 uses all."""
 
     def __post_init__(self) -> None:
         require(self.min_cells >= 1, f"labels.min_cells={self.min_cells} must be at least 1")
@@ -156,16 +156,16 @@ class LabelsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """The training, validation and test cells. No group is in more than one part."""
+    """Division into training, validation and test cells. No group is in more than one part."""
 
     group_by: str = setting("donor_id", "cells")
-    """obs column whose groups stay together, such as `donor_id` or `dataset_id`."""
+    """obs column whose groups stay together, for example `donor_id` or `dataset_id`."""
     test_groups: tuple[str, ...] = setting((), "cells")
-    """Groups held out for the test; when empty, `test_fraction` chooses them."""
+    """Groups held out for testing; if empty, they are chosen by `test_fraction`."""
     test_fraction: float = setting(0.2, "cells")
-    """Share of cells to hold out for the test where `test_groups` is empty; 0 holds none out."""
+    """Share of cells to hold out for testing if `test_groups` is empty; 0 for none."""
     val_fraction: float = setting(0.1, "cells")
-    """Share of the remaining cells, in whole groups if the labels allow it, used to select the best step."""
+    """Share of the remaining cells used to select the best step; whole groups if the labels allow it."""
 
     def __post_init__(self) -> None:
         for name in ("test_fraction", "val_fraction"):
@@ -178,10 +178,10 @@ class TokensConfig:
     """How a cell becomes tokens."""
 
     input_mode: Literal["detected", "all"] = setting("detected", "pretraining")
-    """`detected`: one token per detected gene; `all`: one per gene of the vocabulary, zeros included."""
+    """`detected`: one token per detected gene; `all`: one per gene of the vocabulary, including zeros."""
     max_genes: int = setting(1024, "pretraining")
-    """Most gene tokens per cell in `detected` mode. Longer cells keep the genes that stand out most from the
-    gene's mean expression over the training cells, and the run reports how many were cut."""
+    """Maximum number of gene tokens per cell in `detected` mode. Longer cells keep the genes that most exceed
+    their mean expression over the training cells. The run reports how many cells were truncated."""
     expression: Literal["continuous", "log2_bins", "quantile_bins", "binary"] = setting(
         "continuous", "pretraining", "weights"
     )
@@ -189,7 +189,7 @@ class TokensConfig:
     counts per 10,000) as in scBERT; `quantile_bins`: per-cell quantiles of the detected genes as in scGPT;
     `binary`: detected or not, a control that leaves pre-training nothing to learn."""
     num_bins: int = setting(16, "pretraining", "weights")
-    """Expression bins, bin 0 (not detected) included; soft bins when `expression` is continuous."""
+    """Number of expression bins, including bin 0 (not detected); soft bins if `expression` is continuous."""
 
     def __post_init__(self) -> None:
         require(self.max_genes >= 1, f"tokens.max_genes={self.max_genes} must be at least 1")
@@ -199,20 +199,20 @@ class TokensConfig:
         )
 
     def most_slots(self, num_genes: int) -> int:
-        """Token slots of the longest possible cell, the [CLS] included, with a vocabulary of `num_genes`."""
+        """Token slots of the longest possible cell, including [CLS], with a vocabulary of `num_genes`."""
         return 1 + (num_genes if self.input_mode == "all" else min(self.max_genes, num_genes))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamConfig:
-    """How cells travel from the atlas to a training step."""
+    """How cells are read and shuffled."""
 
     run_length: int = setting(64, "pretraining")
-    """Neighbouring cells read together; the unit that is permuted over the whole query. Match the atlas
-    tile."""
+    """Number of neighbouring cells read together; these runs are shuffled over the whole query. Should match
+    the atlas's tile size."""
     cells_per_task: int = setting(16384, "pretraining")
-    """Cells that meet in one read task and are mixed there; 256 runs of 64 give about 99 % of the entropy of
-    a full shuffle."""
+    """Number of cells shuffled together in a read task; 256 runs of 64 give about 99 % of the entropy of a
+    full shuffle."""
 
     def __post_init__(self) -> None:
         for name in ("run_length", "cells_per_task"):
@@ -227,55 +227,55 @@ class StreamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. Defaults are the base recipe."""
+    """The network. The defaults are the base recipe."""
 
     encoder: Literal["reformer", "additive"] = setting("reformer", "pretraining", "weights")
-    """`additive`: a sum over genes of learned responses, then one hidden layer; values are scaled by the
-    genes that were measured. The better one on few studies, and the faster one; of the settings below it uses
-    `dim` and `input_genes`. Without pre-training, and without `linear_skip`."""
+    """`additive`: a sum of learned responses over genes, then one hidden layer; values are scaled by the
+    genes
+    that were measured. Faster, and better with few studies. Of the settings below it uses only `dim` and
+    `input_genes`; needs `linear_skip=false` and no pre-training."""
     input_genes: int = setting(1024, "pretraining", "weights")
-    """Of the additive encoder: genes that become tokens, those that tell labels apart best in any data set.
-    300 are too few for blood, 2,048 no better than 1,024."""
+    """Additive encoder: number of genes that become tokens, chosen as the best at separating labels in any
+    data set. For blood, 300 are too few, and 2,048 are no better than 1,024."""
     dim: int = setting(128, "pretraining", "weights")
     """Width of the residual streams."""
     depth: int = setting(4, "pretraining", "weights")
-    """Reformer blocks, each attention and feed-forward."""
+    """Number of Reformer blocks, each with attention and feed-forward."""
     heads: int = setting(4, "pretraining", "weights")
-    """Attention heads; the head width is dim / heads."""
+    """Number of attention heads; the head width is dim / heads."""
     attention: Literal["auto", "lsh", "full", "local", "random", "none"] = setting(
         "auto", "pretraining", "weights"
     )
-    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of these two for the
-    longest cell, settled when a run starts; `local`: neighbouring tokens only; and two controls, `random`:
-    lsh with random buckets, `none`: without attention."""
+    """`lsh`: Reformer's; `full`: PyTorch's scaled dot product; `auto`: the faster of the two for the longest
+    cell, chosen when a run starts; `local`: only neighbouring tokens. Two controls: `random`, lsh with random
+    buckets, and `none`, no attention."""
     n_hashes: int = setting(4, "pretraining")
-    """Hash rounds of `lsh` and `random`."""
+    """Number of hash rounds of `lsh` and `random`."""
     eval_n_hashes: int = setting(0)
-    """For ablation. Hash rounds where the network is not trained: validation, prediction, explanations; 0
-    takes `n_hashes`."""
+    """For ablation. Hash rounds outside training: validation, prediction, explanations; 0 uses `n_hashes`."""
     bucket_size: int = setting(64, "pretraining")
     """Tokens per bucket of `lsh` and `random`, and per window of `local`."""
     reversible: bool = setting(True, "pretraining")
-    """Recompute activations in the backward pass, so that memory does not grow with depth."""
+    """Recompute activations in the backward pass, so memory does not grow with depth."""
     ff_mult: int = setting(4, "pretraining", "weights")
-    """Width of the feed-forward layer over dim."""
+    """Width of the feed-forward layer, as a multiple of dim."""
     ff_chunks: int = setting(1, "pretraining")
-    """For ablation, and for very long cells. Slices of the sequence that pass through the feed-forward layer
-    one after another: less memory, the same result."""
+    """For ablation and very long cells. Number of slices of the sequence that pass through the feed-forward
+    layer one after another: less memory, same result."""
     dropout: float = setting(0.0, "pretraining")
     """Dropout after attention and feed-forward."""
     gene_embedding: Literal["random", "svd", "shuffled", "none"] = setting("svd", "pretraining")
-    """Start of the gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better
-    on few cells). Two controls:
-    `shuffled` gives each gene the SVD vector of another one, `none` gives all genes one vector."""
+    """Initial gene embeddings: `random`, or `svd`, the truncated SVD of the training cells (much better with
+    few cells). Two controls: `shuffled` gives each gene the SVD vector of another gene; `none` gives all
+    genes the same vector."""
     pooling: Literal["cls", "mean", "attention"] = setting("attention", "pretraining", "weights")
-    """How token vectors become a cell vector for the classification head."""
+    """How token vectors are combined into a cell vector for the classification head."""
     linear_skip: bool = setting(True)
-    """Add a linear classifier on the cell's expression values to the logits (wide and deep)."""
+    """Add the output of a linear classifier on the cell's expression values to the logits (wide and deep)."""
     linear_start_cells: int = setting(8192)
-    """Training cells, at most and evenly over the labels, on which a logistic regression is fitted to be
-    the `linear_skip`: the network starts as good as that, and trains the rest next to it (trained further,
-    it lost on other data sets). 0 starts at zero and trains it."""
+    """Initialise `linear_skip` with a logistic regression on at most this many training cells, spread evenly
+    over labels. The network starts as good as the regression, which then stays fixed (training it further
+    was worse on other data sets). With 0, `linear_skip` starts at zero and is trained."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -309,52 +309,52 @@ class TrainConfig:
     """One training run, pre-training or fine-tuning."""
 
     seed: int = setting(0, "pretraining")
-    """Fixes weights, order of cells, masks, hashes and dropout."""
+    """Random seed of weights, cell order, masks, hashes and dropout."""
     max_steps: int = setting(1000)
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: int = setting(64, "pretraining")
-    """Cells per optimizer step, over all ranks and accumulation steps."""
+    """Number of cells per optimizer step, over all ranks and accumulation steps."""
     micro_batch_size: int = setting(16, "pretraining")
-    """Cells per rank per forward; lower it when memory runs out, the result stays the same."""
+    """Number of cells per forward pass on each rank. Lower it if memory runs out; the result is the same."""
     lr: float = setting(1e-3, "pretraining")
     """Peak learning rate of AdamW."""
     warmup_steps: int = setting(50, "pretraining")
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     weight_decay: float = setting(0.01, "pretraining")
-    """AdamW weight decay of matrices; biases, norms and embeddings have none."""
+    """AdamW weight decay of matrices; biases, norms and embeddings do not decay."""
     gradient_clipping: float = setting(1.0, "pretraining")
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     precision: Literal["auto", "fp32", "bf16"] = setting("auto", "pretraining")
-    """`auto` is bf16 on GPUs that have it and fp32 elsewhere."""
+    """`auto` is bf16 on GPUs that support it and fp32 elsewhere."""
     mask_rate: float = setting(0.3, "pretraining")
     """Pre-training: share of a cell's detected genes whose expression is hidden."""
     class_weighting: Literal["none", "sqrt", "sqrt_dataset", "balanced"] = setting("sqrt")
-    """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2,
-    frequency^-1 (normalised to mean 1). `sqrt_dataset` takes the frequency within the cell's data set, so
-    that no study decides alone what a label looks like."""
+    """Fine-tuning: weight of a cell in the loss by the frequency of its label: 1, frequency^-1/2 or
+    frequency^-1 (normalised to mean 1). `sqrt_dataset` uses the frequency within the cell's data set, so no
+    single study dominates a label."""
     prior_shift: float = setting(0.0)
-    """Fine-tuning: how far the finished network's label frequencies are moved from those of the weighted loss
-    to those of the training cells; 0 not, 1 all the way. Weighting finds rare labels, and calls them too
-    often; 0.75 was best on held-out donors."""
+    """Fine-tuning: how far to shift the finished network's label frequencies from the weighted loss (0) to
+    the training cells (1). Weighting finds rare labels but predicts them too often; 0.75 was best on held-out
+    donors."""
     thinned_share: float = setting(0.0)
-    """Fine-tuning: share of the cells of an epoch whose counts are thinned to 25 to 100 %, as a shallower
-    experiment would have found them."""
+    """Fine-tuning: share of the cells in each epoch whose counts are thinned to 25 to 100 %, as in a
+    shallower experiment."""
     panel_share: float = setting(0.0)
-    """Fine-tuning: share of the cells of an epoch that keep 15 to 100 % of their genes; the others count as
-    not measured, as with a smaller gene panel."""
+    """Fine-tuning: share of the cells in each epoch that keep only 15 to 100 % of their genes. The other
+    genes count as not measured, as with a smaller gene panel."""
     weight_average: float = setting(0.0, "pretraining")
-    """Decay per step of a moving average of the weights, which is what is validated and kept; 0 keeps the
-    weights themselves."""
+    """Decay per step of a moving average of the weights, which is validated and saved; 0 uses the weights
+    themselves."""
     freeze_encoder: bool = setting(False)
-    """Fine-tuning: train the heads only."""
+    """Fine-tuning: train only the heads."""
     eval_every_steps: int = setting(200, "pretraining")
-    """Steps between validations (and checkpoints)."""
+    """Number of steps between validations (and checkpoints)."""
     checkpoint_every_minutes: float = setting(10.0)
-    """Minutes after which a checkpoint is saved between validations; 0 saves them with validations alone."""
+    """Minutes between additional checkpoints; 0 saves checkpoints only after validations."""
     log_every_steps: int = setting(20)
-    """Steps between log lines; metric values leave the device only then."""
+    """Number of steps between log lines; metrics are copied from the device only then."""
     patience_evals: int = setting(0)
-    """Stop after so many validations without a better macro-F1 (or loss in pre-training); 0 never stops
+    """Stop after this many validations without improvement in macro-F1 (pre-training: loss); 0 never stops
     early."""
 
     def __post_init__(self) -> None:
@@ -388,10 +388,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """DeepSpeed's ZeRO, in its own words."""
+    """DeepSpeed's ZeRO settings, with their upstream names."""
 
     stage: Literal[0, 1, 2, 3] = setting(0)
-    """What is partitioned over ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    """What is partitioned over ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     offload_optimizer: Literal["none", "cpu"] = setting("none")
     """Keep optimizer state in host memory."""
 
@@ -404,20 +404,20 @@ class ZeroConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where the job runs and how much of it."""
+    """Resources of a job."""
 
     num_workers: int = setting(1)
-    """Ray Train workers, which is DeepSpeed's world size."""
+    """Number of Ray Train workers, which is DeepSpeed's world size."""
     use_gpu: bool = setting(False)
-    """One GPU for each worker."""
+    """Use one GPU per worker."""
     cpus_per_worker: float = setting(1.0)
-    """CPUs that Ray reserves for each worker; on CPU also its number of threads."""
+    """CPUs that Ray reserves per worker; without GPUs also its number of threads."""
     cpus_per_read_task: float = setting(0.5)
-    """CPUs that Ray reserves for each task that reads the atlas."""
+    """CPUs assumed per task that reads the atlas; limits how many run at a time."""
     storage_path: str = setting("")
-    """Folder or URI, seen by all nodes, for checkpoints; empty is `runs/` in the working directory."""
+    """Folder or URI for checkpoints, visible to all nodes; empty means `runs/` in the working directory."""
     max_failures: int = setting(2)
-    """Restarts from the last checkpoint after a lost worker; -1 never gives up."""
+    """Number of restarts from the last checkpoint after losing a worker; -1 for no limit."""
 
     def __post_init__(self) -> None:
         refuse_secret_address("cluster.storage_path", self.storage_path, _KEYS_BELONG)
@@ -432,63 +432,64 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where MLflow keeps runs and models."""
+    """Where MLflow stores runs and models."""
 
     uri: str = setting("")
-    """Tracking server; empty takes MLFLOW_TRACKING_URI, else a SQLite file `mlflow.db` in the working
-    directory. One with a password belongs in MLFLOW_TRACKING_URI and is refused here."""
+    """Tracking server; empty uses MLFLOW_TRACKING_URI or else a SQLite file `mlflow.db` in the working
+    directory. An address with a password is rejected; put it in MLFLOW_TRACKING_URI."""
     experiment: str = setting("screformer")
     """MLflow experiment."""
     run_name: str = setting("")
-    """Name of the run; if empty, the command, the atlas and the date."""
+    """Name of the run; defaults to the command, the atlas and the date."""
     model_name: str = setting("screformer")
-    """Registered model that fine-tuning adds a version to."""
+    """Registered model to which fine-tuning adds a version."""
 
     def __post_init__(self) -> None:
         refuse_secret_address(
             "tracking.uri",
             self.uri,
-            "put the whole address into the environment as MLFLOW_TRACKING_URI, or user and password as"
+            "set the whole address in the environment as MLFLOW_TRACKING_URI, or user and password as"
             " MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (for Ray jobs: runtime_env env_vars)",
         )
         require(
             self.model_name.strip() != "" and not set(self.model_name) & set("/:@"),
-            f"tracking.model_name={self.model_name!r} must be a name without '/', ':' and '@', such as"
+            f"tracking.model_name={self.model_name!r} must be a name without '/', ':' or '@', for example"
             f" screformer",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossvalConfig:
-    """How a cross-validation divides cells, and what it compares. An ablation uses the same folds."""
+    """How to divide cells for cross-validation, and what to compare. Ablations use the same folds."""
 
     group_by: str = setting("donor_id", "cells")
-    """What a fold keeps together: `donor_id`; another obs column, such as `dataset_id` or `study`, each value
-    of which is a fold; or nothing (`none`: random cells, which gives optimistic scores)."""
+    """Which cells stay in one fold: those of a donor (`donor_id`); those with one value of another obs
+    column, for example `dataset_id` or `study`, where each value is a fold; or none (`none`: random cells,
+    which gives optimistic scores)."""
     num_folds: int = setting(5, "cells")
-    """Folds of donors or random cells; of another column there are as many as values."""
+    """Number of folds of donors or random cells; with another column, each of its values is a fold."""
     val_fraction: float = setting(0.1, "cells")
-    """Share of a fold's training cells that choose the step and the settings of baselines; whole donors where
-    the labels allow it."""
+    """Share of a fold's training cells used to choose the best step and the baselines' settings; whole donors
+    if the labels allow it."""
     max_cells: int = setting(0, "cells")
-    """Use at most this many cells of the query, the same share of each donor and label; 0 uses all."""
+    """Use about this many cells of the query, the same share of each donor and label; 0 uses all."""
     pretrain: Literal["fold", "once", "none"] = setting("fold", "pretraining")
-    """Pre-train in each fold without its test cells, once on all (optimistic scores), or not at all.
-    An additive encoder is never pre-trained."""
+    """Pre-train in each fold without its test cells, once on all cells (optimistic scores), or not at all.
+    Additive encoders are never pre-trained."""
     pretrain_steps: int = setting(100, "pretraining")
-    """Optimizer steps of pre-training, in place of `train.max_steps`."""
+    """Number of optimizer steps of pre-training, instead of `train.max_steps`."""
     baselines: tuple[str, ...] = setting(("all",))
-    """Methods to compare with, by name; empty compares with none."""
+    """Names of methods to compare with; empty for none."""
     num_seeds: int = setting(1)
-    """Seeds of our model, counted up from `train.seed`; folds and baselines are the same for all. A search
-    takes one, then repeats its best configuration."""
+    """Number of seeds of our model, starting at `train.seed`; all use the same folds and baselines. A search
+    uses one, then repeats its best configuration."""
     concurrent_folds: int = setting(1)
-    """Folds of a configuration that are trained at a time."""
+    """Number of folds of a configuration trained at the same time."""
     concurrent_trials: int = setting(1)
-    """Configurations of a search or an ablation that are trained at a time."""
+    """Number of configurations of a search or ablation trained at the same time."""
     register: bool = setting(False)
-    """At the end, train the (best) configuration on the cells of all folds, and add it to
-    `tracking.model_name` with its folds' scores."""
+    """Finally train the (best) configuration on the cells of all folds and register it as
+    `tracking.model_name` with its cross-validation scores."""
 
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "num_seeds", "concurrent_folds", "concurrent_trials"):
@@ -496,8 +497,8 @@ class CrossvalConfig:
         require(self.num_folds >= 2, f"crossval.num_folds={self.num_folds} must be at least 2")
         require(
             0 < self.val_fraction < 1,
-            f"crossval.val_fraction={self.val_fraction} must be between 0 and 1: something has to choose the"
-            f" step",
+            f"crossval.val_fraction={self.val_fraction} must be between 0 and 1: validation cells choose the"
+            f" best step",
         )
         require(
             self.max_cells >= 0,
@@ -507,17 +508,17 @@ class CrossvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Which configurations a cross-validation tries. With an empty space, only the recipe's."""
+    """Configurations that a cross-validation tries; with an empty space, only the recipe's."""
 
     space: Mapping[str, Any] = setting({})
-    """Setting to its values: a list (`[2, 4]`), or `uniform(a, b)`, `loguniform(a, b)`, `randint(a, b)`,
-    without b."""
+    """Setting to its values: a list (`[2, 4]`), `uniform(a, b)`, `loguniform(a, b)` or `randint(a, b)` (b
+    excluded)."""
     algorithm: Literal["grid", "random", "optuna"] = setting("grid")
-    """`grid` takes every combination of lists; the others draw `num_samples`."""
+    """`grid` tries every combination of lists; the others sample `num_samples` configurations."""
     num_samples: int = setting(8)
-    """Configurations that `random` and `optuna` try."""
+    """Number of configurations that `random` and `optuna` try."""
     scheduler: Literal["none", "asha"] = setting("none")
-    """`asha` stops the worse configurations after their first folds."""
+    """`asha` stops worse configurations after their first folds."""
 
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, f"search.num_samples={self.num_samples} must be at least 1")
@@ -528,10 +529,10 @@ class AblationConfig:
     """What an ablation varies."""
 
     axes: Mapping[str, Any] = setting({})
-    """Name of a group to its list of variants, each some settings as on the command line:
+    """Name of a group to a list of variants, each with settings as on the command line:
     `[model.attention=none, ...]`."""
     num_seeds: int = setting(1)
-    """Seeds of each variant, counted up from `train.seed`; folds are the same for all."""
+    """Number of seeds per variant, starting at `train.seed`; all use the same folds."""
 
     def __post_init__(self) -> None:
         require(self.num_seeds >= 1, f"ablation.num_seeds={self.num_seeds} must be at least 1")
@@ -575,24 +576,24 @@ class ExperimentConfig:
         )
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Forward passes per optimizer step on each of `world_size` ranks; raises as the function does."""
+        """Number of forward passes per optimizer step on each of `world_size` ranks; raises ValueError."""
         return grad_accum_steps(self.train.global_batch_size, self.train.micro_batch_size, world_size)
 
     @classmethod
     def from_file(cls, path: str | Path, *, command: Command | None = None) -> Self:
-        """Read a YAML recipe; what it leaves out keeps its default.
+        """Read a YAML recipe; missing settings keep their defaults.
 
         Args:
             path: The recipe.
-            command: Refuse settings that have no effect in this command; None takes all.
+            command: Reject settings that have no effect in this command; None accepts all.
 
         Raises:
-            ValueError: Not a mapping, or an unknown, ill-typed or refused field (named, with the nearest
-                known one).
+            ValueError: The recipe is not a mapping, or a field is unknown, rejected or of the wrong type. The
+                message suggests the closest known field.
         """
         tree = yaml.safe_load(Path(path).read_text())
-        tree = {} if tree is None else tree  # comments alone, such as recipes/base.yaml: all defaults
-        require(isinstance(tree, dict), f"{path} holds {type(tree).__name__}, not the sections {names(cls)}")
+        tree = {} if tree is None else tree  # only comments, as in recipes/base.yaml: all defaults
+        require(isinstance(tree, dict), f"{path} is a {type(tree).__name__}, not the sections {names(cls)}")
         if command is not None:
             _check_effect(command, _paths(tree))
         return cls.from_dict(tree)
@@ -606,14 +607,14 @@ class ExperimentConfig:
 
     @classmethod
     def from_saved(cls, tree: Mapping[str, Any], *, resume: bool = False) -> Self:
-        """Build from what this or an earlier version saved with a model or a run.
+        """Build from settings saved with a model or run by this or an earlier version.
 
         Args:
-            tree: Nested plain values, perhaps with settings that exist no more; they are dropped.
-            resume: The training will continue, so a dropped setting must have the value that is now fixed.
+            tree: Nested plain values; settings that no longer exist are dropped.
+            resume: Training will continue, so dropped settings must have the value that is now fixed.
 
         Raises:
-            ValueError: Another value; the message names the version that has that setting.
+            ValueError: A dropped setting has another value; the message names the version that supports it.
         """
         tree = {section: dict(fields) for section, fields in tree.items()}
         for path, fixed in _REMOVED.items():
@@ -627,11 +628,11 @@ class ExperimentConfig:
         return cls.from_dict(tree)
 
     def to_dict(self, command: str | None = None) -> dict[str, Any]:
-        """Nested plain values (str, int, float, bool, list, dict), fit for YAML, JSON and another process.
+        """Nested plain values (str, int, float, bool, list, dict), suitable for YAML, JSON and pickling.
 
         Args:
-            command: Leave out what has no effect in this command; None, and a command that
-                `WITHOUT_EFFECT` does not list, give all.
+            command: Leave out settings without effect in this command. None, and commands not in
+                `WITHOUT_EFFECT`, include all.
         """
         tree = plain(self)
         for path in WITHOUT_EFFECT.get(command or "", ()):
@@ -647,12 +648,12 @@ class ExperimentConfig:
 
         Args:
             overrides: `["model.n_hashes=8", "split.test_groups=[A, B]"]`, values in YAML, or
-                `{"model.n_hashes": 8}`. What follows the field of a mapping is its key:
+                `{"model.n_hashes": 8}`. For a mapping, the rest of the name is the key:
                 `atlas.tiledb_config.vfs.s3.region=eu-west-1`.
-            command: As `from_file`.
+            command: As in `from_file`.
 
         Raises:
-            ValueError: An override without `=`, an unknown or refused field, or a value that fails its check.
+            ValueError: An override has no `=`, a field is unknown or rejected, or a value is invalid.
         """
         if not isinstance(overrides, Mapping):
             overrides = dict(parse_override(text) for text in overrides)
@@ -680,13 +681,13 @@ class ExperimentConfig:
         return type(self).from_dict(tree)
 
     def differences(self, other: ExperimentConfig) -> dict[str, Any]:
-        """This one's values where they differ from those of `other`, by name (`model.dim`)."""
+        """Our values of all settings that differ from those in `other`, by name (`model.dim`)."""
         ours, theirs = _paths(plain(self)), _paths(plain(other))
         return {path: value for path, value in ours.items() if value != theirs[path]}
 
 
 def touching(touch: Touch) -> list[str]:
-    """Names of all settings that touch something, such as `model.dim`."""
+    """Names of all settings that affect something (see `Touch`), for example `model.dim`."""
     return [
         f"{section}.{item.name}"
         for section, cls in sections().items()
@@ -701,12 +702,12 @@ def sections() -> dict[str, Any]:
 
 
 def setting_name(path: str) -> str:
-    """The setting of an override's name, without the key of a mapping: `atlas.tiledb_config`."""
+    """The setting that an override's name refers to, without a mapping's key: `atlas.tiledb_config`."""
     return ".".join(path.split(".")[:2])
 
 
 def _paths(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of nested values by name; anything that is not a section is left out (`build` refuses it)."""
+    """Settings of nested values by name; anything that is not a section is skipped (`build` rejects it)."""
     return {
         f"{section}.{name}": value
         for section, fields in tree.items()
@@ -716,7 +717,7 @@ def _paths(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_current(path: str, value: Any) -> None:
-    """Refuse names and words of earlier versions, and say what took their place."""
+    """Reject names and values of earlier versions, and report their replacement."""
     require(path not in _RENAMED, f"{path} is called {_RENAMED.get(path)} now")
     require(
         path not in _REMOVED,
@@ -732,7 +733,7 @@ def _check_effect(command: Command, paths: Iterable[str]) -> None:
     for path in paths:
         if setting_name(path) in WITHOUT_EFFECT[command] or path.split(".")[0] in WITHOUT_EFFECT[command]:
             held_out = (
-                "; crossval.group_by, crossval.num_folds and crossval.val_fraction say what is held out"
+                "; crossval.group_by, crossval.num_folds and crossval.val_fraction control what is held out"
                 if path.startswith("split.")
                 else ""
             )

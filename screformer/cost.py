@@ -1,6 +1,6 @@
-"""The cost of training: estimated and measured memory, and arithmetic.
+"""Cost of training: estimated and measured memory, and FLOPs.
 
-Estimates are deliberately rough. They are printed before a run starts and checked against real runs.
+The estimates are deliberately rough. They are printed before a run starts and checked against real runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FP32_BYTES = 4
 
 
 def state_bytes(config: ExperimentConfig, num_parameters: int) -> float:
-    """Bytes of weights, gradients and optimizer state on each worker, in fp32."""
+    """Size of weights, gradients and optimizer state on each worker, in bytes; fp32."""
     # Per parameter: weights 4, gradients 4, moments 8. ZeRO partitions moments first, then gradients, then
     # weights.
     spread = {0: 0, 1: 8, 2: 12, 3: 16}[config.zero.stage]
@@ -26,11 +26,11 @@ def state_bytes(config: ExperimentConfig, num_parameters: int) -> float:
 
 
 def activation_bytes(config: ExperimentConfig, most_slots: int) -> float:
-    """Peak bytes of one forward and backward pass of a micro-batch, in fp32.
+    """Peak memory of one forward and backward pass of a micro-batch, in bytes; fp32.
 
     Args:
         config: The run's settings.
-        most_slots: Tokens of the longest cell.
+        most_slots: Number of tokens of the longest cell.
     """
     model, tokens = config.model, config.train.micro_batch_size * most_slots
     # A block needs about 14 + 2 ff_mult vectors per token, plus some per hash round with LSH. Reversible
@@ -46,12 +46,12 @@ def activation_bytes(config: ExperimentConfig, most_slots: int) -> float:
 def step_flops(model: ModelConfig, length: int) -> float:
     """FLOPs of the matrix products in one training step for a cell of `length` tokens.
 
-    Recomputation does not count.
+    Recomputation is not counted.
 
-    Forward, for each block and token: 2 x (p + 2 x ff_mult) x dim^2 of the linear layers, with p = 3
-    projections (shared queries and keys, values, output) or 4 in full attention; and 4 x dim for each key of
-    the attention, of which there are 2 x bucket_size in every round, or `length` in full attention. The
-    backward pass takes twice as much.
+    Forward pass, per block and token: 2 x (p + 2 x ff_mult) x dim^2 for the linear layers, with p = 3
+    projections (shared queries and keys, values, output) or 4 with full attention; plus 4 x dim per key, with
+    2 x bucket_size keys in every round, or `length` keys with full attention. The backward pass takes twice
+    as much.
     """
     projections = 4 if model.attention == "full" else 3
     keys = length if model.attention == "full" else 2 * model.bucket_size * model.n_hashes
@@ -66,9 +66,9 @@ def step_flops(model: ModelConfig, length: int) -> float:
 def attention_flops(length: int, *, heads: int, head_width: int, n_hashes: int, bucket_size: int) -> float:
     """FLOPs of one forward and backward pass of LSH attention over a cell.
 
-    Two products forward and four backward, each of 2 x head width operations for every query and its 2 x
-    bucket keys in every round. Scores recomputed in the backward pass do not count, as is usual for model
-    FLOPs.
+    Two products forward and four backward, each with 2 x head_width operations for every query and its 2 x
+    bucket_size keys in every round. Scores recomputed in the backward pass are not counted, as is usual for
+    model FLOPs.
     """
     return 6 * 2 * head_width * heads * length * n_hashes * 2 * bucket_size
 

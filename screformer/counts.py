@@ -1,4 +1,4 @@
-"""Raw counts of cells, from every reader to the model: one type, one check, one normalisation.
+"""Raw counts of cells: the type, the check and the normalisation used everywhere.
 
 Axes: n cells, v columns of an input, g genes of the vocabulary, p gene panels.
 """
@@ -17,8 +17,8 @@ COUNTS_PER_CELL = 10_000.0
 
 LEAST_COUNTS, GENES_PER_COUNT = 100, 20
 """A cell is uninformative if it has fewer than 100 counts in total and fewer than one per twenty measured
-genes. In the data sets of docs/results.md that is at most 1 % of the cells, although some measure only 100
-genes."""
+genes. In the data sets of docs/results.md this affects at most 1 % of the cells, although some data sets
+measured only 100 genes."""
 
 _LARGEST_EXACT = 1 << 24
 """Largest count allowed: float32 is exact up to here. Counts are float32, as in Census."""
@@ -26,7 +26,7 @@ _LARGEST_EXACT = 1 << 24
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Which of the vocabulary's genes were measured in which cells.
+    """Which of the vocabulary's genes were measured in each cell.
 
     A gene outside a cell's panel is unknown, not zero.
     """
@@ -38,7 +38,7 @@ class Panels:
 
     @classmethod
     def one(cls, measured_g: np.ndarray, num_cells: int) -> Panels:
-        """Cells that share a panel."""
+        """Panels of cells that all share one panel."""
         return cls(np.asarray(measured_g, dtype=bool)[None], np.zeros(num_cells, dtype=np.int64))
 
     def take(self, cells: np.ndarray) -> Panels:
@@ -56,7 +56,7 @@ class CellCounts:
     total_n: np.ndarray
     """Library size: total counts of each cell over all measured genes, float32 (n,)."""
     panels: Panels
-    """Which genes were measured in which cells."""
+    """Which genes were measured in each cell."""
 
     @classmethod
     def of(
@@ -83,7 +83,7 @@ class CellCounts:
 
     @property
     def lengths_n(self) -> np.ndarray:
-        """Detected genes of each cell, int (n,)."""
+        """Number of detected genes of each cell, int (n,)."""
         return np.diff(self.counts_ng.indptr)
 
     @property
@@ -91,7 +91,7 @@ class CellCounts:
         """Which cells have enough counts to be labelled, bool (n,).
 
         Empty droplets do not: they contain a little of everything. A cell needs one count per twenty measured
-        genes, but never more than 100 in total.
+        genes, up to 100 in total.
         """
         measured_n = self.panels.measured_pg.sum(axis=1)[self.panels.panels_n]
         least_n = np.clip(measured_n / GENES_PER_COUNT, 1, LEAST_COUNTS)
@@ -106,8 +106,8 @@ class CellCounts:
 
         Args:
             reference_g: A typical profile, (g,). Values are then per 10,000 counts over the whole profile,
-                estimated from the share that the cell's panel has of it. So a cell has the same values no
-                matter which other genes were measured. None: per 10,000 counts of the library size.
+                estimated from the share of the profile that the cell's panel covers. So a cell's values do
+                not depend on which other genes were measured. None: per 10,000 counts of the library size.
         """
         if reference_g is None:
             total_n, share_n = self.total_n, np.ones(len(self))
@@ -156,16 +156,16 @@ def raw_counts(
             if elsewhere
             else "; pass raw counts (often in a layer named `counts`, or in `raw`)"
         )
-        raise ValueError(f"{source} holds {values[position]:g} at {where}: it {what}; {remedy}{places}")
+        raise ValueError(f"{source} has {values[position]:g} at {where}: it {what}; {remedy}{places}")
     counts = matrix.astype(np.float32, copy=False)
     return counts if counts.has_sorted_indices else counts.sorted_indices()
 
 
 def as_csr(counts_nv: Any, *, source: str) -> sparse.csr_matrix:
-    """Convert any matrix of numbers to csr, in a dtype whose sums do not overflow.
+    """Convert any matrix of numbers to csr, with a dtype whose sums do not overflow.
 
     Raises:
-        ValueError: Something in it is not a number.
+        ValueError: A value is not a number.
     """
     if hasattr(counts_nv, "compute"):  # a dask array
         counts_nv = counts_nv.compute()
@@ -175,7 +175,7 @@ def as_csr(counts_nv: Any, *, source: str) -> sparse.csr_matrix:
 
 
 def sum_dtype(dtype: np.dtype, *, source: str) -> np.dtype:
-    """The dtype for reading values of a stored dtype: sums of narrow integers would overflow.
+    """The dtype in which to read values of a stored dtype, because sums of narrow integers would overflow.
 
     Raises:
         ValueError: Values of this dtype cannot be counts.

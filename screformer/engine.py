@@ -1,6 +1,7 @@
-"""The interface to DeepSpeed: its configuration and the engine. `engine_state` reads and writes an engine.
+"""Configure DeepSpeed and build its engine; `engine_state` reads and writes the engine's state.
 
-DeepSpeed is imported only when an engine is built: the import takes seconds and fixes the accelerator.
+DeepSpeed is imported only when an engine is built, because the import takes seconds and fixes the
+accelerator.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import nn
 from screformer.config import ExperimentConfig, TrainConfig
 
 BUCKET_ELEMENTS = 20_000_000
-"""Elements that ZeRO reduces or gathers at a time. DeepSpeed's default of 5e8 would take 2 GB of buffers per
-rank for networks of a few MB."""
+"""Number of elements that ZeRO reduces or gathers at a time. DeepSpeed's default of 5e8 would take 2 GB of
+buffers per rank for networks of a few MB."""
 PERSISTENCE_THRESHOLD = 100_000
 """Parameters with fewer elements stay whole on every rank at stage 3."""
 MIN_LR_RATIO = 0.05
-"""Final learning rate over the peak, at the end of the cosine."""
+"""Final learning rate as a share of the peak."""
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -38,7 +39,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def uses_bf16(config: ExperimentConfig, device_type: str) -> bool:
-    """Whether the network uses bfloat16: as set by `train.precision`; with `auto`, if the GPU supports it."""
+    """Whether the network uses bfloat16, as set by `train.precision`; for `auto`, if the GPU supports it."""
     if config.train.precision == "auto":
         return device_type == "cuda" and torch.cuda.is_bf16_supported()
     return config.train.precision == "bf16"
@@ -57,16 +58,16 @@ def deepspeed_config(
         config: The run's settings.
         world_size: Number of ranks; does not change the global batch.
         device_type: "cpu" or "cuda".
-        persistence_threshold: Tests lower it; otherwise stage 3 would not partition a tiny network.
+        persistence_threshold: Lowered in tests, because stage 3 would not partition a tiny network.
 
     Raises:
         ValueError: The global batch is not a multiple of micro-batch x world size.
     """
     zero, bf16 = config.zero, uses_bf16(config, device_type)
     zero_config: dict[str, Any] = {
-        # AdamW's small updates need fp32 masters of bf16 weights; DeepSpeed keeps them from stage 1 on.
+        # AdamW's small updates need fp32 masters of bf16 weights, which DeepSpeed keeps from stage 1 on.
         "stage": max(zero.stage, 1) if bf16 else zero.stage,
-        # Streams that overlap with the backward pass exist on GPUs only.
+        # Communication can overlap with the backward pass only on GPUs.
         "overlap_comm": device_type == "cuda",
         "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
@@ -84,8 +85,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.grad_accum_steps(world_size),
         "gradient_clipping": config.train.gradient_clipping,
-        # PyTorch's own AdamW: DeepSpeed compiles its versions at first use, and a user's machine may have no
-        # compiler.
+        # Use PyTorch's AdamW: DeepSpeed compiles its versions at first use, and there may be no compiler.
         "optimizer": {
             "type": "AdamW",
             "params": {"torch_adam": True, "lr": config.train.lr, "weight_decay": config.train.weight_decay},
@@ -141,11 +141,11 @@ def build_engine(
         A `deepspeed.DeepSpeedEngine`.
 
     Raises:
-        ValueError: The global batch does not divide evenly over the ranks, or nothing is trainable.
+        ValueError: The global batch cannot be divided evenly among ranks, or nothing is trainable.
     """
     groups = parameter_groups(model, config.train.weight_decay)
     if not groups:
-        raise ValueError("the network has no trainable parameter; check train.freeze_encoder")
+        raise ValueError("the network has no trainable parameters; check train.freeze_encoder")
     device_type = "cuda" if config.cluster.use_gpu else "cpu"
     deepspeed = import_deepspeed(device_type)
     with quiet():
@@ -164,14 +164,14 @@ def build_engine(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """The learning rate of the next optimizer step."""
+    """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The DeepSpeed module, set up for the device `cpu` or `cuda` only."""
-    # Otherwise DeepSpeed guesses, and uses a GPU that the run was told not to use.
+    """The DeepSpeed module, set up only for the device type `cpu` or `cuda`."""
+    # Otherwise DeepSpeed guesses, and uses a GPU even if the run should not.
     os.environ["DS_ACCELERATOR"] = device_type
     import deepspeed
 
@@ -180,8 +180,8 @@ def import_deepspeed(device_type: str) -> Any:
         "ignore", message=r"`torch\.distributed\..* is deprecated", category=FutureWarning
     )
     if device_type == "cpu":
-        # The shared-memory collective is compiled at first use: that takes a minute with a compiler and fails
-        # without one. gloo does the same job.
+        # The shared-memory collective is compiled at first use, which takes a minute with a compiler and
+        # fails without one. gloo does the same job.
         deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 

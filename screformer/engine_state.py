@@ -1,4 +1,4 @@
-"""Weights and optimizer state of a DeepSpeed engine, consolidated from any ZeRO stage or as shards.
+"""Read and write weights and optimizer state of a DeepSpeed engine, consolidated or as shards.
 
 Every rank must call every function except `weights_norm`.
 """
@@ -61,17 +61,16 @@ def load_weights(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def weights_norm(engine: Any) -> float:
-    """Norm of this rank's weights: not finite if any of them is not."""
+    """Norm of this rank's weights; not finite if any weight is not."""
     held = [_held(param) if _is_partitioned(param) else param for param in engine.module.parameters()]
     return float(nn.utils.get_total_norm([part.detach() for part in held]))
 
 
 def gather_moments(engine: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """AdamW's full state.
+    """AdamW's full state and the number of steps.
 
-    `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0 (empty elsewhere), and the number of steps.
-
-    Every rank calls it, after at least one optimizer step.
+    The state is `exp_avg/NAME` and `exp_avg_sq/NAME` in fp32 on rank 0, and empty on other ranks. Every rank
+    calls it, after at least one optimizer step.
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -118,7 +117,7 @@ def load_moments(engine: Any, moments: dict[str, torch.Tensor], num_steps: int) 
 
 
 def shard_layout(engine: Any) -> dict[str, Any]:
-    """Properties that must match for one engine to read another's shards."""
+    """Properties that must match for an engine to read another's shards."""
     return {
         "world_size": torch.distributed.get_world_size(),
         "stage": engine.zero_optimization_stage(),
@@ -128,7 +127,7 @@ def shard_layout(engine: Any) -> dict[str, Any]:
 
 
 def save_shards(engine: Any, directory: Path) -> None:
-    """Save each rank's part of DeepSpeed's own state to a folder that may be local to the rank's node.
+    """Save each rank's part of DeepSpeed's state to a folder, which may be local to the rank's node.
 
     Every rank calls it.
     """
@@ -137,9 +136,9 @@ def save_shards(engine: Any, directory: Path) -> None:
 
 
 def load_shards(engine: Any, directory: Path) -> None:
-    """Load what `save_shards` wrote into an engine with the same `shard_layout`. Every rank calls it."""
-    # DeepSpeed would unpickle anything it finds; PyTorch's restricted reader accepts only tensors and the
-    # types named here.
+    """Load the files of `save_shards` into an engine with the same `shard_layout`. Every rank calls it."""
+    # DeepSpeed would unpickle anything; PyTorch's restricted reader accepts only tensors and the types
+    # listed here.
     previous = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
@@ -178,7 +177,7 @@ def _is_partitioned(param: nn.Parameter) -> bool:
 
 
 def _held(param: Any) -> torch.Tensor:
-    # Without the fill of the last part, which DeepSpeed leaves as the memory was: it may be NaN.
+    # Cut off the padding of the last part: DeepSpeed leaves it uninitialised, so it may be NaN.
     size, rank = param.ds_tensor.numel(), torch.distributed.get_rank()
     return param.ds_tensor[: min(size, max(0, param.ds_numel - rank * size))]
 
@@ -192,7 +191,7 @@ def _own_part(full: torch.Tensor, param: Any) -> torch.Tensor:
 
 
 def _is_plain(engine: Any) -> bool:
-    """Stage 0 in fp32: PyTorch's optimizer works on the parameters themselves."""
+    """Whether PyTorch's optimizer works on the parameters themselves: stage 0 in fp32."""
     return isinstance(engine.optimizer, torch.optim.Optimizer)
 
 

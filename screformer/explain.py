@@ -1,29 +1,27 @@
-"""Explain why a cell got its label.
+"""Attribute a cell's label to its genes with expected gradients.
 
-Computes expected gradients of a logit: one value per gene, adding up to the logit.
-
-A cell is compared with background cells, and the difference between the two logits is divided among genes. A
-background cell has different genes, and an undetected gene has no token. So the path between the two cells
-uses the tokens of both: at each end it equals one of the cells, and in between three things change linearly:
+Each gene gets one value. A cell is compared with background cells, and the difference between the two logits
+is divided among genes. A background cell has different genes, and undetected genes have no token. So the path
+between two cells uses the tokens of both. At each end it equals one of the cells; in between, three things
+change linearly:
 
 - the embedding of each token (gene and expression together), if both cells have the gene;
-- the presence of each token, 0 or 1 at the ends: its weight as a key of attention and in the pooling;
-- the expression value that the linear skip sees.
+- the presence of each token (0 or 1 at the ends), which is its weight as a key and in pooling;
+- the expression value that is input to the linear skip.
 
-The gradient along each of them, times its change, is summed for each gene and integrated over the path by
-Gauss-Legendre quadrature, then averaged over the background. A gene that only the background has also gets a
-value: its absence is evidence. So does a gene measured on one side only, if the background's datasets
+For each of these, the gradient times the change is summed per gene, integrated over the path by
+Gauss-Legendre quadrature, and averaged over the background. Genes that only the background has also get a
+value, because their absence is evidence. So do genes measured on only one side, if the background's datasets
 measured different genes. This is expected gradients with quadrature instead of random points, which needs
 fewer passes for the same error. The values of a cell sum to its logit minus the background's mean logit, up
-to `additivity_error`: the error of the quadrature, plus jumps of LSH attention when a hash changes along the
-path.
+to `additivity_error`: the quadrature error plus jumps of LSH attention when a hash changes along the path.
 
-`shap.GradientExplainer` cannot be used here: its inputs have one shape for cell and background, without
+`shap.GradientExplainer` cannot be used here. It needs inputs of one shape for cell and background, without
 presence, and its `(model, layer)` mode multiplies gradients by the interpolated activation instead of the
-difference, so the sums are wrong. If neither matters (a network in which every gene is a token), the two
-agree; tests/unit/test_explain.py checks this.
+difference, so the sums are wrong. If neither matters (a network in which every gene is a token), both agree;
+tests/unit/test_explain.py checks this.
 
-Everything runs in eval mode on the ordinary (not reversible) backward pass with the hashes of `HASH_SEED`.
+Everything runs in eval mode, with the ordinary (not reversible) backward pass and the hashes of `HASH_SEED`.
 
 Axes: n cells, r rows (pairs of background cell and node of the path), l token slots, g genes, d model width,
 k classes.
@@ -47,7 +45,7 @@ from screformer.model import HASH_SEED, ScReformer
 from screformer.tokenizer import NUM_SPECIAL
 
 NUM_NODES = 3
-"""Points on the path for each background cell. With 2, the sums are accurate to about 2 %, with 4 to 0.2 %
+"""Points on the path per background cell. Sums are accurate to about 2 % with 2 points and 0.2 % with 4
 (blood cells, LSH attention)."""
 _TOKENS_AT_ONCE = 16_384
 
@@ -57,7 +55,7 @@ class Attribution:
     """Explanation of one cell's logit of one class."""
 
     genes: np.ndarray
-    """Vocabulary indices of the genes of the cell and of the background, increasing, int32."""
+    """Vocabulary indices of the genes of the cell and the background, increasing, int32."""
     values: np.ndarray
     """Contribution of each gene to the logit, float32."""
     label: int
@@ -79,8 +77,8 @@ class Explainer:
     Args:
         model: A network with classes, in eval mode; any attention except local.
         background: Cells to compare with.
-        num_nodes: Points of each path.
-        hash_seed: Seeds the LSH hashes; change it only to measure how much the hashes matter.
+        num_nodes: Number of points on each path.
+        hash_seed: Seed of the LSH hashes; change it only to measure the influence of the hashes.
 
     Raises:
         ValueError: The model has local attention, or the background is empty.
@@ -117,7 +115,7 @@ class Explainer:
         return output.logits_nk.float().cpu().numpy()
 
     def attribute(self, cell: CellTokens, labels: Sequence[int]) -> list[Attribution]:
-        """The contribution of each gene to the cell's logits of the given classes."""
+        """The contribution of each gene to the cell's logits for the given classes."""
         num_genes = self._model.num_genes
         sums = np.zeros((len(labels), num_genes + NUM_SPECIAL))
         seen = np.zeros(num_genes + NUM_SPECIAL, dtype=bool)
@@ -146,9 +144,9 @@ class Explainer:
     def _add_panels(
         self, cell: CellTokens, labels: Sequence[int], sums: np.ndarray, seen: np.ndarray
     ) -> None:
-        """Add the effect of different gene panels in the cell's and the background's datasets.
+        """Add the effect of differences between the cell's and the background's gene panels.
 
-        Exact, because that part is linear.
+        Exact, because this part is linear.
         """
         skip = self._model.linear_skip
         if skip is None:
@@ -175,10 +173,10 @@ class Explainer:
     def _integrate(
         self, pairs: Sequence[_Pair], labels: Sequence[int], measured_g: np.ndarray
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-        """Token ids of each pair.
+        """Token ids of each pair, and by class and pair the integrated gradient times change of each token.
 
-        And by class and pair the integrated gradient times change of each token. The whole path is on the
-        cell's own panel: with an additive encoder the sums are right where the background has the same one.
+        The whole path uses the cell's panel. With an additive encoder, the sums are therefore correct only if
+        the background has the same panel.
         """
         model, device, count = self._model, self._device, len(self._nodes)
         ids = torch.from_numpy(_pad([pair.token_ids for pair in pairs])).long().to(device)
@@ -197,7 +195,7 @@ class Explainer:
                     device
                 )
                 ends[side] = [model.embed_tokens(ids, values, bins), present, values]
-            # A token that only one cell has does not change its embedding, only its presence.
+            # Tokens that only one cell has change in presence, not in embedding.
             for side, else_side in (("cell", "other"), ("other", "cell")):
                 lacks = (ends[side][1] == 0).unsqueeze(-1)
                 ends[side][0] = torch.where(lacks, ends[else_side][0], ends[side][0])
@@ -228,8 +226,8 @@ class Explainer:
             for grad, change in zip(grads, changes, strict=True):
                 if (
                     grad is None
-                    # None for values in a network without linear skip, and for presence in one without
-                    # attention and pooling over tokens.
+                    # None for values if there is no linear skip, and for presence if there is no attention or
+                    # pooling over tokens.
                 ):
                     continue
                 part = grad.unflatten(0, (count, len(pairs))).sum(0) * change
@@ -241,7 +239,7 @@ class Explainer:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """The tokens of a cell and a background cell combined, in vocabulary order, [CLS] first."""
+    """The combined tokens of a cell and a background cell, in vocabulary order, [CLS] first."""
 
     token_ids: np.ndarray
     cell_values: np.ndarray

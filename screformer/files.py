@@ -1,4 +1,4 @@
-"""Write files that other processes or spreadsheets read."""
+"""Write files atomically, and CSV files that are safe to open in spreadsheets."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""First characters of a value that a spreadsheet would treat as a formula."""
+"""First characters that make a spreadsheet treat a value as a formula."""
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Write a file atomically.
 
-    A reader sees either the old or the new content, and a killed process never leaves half a file. Several
-    processes may write the same file: the last one wins.
+    Readers see either the old or the new content, and a killed process never leaves a partial file. Several
+    processes can write the same file; the last one wins.
 
     Args:
         path: The file; its folder must exist.
@@ -36,7 +36,7 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    """A table as CSV without its index.
+    """Convert a table to CSV, without its index.
 
     Text that a spreadsheet would treat as a formula (`=1+1`, and names like `-x`) gets a leading apostrophe;
     `read_csv` removes it.
@@ -46,7 +46,7 @@ def csv_text(table: pd.DataFrame) -> str:
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """Read what `csv_text` wrote."""
+    """Read the output of `csv_text`."""
     import pandas as pd
 
     return _with_text(

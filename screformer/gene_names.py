@@ -1,8 +1,8 @@
 """Match the columns of an input to genes by name; used for models and for ingest.
 
-Gene names come in many forms: with blanks, versions (`ENSG00000156738.18`), `_PAR_Y`, a genome
-(`GRCh38_CD3D`), an id and a symbol in one (`ENSG00000167286_CD3D`), R's `make.names` (`HLA.DRA`), or the
-suffix that makes repeated names unique (`CD3D-1`). Columns of the same gene are summed.
+Gene names come in many forms: with spaces, versions (`ENSG00000156738.18`), `_PAR_Y`, a genome
+(`GRCh38_CD3D`), id and symbol combined (`ENSG00000167286_CD3D`), R's `make.names` (`HLA.DRA`), or a suffix
+that makes repeated names unique (`CD3D-1`). Columns of the same gene are summed.
 
 Axes: v columns of an input.
 """
@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 
 NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "symbol")
-"""Usual names of var columns with symbols, used if their content does not decide."""
+"""Common names of var columns with symbols, used if their contents do not decide."""
 
 FEATURE_TYPE_COLUMNS = ("feature_types", "feature_type", "feature_biotype")
-"""var columns that separate genes from other features, as written by Cell Ranger and CELLxGENE."""
+"""var columns that distinguish genes from other features, as written by Cell Ranger and CELLxGENE."""
 
 _NO_GENE_TYPE = re.compile(r"antibody|capture|peak|crispr|multiplex|spike|custom|hashtag|\btag|adt|hto", re.I)
 _NO_GENE_NAME = re.compile(r"^ERCC-\d{5}$|TotalSeq|^(?:ADT|HTO|CMO|AB)[_:-]|^Hashtag|^CMO\d+$", re.I)
@@ -42,7 +42,7 @@ _REPEATED = re.compile(r"(.+)[-.]\d{1,2}")
 
 
 def ensembl_id(text: str) -> str:
-    """The human Ensembl gene id in a text, without version or `_PAR_Y`; "" if there is none."""
+    """The human Ensembl gene id in a string, without version or `_PAR_Y`; "" if there is none."""
     found = _HUMAN_ID.search(text)
     if found is None:
         return ""
@@ -60,7 +60,7 @@ class Symbols:
     """Maps gene symbols to ids, including symbols with prefixes or altered characters."""
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        """Read pairs of symbol and feature id; a symbol with several ids matches none of them."""
+        """Take pairs of symbol and feature id; symbols with several ids match none of them."""
         ids: dict[str, set[str]] = {}
         for symbol, feature_id in pairs:
             if symbol:
@@ -71,11 +71,11 @@ class Symbols:
         self._upper = frozenset(upper)
 
     def exact(self, name: str) -> str:
-        """The id of an exact symbol, else ""."""
+        """The id of an exact symbol; "" if unknown."""
         return self._id_of.get(name, "")
 
     def dressed(self, name: str, prefix: str = "") -> str:
-        """The id of a symbol after a prefix or an id, or with characters replaced as R does, else ""."""
+        """The id of a symbol after a prefix or id, or altered by R's `make.names`; "" if unknown."""
         bare = _HUMAN_ID.sub("", name.removeprefix(prefix)).strip("_|:.- ")
         for text in (bare, _GENOME.sub("", bare, count=1)):
             found = self._id_of.get(text) or self._by_letters.get(_letters(text))
@@ -84,12 +84,12 @@ class Symbols:
         return ""
 
     def looks_like_mouse(self, name: str) -> bool:
-        """Whether a name is a known symbol in the case used for mouse and rat (`Cd3d`)."""
+        """Whether a name is a known symbol written in the case used for mouse and rat (`Cd3d`)."""
         return bool(_MOUSE_SYMBOL.match(name)) and name.upper() in self._upper
 
     @cached_property
     def _by_letters(self) -> dict[str, str]:
-        """Ids by `_letters` of their symbol, if only one symbol has these letters."""
+        """Ids by `_letters` of their symbol, if they are unique."""
         found: dict[str, set[str]] = {}
         for symbol, feature_id in self._id_of.items():
             letters = _letters(symbol)
@@ -100,7 +100,7 @@ class Symbols:
 
 
 def _letters(symbol: str) -> str:
-    """A symbol with every special character as a dot, as R's `make.names` writes it."""
+    """A symbol with special characters replaced by dots, as by R's `make.names`."""
     return re.sub(r"[^A-Za-z0-9]", ".", symbol)
 
 
@@ -115,10 +115,10 @@ class Columns:
     names: np.ndarray
     """Name of each column, object (v,), for reports."""
     counted_v: np.ndarray
-    """Which columns count towards a cell's library size, bool (v,): human genes, known or not; but not
+    """Which columns count towards a cell's library size, bool (v,): human genes, known or not, but not
     antibodies, tags, spike-ins or genes of other species."""
     num_ambiguous: int
-    """Columns left out because their name matches several genes."""
+    """Number of columns left out because their name matches several genes."""
     species: str
     """Non-human species that most columns appear to be from, with an example; empty otherwise."""
 
@@ -137,7 +137,7 @@ def find_genes(
     known: Mapping[str, int] | None = None,
     is_gene_v: np.ndarray | None = None,
 ) -> Columns:
-    """Find the gene of each column: by its id, else by its name.
+    """Find the gene of each column by its id, or else by its name.
 
     Args:
         ids: Text of each column that may contain an id, as returned by `texts_of`.
@@ -148,7 +148,7 @@ def find_genes(
     """
     if len(ids) != len(names):
         raise ValueError(
-            f"genes have {len(ids)} ids but {len(names)} names; pass one of each for every column"
+            f"there are {len(ids)} gene ids but {len(names)} names; pass one of each for every column"
         )
     is_gene_v = np.ones(len(ids), dtype=bool) if is_gene_v is None else is_gene_v
     ids, names_of_genes = (np.where(is_gene_v, texts, "").astype(object) for texts in (ids, names))
@@ -164,7 +164,7 @@ def find_genes(
     for column, name in enumerate(names_of_genes):
         if found[column] or not name:
             continue
-        # A column whose id belongs to another gene is matched only by its exact name.
+        # Columns with the id of another gene are matched only by exact name.
         found[column] = symbols.exact(name) or ("" if ensembl[column] else symbols.dressed(name, prefix))
         by_name[column] = bool(found[column])
         num_ambiguous += name in symbols.ambiguous
@@ -199,7 +199,7 @@ def find_genes_of_var(
         id_column: Column with the ids.
 
     Returns:
-        The columns, and where their ids were found, for reports.
+        The columns, and a description of where their ids were found.
     """
     places = {"var index": texts_of(var.index)}
     for name, column in var.items():
@@ -236,14 +236,14 @@ def _counted(ids: np.ndarray, names: np.ndarray, ensembl: list[str], by_name: np
 
 
 def _common_prefix(names: np.ndarray) -> str:
-    """Common prefix of most names, up to a separator: a genome or a sample; "" if there is none."""
+    """Prefix shared by most names, up to a separator (a genome or sample); "" if there is none."""
     heads = Counter(head[0] for name in names if (head := re.match(r"[^_:|]+[_:|]+", name)))
     prefix, times = heads.most_common(1)[0] if heads else ("", 0)
     return prefix if len(names) > 1 and 2 * times > len(names) else ""
 
 
 def _other_species(ids: np.ndarray, names: np.ndarray, symbols: Symbols) -> str:
-    """Describe most columns if they are not human: ids of another species, or mouse-style symbols."""
+    """Describe the columns if most are not human (ids of another species or mouse-style symbols); else ""."""
     foreign = [found[0] for text in ids if (found := _FOREIGN_ID.search(text))]
     if 2 * len(foreign) > len(ids):
         prefix = foreign[0].rstrip("0123456789")

@@ -22,16 +22,16 @@ from screformer.tokenizer import GeneVocabulary
 logger = logging.getLogger(__name__)
 
 MIN_GENE_OVERLAP = 0.1
-"""Least share of the model's expected expression that the input's genes must carry. By expression and not by
-number of genes, because a panel of a thousand well-chosen genes tells types apart, while a vocabulary of a
-whole atlas is mostly genes that are never seen."""
+"""Minimum share of the model's expected expression that the input's genes must cover. It is measured by
+expression rather than number of genes, because a panel of a thousand well-chosen genes can distinguish types,
+while most genes in the vocabulary of a whole atlas are rarely detected."""
 _REPORTED_OVERLAP = 0.8
-"""Below it, what was found is logged as a warning."""
+"""Below this share, the match is logged as a warning."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GeneMatch:
-    """Which column of an input is which gene of a model."""
+    """Assignment of an input's columns to a model's genes."""
 
     vocabulary_index: np.ndarray
     """Vocabulary index of each input column, int32, -1 for genes unknown to the model. Columns of the same
@@ -39,13 +39,13 @@ class GeneMatch:
     counted_v: np.ndarray
     """Which columns count towards the library size, bool (v,): human genes, known to the model or not."""
     num_by_id: int
-    """Genes of the model found by `feature_id`."""
+    """Number of model genes found by `feature_id`."""
     num_by_name: int
-    """Genes of the model found by name."""
+    """Number of model genes found by name."""
     num_ambiguous: int
-    """Columns left out because their name matches several genes of the model."""
+    """Number of columns left out because their name matches several model genes."""
     num_model_genes: int
-    """Genes of the model, found or not."""
+    """Number of model genes, found or not."""
     expression_share: float
     """Share of the model's expected expression covered by the genes found, in [0, 1]."""
     species: str = ""
@@ -55,12 +55,12 @@ class GeneMatch:
 
     @property
     def num_found(self) -> int:
-        """Genes of the model that the input has."""
+        """Number of model genes in the input."""
         return self.num_by_id + self.num_by_name
 
     @property
     def measured_g(self) -> np.ndarray:
-        """Which genes of the model the input has, bool (g,)."""
+        """Which model genes are in the input, bool (g,)."""
         measured_g = np.zeros(self.num_model_genes, dtype=bool)
         measured_g[self.vocabulary_index[self.vocabulary_index >= 0]] = True
         return measured_g
@@ -76,15 +76,14 @@ class GeneMatch:
         )
 
     def require(self, minimum: float, *, source: str) -> None:
-        """Raise an error if the input has too few of the model's genes.
+        """Check that the input has enough of the model's genes.
 
         Args:
             minimum: Minimum share of expected expression, in [0, 1].
             source: Origin of the genes, for the message.
 
         Raises:
-            ValueError: Too few genes; the message gives the number found and some names that were not
-                found.
+            ValueError: Too few genes match; the message gives their number and some names not found.
         """
         if self.num_found and self.expression_share >= minimum:
             if self.expression_share < _REPORTED_OVERLAP and self.examples:
@@ -142,7 +141,7 @@ class GeneMatch:
 
 
 class GeneMatcher:
-    """Finds the genes of a vocabulary."""
+    """Matches the columns of inputs to the genes of a vocabulary."""
 
     def __init__(self, vocabulary: GeneVocabulary) -> None:
         self._vocabulary = vocabulary
@@ -150,10 +149,10 @@ class GeneMatcher:
         self._symbols = Symbols(list(zip(vocabulary.feature_names, vocabulary.feature_ids, strict=True)))
 
     def match(self, feature_ids: Sequence[str], names: Sequence[str] | None = None) -> GeneMatch:
-        """Find the model's genes among columns.
+        """Match columns to the model's genes.
 
         Args:
-            feature_ids: Ensembl id of each column; anything else counts as not found.
+            feature_ids: Ensembl id of each column; other text matches nothing.
             names: Gene symbol of each column; None uses `feature_ids` for both.
         """
         ids = texts_of(feature_ids)
@@ -162,13 +161,13 @@ class GeneMatcher:
         )
 
     def match_var(self, var: pd.DataFrame) -> GeneMatch:
-        """Find the model's genes in a table with a row per column of the counts, like `AnnData.var`."""
+        """Match a table with a row per column of the counts, like `AnnData.var`, to the model's genes."""
         return self._match(find_genes_of_var(var, self._symbols, known=self._known)[0])
 
     def _match(self, columns: Columns) -> GeneMatch:
         index = self._vocabulary.index(columns.feature_ids.tolist())
         by_id = np.unique(index[(index >= 0) & ~columns.by_name])
-        index[columns.by_name & np.isin(index, by_id)] = -1  # a gene found by id is not matched by name too
+        index[columns.by_name & np.isin(index, by_id)] = -1  # genes found by id are not also matched by name
         weight = self._vocabulary.weight_g
         found = np.unique(index[index >= 0])
         return GeneMatch(

@@ -1,4 +1,4 @@
-"""The layers around the encoder: token embedding, pooling, and heads.
+"""Layers around the encoder: token embedding, pooling and heads.
 
 Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, h pooling heads.
 """
@@ -13,7 +13,7 @@ from screformer.config import ModelConfig, TokensConfig
 from screformer.tokenizer import NUM_SPECIAL
 
 LINEAR_SCALE = 16.0
-"""Norm of the linear part's input, about that of a cell's log1p values."""
+"""Norm of the linear part's input; about the norm of a cell's log1p values."""
 
 
 class ExpressionEmbedding(nn.Module):
@@ -33,7 +33,7 @@ class ExpressionEmbedding(nn.Module):
             self.bins: nn.Module = nn.Linear(tokens.num_bins, 2 * dim, bias=False)
             self.magnitude = nn.Linear(
                 1, 2 * dim, bias=False
-            )  # soft bins alone are flat beyond the values seen in training
+            )  # soft bins alone would be flat beyond the values seen in training
         else:
             self.bins = nn.Embedding(tokens.num_bins, 2 * dim)
         self.hidden = nn.Embedding(1, 2 * dim)
@@ -74,7 +74,7 @@ class Pooling(nn.Module):
             weights_nlh = real_nl.unsqueeze(-1) / real_nl.sum(1).clamp(min=1)[:, None, None]
         else:
             scores_nlh = self.score(self.score_norm(x_nld))
-            # The lowest finite number, not -inf: the softmax over a cell with only PAD must not be NaN.
+            # The lowest finite number instead of -inf, so the softmax over a cell with only PAD is not NaN.
             weights_nlh = scores_nlh.masked_fill(
                 ~real_nl.unsqueeze(-1), torch.finfo(scores_nlh.dtype).min
             ).softmax(1)
@@ -86,9 +86,9 @@ class Pooling(nn.Module):
 
 
 class ExpressionHead(nn.Module):
-    """Predicts the expression of hidden genes from the token and the cell.
+    """Predicts the expression of hidden genes from token and cell vector.
 
-    Using the cell vector, it can be learned even without attention.
+    With the cell vector, it can learn even without attention.
     """
 
     def __init__(self, dim: int, tokens: TokensConfig):
@@ -110,13 +110,13 @@ class ExpressionHead(nn.Module):
 class LinearSkip(nn.Module):
     """A linear classifier on the cell's expression values, scaled to a fixed norm.
 
-    The scaling evens out depth and panel size.
+    The scaling compensates for depth and panel size.
 
-    Values are taken relative to their usual value, `center`, over the genes measured in the cell. So a gene
-    that was measured but not detected counts against the labels that express it, and an unmeasured gene has
+    Values are relative to the usual value of each gene, `center`, and only measured genes are included. So a
+    gene that was measured but not detected counts against labels that express it, and an unmeasured gene has
     no influence.
 
-    Sums over hundreds of genes use float64: in float32, their last digits would depend on the padding and the
+    Sums over hundreds of genes use float64. In float32, their last digits would depend on padding and the
     other cells in the batch.
     """
 

@@ -1,4 +1,4 @@
-"""LSH attention; longer than other files because its parts share one buffer layout.
+"""LSH attention, in one long file because its parts share a buffer layout.
 
 Axes: n cells, l token slots, h heads, e head width, d model width, r hash rounds, m slots of a bucket, w
 windows (a bucket of queries and two buckets of keys), s slots of the sorted buffer.
@@ -30,31 +30,28 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 SELF_SCORE = -5e4
-"""Score of a token with itself, which matters only if there is nothing else to attend to. The value used by
+"""Score of a token with itself, which matters only if there is nothing else to attend to. Same value as in
 reformer-pytorch; safe in half precision."""
 _MAX_COLUMNS = 64
-"""Rotation columns drawn for each hash factor, regardless of length: a cell's rotations do not depend on the
-other cells."""
+"""Number of rotation columns drawn per hash factor, regardless of length, so a cell's rotations do not depend
+on the other cells."""
 _WINDOWS_AT_ONCE = 512
 _ROWS_AT_ONCE = 2**16
-"""Releasing memory and allocating it again costs more than the arithmetic; blocks of this size stay in the
-allocator and the cache."""
+"""Releasing and reallocating memory costs more than the arithmetic; blocks of this size stay in the allocator
+and the cache."""
 
 
 class SortedTokens(NamedTuple):
-    """The result of hashing.
-
-    The backward pass needs nothing more: a few bytes per token, head and round.
-    """
+    """The result of hashing, and all that the backward pass needs: a few bytes per token, head and round."""
 
     order_nhrl: Tensor
     """Positions of each cell's tokens in sorted order, padding last; int32."""
     lengths: tuple[int, ...]
-    """Tokens of each cell."""
+    """Number of tokens of each cell."""
 
 
 def _num_buckets(length: int, bucket_size: int) -> int:
-    """Buckets in a round for one cell: its length rounded up to a multiple of twice the bucket size."""
+    """Number of buckets per round for a cell, with its length rounded up to an even number of buckets."""
     return -(-length // (2 * bucket_size)) * 2
 
 
@@ -63,16 +60,16 @@ def hash_buckets(
 ) -> Tensor:
     """Hash each token by factorised random rotations: two small hashes instead of one over all buckets.
 
-    A cell with B buckets has about B hash values, f1 x f2 with even f1 near the square root of B. Each factor
-    is the cross-polytope hash of Reformer: the index of the largest of [x R, -x R]. So a token needs about
+    A cell with B buckets has about B hash values, f1 x f2 with an even f1 near the square root of B. Each
+    factor is Reformer's cross-polytope hash: the index of the largest of [x R, -x R]. So a token needs about
     sqrt(B) columns per round instead of B.
 
     Args:
         qk_nlhe: Shared queries and keys, shape (n, l, h, e).
-        lengths: Tokens of each cell.
-        bucket_size: Slots of a bucket.
-        n_hashes: Rounds.
-        seed: Seeds the rotations, which are shared by all cells and heads.
+        lengths: Number of tokens of each cell.
+        bucket_size: Number of slots per bucket.
+        n_hashes: Number of rounds.
+        seed: Seed of the rotations, which all cells and heads share.
 
     Returns:
         Hash values, shape (n, h, r, l), int16, at least 0.
@@ -86,8 +83,7 @@ def hash_buckets(
     bucket_nlhr = torch.empty(n, length, h, n_hashes, dtype=torch.int16, device=qk_nlhe.device)
     for cells in _cell_groups([length * h] * n, _ROWS_AT_ONCE if qk_nlhe.device.type == "cpu" else None):
         widest = max(max(pair) for pair in columns[cells])
-        # Columns first in memory would make the product's rows long; with columns last, the maximum of a few
-        # adjacent values is in one cache line.
+        # With columns last in memory, the maximum is over a few adjacent values in one cache line.
         turned = qk_nlhe[cells] @ rotations[:widest].transpose(0, 1).reshape(-1, width).T
         turned = turned.unflatten(-1, (2, n_hashes, widest))
         count_nf = torch.tensor(columns[cells], device=turned.device).view(-1, 1, 1, 2, 1)
@@ -101,10 +97,9 @@ def hash_buckets(
 
 
 def random_buckets(qk_nlhe: Tensor, *, n_hashes: int, seed: int) -> Tensor:
-    """Random numbers in place of `hash_buckets`' hashes, with the same shape: they shuffle the tokens.
+    """Random numbers with the shape of `hash_buckets`' hashes, to shuffle the tokens.
 
-    A token's number depends on seed, slot and round only, so a cell does not depend on other cells or on
-    padding.
+    They depend only on seed, slot and round, so a cell does not depend on other cells or padding.
     """
     n, length, h, _ = qk_nlhe.shape
     generator = torch.Generator().manual_seed(seed)
@@ -139,7 +134,7 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
 
     Args:
         bucket_nhrl: Hash of each token, from 0 to 32,766, shape (n, h, r, l); padded slots are ignored.
-        lengths: Tokens of each cell, which come first.
+        lengths: Number of tokens of each cell; tokens come first.
     """
     bucket = bucket_nhrl.to(torch.int16)
     if min(lengths) < bucket.shape[-1]:
@@ -148,7 +143,7 @@ def sort_tokens(bucket_nhrl: Tensor, lengths: Sequence[int]) -> SortedTokens:
             torch.arange(bucket.shape[-1], device=bucket.device) >= length_n, torch.iinfo(torch.int16).max
         )
     if bucket.device.type == "cpu":
-        # NumPy uses radix sort for 16-bit integers: a twentieth of the time of torch.sort.
+        # NumPy uses radix sort for 16-bit integers, which takes a twentieth of the time of torch.sort.
         order = torch.from_numpy(np.argsort(bucket.contiguous().numpy(), axis=-1, kind="stable"))
     else:
         order = bucket.argsort(dim=-1, stable=True)
@@ -162,24 +157,21 @@ class _Slots(NamedTuple):
     """
 
     row_s: Tensor
-    """Token row of each slot; the row after the last is the empty token."""
+    """Token row of each slot; one past the last row is the empty token."""
     slot_tr: Tensor
-    """Query slot (window and place in it, flat) of each token row in each round; 0 for padding."""
+    """Query slot (flattened window and position) of each token row in each round; 0 for padding."""
     head_w: Tensor
     """First window of each sequence."""
     tail_w: Tensor
-    """The window after the last of each sequence; its result is unused."""
+    """The window after each sequence, whose result is unused."""
     special_w: Tensor
-    """Windows where a token may meet itself twice, or that contain padding."""
+    """Windows in which a token may meet itself twice, or that contain padding."""
     pad_t: Tensor | None
     """True for padded token rows; None if there are none."""
 
 
 def _place(order_brl: Tensor, lengths: Sequence[int], bucket_size: int) -> _Slots:
-    """Place the sorted sequences of one or more cells and heads one after another.
-
-    Each follows a copy of its last bucket.
-    """
+    """Lay out the sorted sequences of cells and heads, each preceded by a copy of its last bucket."""
     b, r, length = order_brl.shape
     m, device, empty = bucket_size, order_brl.device, b * length
     arange = partial(torch.arange, device=device)
@@ -228,10 +220,7 @@ def _special_mask(slots: _Slots, bucket_size: int, like: Tensor) -> Tensor:
 
 
 def _sum_rows(table: Tensor, rows_tr: Tensor, weights_tr: Tensor | None = None) -> Tensor:
-    """Sum (weighted) rows of a table for each token, without materialising them.
-
-    A scatter with a fixed order.
-    """
+    """Sum (weighted) rows of a table for each token, without materialising them and in a fixed order."""
     return F.embedding_bag(
         rows_tr, table.reshape(-1, table.shape[-1]), mode="sum", per_sample_weights=weights_tr
     )
@@ -240,7 +229,7 @@ def _sum_rows(table: Tensor, rows_tr: Tensor, weights_tr: Tensor | None = None) 
 def _windows(rows: Tensor, width: int, bucket_size: int) -> list[Tensor]:
     """Split gathered rows of parts [q | k | v | ...] into windows, without a copy.
 
-    Two buckets of k and v, one bucket of the others.
+    Windows have two buckets of k and v, and one bucket of the other parts.
     """
     m, (row, col) = bucket_size, rows.stride()
     count = rows.shape[0] // m - 1
@@ -264,9 +253,9 @@ def _attend_backward(parts: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, ...
 
 
 class _FusedBuckets(torch.autograd.Function):
-    """LSH attention for given hashes on PyTorch's fused CPU attention.
+    """LSH attention for given hashes with PyTorch's fused CPU attention.
 
-    Works block by block to keep working memory small and in the cache.
+    Works block by block, to keep memory use small and within the cache.
     """
 
     @staticmethod
@@ -309,8 +298,8 @@ class _FusedBuckets(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nlhe: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        # The rounds form one softmax over the keys of all rounds. Given the combined output and log-sum-exp,
-        # the kernel's backward pass gives the full gradient, and none has to pass through the combination.
+        # All rounds together form one softmax over their keys. Given the combined output and log-sum-exp, the
+        # kernel's backward pass returns the full gradient; none has to pass through the combination.
         qk_nlhe, v_nlhe, out_nlhe, lse_nlh = ctx.saved_tensors
         width, m = qk_nlhe.shape[3], ctx.bucket_size
         grad_qk_nlhe, grad_v_nlhe = torch.empty_like(out_nlhe), torch.empty_like(out_nlhe)
@@ -371,7 +360,7 @@ def _source(qk: Tensor, v: Tensor, *others: Tensor) -> Tensor:
 
 
 def _gather(scratch: Tensor, source: Tensor, rows: Tensor) -> Tensor:
-    """Gather rows into memory that the next block reuses: new pages cost more than the copy."""
+    """Gather rows into memory that the next block reuses, because new pages cost more than the copy."""
     size = len(rows) * source.shape[1]
     if scratch.numel() < size:
         scratch.resize_(size)
@@ -390,10 +379,7 @@ def _self_mask(m: int, like: Tensor) -> Tensor:
 
 
 def _blocks(tokens: SortedTokens, bucket_size: int) -> Iterator[tuple[slice, slice, _Slots]]:
-    """Split a batch into blocks of whole cells, or of heads of one cell.
-
-    Each has about `_WINDOWS_AT_ONCE` windows.
-    """
+    """Split a batch into blocks of about `_WINDOWS_AT_ONCE` windows: whole cells, or heads of one cell."""
     heads, rounds = tokens.order_nhrl.shape[1:3]
     sizes = [rounds * _num_buckets(length, bucket_size) + 1 for length in tokens.lengths]
     for cells in _cell_groups([heads * size for size in sizes], _WINDOWS_AT_ONCE):
@@ -411,8 +397,8 @@ def _blocks(tokens: SortedTokens, bucket_size: int) -> Iterator[tuple[slice, sli
 def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_size: int) -> Tensor:
     """The same with FlexAttention, for GPUs.
 
-    Processes the whole batch at once, handles self and padding in the score function, and uses ordinary
-    autograd.
+    Processes the whole batch at once, masks self-attention and padding in the score function, and uses
+    ordinary autograd.
     """
     n, length, h, width = qk_nlhe.shape
     m, empty = bucket_size, n * h * length
@@ -447,7 +433,7 @@ def _flex_buckets(qk_nlhe: Tensor, v_nlhe: Tensor, tokens: SortedTokens, bucket_
 
 @cache
 def _compiled_flex() -> Any:
-    """FlexAttention, compiled once per process for any number of windows: it is fused only when compiled."""
+    """FlexAttention, compiled once per process for any number of windows; only compiled, it is fused."""
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -464,20 +450,20 @@ def lsh_attention(
     Args:
         qk_nlhe: Shared queries and keys, shape (n, l, h, e).
         v_nlhe: Values, same shape.
-        tokens: From `sort_tokens`.
-        bucket_size: Slots of a bucket.
+        tokens: Output of `sort_tokens`.
+        bucket_size: Number of slots per bucket.
         kernel: `fused` (PyTorch's CPU attention), `flex` (FlexAttention), or `auto` (`fused` on CPU, `flex`
             elsewhere).
 
     Returns:
         Attended values, same shape; zeros at padded slots.
 
-    Source: Kitaev et al. 2020, "Reformer"; the choices of reformer-pytorch 1.4.4 (normalised keys, self last,
-    rounds joined by log-sum-exp).
+    Source: Kitaev et al. 2020, "Reformer", with the choices of reformer-pytorch 1.4.4 (normalised keys, self
+    last, rounds combined by log-sum-exp).
     """
     if not any(tokens.lengths):
-        # Uses both: a rank with only padding must reach the same parameters in its backward pass as the
-        # others. Otherwise ZeRO-3, which gathers parameters there, waits forever.
+        # Depend on both: the backward pass of a rank with only padding must reach the same parameters as on
+        # the other ranks, or ZeRO-3, which gathers parameters there, would wait forever.
         return (qk_nlhe + v_nlhe) * 0
     if kernel == "flex" or (kernel == "auto" and qk_nlhe.device.type != "cpu"):
         return _flex_buckets(qk_nlhe, v_nlhe, tokens, bucket_size)

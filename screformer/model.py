@@ -1,4 +1,4 @@
-"""The network: maps the tokens of a cell to a cell vector, label logits and hidden expression.
+"""The network: map the tokens of a cell to a cell vector, label logits and hidden expression.
 
 Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, b expression bins.
 
@@ -8,8 +8,7 @@ Axes: n cells, l token slots, g genes, p gene panels, d model width, k classes, 
 
 or, with `model.encoder=additive`, the sum of `screformer.additive` -> cell vector -> label logits.
 
-Parameters are used only by calling the modules that own them: that is the only place where ZeRO-3 fetches
-them.
+Parameters are used only by calling the modules that own them, because ZeRO-3 fetches them only there.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class ScReformer(nn.Module):
         tokens: Encoding of expression, same as the tokenizer's.
         num_genes: Size of the vocabulary.
         num_classes: Labels; 0 builds no classification head.
-        seed: Seeds the weights; the global generator is not used.
+        seed: Seed of the weights; the global generator is not used.
     """
 
     def __init__(
@@ -90,10 +89,10 @@ class ScReformer(nn.Module):
                 int64 (n, l). Cells with only PAD are allowed and get finite, meaningless results. `measured`
                 bool (p, g) and `panels` int64 (n,) give the genes measured in each cell; without them, all
                 genes count as measured in all cells.
-            task: Which heads run. Every rank calls the same modules, whatever its cells.
+            task: Determines which heads run. All ranks call the same modules, regardless of their cells.
             hidden: For `pretrain`, the slots whose expression the network must not see, bool (n, l); may be
                 False everywhere.
-            hash_seed: Seeds the LSH hashes and, in training, the dropout.
+            hash_seed: Seed of the LSH hashes and, in training, of dropout.
         """
         if self.additive is not None:
             panels = (batch.get("measured"), batch.get("panels"))
@@ -119,9 +118,9 @@ class ScReformer(nn.Module):
             task: As in `forward`.
             hidden: As in `forward`.
             hash_seed: As in `forward`.
-            presence_nl: Presence of each token in [0, 1], shape (n, l): its weight as a key of attention and
-                in the pooling, for explanations. With only 0 and 1, the result is that of the network without
-                the absent tokens, except that these take up space in LSH buckets. None is 1.
+            presence_nl: Presence of each token in [0, 1], shape (n, l): its weight as a key and in pooling,
+                for explanations. If all are 0 or 1, the result is that of the network without the absent
+                tokens, except that these take up space in LSH buckets. None is 1.
         """
         assert (hidden is not None) == (task == "pretrain"), f"task {task} with hidden={hidden}"
         panels = (batch.get("measured"), batch.get("panels"))
@@ -154,10 +153,10 @@ class ScReformer(nn.Module):
     def embed_tokens(
         self, token_ids_nl: Tensor, values_nl: Tensor, bin_ids_nl: Tensor, hidden_nl: Tensor | None = None
     ) -> Tensor:
-        """Gene and expression of each token as one vector, (n, l, d): what the encoder reads."""
+        """Gene and expression of each token as one vector, (n, l, d): the input of the encoder."""
         if self.additive is not None:
             return self.additive.tokens(token_ids_nl, values_nl)
-        # If all genes share one vector, it is the last one.
+        # If all genes share one vector, it is the last.
         x_nld = self.gene_embedding(token_ids_nl.clamp(max=self.gene_embedding.num_embeddings - 1))
         shift_nld, gain_nld = self.expression_embedding(values_nl.to(x_nld.dtype), bin_ids_nl, hidden_nl)
         return x_nld * (1 + gain_nld) + shift_nld
@@ -166,7 +165,7 @@ class ScReformer(nn.Module):
     def set_gene_embeddings(self, matrix_gd: Tensor) -> None:
         """Start from given gene embeddings, for example from `svd_gene_embeddings`.
 
-        Call it before an engine is built.
+        Call this before building an engine.
 
         Raises:
             ValueError: The shape differs.
@@ -181,9 +180,9 @@ class ScReformer(nn.Module):
 
     @torch.no_grad()
     def set_linear_start(self, weights_gk: Tensor, bias_k: Tensor, center_g: Tensor) -> None:
-        """Start as a given linear classifier, with no contribution from the encoder yet.
+        """Start as a given linear classifier, without any contribution from the encoder.
 
-        Call it before an engine is built.
+        Call this before building an engine.
 
         Raises:
             ValueError: The shapes differ, or the network has no linear part.
@@ -219,8 +218,8 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
         if network.classification_head is not None:
             nn.init.zeros_(network.classification_head.weight)
     for module in network.modules():
-        # Soft bins whose borders cover the range of log1p(counts per 10,000), about 0 to 6, instead of all
-        # being at 0.
+        # The borders of soft bins cover the range of log1p(counts per 10,000), about 0 to 6, instead of all
+        # starting at 0.
         if isinstance(module, ExpressionEmbedding) and module.continuous:
             first = module.to_bins[0]
             assert isinstance(first, nn.Linear)
@@ -231,12 +230,12 @@ def _draw_weights(network: ScReformer, seed: int) -> None:
 def classification_loss(
     logits_nk: Tensor, labels_n: Tensor, class_weights_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy as a sum, which can be combined exactly over ranks and micro-batches.
+    """Weighted cross-entropy as a sum, so it can be combined exactly over ranks and micro-batches.
 
     Args:
         logits_nk: Label scores.
         labels_n: Label codes, int64; -1 is ignored.
-        class_weights_k: Weight of a cell of each label; None is 1.
+        class_weights_k: Weight of the cells of each label; None is 1.
 
     Returns:
         Sum of the weighted losses, and sum of the weights; float32 scalars.

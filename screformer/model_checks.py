@@ -1,4 +1,4 @@
-"""Checks on the parts of a model directory before a network is built from them."""
+"""Check the parts of a model directory before building a network from them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from screformer.tokenizer import NUM_SPECIAL
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Compare names and shapes.
+    """Compare names and shapes of weights with a network.
 
     Raises:
-        ValueError: A weight is missing, unexpected, or has the wrong shape; names the first one.
+        ValueError: A weight is missing, unexpected, or has the wrong shape; the message names the first one.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -30,10 +30,10 @@ def check_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], *, sour
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], *, source: str) -> None:
-    """Refuse weights that are not finite.
+    """Reject weights that are not finite.
 
     Raises:
-        ValueError: A weight is NaN or infinite; names the first one.
+        ValueError: A weight is NaN or infinite; the message names the first one.
     """
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
@@ -48,10 +48,10 @@ def check_sizes(
     *,
     source: str,
 ) -> None:
-    """Check the settings that determine a network's size against its weights, before it is built.
+    """Compare the settings that determine a network's size with its weights, before building it.
 
     Raises:
-        ValueError: The configuration implies a different size; names the setting.
+        ValueError: The configuration implies a different size; the message names the setting.
     """
     model = config.model
     names: tuple[tuple[str, int, str], ...] = (
@@ -88,5 +88,5 @@ def checked_labels(labels: dict[str, Any]) -> dict[str, Any]:
     names, cl_ids = labels["names"], labels["cl_ids"]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in [*names, *cl_ids])
     if not texts or len(names) != len(cl_ids) or len(set(names)) != len(names):
-        raise ValueError("names and cl_ids must be lists of text of one length, and names must be unique")
+        raise ValueError("names and cl_ids must be lists of strings of equal length, and names unique")
     return labels

@@ -1,4 +1,4 @@
-"""The error that ends a training when a loss or weight becomes NaN or infinite."""
+"""The error that ends training when a loss or weight becomes NaN or infinite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from screformer.objective import Batch
 
 
 class NonFiniteError(ValueError):
-    """A loss or a weight is NaN or infinite; raised on every rank after the same step."""
+    """A loss or weight is NaN or infinite; raised on every rank after the same step."""
 
     def __init__(self, message: str, joinids: list[int]) -> None:
         super().__init__(message)
@@ -19,10 +19,10 @@ class NonFiniteError(ValueError):
 
 
 def non_finite(what: str, micro_batches: list[Batch], step: int, train: TrainConfig) -> NonFiniteError:
-    """Build the error with the cells of all ranks; every rank calls it.
+    """Build the error, with the cells of all ranks; every rank calls it.
 
     Args:
-        what: What is not finite.
+        what: Description of the value that is not finite.
         micro_batches: This rank's part of the step.
         step: Steps taken so far, including this one.
         train: The run's settings.

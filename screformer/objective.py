@@ -1,4 +1,4 @@
-"""The training objectives, hidden expression or labels, and the parameters they train.
+"""Training objectives (hidden expression or labels) and the parameters they train.
 
 Axes: n cells, l token slots, k classes.
 """
@@ -22,11 +22,11 @@ Batch = dict[str, torch.Tensor]
 see `data_ingest.stream`. An optional `weights` float32 (n,) weights each cell in the loss."""
 
 EVALUATION_STEP = -1
-"""Replaces the step number when masks are drawn for an evaluation: every evaluation hides the same genes."""
+"""Step number for drawing masks in evaluations, so every evaluation hides the same genes."""
 
 
 def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, freeze_linear: bool) -> None:
-    """Exclude parameters from training that the task does not use or that should stay fixed.
+    """Freeze parameters that the task does not use or that should stay fixed.
 
     Args:
         model: The network.
@@ -42,9 +42,9 @@ def freeze_parameters(model: nn.Module, task: Task, *, freeze_encoder: bool, fre
 
 
 def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
-    """Weight of a cell in the loss by its label's frequency, float32 (k,); mean 1 over the training cells.
+    """Loss weight of a cell of each label, by label frequency, float32 (k,).
 
-    0 for labels without cells.
+    Its mean over the training cells is 1; it is 0 for labels without cells.
     """
     frequency_k = counts_k / max(counts_k.sum(), 1)
     power = {"none": 0.0, "sqrt": -0.5, "sqrt_dataset": -0.5, "balanced": -1.0}[weighting]
@@ -53,13 +53,13 @@ def class_weights(counts_k: np.ndarray, weighting: str) -> np.ndarray:
 
 
 def label_prior(counts_k: np.ndarray, weighting: str) -> np.ndarray:
-    """Share of each label in the loss, (k,): the prior that a network learns."""
+    """Share of each label in the loss, (k,), which is the prior that a network learns."""
     shares_k = counts_k * class_weights(counts_k, weighting)
     return shares_k / max(shares_k.sum(), 1e-12)
 
 
 def dataset_weights(labels_n: np.ndarray, datasets_n: np.ndarray) -> np.ndarray:
-    """Weight of each cell by the frequency^-1/2 of its label in its data set, float32 (n,), with mean 1."""
+    """Weight of each cell, frequency^-1/2 of its label in its data set, float32 (n,), with mean 1."""
     _, which_n, counts = np.unique(
         np.stack([labels_n, datasets_n]), axis=1, return_inverse=True, return_counts=True
     )
@@ -72,7 +72,7 @@ def prior_shift(shares_k: np.ndarray, counts_k: np.ndarray, strength: float) -> 
 
     Args:
         shares_k: Share of each label in the loss.
-        counts_k: Training cells of each label, before any were left out.
+        counts_k: Number of training cells of each label, before leaving any out.
         strength: 0 leaves the logits unchanged; 1 shifts them fully to the frequencies of the training cells.
     """
     known_k = (shares_k > 0) & (counts_k > 0)
@@ -81,10 +81,7 @@ def prior_shift(shares_k: np.ndarray, counts_k: np.ndarray, strength: float) -> 
 
 
 def hidden_slots(batch: Batch, rate: float, seed: int, step: int) -> torch.Tensor:
-    """Detected genes whose expression pre-training hides, bool (n, l).
-
-    A pure function of seed, step, cell and gene.
-    """
+    """Detected genes to hide in pre-training, bool (n, l); a pure function of seed, step, cell and gene."""
     detected_nl = (batch["token_ids"] >= NUM_SPECIAL) & (batch["values"] > 0)
     return detected_nl & (uniform24(batch["joinids"], batch["token_ids"], seed, step) < round(rate * 2**24))
 
@@ -141,9 +138,9 @@ class Objective:
         return classification_loss(output.logits_nk, batch["labels"], self.class_weights_k)[0]
 
     def hash_seed(self, step: int, micro_step: int, accumulation: int) -> int:
-        """New hashes in each step, the same on all ranks.
+        """Seed of the hashes, new in each step and the same on all ranks.
 
-        With dropout, whose masks use the same seed, each micro-batch has its own seed.
+        With dropout, whose masks use the same seed, each micro-batch has its own.
         """
         if self.config.model.dropout == 0:
             return mix(self.config.train.seed, step)

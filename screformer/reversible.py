@@ -1,10 +1,11 @@
-"""The encoder: reversible blocks of attention and feed-forward, with memory independent of depth.
+"""Reformer encoder: reversible blocks of attention and feed-forward; memory independent of depth.
 
 Axes: n cells, l token slots, d model width.
 
-Two residual streams start as copies of the input: y1 = x1 + f(x2), y2 = x2 + g(y1), with f attention and g
-feed-forward; the result is the mean of the two. The backward pass recovers each block's input from its
-output. Streams are float32 even if the weights are bfloat16, so the recovery is exact up to float32 rounding.
+Two residual streams start as copies of the input. Each block computes y1 = x1 + f(x2), y2 = x2 + g(y1), with
+attention f and feed-forward g; the result is the mean of both streams. The backward pass recovers each
+block's input from its output. Streams are float32 even if weights are bfloat16, so the recovery is exact up
+to float32 rounding.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from screformer.splitmix import derive_seed
 
 
 def _dropout(x_nld: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout whose mask depends only on the seed: a recomputation drops the same elements."""
+    """Dropout whose mask depends only on the seed, so recomputation drops the same elements."""
     generator = torch.Generator(x_nld.device).manual_seed(seed)
     keep = torch.empty_like(x_nld).bernoulli_(1 - p, generator=generator)
     return x_nld * keep.div_(1 - p)
 
 
 class _Sublayer(nn.Module):
-    """One branch of a block: norm, then `_body`, then dropout.
+    """One branch of a block: norm, `_body`, dropout.
 
     Computes in the dtype of its weights and returns the dtype of the stream.
     """
@@ -84,7 +85,7 @@ class AttentionSublayer(_Sublayer):
 
 
 class FeedForwardSublayer(_Sublayer):
-    """Norm, two linear layers with GELU between, dropout; the sequence in `ff_chunks` slices."""
+    """Norm, two linear layers with GELU in between, dropout; processes the sequence in `ff_chunks` slices."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.dropout)
@@ -183,8 +184,8 @@ class ReversibleEncoder(nn.Module):
             x_nld: Tokens, shape (n, l, d).
             key_mask_nl: True for tokens, which come first in each cell; bool, shape (n, l).
             hash_seed: Seeds the hashes and the dropout of all layers.
-            key_weight_nl: How much each token counts as a key of attention, in [0, 1], shape (n, l); not in
-                training. None is 1.
+            key_weight_nl: Weight of each token as a key, in [0, 1], shape (n, l); only in eval mode. None is
+                1.
 
         Returns:
             Encoded tokens, shape (n, l, d), in the dtype of x; padded slots contain finite, meaningless
@@ -195,7 +196,7 @@ class ReversibleEncoder(nn.Module):
             if not streams.requires_grad:
                 # Without this, autograd would skip the function, and the blocks would not learn.
                 streams = streams.detach().requires_grad_()
-            assert key_weight_nl is None, "key weights are supported in eval mode only"
+            assert key_weight_nl is None, "key weights are only supported in eval mode"
             return _ReversibleFunction.apply(streams, key_mask_nl, self._branches(), hash_seed).to(
                 x_nld.dtype
             )

@@ -1,4 +1,4 @@
-"""Keep secrets out of settings: settings are saved with every run, checkpoint, model and report."""
+"""Keep secrets out of settings, which are saved with every run, checkpoint, model and report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HIDDEN = "***"
 
 
 def refuse_secrets(setting: str, options: Mapping[str, Any], remedy: str) -> None:
-    """Refuse options that contain a secret.
+    """Reject options that contain a secret.
 
     Args:
         setting: Name of the setting, for the message.
@@ -26,7 +26,7 @@ def refuse_secrets(setting: str, options: Mapping[str, Any], remedy: str) -> Non
         remedy: Where the secret belongs.
 
     Raises:
-        ValueError: Names the option, never its value.
+        ValueError: The message names the option, but not its value.
     """
     found = next((name for name in options if _SECRET.search(name)), None)
     if found is not None:
@@ -37,7 +37,7 @@ def refuse_secrets(setting: str, options: Mapping[str, Any], remedy: str) -> Non
 
 
 def refuse_secret_address(setting: str, address: str, remedy: str) -> None:
-    """Refuse an address with a password (`scheme://user:password@host`) or a secret in its query.
+    """Reject an address with a password (`scheme://user:password@host`) or a secret in its query.
 
     Args:
         setting: Name of the setting, for the message.
@@ -45,7 +45,7 @@ def refuse_secret_address(setting: str, address: str, remedy: str) -> None:
         remedy: Where the secret belongs.
 
     Raises:
-        ValueError: Does not show the address.
+        ValueError: The message does not show the address.
     """
     if without_secret(address) != address:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Descriptions of all settings, read from the docstrings in `screformer/config.py`."""
+"""Describe all settings, from the docstrings in `screformer/config.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Setting:
     name: str
     """For example `model.dim`."""
     values: tuple[str, ...]
-    """The allowed choices; empty if not a fixed list."""
+    """The allowed values; empty if there is no fixed list."""
     kind: str
     """`text`, `integer`, `number`, `true or false`, `list` or `mapping`."""
     default: str
@@ -87,7 +87,7 @@ def _refused_by(name: str) -> tuple[str, ...]:
 
 
 def _docstrings(cls: type) -> tuple[str, dict[str, str]]:
-    """Docstring of a section and of each of its fields."""
+    """Docstrings of a section and of its fields."""
     (tree,) = (
         node
         for node in ast.parse(inspect.getsource(config)).body

@@ -1,6 +1,6 @@
-"""Trees of settings: declare, read, check, override and write them.
+"""Declare, read, check, override and write trees of settings.
 
-`screformer.config` declares the settings; nothing here depends on any of them.
+`screformer.config` declares the settings; nothing here depends on them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import yaml
 Touch = Literal["cells", "pretraining", "weights"]
 """What changing a setting affects.
 
-`cells`: the cells, labels or folds. `pretraining`: what pre-training learns from given cells. `weights`:
+`cells`: the cells, labels or folds. `pretraining`: the result of pre-training on given cells. `weights`:
 their shapes or meaning, so a model to start from must have the same value.
 """
 TOUCHES = typing.get_args(Touch)
 
 
 def setting(default: Any, *touches: Touch) -> Any:
-    """A field of a section: its default, and what it affects."""
+    """A field of a section, with its default and what it affects."""
     metadata = {"touches": touches}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -32,7 +32,7 @@ def setting(default: Any, *touches: Touch) -> Any:
 
 
 def require(holds: bool, message: str) -> None:
-    """Refuse a setting.
+    """Check a condition on a setting.
 
     Raises:
         ValueError: With `message`, if `holds` is false.
@@ -47,10 +47,10 @@ def names(cls: type) -> list[str]:
 
 
 def check_known(name: str, known: list[str], *, where: str) -> None:
-    """Refuse the name of an unknown setting.
+    """Reject unknown names of settings.
 
     Raises:
-        ValueError: Suggests the nearest known name, or lists all.
+        ValueError: The message suggests the closest known name, or lists all.
     """
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {where}{near[0]}?" if near else f"; known are {', '.join(known)}"
@@ -58,7 +58,7 @@ def check_known(name: str, known: list[str], *, where: str) -> None:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Name and value of `section.field=value`; the value is YAML.
+    """Name and value of `section.field=value`, with the value in YAML.
 
     Raises:
         ValueError: The `=` is missing.
@@ -77,7 +77,7 @@ def build(cls: type, tree: Mapping[str, Any], *, where: str = "") -> Any:
         where: Path of `cls` in the whole tree, for errors; empty, or ending with a dot.
 
     Raises:
-        ValueError: An unknown field, or a value of the wrong type.
+        ValueError: A field is unknown, or a value has the wrong type.
     """
     hints = typing.get_type_hints(cls)
     for name in tree:
@@ -104,7 +104,7 @@ def plain(value: Any) -> Any:
 
 
 def _checked(kind: Any, value: Any, path: str) -> Any:
-    """Convert a value to the field's type; YAML reads `1e-3` as a string, and `4` may be meant as a float."""
+    """Convert a value to the field's type: YAML reads `1e-3` as a string, and `4` may be meant as a float."""
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = typing.get_args(kind)
@@ -133,5 +133,5 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A value of a mapping of strings; TileDB expects true, not True."""
+    """Convert a value in a mapping of strings; TileDB expects true, not True."""
     return str(value).lower() if isinstance(value, bool) else str(value)

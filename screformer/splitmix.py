@@ -1,7 +1,7 @@
 """SplitMix64: pseudo-random numbers as a pure function of a few integers.
 
-Every random choice that must not depend on the number of ranks, or must be repeated in a recomputation, comes
-from here: hashes, dropout, hidden genes, and sampled cells.
+Used for every random choice that must not depend on the number of ranks or that recomputation must repeat:
+hashes, dropout, hidden genes and sampled cells.
 
 Axes: n cells, l token slots.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: its multiples are evenly spread and distinct."""
+"""2^64 divided by the golden ratio: its multiples are distinct and evenly spread."""
 _OTHER = 0xD1B54A32D192ED03
 _OFFSET = 0x632BE59BD9B4E019
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -48,7 +48,7 @@ def _finalise(state: int) -> int:
 
 
 def _shifted(state: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift as if int64 were unsigned."""
+    """Right shift as if int64 were unsigned."""
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 

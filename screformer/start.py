@@ -1,4 +1,4 @@
-"""Starting points of a network: given weights, SVD gene embeddings, a logistic regression.
+"""Starting values of a network: given weights, SVD gene embeddings, or a logistic regression.
 
 Axes: n cells, g genes, p gene panels, d model width, k classes.
 """
@@ -19,11 +19,12 @@ from screformer.layers import LINEAR_SCALE
 from screformer.model import EMBEDDING_STD, ScReformer
 
 INVERSE_PENALTY = 1.0
-"""C of Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ
-little (docs/log/2026-11-24-accuracy-trials.md)."""
+"""C in Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where values from 0.01 to
+1
+differ little (docs/log/2026-11-24-accuracy-trials.md)."""
 _MAX_ITERATIONS = 100
 _TOLERANCE = 1e-4
-"""Tolerance on the largest gradient; a starting point need not be converged."""
+"""Tolerance on the largest gradient; starting values need not be converged."""
 _NEVER = -8.0
 """Bias of a class that is missing from the sample."""
 
@@ -39,7 +40,7 @@ class LinearStart(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Start:
-    """Starting values for a new network; whatever is missing stays random."""
+    """Starting values for a new network; anything missing stays random."""
 
     weights: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Weights of another network by name; may be incomplete."""
@@ -48,7 +49,7 @@ class Start:
     additive: AdditiveStart | None = None
 
     def put_into(self, model: ScReformer) -> None:
-        """Replace the weights of a network before an engine is built.
+        """Set the weights of a network, before building an engine.
 
         Raises:
             ValueError: A shape does not match the network.
@@ -68,13 +69,13 @@ class Start:
 def logistic_start(
     values_ng: sparse.csr_array, labels_n: np.ndarray, class_weights_k: np.ndarray, panels: Panels
 ) -> LinearStart:
-    """Fit a regression for the network's linear part.
+    """Fit a logistic regression for the network's linear part.
 
     Args:
         values_ng: Expression values as produced by the tokenizer.
         labels_n: Class of each cell, int64 in [0, k); at least two classes.
         class_weights_k: Weight of a cell of each class in the loss, (k,).
-        panels: Which genes were measured in these cells.
+        panels: The genes measured in these cells.
 
     Returns:
         The L2-penalised multinomial regression.
@@ -124,13 +125,13 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
     """Right singular vectors of the truncated SVD, times the square root of the singular values.
 
     Args:
-        values_ng: log1p of counts per 10,000 of training cells; a few thousand are enough.
+        values_ng: log1p of counts per 10,000 of training cells; a few thousand cells are enough.
         dim: Width of the embeddings.
-        seed: Seeds the randomised SVD and the random values in dimensions beyond the rank of a small matrix.
+        seed: Seed of the randomised SVD and of the random values in dimensions beyond its rank.
 
     Returns:
-        Embeddings, float32 (g, dim), with the root mean square of random ones. Signs are fixed: the largest
-        entry of each dimension is > 0.
+        Embeddings, float32 (g, dim), scaled to the root mean square of random ones. Signs are fixed: the
+        largest entry of each dimension is > 0.
     """
     from sklearn.utils.extmath import randomized_svd  # here, as above
 

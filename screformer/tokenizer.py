@@ -2,7 +2,7 @@
 
 Axes: n cells, l token slots, g genes of the vocabulary.
 
-Three spaces of integers, never mixed: a gene's *index* in the vocabulary, its *token id* (index +
+Three kinds of integers must not be confused: a gene's *index* in the vocabulary, its *token id* (index +
 NUM_SPECIAL), and its joinid in an atlas, which does not occur here.
 """
 
@@ -21,26 +21,26 @@ from screformer.config import TokensConfig
 from screformer.counts import CellCounts
 
 PAD, CLS = 0, 1
-"""Token ids of an unused slot and of the token for the whole cell."""
+"""Token ids of padding and of the token for the whole cell."""
 NUM_SPECIAL = 2
 """The token id of gene i is i + NUM_SPECIAL."""
 
 
 @dataclass(frozen=True, eq=False)
 class GeneVocabulary:
-    """The genes of a model, in its order."""
+    """The genes of a model, in order."""
 
     feature_ids: tuple[str, ...]
     """Ensembl ids, for example ENSG00000156738; unique."""
     feature_names: tuple[str, ...]
     """Symbols; need not be unique."""
     mean_expression_g: np.ndarray
-    """Mean log1p of counts per 10,000 over the training cells, float32; zeros where unknown."""
+    """Mean log1p of counts per 10,000 over the training cells, float32; zeros if unknown."""
     reference_g: np.ndarray | None = None
     """A typical profile used to scale values, float32; None scales by library size. See
     `CellCounts.per_10k`."""
     inputs_g: np.ndarray | None = None
-    """Which genes become tokens, bool; None means all. The others still count towards the library size."""
+    """Which genes become tokens, bool; None means all. Others still count towards the library size."""
 
     def __post_init__(self) -> None:
         sizes = (len(self.feature_ids), len(self.feature_names), len(self.mean_expression_g))
@@ -50,7 +50,7 @@ class GeneVocabulary:
                 f" pass one of each per gene"
             )
         if not self.feature_ids:
-            raise ValueError("the vocabulary has no genes; check the var filter")
+            raise ValueError("the vocabulary has no genes; check query.var_filter")
         if len(self._position) != len(self.feature_ids):
             first = next(name for index, name in enumerate(self.feature_ids) if self._position[name] != index)
             raise ValueError(f"feature id {first!r} appears twice in a vocabulary; ids must be unique")
@@ -71,7 +71,7 @@ class GeneVocabulary:
         return weight_g if weight_g.any() else np.ones(len(self), dtype=np.float32)
 
     def index(self, feature_ids: Sequence[str]) -> np.ndarray:
-        """Index of each gene, int32, -1 for genes unknown to the model."""
+        """Index of each gene, int32, -1 for unknown genes."""
         return np.fromiter(
             (self._position.get(name, -1) for name in feature_ids), dtype=np.int32, count=len(feature_ids)
         )
@@ -83,7 +83,7 @@ class GeneVocabulary:
         return np.array([name or feature_id for name, feature_id in pairs], dtype=object)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` restores exactly the same vocabulary."""
+        """Plain values; `from_json` restores the same vocabulary exactly."""
         tree: dict[str, Any] = {
             "feature_ids": list(self.feature_ids),
             "feature_names": list(self.feature_names),
@@ -120,12 +120,12 @@ class GeneVocabulary:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write as JSON."""
         Path(path).write_text(json.dumps(self.to_json()))
 
     @classmethod
     def load(cls, path: str | Path) -> GeneVocabulary:
-        """Read what `save` wrote."""
+        """Read a file written by `save`."""
         return cls.from_json(json.loads(Path(path).read_text()))
 
 
@@ -136,7 +136,7 @@ class CellTokenizer:
 
     Args:
         config: Input mode, length limit and expression encoding.
-        vocabulary: The model's genes; determines which genes become tokens, how values are scaled and, by
+        vocabulary: The model's genes. Determines which genes become tokens, how values are scaled and, by
             mean expression, which genes are kept in cells that are too long.
     """
 
@@ -158,8 +158,8 @@ class CellTokenizer:
     def __call__(self, cells: CellCounts) -> dict[str, Any]:
         """Tokenize a batch of cells.
 
-        Slot 0 is [CLS]; genes follow in vocabulary order; PAD fills the rest. In `detected` mode, a cell with
-        more than `max_genes` genes keeps those whose value exceeds the gene's mean expression most (ties: the
+        Slot 0 is [CLS], genes follow in vocabulary order, and PAD fills the rest. In `detected` mode, a cell
+        with more than `max_genes` genes keeps those that most exceed their mean expression (ties go to the
         first gene).
 
         Args:
@@ -167,12 +167,12 @@ class CellTokenizer:
 
         Returns:
             `token_ids` int32 (n, l); `values` float32 (n, l), log1p of counts per 10,000 (1 with `binary`), 0
-            for [CLS], PAD and genes that are not detected; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly
-            where the value is 0 (with `continuous` and `binary` 1 elsewhere); `num_cut`, the number of cells
-            that lost genes. l is 1 + the number of genes of the longest cell.
+            for [CLS], PAD and undetected genes; `bin_ids` int32 (n, l) in [0, num_bins), 0 exactly where the
+            value is 0 (with `continuous` and `binary` 1 elsewhere); `num_cut`, the number of truncated cells.
+            l is 1 + the number of genes of the longest cell.
 
         Raises:
-            ValueError: The number of genes differs, or columns do not increase.
+            ValueError: The number of genes differs, or columns are not in increasing order.
         """
         genes, lengths_n = cells.counts_ng.indices, cells.lengths_n
         rows = np.repeat(np.arange(len(cells), dtype=np.int32), lengths_n)
@@ -182,7 +182,9 @@ class CellTokenizer:
                 f" {len(self._mean_expression_g)}"
             )
         if not ((genes[1:] > genes[:-1]) | (rows[1:] != rows[:-1])).all():
-            raise ValueError("genes do not increase within each cell; build counts with CellCounts.of")
+            raise ValueError(
+                "genes are not in increasing order in each cell; build counts with CellCounts.of"
+            )
 
         cp10k = cells.per_10k(self._reference_g)
         if self._inputs_g is not None:
@@ -218,10 +220,7 @@ class CellTokenizer:
         return {**tokens, "num_cut": 0}
 
     def _shown(self, values: np.ndarray) -> np.ndarray:
-        """Encode the values for the network.
-
-        The genes a cell keeps are chosen earlier, in the same way for every encoding.
-        """
+        """Encode the values for the network, after choosing the genes to keep."""
         return np.ones_like(values) if self.config.expression == "binary" else values
 
     def _bins(self, rows: np.ndarray, values: np.ndarray, cp10k: np.ndarray, num_cells: int) -> np.ndarray:
@@ -230,8 +229,8 @@ class CellTokenizer:
             return np.ones(len(values), dtype=np.int32)
         if self.config.expression == "log2_bins":
             return np.minimum(1 + np.log2(1 + cp10k).astype(np.int32), levels)
-        # The share of a cell's genes with a smaller value. Positive floats sort like their bits, so one
-        # integer carries cell and value.
+        # The share of a cell's genes with a smaller value. Positive floats sort like their bit patterns, so
+        # one integer can hold cell and value.
         keys = (rows.astype(np.int64) << 32) | values.view(np.int32)
         distinct, which, repeats = np.unique(keys, return_inverse=True, return_counts=True)
         lengths_n = np.bincount(rows, minlength=num_cells)
@@ -245,8 +244,8 @@ class CellTokenizer:
         long_n = lengths_n > self.config.max_genes
         of_long = long_n[rows]
         long_genes, kept_lengths = genes[of_long], lengths_n[long_n]
-        # Rank of the score in the upper half, gene in the lower half: keys are distinct, so the result does
-        # not depend on the batch.
+        # The rank of the score is in the upper half, the gene in the lower half. So keys are distinct and the
+        # result does not depend on the batch.
         bits = (values[of_long] - self._mean_expression_g[long_genes]).view(np.int32)
         ordered = np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
         keys = (ordered << 32) - long_genes

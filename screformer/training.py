@@ -1,8 +1,8 @@
-"""The training loop for pre-training and fine-tuning, on any number of ranks.
+"""Training loop for pre-training and fine-tuning, on any number of ranks.
 
-A step does not depend on how its cells are spread over ranks and micro-batches: losses are sums over the
-whole global batch, divided once; hidden genes depend on (seed, step, cell, gene); hashes depend on (seed,
-step).
+A step does not depend on how its cells are spread over ranks and micro-batches: losses are summed over the
+whole global batch and divided once, hidden genes depend on (seed, step, cell, gene), and hashes depend on
+(seed, step).
 
 Axes: n cells, l token slots, k classes.
 """
@@ -32,7 +32,7 @@ from screformer.window import Window
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """The source of a rank's micro-batches. All ranks get the same number."""
+    """Sources of a rank's micro-batches. All ranks get the same number."""
 
     steps_per_epoch: int
     train: Callable[[int, int], Iterator[Batch]]
@@ -40,22 +40,22 @@ class Parts:
     val: Callable[[], Iterator[Batch]] | None = None
     """The part used to choose the best step; None keeps the last step."""
     test: Callable[[], Iterator[Batch]] | None = None
-    """The part that is evaluated once, at the end."""
+    """The part evaluated once, at the end."""
 
 
 @dataclass
 class Progress:
-    """Progress of a run; saved with every checkpoint."""
+    """Progress of a run, saved with every checkpoint."""
 
     seed: int
     epoch: int = 0
     step_in_epoch: int = 0
     cells_consumed: int = 0
-    """Cells of this epoch trained on so far, over all ranks, including padding rows."""
+    """Number of cells of this epoch trained on so far, over all ranks, including padding rows."""
     global_step: int = 0
     best_step: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
-    """Score of the best step so far: macro-F1 and minus the loss (fine-tuning), or minus the loss and 0."""
+    """Score of the best step so far: (macro-F1, -loss) in fine-tuning, (-loss, 0) in pre-training."""
     evals_without_gain: int = 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Progress:
-        """Build from a saved position; other keys are ignored."""
+        """Build from saved values; other keys are ignored."""
         names = cls.__dataclass_fields__
         return cls(
             **{name: value for name, value in tree.items() if name in names}
@@ -74,7 +74,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Result of a training."""
+    """Result of a training run."""
 
     weights: Weights
     """Weights of the best step, on rank 0; empty elsewhere."""
@@ -87,7 +87,7 @@ class Outcome:
     test_outputs: CellOutputs | None = None
 
     def scores(self) -> dict[str, float]:
-        """`best_val/...` and `test/...` of the best weights, if there are such cells."""
+        """Scores of the best weights, `best_val/...` and `test/...`, if there are such cells."""
         return {
             **(self.val.scores("best_val") if self.val else {}),
             **(self.test.scores("test") if self.test else {}),
@@ -95,7 +95,7 @@ class Outcome:
 
 
 class Stopped(Exception):
-    """Training was asked to stop and ended after a checkpoint; raised on every rank."""
+    """Training was asked to stop and stopped after saving a checkpoint; raised on every rank."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}")
@@ -116,26 +116,26 @@ def fit(
     checkpoint_due: Callable[[], bool] = lambda: False,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train, keep the best step, evaluate it. Every rank calls it.
+    """Train, keep the best step, and evaluate it. Every rank calls it.
 
     Args:
         config: The run's settings.
         engine: A DeepSpeed engine around a `ScReformer`, with its state restored when resuming.
         parts: This rank's cells.
         task: `pretrain` learns hidden expression, `finetune` learns labels.
-        class_counts_k: For `finetune`, training cells of each label, for `train.class_weighting`.
-        prior_shift_k: Added to the logits once training is over; see `screformer.objective.prior_shift`.
+        class_counts_k: For `finetune`, number of training cells of each label, for `train.class_weighting`.
+        prior_shift_k: Added to the logits after training; see `screformer.objective.prior_shift`.
         report: Called with metrics and the step, on every rank.
-        save_checkpoint: Called after every evaluation on every rank with the progress, the best weights (rank
-            0; the current ones before the first evaluation), the average of the weights (empty without one)
+        save_checkpoint: Called on every rank after every evaluation with the progress, the best weights (on
+            rank 0; the current ones before the first evaluation), the average of the weights (empty if none)
             and the metrics.
-        resume: Progress, best weights and average (rank 0) of the checkpoint that the engine was restored
-            from.
-        checkpoint_due: Called after each step; if it is true on any rank, a checkpoint is saved.
+        resume: Progress, best weights and average (rank 0) of the checkpoint from which the engine was
+            restored.
+        checkpoint_due: Called after each step; if true on any rank, a checkpoint is saved.
         stop_asked: Called after each step; if true on any rank, a checkpoint is saved and training ends.
 
     Raises:
-        NonFiniteError: The loss, or a weight after the step, is not finite. Nothing is saved after that.
+        NonFiniteError: The loss, or a weight after the step, is not finite. Nothing more is saved.
         Stopped: `stop_asked` was true.
     """
     train, world_size = config.train, torch.distributed.get_world_size()
@@ -162,7 +162,7 @@ def fit(
             loss = objective.loss(batch, hidden, objective.hash_seed(step, index, accumulation)) / max(
                 total_weight, 1e-12
             )
-            # DeepSpeed averages over ranks; our loss is a sum over all cells of the global batch.
+            # DeepSpeed averages over ranks, but our loss is a sum over all cells of the global batch.
             engine.backward(loss * world_size, scale_wrt_gas=False)
             engine.step()
             step_loss += loss.detach()
@@ -173,9 +173,9 @@ def fit(
         progress.cells_consumed += train.global_batch_size
         num_cells = sum(int((batch["joinids"] >= 0).sum()) for batch in micro_batches)
         window.add(step_loss, wait_s, num_cells)
-        # Checking weights covers gradients: AdamW turns a weight into NaN if its gradient is not finite.
+        # Checking weights also covers gradients: AdamW makes a weight NaN if its gradient is not finite.
         healthy = math.isfinite(step_loss.item()) and math.isfinite(weights_norm(engine))
-        # Summed, so all ranks act alike.
+        # Summed over ranks, so all ranks act alike.
         sick, due, stops = sum_over_ranks(engine.device, not healthy, checkpoint_due(), stop_asked())
         if sick:
             what = "the weights" if math.isfinite(step_loss.item()) else "the loss"
@@ -241,9 +241,9 @@ def fit(
 def evaluate(
     engine: Any, batches: Iterator[Batch], objective: Objective, sample: OutputSample | None = None
 ) -> LabelCounts:
-    """Loss and label counts over all ranks' batches, without class weights; logits are added to `sample`.
+    """Loss and label counts over all ranks' batches, without class weights; adds logits to `sample`.
 
-    The same weights and cells give the same bits.
+    Equal weights and cells give bit-identical results.
     """
     counts = LabelCounts(objective.num_classes)
     engine.module.eval()
@@ -267,7 +267,7 @@ def evaluate(
 def _steps(
     parts: Parts, progress: Progress, accumulation: int
 ) -> Generator[tuple[list[Batch], float], None, None]:
-    """The micro-batches of each step, and the seconds spent waiting for them.
+    """Yield the micro-batches of each step and the seconds spent waiting for them.
 
     Runs epoch after epoch, starting at `progress`.
     """
@@ -291,7 +291,7 @@ def _choose(
         progress.best_step, progress.evals_without_gain = progress.global_step, 0
         return {}
     counts = evaluate(engine, parts.val(), objective)
-    # With few validation cells, macro-F1 is often tied; then the loss decides.
+    # With few validation cells, macro-F1 is often tied, and the loss decides.
     score = (counts.macro_f1, -counts.loss) if objective.task == "finetune" else (-counts.loss, 0.0)
     if score > progress.best_score:
         progress.best_step, progress.best_score, progress.evals_without_gain = progress.global_step, score, 0

@@ -1,8 +1,9 @@
-"""A checkpoint of a training run, without pickles; complete once its manifest is written.
+"""Write and read checkpoints of a training run, without pickles.
 
-It contains the best model so far in `model/`, each rank's part of DeepSpeed's state in `deepspeed/`, the same
-state consolidated by parameter name in `training_state.safetensors` (to resume with a different world size or
-ZeRO stage), `position.json`, and `manifest.json`, written last.
+A checkpoint contains the best model so far in `model/`, each rank's part of DeepSpeed's state in
+`deepspeed/`, the same state consolidated by parameter name in `training_state.safetensors` (to resume with a
+different world size or ZeRO stage), `position.json`, and `manifest.json`. The manifest is written last and
+marks the checkpoint as complete.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ def save_training(
 ) -> None:
     """Write the state of a training run, after at least one step.
 
-    Every rank calls it; each may pass its own directory.
-
-    The checkpoint counts as complete only after `seal`.
+    Every rank calls it, possibly with different directories. The checkpoint is complete only after `seal`.
 
     Args:
         directory: Target; rank 0's gets the consolidated files.
@@ -61,8 +60,8 @@ def save_training(
 def load_training(directory: str | Path, engine: Any) -> None:
     """Load a training checkpoint into a new engine. Every rank calls it.
 
-    With the same world size, ZeRO stage and precision, each rank reads its own DeepSpeed shards; any other
-    layout reads the consolidated file.
+    With the same world size, ZeRO stage and precision, each rank reads its own DeepSpeed shards. Otherwise
+    the consolidated file is read.
     """
     directory = Path(directory)
     if read_json(directory / POSITION)["shards"] == engines.shard_layout(engine):
@@ -98,7 +97,7 @@ def read_position(directory: str | Path) -> dict[str, Any]:
 def seal(directory: str | Path) -> None:
     """Mark a checkpoint as complete: rank 0 lists all ranks' files with their SHA-256.
 
-    Every rank calls it, once its files are written.
+    Every rank calls it after writing its files.
     """
     directory = Path(directory)
     own = {
@@ -116,7 +115,7 @@ def seal(directory: str | Path) -> None:
 def damage(directory: str | Path) -> str:
     """Describe what is wrong with a checkpoint, naming the file; empty if it is complete.
 
-    A run killed while writing leaves a checkpoint without a manifest. Manifests of earlier versions only list
+    A run killed while writing leaves a checkpoint without a manifest. Manifests of earlier versions list only
     sizes.
     """
     directory = Path(directory)

@@ -1,4 +1,4 @@
-"""A moving average of the weights, which is validated and saved in their place."""
+"""Moving average of the weights, validated and saved in their place."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class WeightAverage:
     """The average of the trained parameters over the steps so far; the same on every rank.
 
     For each parameter, in fp32: after step t (from 0), the average moves towards the parameter by
-    1 - min(decay, (t + 1) / (t + 10)), so the first steps are soon forgotten.
+    1 - min(decay, (t + 1) / (t + 10)), so the first steps are quickly forgotten.
 
     Args:
-        engine: A DeepSpeed engine whose ranks hold whole parameters (ZeRO stages 0 to 2).
+        engine: A DeepSpeed engine whose ranks have whole parameters (ZeRO stages 0 to 2).
         decay: Decay per step, in (0, 1).
         resumed: An average to continue from, on rank 0; None starts with the weights.
     """

@@ -1,4 +1,4 @@
-"""Training metrics since the last log line."""
+"""Collect training metrics between log lines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        """Begin again."""
+        """Start over."""
         self.loss = torch.zeros((), device=self.device)
         self.wait_s = 0.0
         self.num_cells = 0
@@ -37,7 +37,7 @@ class Window:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Time spent inside does not count in the window."""
+        """Exclude the time spent inside from the window."""
         began_s = time.perf_counter()
         yield
         self.start += time.perf_counter() - began_s

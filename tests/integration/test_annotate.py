@@ -189,7 +189,7 @@ def test_counts_in_a_layer_or_in_raw(predictor: Predictor, tmp_path: Path) -> No
     adata = adata[:, :7].copy()
     adata.X = np.log1p(adata.X)
     adata.write_h5ad(tmp_path / "in.h5ad")
-    with pytest.raises(ValueError, match=r"in.h5ad: X holds 1.09861 at cell .*whole number.*--use raw"):
+    with pytest.raises(ValueError, match=r"in.h5ad: X has 1.09861 at cell .*whole number.*--use raw"):
         label_copy(
             predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", min_gene_overlap=0.0
         )
@@ -433,7 +433,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
     late = _cells(100)
     late.X.data[-1] = 0.5  # after the cells that are looked at first
     late.write_h5ad(tmp_path / "late.h5ad")
-    with pytest.raises(ValueError, match="X holds 0.5 at cell"):
+    with pytest.raises(ValueError, match="X has 0.5 at cell"):
         label_copy(predictor, tmp_path / "late.h5ad", tmp_path / "out.h5ad", model="model")
     assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
 

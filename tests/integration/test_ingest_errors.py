@@ -150,11 +150,11 @@ def two_files(second) -> Callable[[Path], Made]:
 BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "negative": (
         negative,
-        r"in\.h5ad: X holds -2 at cell 'cell_5', gene 'GENE110': it is negative.*raw counts",
+        r"in\.h5ad: X has -2 at cell 'cell_5', gene 'GENE110': it is negative.*raw counts",
     ),
     "log-normalised, counts elsewhere": (log_normalised, r"whole number.*try --layer counts or --use raw"),
-    "normalised layer": (normalised_layer, r"layers/scaled holds 0\.\d+ at cell .*whole number"),
-    "normalised raw": (normalised_raw, r"raw/X holds 0\.\d+ at cell"),
+    "normalised layer": (normalised_layer, r"layers/scaled has 0\.\d+ at cell .*whole number"),
+    "normalised raw": (normalised_raw, r"raw/X has 0\.\d+ at cell"),
     "no such layer": (
         lambda tmp: one(tmp, layer="counts"),
         r"no layer 'counts'; it has X: yes, raw: no, layers: none",

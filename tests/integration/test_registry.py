@@ -215,7 +215,7 @@ def test_files_and_anndata_give_the_same_as_a_table(
             pyfunc.predict(adata, params={"layer": layer}), expected, check_names=False
         )
     adata.write_h5ad(tmp_path / "normalised.h5ad")
-    with pytest.raises(ValueError, match=r"normalised.h5ad: X holds .* it is not a whole number"):
+    with pytest.raises(ValueError, match=r"normalised.h5ad: X has .* it is not a whole number"):
         pyfunc.predict(str(tmp_path / "normalised.h5ad"))
     with pytest.raises(ValueError, match="input has no layer 'other'; it has counts"):
         pyfunc.predict(adata, params={"layer": "other"})
@@ -267,7 +267,7 @@ def test_rows_are_by_position_and_nullable_numbers_are_read(
         pd.testing.assert_frame_equal(found.set_axis(expected.index), expected, check_dtype=False)
     missing = cells.convert_dtypes()
     missing.iloc[3, 4] = pd.NA
-    with pytest.raises(ValueError, match=r"input holds nan at cell 'cell3', gene '.*': it is missing"):
+    with pytest.raises(ValueError, match=r"input has nan at cell 'cell3', gene '.*': it is missing"):
         pyfunc.predict(missing)
 
 

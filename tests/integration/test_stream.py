@@ -382,7 +382,7 @@ def test_wrong_sizes_and_cells_are_refused(locator):
     with pytest.raises(ValueError, match="joinid 3 appears twice among the cells of a stream"):
         make_stream(locator, joinids=np.array([3, 1, 3]))
     with pytest.raises(
-        ValueError, match="stream.cells_per_task=12 must hold at least one train.global_batch_size=24"
+        ValueError, match="stream.cells_per_task=12 must be at least train.global_batch_size=24"
     ):
         make_stream(locator, cells_per_task=12)
     strange = GeneVocabulary(("X1",), ("X1",), np.zeros(1, np.float32))

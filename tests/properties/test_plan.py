@@ -108,7 +108,7 @@ def test_many_ranks_join_tasks_so_that_reads_do_not_crumble():
 
 def test_a_task_that_cannot_hold_a_global_batch_is_refused():
     with pytest.raises(
-        ValueError, match=r"stream.cells_per_task=32 must hold at least one train.global_batch_size=64"
+        ValueError, match=r"stream.cells_per_task=32 must be at least train.global_batch_size=64"
     ):
         EpochPlan(num_cells=1, seed=0, epoch=0, run_length=8, cells_per_task=32, global_batch_size=64)
 

@@ -46,7 +46,7 @@ def marked_cells() -> anndata.AnnData:
 def test_it_is_small_and_found_by_name() -> None:
     assert bundled_models() == ["blood"]
     assert sum(path.stat().st_size for path in bundled_model(DEFAULT).iterdir()) <= 10e6
-    with pytest.raises(ValueError, match="model 'bundled:lung' does not come .* there are bundled:blood"):
+    with pytest.raises(ValueError, match="model 'bundled:lung' is not bundled .* models are bundled:blood"):
         bundled_model("bundled:lung")
 
 

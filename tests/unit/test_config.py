@@ -71,10 +71,10 @@ def test_bad_setting_is_named_with_its_rule(overrides: str, message: str) -> Non
 
 
 def test_fields_that_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match=r"query.file='q.json' already holds filters; drop query.obs_filter"):
+    with pytest.raises(ValueError, match=r"query.file='q.json' already has filters; drop query.obs_filter"):
         BASE.merge(["query.file=q.json", "query.obs_filter=sex == 'male'"])
     with pytest.raises(
-        ValueError, match=r"stream.cells_per_task=64 must hold at least one train.global_batch_size=128"
+        ValueError, match=r"stream.cells_per_task=64 must be at least train.global_batch_size=128"
     ):
         BASE.merge(["stream.cells_per_task=64", "train.global_batch_size=128"])
 
@@ -136,7 +136,7 @@ def test_round_trip_through_json_and_yaml(tmp_path) -> None:
 def test_file_that_is_no_recipe(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("- model\n")
-    with pytest.raises(ValueError, match=r"recipe.yaml holds list, not the sections \['atlas'"):
+    with pytest.raises(ValueError, match=r"recipe.yaml is a list, not the sections \['atlas'"):
         ExperimentConfig.from_file(path)
     path.write_text("model: 8\n")
     with pytest.raises(ValueError, match=r"model=8 must be a section of \['encoder'"):

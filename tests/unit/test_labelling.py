@@ -92,10 +92,12 @@ def test_every_kind_of_anndata_gives_the_same(model_dir: Path, tmp_path: Path) -
         pd.testing.assert_frame_equal(found.obs[list(ANSWER_COLUMNS)], expected.obs, atol=1e-5)
     assert expected.obsm["screformer_probabilities"].shape == (30, 4)
     assert screformer.annotate(adata[:0].copy(), model=model_dir).n_obs == 0
-    with pytest.raises(ValueError, match=r"adata has no X; name the layer with raw counts \(it has counts\)"):
+    with pytest.raises(
+        ValueError, match=r"adata has no X; choose the layer with raw counts \(it has counts\)"
+    ):
         screformer.annotate(layered, model=model_dir)
     with pytest.raises(
-        ValueError, match=r"adata holds \d\.5 at cell 'cell0', gene 'ENSG\d+': it is not a whole"
+        ValueError, match=r"adata has \d\.5 at cell 'cell0', gene 'ENSG\d+': it is not a whole"
     ):
         screformer.annotate(anndata.AnnData(dense.X * 0.5, obs=adata.obs, var=adata.var), model=model_dir)
 

@@ -191,7 +191,7 @@ def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
         ValueError, match="mouse.h5ad: too few genes: 0 of the model's 10 genes found .*another species"
     ):
         predictor.genes.match(["ENSMUSG00000000001"], ["Cd3d"]).require(0.0, source="mouse.h5ad")
-    with pytest.raises(ValueError, match="2 ids but 1 names"):
+    with pytest.raises(ValueError, match="2 gene ids but 1 names"):
         predictor.genes.match(["a", "b"], ["a"])
 
 
@@ -209,7 +209,7 @@ def test_only_raw_counts_are_taken(
 ) -> None:
     bad = counts.toarray()
     bad[3, 5] = value
-    with pytest.raises(ValueError, match=f"file holds {message}"):
+    with pytest.raises(ValueError, match=f"file has {message}"):
         predictor.predict(predictor.genes.match(predictor.vocabulary.feature_ids).select(bad, source="file"))
 
 

@@ -126,7 +126,7 @@ def test_refusals() -> None:
         tokenizer(CellCounts.of(np.ones((2, 5))))
     cells = cells_of(GENE_IDS, COUNTS, OFFSETS)
     cells.counts_ng.indices = cells.counts_ng.indices[::-1].copy()
-    with pytest.raises(ValueError, match="genes do not increase within each cell; build counts with"):
+    with pytest.raises(ValueError, match="genes are not in increasing order in each cell; build counts with"):
         tokenizer(cells)
 
 
@@ -156,7 +156,7 @@ def test_vocabulary_finds_genes_and_survives_a_file(tmp_path) -> None:
     [
         (("A", "B", "A"), ("a", "b", "c"), "feature id 'A' appears twice"),
         (("A", "B"), ("a",), "2 feature ids, 1 names and 2 mean expressions"),
-        ((), (), "the vocabulary has no genes; check the var filter"),
+        ((), (), "the vocabulary has no genes; check query.var_filter"),
     ],
 )
 def test_bad_vocabulary(ids, names, message) -> None:
