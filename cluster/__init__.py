@@ -1,1 +1,1 @@
-"""Where jobs run: the connection to Ray, and manifests for clusters."""
+"""Connection to Ray, and manifests for clusters."""

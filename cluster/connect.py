@@ -1,4 +1,4 @@
-"""The door to Ray: the only `ray.init` outside the tests."""
+"""Connect to Ray: the only `ray.init` outside the tests."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ CGROUP = Path("/sys/fs/cgroup")
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
     """Connect this process to Ray, once.
 
-    A job that `ray job submit` started, and a shell with RAY_ADDRESS, use that cluster. Without an address a
-    local Ray starts that ends with this process: it never joins a cluster that happens to run on this
-    machine.
+    Jobs started by `ray job submit` use that cluster, and shells with RAY_ADDRESS use the cluster it names.
+    Without an address, a local Ray starts and ends with this process; it never joins a cluster that happens
+    to run on this machine.
 
     Args:
         address: `HOST:PORT` of a cluster, `auto` for the one on this machine, `local`, or None for
             RAY_ADDRESS, else `local`.
-        num_cpus: CPUs that the job's workers and read tasks reserve together. A local Ray with fewer cores
-            than that says it has them, since a job that waits for a CPU that never comes would wait for ever.
+        num_cpus: Total CPUs that the job's workers and read tasks reserve. A local Ray on a machine with
+            fewer cores still reports this many; otherwise the job would wait forever for the missing ones.
             Ignored for a cluster.
 
     Raises:
-        ValueError: The address is not one that a driver can connect to, nobody answers there, or the cluster
-            refuses this process.
+        ValueError: A driver cannot connect to this kind of address, nothing answers there, or the cluster
+            rejects this process.
     """
     quiet()
     if ray.is_initialized():
@@ -49,14 +49,14 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 def _start_local(num_cpus: float) -> None:
     cores, memory = machine()
     packages = str(Path(__file__).resolve().parents[1])
-    # In the environment of Ray's processes and not in a `runtime_env`: for that Ray would drop the worker
-    # processes that it starts ahead, and every job would begin some seconds later.
+    # Set in the environment of Ray's processes, not in a `runtime_env`, for which Ray would discard its
+    # prestarted worker processes and so delay every job by a few seconds.
     inherited = {
         "PYTHONPATH": os.pathsep.join(
             filter(None, [packages, os.environ.get("PYTHONPATH")])
         ),  # our packages, from any directory
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{quiet.__module__}.{quiet.__name__}",
-        # One process less in each training; nobody takes this machine away
+        # One process fewer per training; this machine cannot be preempted.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
     with environment(inherited):
@@ -71,7 +71,7 @@ def _start_local(num_cpus: float) -> None:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for the time being."""
+    """Set environment variables within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -95,10 +95,10 @@ def _join(address: str) -> None:
         host, colon, port = address.rpartition(":")
         if not (colon and host and port.isdecimal()):
             raise ValueError(
-                f"Ray address {address!r} must read HOST:PORT (such as 10.0.0.5:6379), auto or local"
+                f"Ray address {address!r} must be HOST:PORT (such as 10.0.0.5:6379), auto or local"
             )
         try:
-            # Ray's own client retries for a minute, then ends the process without a Python error.
+            # Ray's own client retries for a minute, then exits without a Python exception.
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
             raise ValueError(
@@ -109,16 +109,16 @@ def _join(address: str) -> None:
         ray.init(address=address, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(
-            f"Ray at {address} refused or was not found: {error}. If the cluster authenticates, set"
-            f" RAY_AUTH_MODE=token and give its token"
-            " in ~/.ray/auth_token or RAY_AUTH_TOKEN; else unset RAY_ADDRESS for a local Ray"
+            f"Ray at {address} was not found or refused the connection: {error}. If the cluster requires"
+            f" authentication, set RAY_AUTH_MODE=token and put its token"
+            " in ~/.ray/auth_token or RAY_AUTH_TOKEN; or unset RAY_ADDRESS for a local Ray"
         ) from error
 
 
 def machine(cgroup: Path = CGROUP) -> tuple[int, float]:
-    """Cores and bytes of memory that this process may use.
+    """Cores and bytes of memory available to this process.
 
-    As the scheduler and the container (cgroup v2, in this folder) limit them.
+    Respects the limits of the scheduler and of the container (cgroup v2, mounted at `cgroup`).
     """
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

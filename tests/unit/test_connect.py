@@ -18,7 +18,7 @@ def test_an_address_for_submitting_jobs_is_told_apart(address: str) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "head:port", ":6379", "6379"])
 def test_an_address_without_host_or_port(address: str) -> None:
-    with pytest.raises(ValueError, match=r"must read HOST:PORT \(such as 10.0.0.5:6379\), auto or local"):
+    with pytest.raises(ValueError, match=r"must be HOST:PORT \(such as 10.0.0.5:6379\), auto or local"):
         door.connect(address)
 
 
