@@ -38,6 +38,7 @@ from data_ingest.ingest_write import write
 from data_ingest.ontology import MajorTypes
 from data_ingest.tables import read_symbol_table
 from data_ingest.tasks import map_tasks
+from screformer.storage import writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
 
     Raises:
         ValueError: A file, table, option or the atlas is not usable; nothing was written.
+        StorageError: The atlas cannot be written.
     """
     started = time.monotonic()
     options = options or IngestOptions()
@@ -142,7 +144,8 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     labels = read_labels(options.labels) if options.labels else {}
     majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
 
-    with nullcontext() if options.dry_run else locked(uri, options.tiledb_config):
+    completed = writing(atlas_uri, "run the same command again, which completes the ingest")
+    with completed, nullcontext() if options.dry_run else locked(uri, options.tiledb_config):
         base = read_base(target, options)
         checked = _check_files(files, base, options)
         labelled = [label(file, labels, majors) for file in checked]

@@ -15,6 +15,9 @@ from screformer.cells import CellSource
 from screformer.config import ExperimentConfig
 from screformer.genes import MIN_GENE_OVERLAP
 from screformer.predictor import ANSWER_COLUMNS, Predictor
+from screformer.storage import writing
+
+_AGAIN = "run the same command again, which keeps the labels that are there"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -71,19 +74,20 @@ class Labeller:
 
     def copy(self, source: Path, target: Path, *, majority_vote: str = "", drop_absent: bool = False) -> str:
         """Write a labelled copy of a file; returns the summary."""
-        return str(
-            annotate(
-                self.predictor,
-                self._file(source),
-                target,
-                model=self.model,
-                probabilities=self.probabilities,
-                embedding=self.embedding,
-                majority_vote=majority_vote,
-                drop_absent=drop_absent,
-                overwrite=self.overwrite,
+        with writing(target, _AGAIN):
+            return str(
+                annotate(
+                    self.predictor,
+                    self._file(source),
+                    target,
+                    model=self.model,
+                    probabilities=self.probabilities,
+                    embedding=self.embedding,
+                    majority_vote=majority_vote,
+                    drop_absent=drop_absent,
+                    overwrite=self.overwrite,
+                )
             )
-        )
 
     def parquet(self, source: Path, target: Path) -> str:
         """Label a file into a folder of Parquet files; returns the summary."""
@@ -106,7 +110,8 @@ class Labeller:
         )
         summary = self._label(cells, target, started)
         if write_obs:
-            write_to_atlas(cells, target)
+            with writing(cells.atlas.uri, _AGAIN):
+                write_to_atlas(cells, target)
             added = ", ".join(OBS_PREFIX + name for name in ANSWER_COLUMNS)
             summary += f"\nadded columns to obs of {cells.atlas.uri}: {added}"
         return summary
@@ -121,15 +126,16 @@ class Labeller:
         )
 
     def _label(self, cells: CellSource, target: Path, started: float) -> str:
-        labelled = label_cells(
-            self.predictor,
-            cells,
-            target,
-            model=self.model,
-            probabilities=self.probabilities,
-            embedding=self.embedding,
-            overwrite=self.overwrite,
-        )
+        with writing(target, _AGAIN):
+            labelled = label_cells(
+                self.predictor,
+                cells,
+                target,
+                model=self.model,
+                probabilities=self.probabilities,
+                embedding=self.embedding,
+                overwrite=self.overwrite,
+            )
         seconds = time.perf_counter() - started
         lines = [
             f"{target}: {cells.num_cells:,} cells in {seconds:.1f} s"

@@ -19,7 +19,7 @@ from jobs.studies.layout import check_study_layout, num_cpus, search_space
 from jobs.studies.study import Study, open_study
 from jobs.tracking.identity import code_identity
 from jobs.tracking.runs import TrackedRun, start_run
-from jobs.training.run_folder import resumable
+from jobs.training.run_folder import require_writable, resumable
 from screformer.config import Command, ExperimentConfig
 
 STUDY = "study.json"
@@ -51,6 +51,8 @@ def opened(
         )
     connect(num_cpus=num_cpus(config))
     check_study_layout(config, ray.nodes())
+    if not resume:
+        require_writable(storage)
     search_space(config)
     run_dir = Path(
         resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"

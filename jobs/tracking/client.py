@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.tracking.identity import package_version
 from screformer.secrets import without_secret
+from screformer.storage import StorageError, writing
 
 if TYPE_CHECKING:
     from screformer.config import TrackingConfig
@@ -250,14 +251,17 @@ def metric_points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
 
 @contextlib.contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """Turn MLflow's errors about a failing server into one clear line.
+    """Turn MLflow's errors about a failing server or file into one clear line.
 
     Raises:
         ConnectionError: The server is down or broken, or something else answers in its place.
+        StorageError: A SQLite file cannot be written.
     """
+    kept = writing(sqlite_path(uri), "start or resume the run again") if uri.startswith("sqlite:") else None
     try:
-        yield
-    except ConnectionError:
+        with kept or contextlib.nullcontext():
+            yield
+    except (ConnectionError, StorageError):
         raise
     except Exception as error:
         if not is_away(error):

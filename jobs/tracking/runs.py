@@ -133,7 +133,12 @@ class TrackedRun:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.end(error=error)
+        try:
+            self.end(error=error)
+        except Exception as second:  # noqa: BLE001 - it must not hide the error that ended the run
+            if error is None:
+                raise
+            logger.warning("run %s could not be marked as failed: %s", self.run_id, second)
 
     def end(self, *, error: BaseException | None = None) -> None:
         """Mark the run FINISHED, or with an error FAILED (KILLED if interrupted).
@@ -284,7 +289,8 @@ class TrackedRun:
             self.settle()
             return outbox(self.outbox).deliver(entry, self._send, content)
         require_here(self.tracking_uri)
-        return send_entry(self.tracking_uri, self.run_id, entry, content)
+        with answering(self.tracking_uri):
+            return send_entry(self.tracking_uri, self.run_id, entry, content)
 
     def _send(self, entry: Entry, content: Path | None) -> Any:
         """Send one entry; raises `ConnectionError` quickly if the server is down."""

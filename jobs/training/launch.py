@@ -16,6 +16,7 @@ import ray.train.torch
 from ray.train.torch import TorchConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from jobs.training.failures import START_TRIES, GiveUp, explained
 from jobs.training.run_folder import attempts, keep_model, model_folder, write_json
 from jobs.training.stopping import stop_on_signals
 from jobs.training.task import TrainingTask
@@ -89,7 +90,8 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
             worker.
 
     Raises:
-        ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
+        RuntimeError: Workers failed more often than `cluster.max_failures`, or could not be started.
+        StorageError: The folder cannot be written.
         NonFiniteError: The loss or a weight became NaN or infinite; `non_finite.json` in the folder lists
             the cells of that step.
         KeyboardInterrupt: SIGTERM or SIGINT arrived; the exception's note names the saved checkpoint.
@@ -98,7 +100,7 @@ def train(task: TrainingTask, folder: str, *, in_process: bool = False) -> Train
         model_dir = model_folder(folder)
         # Not a TorchTrainer: in local mode it destroys the process group, which DeepSpeed still uses.
         local = DataParallelTrainer(
-            partial(train_loop_per_worker, task=task, model_dir=str(model_dir), flag=""),
+            partial(train_loop_per_worker, task=task, folder=folder, model_dir=str(model_dir), flag=""),
             scaling_config=ray.train.ScalingConfig(num_workers=0),
         )
         account = Account(**local.fit().return_value)
@@ -131,7 +133,7 @@ def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
     resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if cluster.use_gpu else {})
     trainer = _Trainer(
         # Without `train_loop_config`: the controller would unpickle it and import all our code.
-        partial(train_loop_per_worker, task=task, model_dir="", flag=flag),
+        partial(train_loop_per_worker, task=task, folder=folder, model_dir="", flag=flag),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers, use_gpu=cluster.use_gpu, resources_per_worker=resources
         ),
@@ -141,11 +143,17 @@ def _on_workers(task: TrainingTask, folder: str, flag: str) -> ray.train.Result:
             # that is written last.
             name=f"attempt-{len(attempts(folder)):03d}",
             storage_path=folder,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+            failure_config=ray.train.FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=START_TRIES - 1
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            callbacks=[GiveUp()],
         ),
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise explained(error, task.config, folder) from error
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

@@ -33,6 +33,7 @@ from jobs.training.run_folder import (
     newest_checkpoint,
     read_result,
     read_run,
+    require_writable,
     resumable,
     write_json,
 )
@@ -86,7 +87,8 @@ def run_training(
         ValueError: The settings, cells, start model or cluster do not allow the run; another process is
             writing to the run folder; or a loss or weight became NaN or infinite.
         KeyboardInterrupt: SIGTERM or SIGINT arrived; the exception's notes show how to resume.
-        ray.train.TrainingFailedError: A worker failed more often than `cluster.max_failures`.
+        RuntimeError: Workers failed more often than `cluster.max_failures`, or could not be started.
+        StorageError: The run folder cannot be written.
     """
     saved: dict[str, Any] = {}
     if resume is not None:
@@ -100,6 +102,8 @@ def run_training(
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
+    if resume is None:
+        require_writable(config.cluster.storage_path)
     start = load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
     if saved and saved["query_hash"] != cells.query.hash:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ import pyarrow.fs
 import ray.train
 
 from screformer.config import ExperimentConfig, Task
+from screformer.storage import writing
 from screformer.training_checkpoint import damage, read_position
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
@@ -35,6 +37,38 @@ def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
 def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The folder's file system, and its path there."""
     return pyarrow.fs.FileSystem.from_uri(run_dir if "://" in run_dir else Path(run_dir).resolve().as_uri())
+
+
+def require_writable(storage_path: str) -> None:
+    """Refuse a `cluster.storage_path` that this machine cannot write.
+
+    Raises:
+        ValueError: It cannot be written.
+    """
+    place = storage_path or "runs"
+    name = f"writable-{uuid.uuid4().hex}"
+    try:
+        write_json(place, name, {})
+        files, path = filesystem(place)
+        files.delete_file(f"{path}/{name}")
+    except OSError as error:
+        raise ValueError(
+            f"cluster.storage_path={storage_path!r} cannot be written ({error}); name a folder or URI that"
+            f" this machine and all nodes may write"
+        ) from error
+
+
+def require_seen(run_dir: str) -> None:
+    """Refuse a run folder that this node does not see.
+
+    Raises:
+        ValueError: It is a path, and nothing is there.
+    """
+    if "://" not in run_dir and not Path(run_dir).is_dir():
+        raise ValueError(
+            f"node {platform.node()} does not see {run_dir}; cluster.storage_path must be a folder that all"
+            f" nodes see, or a URI such as s3://BUCKET/runs"
+        )
 
 
 def write_json(run_dir: str, name: str, tree: dict[str, Any]) -> None:
@@ -96,9 +130,14 @@ def newest_checkpoint(run_dir: str) -> tuple[ray.train.Checkpoint, bool] | None:
 
 @contextmanager
 def resumable(run_dir: str | Path) -> Iterator[None]:
-    """Add a note on how to resume the run to a KeyboardInterrupt."""
+    """Add how to resume the run to a KeyboardInterrupt, and to the error of a folder that cannot be written.
+
+    Raises:
+        StorageError: The run folder, or a temporary one, cannot be written.
+    """
     try:
-        yield
+        with writing(run_dir, f"resume with --resume {run_dir}"):
+            yield
     except KeyboardInterrupt as stop:
         stop.add_note(f"resume with --resume {run_dir}")
         raise

@@ -11,6 +11,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from cluster.quiet import quiet_data
 from jobs.training.ending import finish
 from jobs.training.progress import ProgressLines
+from jobs.training.run_folder import filesystem, newest_checkpoint, require_seen, resumable
 from jobs.training.stopping import StopWatch
 from jobs.training.task import TrainingTask
 from screformer.checkpoint import read_weights, save_model
@@ -60,34 +62,38 @@ class Account:
     """Cells of the step with the NaN or infinity."""
 
 
-def train_loop_per_worker(*, task: TrainingTask, model_dir: str, flag: str) -> dict[str, Any]:
+def train_loop_per_worker(*, task: TrainingTask, folder: str, model_dir: str, flag: str) -> dict[str, Any]:
     """Train on this rank's share of the cells; called on every rank.
 
     Errors that would only recur are returned, not raised, because Ray Train would retry the training.
 
     Args:
         task: The training.
+        folder: The run's folder.
         model_dir: Where a single rank writes its model, without checkpoints; "" writes model and training
             state as Ray Train checkpoints.
         flag: Name of the stop flag.
 
     Returns:
         The fields of an `Account` as plain values, which Ray Train's controller can read without our code.
+
+    Raises:
+        StorageError: The run folder, or a temporary one, cannot be written.
     """
     try:
-        return dataclasses.asdict(_train(task, model_dir, flag))
+        with nullcontext() if model_dir else resumable(folder):
+            require_seen(folder)
+            return dataclasses.asdict(_train(task, folder, model_dir, flag))
     finally:
         task.run.settle()
 
 
-def _train(task: TrainingTask, model_dir: str, flag: str) -> Account:
+def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Account:
     _prepare_process(task)
     rank = torch.distributed.get_rank()
     engine = _engine(task)
     resume = None
-    # After losing a worker, Ray returns the newest checkpoint of this attempt. A resumed run has one in its
-    # task.
-    checkpoint = ray.train.get_checkpoint() or task.checkpoint
+    checkpoint = _latest(run_dir) if ray.train.get_checkpoint() else task.checkpoint
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             if read_position(folder)["finished"]:
@@ -154,6 +160,19 @@ def _train(task: TrainingTask, model_dir: str, flag: str) -> Account:
         cells_per_s=statistics.median(speeds) if speeds else 0.0,
         peak_memory_gb=max(peaks, default=0.0),
     )
+
+
+def _latest(run_dir: str) -> ray.train.Checkpoint | None:
+    """The checkpoint from which ranks resume after one of them was lost.
+
+    Ray Train has one to offer, but does not look into it: rank 0 does, and falls back to the one before.
+    """
+    found: list[Any] = [None]
+    if torch.distributed.get_rank() == 0:
+        newest = newest_checkpoint(run_dir)
+        found = [newest[0].path if newest else None]
+    torch.distributed.broadcast_object_list(found)
+    return ray.train.Checkpoint(found[0], filesystem=filesystem(run_dir)[0]) if found[0] else None
 
 
 def _hand_over(folder: Path, metrics: dict[str, float]) -> None:

@@ -1,0 +1,126 @@
+"""Failures of workers: which of them another attempt could mend, and what to report of the others."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import ray.train
+from ray.exceptions import OutOfMemoryError
+from torch import OutOfMemoryError as GpuOutOfMemoryError
+
+from screformer.config import ExperimentConfig
+from screformer.storage import StorageError
+
+START_TRIES = 20
+"""Times that Ray Train may wait a minute for room for all workers: nodes can take that long to start."""
+
+_NODE_MEMORY = re.compile(r"IP: ([^,)]+).*?was (\S+) used / (\S+) limit", re.DOTALL)
+_NEVER_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
+
+
+class GiveUp(ray.train.UserCallback):
+    """Ends a training at once when another attempt would fail in the same way.
+
+    Ray Train would make `cluster.max_failures` more.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train in its controller, which does not repeat what a callback raises."""
+        for error in worker_exceptions.values():
+            if isinstance(error, StorageError) or type(error) is ValueError:
+                raise ray.train.ControllerError(error)
+
+
+def explained(
+    error: ray.train.TrainingFailedError, config: ExperimentConfig, run_dir: str
+) -> ValueError | OSError | RuntimeError:
+    """Say in one line why Ray Train gave up, and how the run is resumed.
+
+    Args:
+        error: What Ray Train raised.
+        config: The run's settings.
+        run_dir: Its folder.
+
+    Returns:
+        An error that ends a command: a ValueError or StorageError is what the user can mend, the others may
+        not happen again.
+    """
+    resume = f"resume with --resume {run_dir}"
+    if not isinstance(error, ray.train.WorkerGroupError):
+        inner = getattr(error, "controller_failure", error)
+        if isinstance(inner, StorageError) or type(inner) is ValueError:
+            return inner
+        if type(inner).__name__ in _NEVER_STARTED:
+            cluster = config.cluster
+            return RuntimeError(
+                f"the {cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs could not be started"
+                f" in {START_TRIES} tries of a minute, so nodes are missing or busy; add nodes or wait, then"
+                f" {resume}, or with fewer workers: cluster.num_workers=..."
+            )
+        return RuntimeError(f"Ray Train failed ({_first_line(inner)}); {resume}")
+    rank, cause = _root(error.worker_failures)
+    what = _memory(rank, cause, config, resume)
+    if not what:
+        lost = isinstance(cause, ray.exceptions.RayError)
+        how = (
+            "was lost: its node is gone, or something killed it, such as the kernel when memory runs out"
+            if lost
+            else f"failed: {type(cause).__name__}: {_first_line(cause)}"
+        )
+        what = f"rank {rank} {how}; {resume}"
+    attempts = config.cluster.max_failures + 1
+    return RuntimeError(what if attempts == 1 else f"{attempts} attempts failed; in the last, {what}")
+
+
+def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) -> str:
+    """What to say if memory ran out; empty if it did not."""
+    size = config.train.micro_batch_size
+    smaller = (
+        f"train.micro_batch_size={size // 2}"
+        if size % 2 == 0
+        else f"cluster.cpus_per_worker={2 * config.cluster.cpus_per_worker:g}"
+    )
+    if isinstance(cause, GpuOutOfMemoryError):
+        return (
+            f"rank {rank} ran out of GPU memory; {resume} {smaller}, or with a higher zero.stage (now"
+            f" {config.zero.stage})"
+        )
+    if not isinstance(cause, OutOfMemoryError | MemoryError):
+        return ""
+    found = _NODE_MEMORY.search(str(cause))
+    node = f"node {found[1]} ran out of memory ({found[2]} of {found[3]} used)" if found else "memory ran out"
+    if config.cluster.num_workers > 1 or config.train.micro_batch_size > 1:
+        return (
+            f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} {smaller}, or"
+            f" spread the workers over more nodes"
+        )
+    return (
+        f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} on a larger one"
+    )
+
+
+def _root(failures: dict[int, Exception]) -> tuple[int, Exception]:
+    """The failure that the others followed from, and its rank."""
+    causes = {rank: _cause(error) for rank, error in sorted(failures.items())}
+
+    def order(rank: int) -> int:
+        cause = causes[rank]
+        if isinstance(cause, OutOfMemoryError | MemoryError | GpuOutOfMemoryError):
+            return 0
+        # When one rank ends, the collective operations of the others fail with a RuntimeError.
+        return 1 if type(cause) is not RuntimeError else 2
+
+    first = min(causes, key=order)
+    return first, causes[first]
+
+
+def _cause(error: Exception) -> Exception:
+    """What Ray has wrapped."""
+    inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None)
+    return _cause(inner) if isinstance(inner, Exception) and inner is not error else error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
