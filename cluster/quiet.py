@@ -14,6 +14,8 @@ _LEVELS = {
     "ray._private.authentication.authentication_token_setup": logging.ERROR,
     # Ray Train's controller reports each worker group it starts.
     "ray.train": logging.WARNING,
+    # The traceback of each failed worker: the command reports the reason in one line, and all of it with -v.
+    "ray.train.v2._internal.util": logging.CRITICAL,
     # Watches its driver through the dashboard, and warns every second if there is none.
     "ray.train.v2._internal.execution.controller.placement_group_cleaner": logging.ERROR,
     # Requests nodes, which a local Ray cannot add, and warns with a traceback if a busy machine takes more

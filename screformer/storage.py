@@ -59,7 +59,9 @@ def writing(place: str | Path, remedy: str) -> Iterator[None]:
 def _fault(error: BaseException, place: str) -> str:
     """What is wrong, and what to do; empty if the error has another cause."""
     for each in _chain(error):
-        number, named = (each.errno, each.filename) if isinstance(each, OSError) else (None, None)
+        number, named = None, None
+        if isinstance(each, OSError):
+            number, named = each.errno, each.filename2 or each.filename  # of a copy, where it goes
         text = str(each).lower()
         number = next((known for known, (_, _, signs) in _FAULTS.items() if _says(text, signs)), number)
         if number not in _FAULTS:

@@ -235,11 +235,9 @@ def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: Track
 
 def _start(study: Study, config: ExperimentConfig, job: str, parent: TrackedRun | None) -> TrackedRun:
     """Start a run whose entries wait in the study's folder while its server is slow or away."""
-    run = start_run(config, job, parent=parent)
-    folder = str(study.run_dir / "tracking" / run.run_id)
-    run = run.kept_in(folder)
+    run = start_run(config, job, parent=parent, kept_in=study.run_dir / "tracking")
     if run.outbox:  # `jobs.sync --run-dir` finds the run there
-        write_json(folder, RUN_FILE, {"run": dataclasses.asdict(run)})
+        write_json(run.outbox.removesuffix("/outbox"), RUN_FILE, {"run": dataclasses.asdict(run)})
     return run
 
 

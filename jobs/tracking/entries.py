@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jobs.tracking.beginning import create_run, real_id
 from jobs.tracking.client import mlflow_client, mlflow_package
 from jobs.tracking.models import register_model
 
@@ -39,6 +40,10 @@ def send_entry(uri: str, run_id: str, entry: Entry, content: Path | None) -> Any
         ValueError: The entry was written by another version of screformer.
     """
     kind = entry["kind"]
+    if kind == "create":
+        create_run(uri, entry, run_id)
+        return None
+    run_id = real_id(uri, run_id)
     if kind == "register":
         for version in mlflow_client(uri).search_model_versions(f"run_id='{run_id}'"):
             if version.name == entry["name"]:  # sent by a process that was killed afterwards

@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.tracking.beginning import create_run, is_stand_in, real_id, stand_in
 from jobs.tracking.client import (
     PATIENCE_S,
     answering,
     metric_points,
     mlflow_client,
-    mlflow_package,
     probe,
     require_here,
-    sqlite_path,
     tracking_uri,
 )
 from jobs.tracking.entries import Entry, send_entry
@@ -50,7 +49,12 @@ CONFIG, IDENTITY = "config.yaml", "identity.json"
 
 
 def start_run(
-    config: ExperimentConfig, job: str, *, parent: TrackedRun | None = None, what: str = ""
+    config: ExperimentConfig,
+    job: str,
+    *,
+    parent: TrackedRun | None = None,
+    what: str = "",
+    kept_in: Path | None = None,
 ) -> TrackedRun:
     """Start the run of a job and log its configuration.
 
@@ -59,17 +63,18 @@ def start_run(
         job: Name of the command, for example `finetune`; stored as a tag.
         parent: Parent run, for example of a cross-validation.
         what: The job's input, for the run's name; by default, the atlas and the query.
+        kept_in: Parent folder for the run's outbox. With it, the run can start while the server is down. None
+            needs the server now.
 
     Returns:
         The run, for use in a `with` statement. An exception marks it FAILED and logs the error; otherwise it
         ends FINISHED.
 
     Raises:
-        ConnectionError: The tracking server does not answer.
+        ConnectionError: The tracking server does not answer, and `kept_in` is None.
         ValueError: MLflow cannot use `tracking.uri`.
     """
     uri = tracking_uri(config.tracking)
-    probe(uri)
     tags = {
         "job": job,
         "mlflow.source.name": f"jobs.{job}",
@@ -81,32 +86,23 @@ def start_run(
     what = what or cells_of(config)
     tags["mlflow.note.content"] = f"`screformer {job}`" + (f" on {what}" if what else "")
     name = config.tracking.run_name or run_name(job, what)
-    with answering(uri):
-        experiment_id = _experiment(uri, config.tracking.experiment)
-        info = mlflow_client(uri).create_run(experiment_id, tags=tags, run_name=name).info
-        run = TrackedRun(tracking_uri=uri, run_id=info.run_id)
-        run.log_config(config.to_dict(job))
-    logger.info("run %s (%s) in experiment %s of %s", info.run_id, name, config.tracking.experiment, uri)
+    beginning: Entry = {"kind": "create", "name": name, "experiment": config.tracking.experiment}
+    beginning |= {"tags": tags, "time_ms": int(time.time() * 1000)}
+    try:
+        with answering(uri):
+            probe(uri)
+            run = TrackedRun(tracking_uri=uri, run_id=create_run(uri, beginning))
+    except ConnectionError:
+        if kept_in is None:
+            raise
+        run = TrackedRun(tracking_uri=uri, run_id=stand_in())
+    if kept_in is not None:
+        run = run.kept_in(str(kept_in / run.run_id))
+    if is_stand_in(run.run_id):
+        run._deliver(beginning)
+    run.log_config(config.to_dict(job))
+    logger.info("run %s (%s) in experiment %s of %s", run.run_id, name, config.tracking.experiment, uri)
     return run
-
-
-def _experiment(uri: str, name: str) -> str:
-    """The id of an experiment; a missing one is created."""
-    client = mlflow_client(uri)
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # A server has its own artifact store. A SQLite file has none, and MLflow would use the working
-        # directory of each process.
-        artifacts = sqlite_path(uri).parent / "mlartifacts" if uri.startswith("sqlite:") else None
-        try:
-            created: str = client.create_experiment(name, artifacts.as_uri() if artifacts else None)
-            return created
-        except mlflow_package().exceptions.MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            experiment = client.get_experiment_by_name(name)  # another job created it first
-    found: str = experiment.experiment_id
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +112,7 @@ class TrackedRun:
     tracking_uri: str
     """Absolute, so it is valid in every process of this machine; other nodes need a server."""
     run_id: str
-    """MLflow's identifier."""
+    """MLflow's identifier, or a stand-in while the server does not know the run."""
 
     outbox: str = ""
     """Folder or URI that keeps entries while the server is down; if empty, logging raises instead."""
@@ -244,9 +240,10 @@ class TrackedRun:
         """(step, value) points of some or all metrics; ConnectionError if the server does not answer."""
         require_here(self.tracking_uri)
         with answering(self.tracking_uri):
-            logged = mlflow_client(self.tracking_uri).get_run(self.run_id).data.metrics
+            run_id = real_id(self.tracking_uri, self.run_id)
+            logged = mlflow_client(self.tracking_uri).get_run(run_id).data.metrics
             wanted = logged if names is None else [name for name in names if name in logged]
-            return {name: metric_points(self.tracking_uri, self.run_id, name) for name in wanted}
+            return {name: metric_points(self.tracking_uri, run_id, name) for name in wanted}
 
     def log_file(self, path: str | Path, *, folder: str = "") -> None:
         """Log a file, or a directory under its name, as an artifact.

@@ -1,16 +1,20 @@
-"""Failures of workers: which of them another attempt could mend, and what to report of the others."""
+"""Failures of workers: which ones another attempt could fix, and what to report.
+
+Ray Train's controller imports this module, so it imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.exceptions import OutOfMemoryError
-from torch import OutOfMemoryError as GpuOutOfMemoryError
 
-from screformer.config import ExperimentConfig
 from screformer.storage import StorageError
+
+if TYPE_CHECKING:
+    from screformer.config import ExperimentConfig
 
 START_TRIES = 20
 """Times that Ray Train may wait a minute for room for all workers: nodes can take that long to start."""
@@ -81,7 +85,7 @@ def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) 
         if size % 2 == 0
         else f"cluster.cpus_per_worker={2 * config.cluster.cpus_per_worker:g}"
     )
-    if isinstance(cause, GpuOutOfMemoryError):
+    if _is_gpu_memory(cause):
         return (
             f"rank {rank} ran out of GPU memory; {resume} {smaller}, or with a higher zero.stage (now"
             f" {config.zero.stage})"
@@ -100,13 +104,17 @@ def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) 
     )
 
 
+def _is_gpu_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" and isinstance(error, RuntimeError)  # PyTorch's
+
+
 def _root(failures: dict[int, Exception]) -> tuple[int, Exception]:
     """The failure that the others followed from, and its rank."""
     causes = {rank: _cause(error) for rank, error in sorted(failures.items())}
 
     def order(rank: int) -> int:
         cause = causes[rank]
-        if isinstance(cause, OutOfMemoryError | MemoryError | GpuOutOfMemoryError):
+        if isinstance(cause, OutOfMemoryError | MemoryError) or _is_gpu_memory(cause):
             return 0
         # When one rank ends, the collective operations of the others fail with a RuntimeError.
         return 1 if type(cause) is not RuntimeError else 2

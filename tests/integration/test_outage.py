@@ -125,6 +125,11 @@ def test_a_server_that_goes_away_loses_nothing(
         run.settle()
         assert run.register(write_tiny_model(run_dir / "model"), "blood") is None
         log_curves(run)
+    fold = start_run(config, "crossval", parent=run, kept_in=tmp_path / "folds")
+    with fold:  # began while the server was away
+        fold.log_metrics({"cv/macro_f1": 0.5}, step=1)
+    fold_dir = tmp_path / "folds" / fold.run_id
+    (fold_dir / "run.json").write_text(json.dumps({"run": dataclasses.asdict(fold)}))
     ended_ms = time.time() * 1000
     command = f"python -m jobs.sync --run-dir {run_dir}"
     assert f"`{command}` registers it as blood" in caplog.text and f"`{command}` sends them" in caplog.text
@@ -143,6 +148,12 @@ def test_a_server_that_goes_away_loses_nothing(
     assert [entry.path for entry in client.list_artifacts(run.run_id, "curves")] == ["curves/loss.png"]
     assert sync.main(["--run-dir", str(run_dir)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["sent"] == 0
+
+    assert sync.main(["--run-dir", str(fold_dir)]) == 0
+    found = client.search_runs([info.experiment_id], f"tags.mlflow.parentRunId = '{run.run_id}'")
+    assert [child.info.status for child in found] == ["FINISHED"]
+    assert found[0].data.metrics == {"cv/macro_f1": 0.5} and found[0].data.params["model.dim"]
+    assert found[0].info.end_time <= ended_ms and found[0].data.tags["job"] == "crossval"
 
 
 def test_a_refused_entry_stays_and_holds_nothing_up(tmp_path: Path) -> None:

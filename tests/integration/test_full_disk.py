@@ -1,0 +1,81 @@
+"""A full or read-only disk ends a command at once and in one line; with more room the same command, or the one
+that it names, completes the work."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from mlflow import MlflowClient
+
+from helpers.processes import REPO_ROOT, run_here
+from helpers.small_disk import small_disk
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
+from jobs import annotate, finetune, ingest
+from jobs.tracking.client import mlflow_client
+
+
+def _main(command: object, words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = command([str(word) for word in words])  # type: ignore[operator]
+    return status, capsys.readouterr().err
+
+
+def test_an_ingest(
+    sim_h5ads: list[Path], ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    words = ["-q", "--h5ad", *sim_h5ads, "--atlas", disk / "atlas"]
+    with small_disk(disk, "600k") as change:
+        status, said = _main(ingest.main, words, capsys)
+        assert status == 2 and said == (
+            f"screformer ingest: {disk}/atlas cannot be written: no space is left (0 MB free); make room,"
+            f" then run the same command again, which completes the ingest\n"
+        )
+        change("size=8m")
+        assert _main(ingest.main, [*words, "--verify"], capsys) == (0, "")
+        change("ro")
+        status, said = _main(ingest.main, words, capsys)
+        assert status == 2 and "Read-only file system" in said and said.count("\n") == 1
+
+
+def test_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, disk, source = write_tiny_model(tmp_path / "model"), tmp_path / "disk", tmp_path / "in.h5ad"
+    counts = np.random.default_rng(0).poisson(2.0, (2000, 40)).astype(np.float32)
+    AnnData(counts, var=pd.DataFrame(index=list(tiny_vocabulary().feature_ids))).write_h5ad(source)
+    for name in ("out.h5ad", "out.parquet"):
+        words = ["-q", "--model", model, "--device", "cpu", "--h5ad", source, "--out", disk / name]
+        with small_disk(disk, "32k") as change:
+            status, said = _main(annotate.main, words, capsys)
+            assert status == 2 and said.startswith(f"screformer annotate: {disk}/") and said.count("\n") == 1
+            assert "no space is left" in said and "run the same command again" in said
+            change("size=8m")
+            assert _main(annotate.main, words, capsys) == (0, "")
+            change("ro")
+            status, said = _main(annotate.main, [*words, "--overwrite"], capsys)
+            assert status == 2 and "it is read-only; make it writable" in said and said.count("\n") == 1
+        disk.rmdir()
+
+
+def test_a_training(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
+    """The first checkpoint fits, the second does not: no further attempt is made."""
+    disk, smoke = tmp_path / "disk", REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
+    tracking = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    words = ["--config", smoke, f"atlas.uri={small_atlas}", "cluster.cpus_per_worker=0.5"]
+    words += [f"tracking.uri={tracking}", "tracking.model_name=full", f"cluster.storage_path={disk}"]
+    with small_disk(disk, "1200k") as change:
+        _, said = run_here(finetune.main, *words, cwd=tmp_path, status=2)
+        (run_dir,) = disk.iterdir()
+        assert said.splitlines()[-1] == (
+            f"screformer finetune: {run_dir} cannot be written: no space is left (0 MB free); make room, then"
+            f" resume with --resume {run_dir}"
+        )
+        assert "Traceback" not in said
+        client: MlflowClient = mlflow_client(tracking)
+        (run,) = client.search_runs([client.get_experiment_by_name("screformer").experiment_id])
+        assert run.info.status == "FAILED" and "no space is left" in run.data.tags["error"]
+        change("ro")
+        _, said = run_here(finetune.main, *words, cwd=tmp_path, status=2)
+        assert f"cluster.storage_path='{disk}' cannot be written" in said and "Read-only" in said
+        assert len(client.search_runs([run.info.experiment_id])) == 1, "refused before anything began"
