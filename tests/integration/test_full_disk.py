@@ -1,5 +1,4 @@
-"""A full or read-only disk ends a command at once and in one line; with more room the same command, or the one
-that it names, completes the work."""
+"""A full or read-only disk ends a command at once, in one line; with more room, the command completes."""
 
 from collections.abc import Sequence
 from pathlib import Path
