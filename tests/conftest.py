@@ -1,8 +1,7 @@
-"""Fixtures for all tests: a local Ray, an S3 server on loopback, simulated files, a small atlas and, where
-they exist, real data.
+"""Fixtures for all tests: local Ray, S3 server on loopback, simulated files, small atlas, real data if
+present.
 
-Nothing here imitates our own parts: Ray, TileDB, the S3 protocol, MLflow and .h5ad files are the real ones,
-small.
+Nothing is mocked: Ray, TileDB, the S3 protocol, MLflow and .h5ad files are real, only small.
 """
 
 import fcntl
@@ -17,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from helpers.servers import S3
 
-# Set before any test imports Ray, torch or MLflow: the processes that those start inherit it.
+# Set before any test imports Ray, torch or MLflow, because the processes they start inherit it.
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     MLFLOW_DISABLE_TELEMETRY="true",
@@ -28,9 +27,9 @@ os.environ.update(
     AWS_EC2_METADATA_DISABLED="true",
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",  # as in the local Ray of our commands
 )
-# The tests start some hundred processes, each of which would compile our sources again.
+# The tests start about a hundred processes, each of which would otherwise compile our sources again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads only fight
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores; more threads would only compete
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 MEMORY, MEMORY_GB = Path("/dev/shm"), 8
@@ -42,14 +41,13 @@ if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).
 
 @pytest.fixture(autouse=True, scope="session")
 def _mlflow_in_tmp(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test writes its runs into the working directory; one that wants its own store sets the variable
-    again."""
+    """Keep tests from writing runs to the working directory; tests with their own store set this again."""
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real .h5ad files beside the repository; tests that need it skip where it is missing."""
+    """Folder of real .h5ad files next to the repository; tests that need it are skipped if it is missing."""
     folder = REPO_ROOT.parent / "shared" / "data"
     if not (folder / "pbmc3k_10x.h5ad").exists():
         pytest.skip(f"no real data in {folder}")
@@ -58,7 +56,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
-    """An S3 server with one bucket, which several tests share: each writes below a name of its own."""
+    """An S3 server with one bucket, shared by several tests; each uses its own prefix."""
     from helpers.servers import s3_server
 
     with s3_server(tmp_path_factory.mktemp("s3")) as server:
@@ -67,7 +65,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator["S3"]:
 
 @pytest.fixture(scope="session")
 def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three small simulated data sets as .h5ad, 900 cells of 12 donors together; read them only."""
+    """Three small simulated data sets as .h5ad, 900 cells of 12 donors in total; read-only."""
     from data_ingest.simulate import simulate_h5ads
 
     return simulate_h5ads(tmp_path_factory.mktemp("h5ad"), num_cells=900, seed=0)
@@ -75,7 +73,7 @@ def sim_h5ads(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path]) -> str:
-    """URI of an atlas with the cells of `sim_h5ads`, ingested once for all xdist workers; read it only."""
+    """URI of an atlas with the cells of `sim_h5ads`, ingested once for all xdist workers; read-only."""
     from data_ingest.ingest import ingest
 
     shared = tmp_path_factory.getbasetemp()
@@ -112,8 +110,8 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Integration tests first and the longest files first: then two workers end at about the same time, and
-    Ray ends once. The makefile keeps this order by `--no-loadscope-reorder`."""
+    """Run integration tests first, longest files first, so two workers finish at about the same time and Ray
+    stops once. The makefile keeps this order with `--no-loadscope-reorder`."""
     ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
     items.sort(
         key=lambda item: (

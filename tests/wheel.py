@@ -1,6 +1,6 @@
-"""Try the installed wheel: `python tests/wheel.py ENVIRONMENT`, an environment that holds it without extras.
+"""Test the installed wheel: `python tests/wheel.py ENVIRONMENT`, an environment that has it without extras.
 
-A model is made with this interpreter, from the checkout; everything else runs in the environment, far from
+A model is created with this interpreter from the checkout. Everything else runs in the environment, away from
 the checkout.
 """
 
@@ -27,7 +27,7 @@ screformer.annotate(0)
 
 
 def main(environment: Path) -> None:
-    """Run all; an AssertionError names what is wrong."""
+    """Run all checks; an AssertionError describes the first failure."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 

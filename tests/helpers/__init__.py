@@ -1,1 +1,1 @@
-"""What several test files share: servers, processes, cells, tiny models and a toy training."""
+"""Shared by several test files: servers, processes, cells, tiny models and a toy training."""

@@ -1,4 +1,4 @@
-"""Small .h5ad files with known counts, and the whole content of an atlas for comparisons."""
+"""Small .h5ad files with known counts, and the complete contents of an atlas for comparisons."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ def cells(
     first: int = 0,
     terms: bool = True,
 ) -> anndata.AnnData:
-    """Poisson counts; cell k is called `cell_k` from `first` on, its counts do not depend on the others."""
+    """Cells with Poisson counts, named `cell_k` for k from `first`; counts do not depend on other cells."""
     cell_counts = [
         np.random.default_rng([seed, cell]).poisson(0.6, genes.stop)[genes.start :]
         for cell in range(first, first + n)
@@ -54,8 +54,8 @@ def write(path: Path, sample: anndata.AnnData, **options: Any) -> Path:
 
 
 def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict[str, pd.DataFrame]:
-    """Every table and matrix of an atlas, rows in joinid order; without the day it was built on, which
-    midnight may change between two."""
+    """Every table and matrix of an atlas, with rows in joinid order. Leaves out the build date, which may
+    change at midnight between two calls."""
     import tiledbsoma as soma
 
     from data_ingest import schema
@@ -78,5 +78,5 @@ def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict
 
 
 def differences(a: dict[str, pd.DataFrame], b: dict[str, pd.DataFrame]) -> list[str]:
-    """Places whose content differs."""
+    """Names of tables and matrices that differ."""
     return [place for place in a if not a[place].equals(b[place])]

@@ -1,4 +1,4 @@
-"""The commands by name, and the words that each cannot do without. Loads nothing heavy."""
+"""The commands by name, with their required arguments. Imports nothing heavy."""
 
 import contextlib
 import importlib
@@ -26,14 +26,14 @@ NEEDED = {
 
 
 def command(name: str) -> Command:
-    """The command of a name such as `benchmark step`."""
+    """The command with a name such as `benchmark step`."""
     found = importlib.import_module(MODULES[name]).main
     assert isinstance(found, Command)
     return found
 
 
 def parse_everything() -> None:
-    """Each command's help, what it cannot do without, a mistyped option and a mistyped setting."""
+    """Parse each command's help, its required arguments, a mistyped option and a mistyped setting."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["--help"]) == 0 and main(["benchmark", "--help"]) == 0
         for name in MODULES:

@@ -1,4 +1,4 @@
-"""reformer_pytorch's network with the weights and the hashes of ours, for tests of equality."""
+"""reformer_pytorch's network with our weights and hashes, for tests of equality."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +19,11 @@ NAMES = {
     "g.w1": "g.net.fn.fn.w1",
     "g.w2": "g.net.fn.fn.w2",
 }
-"""Modules of our block, and the library's."""
+"""Modules of our block and the matching ones of the library."""
 
 
 class LibraryEncoder(nn.Module):
-    """The library's `Reformer` behind our encoder's call, for cells of one length, padded to what the library
+    """The library's `Reformer` with our encoder's interface, for cells of equal length, padded as the library
     needs."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -50,7 +50,7 @@ class LibraryEncoder(nn.Module):
             theirs.load_state_dict(own.state_dict())
 
     def pairs(self, ours: ReversibleEncoder) -> list[tuple[nn.Module, nn.Module]]:
-        """The library's modules with ours."""
+        """Pairs of the library's modules and ours."""
         blocks = zip(self.reformer.layers.blocks, ours.blocks, strict=True)
         return [
             (theirs.get_submodule(name), own.get_submodule(ours_name))
@@ -62,15 +62,14 @@ class LibraryEncoder(nn.Module):
 def give_equal_hashes(
     set_attribute: Callable[[Any, str, Any], None], length: int, config: ModelConfig
 ) -> None:
-    """Let both hash by position alone, differently in each round: equal buckets without any random state that
-    they would have to share.
+    """Make both networks hash by position only, differently in each round, so their buckets are equal.
 
-    Padding goes last, where ours has none.
+    Padding, which ours does not have, goes last.
 
     Args:
-        set_attribute: Such as `monkeypatch.setattr`.
-        length: Tokens of every cell.
-        config: Of the encoders.
+        set_attribute: For example `monkeypatch.setattr`.
+        length: Number of tokens of every cell.
+        config: Configuration of the encoders.
     """
     num_buckets = -(-length // (2 * config.bucket_size)) * 2
     rounds, slots = torch.arange(config.n_hashes)[:, None], torch.arange(num_buckets * config.bucket_size)

@@ -1,14 +1,14 @@
-"""The Ray of the tests: a private one of four CPUs, never a cluster that happens to run on this machine."""
+"""Ray for the tests: a private one with four CPUs, never a cluster that happens to run on this machine."""
 
 import ray
 
 ONE_READER = ("cluster.cpus_per_worker=0.5", "cluster.cpus_per_read_task=1.5")
-"""Settings of a training whose ranks read with one process each, not with as many as there is room for:
-each takes two seconds to start."""
+"""Settings with which each rank reads with one process instead of as many as fit, because each takes two
+seconds to start."""
 
 
 def start_ray() -> None:
-    """Start it, unless this process has it already."""
+    """Start Ray, unless this process is already connected."""
     if not ray.is_initialized():
         ray.init(
             address="local",

@@ -1,4 +1,4 @@
-"""Processes that tests start: our commands as users start them, and an end that leaves nothing running."""
+"""Start processes in tests, such as our commands as users run them, and end them completely."""
 
 import contextlib
 import io
@@ -20,19 +20,19 @@ REPO_ROOT = TESTS.parent
 
 
 def environment(**values: str) -> dict[str, str]:
-    """This process's environment, in which Python also finds our packages and these helpers."""
+    """This process's environment, extended so that Python finds our packages and these helpers."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO_ROOT), str(TESTS)]), **values}
 
 
 def start_python(*words: object, **options: Any) -> subprocess.Popen[str]:
-    """Start Python with these words and return at once; options as for `Popen`."""
+    """Start Python with these arguments and return at once; options as for `Popen`."""
     return subprocess.Popen(
         [sys.executable, *map(str, words)], text=True, **{"env": environment(), **options}
     )
 
 
 def run_python(*words: object, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python with these words, which must end well; options as for `subprocess.run`."""
+    """Run Python with these arguments, which must succeed; options as for `subprocess.run`."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         capture_output=True,
@@ -46,7 +46,7 @@ def run_python(*words: object, timeout_s: float = 550, **options: Any) -> subpro
 
 
 def start_command(*words: object, cwd: Path) -> subprocess.Popen[str]:
-    """Start `python -m` with these words in a folder; both outputs are in `stdout`."""
+    """Start `python -m` with these arguments in a folder; `stdout` contains both outputs."""
     return start_python("-m", *words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -63,7 +63,7 @@ def read_until(process: subprocess.Popen[str], pattern: str, *, timeout_s: float
 
 
 def kill_tree(process: subprocess.Popen[Any]) -> None:
-    """End a process and all that it started, by SIGKILL."""
+    """Kill a process and everything it started."""
     for member in [*psutil.Process(process.pid).children(recursive=True), process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
@@ -71,8 +71,7 @@ def kill_tree(process: subprocess.Popen[Any]) -> None:
 
 
 def end_group(process: subprocess.Popen[Any], *, grace_s: float = 0) -> None:
-    """End a process that leads a group, and the group: by SIGTERM if it has some seconds for that, then by
-    SIGKILL."""
+    """End the process group led by a process: SIGTERM if `grace_s` is positive, then SIGKILL."""
     if grace_s:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -85,10 +84,10 @@ def end_group(process: subprocess.Popen[Any], *, grace_s: float = 0) -> None:
 def run_here(
     main: Callable[[Sequence[str]], int | None], *words: object, cwd: Path, status: int = 0
 ) -> tuple[dict[str, Any], str]:
-    """Run a command in this process, with the Ray that it has.
+    """Run a command in this process, with its Ray.
 
     Returns:
-        The object on its last line, empty where it is to end with another status than 0; and all it printed.
+        The JSON object on the last line (empty if the expected status is not 0), and the complete output.
     """
     printed = io.StringIO()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

@@ -1,4 +1,4 @@
-"""Real servers on loopback, each in a process of its own: S3, MLflow's tracking server, a served model."""
+"""Real servers on loopback, each in its own process: S3, MLflow tracking, and a served model."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ from helpers.processes import end_group
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody uses now."""
+    """Unused ports on 127.0.0.1."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -25,23 +25,23 @@ def free_ports(count: int) -> list[int]:
 
 
 def free_port() -> int:
-    """One such port."""
+    """An unused port on 127.0.0.1."""
     return free_ports(1)[0]
 
 
 class Server:
-    """A Python module that listens on a port; it keeps the port and its folder between starts."""
+    """A Python module that listens on a port; keeps its port and folder across restarts."""
 
     def __init__(
         self, folder: Path, words: Sequence[str], *, ready: str, environment: Mapping[str, str] | None = None
     ) -> None:
-        """Prepare it.
+        """Prepare the server.
 
         Args:
-            folder: Working directory; the log goes there.
-            words: The module with its arguments, `{port}` for the port.
-            ready: Path that answers once the server is up.
-            environment: Variables that differ from this process's.
+            folder: Working directory and place of the log.
+            words: The module with its arguments; `{port}` stands for the port.
+            ready: Path that responds once the server is up.
+            environment: Environment variables that differ from this process's.
         """
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -52,7 +52,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it and wait until it answers."""
+        """Start the server and wait until it responds."""
         path = self.folder / "server.log"
         with path.open("a") as log:
             self._process = process = subprocess.Popen(
@@ -73,7 +73,7 @@ class Server:
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """Kill it with all its workers, if it runs."""
+        """Kill the server and its workers, if running."""
         if self._process is not None:
             end_group(self._process)
             self._process = None
@@ -91,11 +91,11 @@ class Server:
 
 
 def mlflow_server(folder: Path) -> Server:
-    """A tracking server: SQLite behind it, artifacts through it."""
+    """A tracking server that stores runs in SQLite and proxies artifacts."""
     words = ["mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
     words += ["--backend-store-uri", f"sqlite:///{folder}/server.db"]
     words += ["--artifacts-destination", str(folder / "served")]
-    # Else it starts a queue for evaluations, with workers of its own.
+    # Otherwise it starts an evaluation queue with its own workers.
     return Server(folder, words, ready="/health", environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
@@ -103,7 +103,7 @@ def model_server(folder: Path, model: str, tracking_uri: str) -> Server:
     """The server that MLflow starts for a registered model."""
     words = ["mlflow", "models", "serve", "-m", model, "--env-manager", "local"]
     words += ["--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
-    # It starts uvicorn by its name, which an activated environment has on the PATH.
+    # It runs `uvicorn`, which is on the PATH of an activated environment.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = {"MLFLOW_TRACKING_URI": tracking_uri, "PATH": path}
     return Server(folder, words, ready="/ping", environment=environment)
@@ -111,22 +111,22 @@ def model_server(folder: Path, model: str, tracking_uri: str) -> Server:
 
 @dataclass(frozen=True)
 class S3:
-    """A bucket on a server that speaks S3. Credentials are in the environment."""
+    """A bucket on an S3 server. Credentials are in the environment."""
 
     endpoint: str
     """URL of the server."""
     bucket: str
     uri: str
-    """Of the bucket, such as s3://bucket."""
+    """URI of the bucket, for example s3://bucket."""
     tiledb_config: dict[str, str]
-    """What TileDB needs to reach it."""
+    """TileDB settings to access it."""
 
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3]:
     """A server with one empty bucket.
 
-    In a process of its own, since TileDB holds the interpreter lock while it makes a group.
+    It runs in its own process, because TileDB holds the interpreter lock while it creates a group.
     """
     import boto3
 

@@ -1,5 +1,4 @@
-"""A small model directory with random weights, for tests of what is done with a model rather than of what it
-knows."""
+"""A small model directory with random weights, for tests of how models are used, not of what they learned."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ LABELS = {
 def tiny_vocabulary(
     feature_ids: Sequence[str] | None = None, feature_names: Sequence[str] | None = None
 ) -> GeneVocabulary:
-    """Thirty-odd genes, or those given; every mean expression differs from 0."""
+    """The given genes, or about thirty; no mean expression is 0."""
     ids = tuple(feature_ids or (f"ENSG{i:011d}" for i in range(40)))
     names = tuple(feature_names or (f"GENE{i}" for i in range(len(ids))))
     return GeneVocabulary(ids, names, np.linspace(2.0, 0.1, len(ids)).astype(np.float32))
@@ -57,7 +56,7 @@ def calibrated_tiny_model(directory: Path) -> Path:
 def write_tiny_model(
     directory: Path, vocabulary: GeneVocabulary | None = None, *, has_labels: bool = True, **overrides: object
 ) -> Path:
-    """Save a model whose weights are random enough that cells differ in their labels."""
+    """Save a model with weights random enough for cells to get different labels."""
     vocabulary = vocabulary or tiny_vocabulary()
     small = {
         "model.dim": 16,

@@ -1,7 +1,6 @@
-"""A tiny training problem in memory, for the tests of training: real network, real engine, real gloo workers,
-no atlas.
+"""A tiny in-memory training problem: real network, real engine, real gloo workers, but no atlas.
 
-Cells of three types with a few genes each; each rank owns lanes of the global batch, as the stream does.
+Cells of three types with a few genes each. Each rank owns lanes of the global batch, as in the stream.
 """
 
 import json
@@ -28,8 +27,7 @@ LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""
 
 
 def toy_config(**overrides: Any) -> ExperimentConfig:
-    """Small enough for a second per run; 37 cells in global batches of 8 leave padding rows in the last
-    one."""
+    """Settings small enough for a run to take a second; 37 cells in global batches of 8 need padding rows."""
     values = {
         "model.dim": 16,
         "model.depth": 2,
@@ -51,7 +49,7 @@ def toy_config(**overrides: Any) -> ExperimentConfig:
 
 
 def vocabulary() -> GeneVocabulary:
-    """Genes without known means."""
+    """A vocabulary without mean expressions."""
     names = tuple(f"G{i}" for i in range(NUM_GENES))
     return GeneVocabulary(names, names, np.zeros(NUM_GENES, dtype=np.float32))
 
@@ -64,7 +62,7 @@ def _cell(joinid: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def toy_batch(joinids: list[int]) -> Batch:
-    """Tokens of some cells; -1 is a padding row."""
+    """Tokens of the given cells; -1 is a padding row."""
     cells = [_cell(j) if j >= 0 else None for j in joinids]
     width = max([1, *(len(cell[0]) + 1 for cell in cells if cell)])
     batch = {
@@ -85,8 +83,9 @@ def toy_batch(joinids: list[int]) -> Batch:
 
 
 def toy_parts(config: ExperimentConfig, rank: int, world_size: int) -> Parts:
-    """This rank's lanes: cells 0 to 36 train in a new order each epoch, 100 to 110 validate, 200 to 208
-    test."""
+    """This rank's lanes: cells 0 to 36 for training, in a new order each epoch; 100 to 110 for validation;
+    200
+    to 208 for testing."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
 
     def batches(cells: np.ndarray, start: int = 0) -> Any:
@@ -118,8 +117,8 @@ def train(
     delay_s: float = 0.0,
     **wishes: Any,
 ) -> tuple[Outcome, list[dict[str, float]]]:
-    """One run with the real loop; every evaluation leaves a checkpoint in `save_in`. `wishes` go to `fit`.
-    Returns also what was reported."""
+    """Run the real training loop; every evaluation saves a checkpoint in `save_in`. `wishes` are passed to
+    `fit`. Also returns the reported metrics."""
     labels = LABELS if task == "finetune" else NO_LABELS
     model = ScReformer(
         config.model,
@@ -177,8 +176,8 @@ def join_group(rank: int, world_size: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    # What test_resume starts and kills: RANK WORLD_SIZE FOLDER RESUME|- DELAY_S. The folder's configs.json is
-    # a list: one run after another.
+    # Started and killed by test_resume: RANK WORLD_SIZE FOLDER RESUME|- DELAY_S. The folder's configs.json
+    # lists the configurations of consecutive runs.
     my_rank, size, folder, resume_path, delay = sys.argv[1:]
     join_group(int(my_rank), int(size), f"{folder}/store")
     results = []

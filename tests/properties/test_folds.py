@@ -1,4 +1,4 @@
-"""Folds: nobody on two sides, everybody tested once."""
+"""Folds: no group is on both sides, and every cell is tested once."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from data_ingest.folds import FILE, load_folds, make_folds
 
 @st.composite
 def cells(draw):
-    """Donors of a few data sets with cells of some labels, in random order."""
+    """Cells of donors from a few data sets, with some labels, in random order."""
     num_donors, num_labels = draw(st.integers(2, 14)), draw(st.integers(1, 6))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     sizes = rng.integers(1, draw(st.sampled_from([5, 60])), num_donors)
@@ -71,7 +71,7 @@ def test_labels_are_shared_out_within_the_stated_bounds(found, num_folds, seed):
 
 
 def test_equal_donors_give_even_labels():
-    """Twenty donors whose labels lean four different ways: every fold gets about its share of each label."""
+    """Twenty donors with four label distributions: every fold gets about its share of each label."""
     rng = np.random.default_rng(0)
     lean = np.array([rng.dirichlet(np.where(np.arange(4) == donor % 4, 8.0, 1.0)) for donor in range(20)])
     donor_n = np.repeat(np.arange(20), 100)

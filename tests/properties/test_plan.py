@@ -1,4 +1,5 @@
-"""Every promise of the epoch's plan, for any sizes: exactly once, equal steps, resumable on another number of
+"""Guarantees of the epoch plan, for any sizes: each cell exactly once, equal steps, resumable on any number
+of
 ranks."""
 
 import numpy as np
@@ -26,7 +27,7 @@ def plans(draw, shuffle=None):
 
 
 def rank_rows(plan, rank, world_size, start_step=0):
-    """What a rank reads, as (steps, lanes of the rank)."""
+    """The cells that a rank reads, as (steps, lanes of the rank)."""
     units = list(plan.units(rank, world_size, start_step))
     lanes = plan.global_batch_size // world_size
     return np.concatenate([plan.unit_cells(unit) for unit in units] or [np.zeros(0, np.int64)]).reshape(
@@ -85,7 +86,7 @@ def test_epochs_and_seeds_differ(change):
     )
     a, b = epoch_rows(first), epoch_rows(other)
     assert (a == b).mean() < 0.01
-    # Not the same batches in another order either: two batches of different epochs share few cells.
+    # Nor are they the same batches in another order: two batches of different epochs share few cells.
     overlap = [len(np.intersect1d(row, b[np.flatnonzero((b == row[0]).any(axis=1))[0]])) for row in a[:-1]]
     assert np.mean(overlap) < 3
 
@@ -131,8 +132,8 @@ def entropy_bits(codes_nb):
 @pytest.mark.parametrize("batch", [16, 64, 256, 1024])
 @pytest.mark.parametrize("run_length", [64, 16])
 def test_batches_of_label_sorted_cells_are_as_mixed_as_random_ones(batch, run_length):
-    """Over 130,000 cells sorted by 14 labels of uneven size, with the default task size: at least 99 % of a
-    random order's entropy."""
+    """With 130,000 cells sorted by 14 labels of uneven size, and the default task size, batches have at least
+    99 % of the entropy of a random order."""
     rng = np.random.default_rng(0)
     labels = np.sort(rng.choice(14, 130_003, p=rng.dirichlet(np.full(14, 3.0))))
     plan = EpochPlan(
@@ -149,8 +150,9 @@ def test_batches_of_label_sorted_cells_are_as_mixed_as_random_ones(batch, run_le
 
 
 def test_neighbouring_batches_are_mixed_too():
-    """Label shares of 1,024 consecutive cells at batch 16 (64 steps) are as even as those of random cells, up
-    to 2 %."""
+    """Label shares of 1,024 consecutive cells (64 steps of batch size 16) are as even as those of random
+    cells,
+    within 2 %."""
     labels = np.sort(np.random.default_rng(0).choice(14, 130_003))
     plan = EpochPlan(
         num_cells=len(labels), seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=16

@@ -1,4 +1,4 @@
-"""What holds for the tokens of any cells."""
+"""Properties of tokens that hold for any cells."""
 
 import numpy as np
 import pytest
@@ -68,7 +68,7 @@ def test_tokens_are_the_detected_genes(cells, config) -> None:
                 >= max(stands_out[g] for g in set(detected) - set(genes)) - 1e-5
             )
         order = np.argsort(values[row], kind="stable")
-        assert (np.diff(bins[row, order]) >= 0).all()  # a higher bin never for less expression
+        assert (np.diff(bins[row, order]) >= 0).all()  # lower expression never gets a higher bin
     assert tokens["num_cut"] == num_cut
 
 

@@ -1,4 +1,4 @@
-"""The additive encoder: its formula, its start, and what happens to its training cells."""
+"""The additive encoder: its formula, starting values, and augmentation of training cells."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""
 
 
 def labelled(seed: int = 0) -> Labelled:
-    """Cells of three labels in two data sets, of which the second measured half of the genes."""
+    """Cells of three labels in two data sets; the second measured half of the genes."""
     rng = np.random.default_rng(seed)
     labels, datasets = np.arange(CELLS) % 3, np.arange(CELLS) % 2
     rates = rng.gamma(0.4, 2.0, (3, GENES))
@@ -37,7 +37,7 @@ def labelled(seed: int = 0) -> Labelled:
 
 
 def started() -> tuple[ExperimentConfig, GeneVocabulary, ScReformer, Labelled]:
-    """A network on its start, its head and hidden layer no longer zero."""
+    """A network with its starting values, but with nonzero head and hidden layer."""
     found = labelled()
     settings = {
         "model.encoder": "additive",
@@ -63,7 +63,7 @@ def started() -> tuple[ExperimentConfig, GeneVocabulary, ScReformer, Labelled]:
 
 
 def dense_logits(model: ScReformer, cells: CellCounts, vocabulary: GeneVocabulary) -> torch.Tensor:
-    """The formula on dense matrices, as it is written in the log."""
+    """The formula on dense matrices, as written in the log."""
     encoder = model.additive
     assert encoder is not None and model.classification_head is not None and vocabulary.inputs_g is not None
     reference = vocabulary.reference_g

@@ -1,4 +1,4 @@
-"""LSH attention against reformer_pytorch for equal hashes, and what a cell's result may depend on."""
+"""LSH attention compared with reformer_pytorch for equal hashes, and independence of other cells."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from screformer.config import ModelConfig
 from screformer.lsh import hash_buckets, lsh_attention, random_buckets, sort_tokens
 
 CASES = [
-    # bucket size, lengths of the cells: full cells, odd lengths, a last bucket without tokens, a cell with
-    # few tokens, one without any
+    # Bucket size and lengths of the cells: full cells, odd lengths, a last bucket without tokens, a cell with
+    # few tokens, and one without any.
     (8, [128, 128]),
     (8, [131, 77, 3]),
     (16, [33, 0, 65]),
@@ -20,7 +20,7 @@ CASES = [
 
 
 def library_for(buckets_hrl, lengths, bucket_size, n_hashes, most=10**6):
-    """The library's attention with our hashes; padding in the last bucket, where it sorts last."""
+    """The library's attention with our hashes; padding is in the last bucket, so it sorts last."""
     attention = LSHAttention(bucket_size=bucket_size, n_hashes=n_hashes)
     padded = -(-lengths // (2 * bucket_size)) * 2 * bucket_size
     full = torch.full((*buckets_hrl.shape[:2], padded), most - 1)
@@ -65,7 +65,7 @@ def test_self_attention_equals_the_library_with_its_weights_and_its_own_hashes()
     torch.manual_seed(0)
     ours = LSHSelfAttention(32, 4, bucket_size=16, n_hashes=4)
     library = LibrarySelfAttention(32, heads=4, bucket_size=16, n_hashes=4)
-    # The library keeps its bias-free projections under the same names, so that a state can be exchanged.
+    # The library's bias-free projections have the same names, so the state dict can be loaded.
     ours.load_state_dict(library.state_dict())
     x = torch.randn(3, 96, 32)
     drawn = {}
@@ -99,8 +99,9 @@ def test_gradients_hold_against_finite_differences():
 def test_flex_attention_equals_the_fused_kernel(lengths, dtype, tolerance, monkeypatch):
     """Outputs and gradients of the path for GPUs, run eagerly, and of the CPU's, both beside the CPU's in
     float32."""
-    # PyTorch refuses gradients of FlexAttention on CPUs, since its compiled kernel has none there; its
-    # reference in eager mode has.
+    # PyTorch rejects gradients of FlexAttention on CPUs, because its compiled kernel has none there; the
+    # eager
+    # reference does.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch.manual_seed(0)
     qk, v, weight = (torch.randn(2, 96, 2, 16).to(dtype) for _ in range(3))
@@ -175,12 +176,12 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
     )
     random.load_state_dict(lsh.state_dict())
     x, mask = torch.randn(1, 16, 32).repeat(1, 16, 1), torch.ones(1, 256, dtype=torch.bool)
-    # In one round, two buckets hold all of 32 tokens: there is nothing to choose.
+    # In one round, two buckets contain all 32 tokens, so there is nothing to choose.
     lsh.n_hashes = random.n_hashes = 1
     torch.testing.assert_close(
         lsh(x[:, :32], mask[:, :32], hash_seed=0), random(x[:, :32], mask[:, :32], hash_seed=0)
     )
-    # Sixteen copies of each token: hashes bring them together, a shuffle does not.
+    # There are sixteen copies of each token: hashing brings them together, shuffling does not.
     qk = lsh.toqk(x).unflatten(-1, (2, -1))
     hashed = hash_buckets(qk, [256], bucket_size=16, n_hashes=2, seed=0)
     shuffled = random_buckets(qk, n_hashes=2, seed=0)

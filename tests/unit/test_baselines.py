@@ -1,4 +1,4 @@
-"""Every baseline on a few hundred made-up cells that are easy to tell apart."""
+"""Every baseline, on a few hundred simulated cells that are easy to classify."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ K, GENES = 4, 80
 
 
 def make_part(num_cells, seed, classes=(0, 1, 2)):
-    """Cells of some classes, each with ten genes of its own; class 3 never occurs."""
+    """Cells of some classes, each with its own ten genes; class 3 never occurs."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(classes, num_cells)
     rate = np.full((K, GENES), 0.5)
@@ -69,7 +69,7 @@ def test_settings_are_chosen_on_the_validation_cells_alone(cells):
 
 
 def test_the_first_best_candidate_labels_the_test_cells_once(cells):
-    """Candidates label so many validation cells right; with patience, no more are fitted than needed."""
+    """Candidates label so many validation cells correctly; with patience, no more are fitted than needed."""
     found, _ = cells
     fitted, labelled = [], []
 

@@ -1,4 +1,4 @@
-"""The model that comes with screformer: it belongs to its recipe, and its labels stay the same."""
+"""The bundled model: it matches its recipe, and its labels stay the same."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "bundled_blood.json"
 
 
 def marked_cells() -> anndata.AnnData:
-    """Cells of a usual blood profile, with 15 counts of each marker of one type and none of the others'."""
+    """Cells with a typical blood profile, 15 counts of each marker of one type and none of other markers."""
     vocabulary = Predictor.load(bundled_model(DEFAULT), device="cpu").vocabulary
     assert vocabulary.reference_g is not None
     markers = sorted({name for names in MARKERS.values() for name in names})
@@ -78,7 +78,7 @@ def test_it_works_with_the_library_alone(tmp_path: Path) -> None:
 
 
 def real_labels(folder: Path) -> dict[str, int]:
-    """Labels of 300 real cells, and how many have them."""
+    """Labels of 300 real cells, with their numbers."""
     adata = anndata.read_h5ad(folder / "pbmc1k_v3_unlabelled.h5ad")[:300].copy()
     return (
         screformer.annotate(adata).obs["predicted_labels"].astype(str).value_counts().sort_index().to_dict()
@@ -86,7 +86,7 @@ def real_labels(folder: Path) -> dict[str, int]:
 
 
 def test_labels_of_real_cells_stay_the_same(real_data: Path) -> None:
-    """A renewal of the model renews the golden file too; see tests/golden/README.md."""
+    """When the model is updated, the golden file must be too; see tests/golden/README.md."""
     assert real_labels(real_data) == json.loads(GOLDEN.read_text())
 
 

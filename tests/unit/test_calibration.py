@@ -19,7 +19,7 @@ BLOOD = ["CL:0000236", "CL:0000084", "CL:0000623", "CL:0000576", ""]
 
 
 def _outputs(num_cells: int, *, stretch: float, seed: int = 0) -> CellOutputs:
-    """Cells whose labels are drawn from the softmax of their logits; the logits are then made too large."""
+    """Cells with labels drawn from the softmax of their logits, which are then scaled up."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (num_cells, 4))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
@@ -63,8 +63,7 @@ def test_the_composition_of_a_query_is_found_and_absent_types_are_dropped() -> N
         "other cells keep their label"
     )
     assert (present == labels).mean() > (best == labels).mean()
-    # Where the training shares are other ones, probabilities are other ones too, and the composition is the
-    # same.
+    # With different training shares, probabilities differ too, but the composition is the same.
     prior = np.array([0.1, 0.1, 0.4, 0.4])
     shifted = probabilities * prior / (probabilities * prior).sum(axis=1, keepdims=True)
     assert composition(shifted, prior) == pytest.approx(found, rel=1e-3, abs=0.5)
@@ -134,7 +133,7 @@ def test_a_term_that_is_a_label_keeps_the_labels_name() -> None:
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """A process group of this process alone; a training in this process may have left one."""
+    """A process group with only this process; an earlier training here may have left one."""
     group = torch.distributed
     left = group.is_initialized()
     if not left:

@@ -63,7 +63,7 @@ def test_weights_of_a_bf16_run_are_kept_in_fp32(tmp_path: Path) -> None:
 def _resave(
     folder: Path, metadata: dict[str, str] | None = None, drop: str = "", cut: str = "", spoil: str = ""
 ) -> None:
-    """Other weights in a directory that knows no digest of them, as those of earlier versions."""
+    """Replace the weights in a directory without a digest, as in earlier versions."""
     path = folder / "weights.safetensors"
     meta = json.loads((folder / "meta.json").read_text())
     meta.pop("weights_sha256", None)
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_whole_only_with_every_byte(tmp_path: Path) -> None:
     assert damage(tmp_path) == "part.bin is missing"
     manifest.write_text("{")
     assert damage(tmp_path)
-    sealed(5)  # manifests of earlier versions know sizes only
+    sealed(5)  # manifests of earlier versions only have sizes
     part.write_bytes(b"12349")
     assert damage(tmp_path) == ""
 
@@ -183,7 +183,7 @@ def test_a_flipped_byte_in_the_weights_is_found(saved: Path) -> None:
 def test_a_directory_from_anywhere_is_refused_before_a_network_is_built(
     saved: Path, name: str, change: dict[str, object], message: str
 ) -> None:
-    """Files and hashes fit each other, as who made them can see to, but not the weights."""
+    """Files and hashes are consistent, as an author can arrange, but the weights do not match."""
     tree = json.loads((saved / name).read_text())
     for key, value in change.items():
         tree[key] = {**tree[key], **value} if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""The command line that all commands share: names, arguments, settings, messages and exit statuses."""
+"""The shared command line: names, arguments, settings, messages and exit statuses."""
 
 import argparse
 import json
@@ -61,7 +61,7 @@ def test_what_is_missing_is_named(name: str, capsys: pytest.CaptureFixture[str])
 
 
 def greet(error: BaseException | None = None, result: Result = None) -> Command:
-    """A command that raises the error, or prints some progress and gives the result."""
+    """A command that raises the error, or prints progress and returns the result."""
 
     def work(args: argparse.Namespace) -> Result:
         print("working")

@@ -1,6 +1,6 @@
-"""Every command line in the documentation and the manifests is one that the real parsers take.
+"""The real parsers accept every command line in the documentation and manifests.
 
-Left out is `docs/log/`, whose dated pages keep the commands of their day.
+Except in `docs/log/`, whose dated pages keep the commands of their time.
 """
 
 import importlib
@@ -32,14 +32,14 @@ _MAKE = re.compile(r"make quickstart ARGS='([^']*)'")
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """`NAME arguments` of each command in a text; a backslash or a deeper indented line continues it."""
+    """`NAME arguments` of each command in a text; a backslash or deeper indentation continues a command."""
     text = re.sub(r"\\\n\s*", " ", text)
     text = re.sub(r"`[^`\n]*\n[^`\n]*`", lambda found: found[0].replace("\n", " "), text)
     text = re.sub(r"(entrypoint: >-(?:\n {4}\S.*)+)", lambda found: found[1].replace("\n", " "), text)
     for line in _LINE.findall(text):
         if made := _MAKE.search(line):
             yield f"quickstart {made[1]}"
-        elif (found := _COMMAND.search(line)) and found[2].strip(" ."):  # else a mention
+        elif (found := _COMMAND.search(line)) and found[2].strip(" ."):  # otherwise just a mention
             yield f"{found[1]} {found[2]}"
 
 

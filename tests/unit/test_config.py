@@ -1,4 +1,4 @@
-"""Settings: what is refused and in which words, overrides, and the trip through files and other processes."""
+"""Settings: rejected values and their messages, overrides, and round trips through files and processes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Names from files are names, in pictures and in spreadsheets, whatever they look like elsewhere."""
+"""Names from files stay plain text in figures and spreadsheets, whatever characters they contain."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is no readable .h5ad file is named, with what helps."""
+"""Errors for unreadable .h5ad files say what the file is and what to do."""
 
 import gzip
 import subprocess

@@ -1,4 +1,4 @@
-"""Genes are found however their names are dressed, and nothing else counts into the library size."""
+"""Genes are found in every form of their names, and nothing else counts towards the library size."""
 
 import numpy as np
 import pandas as pd

@@ -127,7 +127,7 @@ def test_symbols_fill_in_what_has_no_id(tmp_path) -> None:
     with H5adFile.open(write(tmp_path / "a.h5ad", sample)) as file:
         assert (find_file_genes(file).feature_ids != "").sum() == 28
         genes = find_file_genes(file, symbols=read_symbol_table(table))
-    # GENE102 has two ids in the table: which is meant cannot be known.
+    # GENE102 has two ids in the table, so it is ambiguous.
     assert (
         (genes.feature_ids != "").sum() == 29
         and genes.feature_ids[1] == "ENSG00000000101"

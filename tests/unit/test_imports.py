@@ -1,4 +1,4 @@
-"""What may be imported from where."""
+"""Which packages may be imported from where."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ MODULES = {
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Names that a file imports anywhere, also through `import_module("...")` and `__import__("...")`."""
+    """Names that a file imports anywhere, including by `import_module("...")` and `__import__("...")`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -39,7 +39,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def modules_of(path: Path) -> set[str]:
-    """Modules of ours that a file imports."""
+    """Our modules that a file imports."""
     found = set()
     for name in imported(path):
         known = name if name in MODULES else name.rpartition(".")[0]
@@ -51,7 +51,7 @@ def modules_of(path: Path) -> set[str]:
 HEAVY = {"ray", "mlflow", "tiledbsoma"}
 OTHERS = HEAVY | {"deepspeed", "anndata", "reformer_pytorch"}
 STEPS = {
-    # what is done, in this order in one process; what that must not load
+    # The steps, run in this order in one process, and the packages that each must not load.
     "parse every command line": (
         "from helpers.commands import parse_everything; parse_everything()",
         OTHERS | {"torch", "pandas", "pyarrow", "scipy", "sklearn", "matplotlib"},

@@ -1,4 +1,4 @@
-"""Labels for an AnnData, from the library alone."""
+"""Labelling an AnnData with the library alone."""
 
 import shutil
 from pathlib import Path
@@ -32,7 +32,7 @@ def toy_adata(num_cells: int = 30) -> anndata.AnnData:
 
 
 def test_a_copy_of_the_package_alone_labels_an_anndata(model_dir: Path, tmp_path: Path) -> None:
-    """As in a registered model, which ships neither `jobs` nor an atlas reader."""
+    """As in a registered model, which includes neither `jobs` nor an atlas reader."""
     adata = toy_adata()
     adata.write_h5ad(tmp_path / "cells.h5ad")
     shutil.copytree(Path(screformer.__file__).parent, tmp_path / "code" / "screformer")

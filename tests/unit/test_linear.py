@@ -1,4 +1,4 @@
-"""The logistic regression that the linear part of the network starts from."""
+"""The logistic regression that initialises the network's linear part."""
 
 import numpy as np
 import pytest

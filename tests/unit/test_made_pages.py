@@ -1,4 +1,4 @@
-"""The pages made from the code are current: docs/settings.md and docs/files.md."""
+"""The generated pages docs/settings.md and docs/files.md are up to date."""
 
 import runpy
 from pathlib import Path

@@ -60,7 +60,7 @@ def fresh_network(
 
 def network(*args, **kwargs) -> ScReformer:
     made = fresh_network(*args, **kwargs)
-    if made.linear_skip is not None:  # it starts at zero, which would hide its mistakes
+    if made.linear_skip is not None:  # it starts at zero, which would hide errors
         torch.nn.init.normal_(made.linear_skip.weight.weight, generator=torch.Generator().manual_seed(1))
     return made
 
@@ -163,7 +163,7 @@ def test_hidden_expression_cannot_be_seen(expression: str) -> None:
 
 
 def test_nothing_hidden_still_reaches_every_parameter() -> None:
-    """Ranks must use the same modules, also a rank whose cells happen to hide nothing."""
+    """All ranks must use the same modules, even a rank whose cells happen to hide nothing."""
     model, batch = network(classes=0), batch_of(counts_of_cells(2))
     for hidden in (torch.zeros_like(batch["token_ids"], dtype=torch.bool), batch["values"] > 0):
         model.zero_grad(set_to_none=True)
@@ -244,7 +244,7 @@ def test_network_starts_as_a_given_linear_classifier() -> None:
     in_part = model(batch | {"measured": measured, "panels": panels}, task="finetune").logits_nk
     torch.testing.assert_close(in_part, (scaled - measured[panels] * center) @ weights + bias)
     classification_loss(logits, batch["labels"], None)[0].backward()
-    assert model.classification_head.weight.grad.abs().max() > 0  # the encoder is not cut off for good
+    assert model.classification_head.weight.grad.abs().max() > 0  # the encoder still gets gradients
     with pytest.raises(
         ValueError,
         match=r"linear start has shapes \[\(60, 4\), \(5,\), \(60,\)\], the network needs \[\(60, 5\), ",
@@ -268,7 +268,7 @@ def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
         with torch.no_grad():
             first, second = (model(each, task="finetune") for each in (batch, renamed))
         assert torch.equal(first.embedding_nd, second.embedding_nd) == same
-        assert not torch.equal(first.logits_nk, second.logits_nk)  # the linear part still knows its genes
+        assert not torch.equal(first.logits_nk, second.logits_nk)  # the linear part still sees genes
     assert network(gene_embedding="none").gene_embedding.weight.shape == (1 + NUM_SPECIAL, TINY["dim"])
 
 
@@ -327,7 +327,7 @@ def test_svd_start() -> None:
 
 
 def golden_outputs() -> dict:
-    """Tokens of ten cells, and what a seeded tiny network says of them."""
+    """Tokens of ten cells, and the output of a seeded tiny network for them."""
     tokens = TokensConfig(max_genes=20, expression="quantile_bins", num_bins=6)
     counts = counts_of_cells(10, seed=42)
     arrays = tokenize(counts, tokens)

@@ -22,7 +22,7 @@ def predictor(model_dir: Path) -> Predictor:
 
 @pytest.fixture(scope="module")
 def counts() -> sparse.csr_matrix:
-    """70 cells of very different lengths over the model's 40 genes; one has none."""
+    """70 cells with very different numbers of the model's 40 genes; one has none."""
     rng = np.random.default_rng(3)
     dense = rng.poisson(3.0, size=(70, 40)) * (rng.random((70, 40)) < rng.random((70, 1)))
     dense[11] = 0

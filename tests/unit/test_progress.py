@@ -1,4 +1,4 @@
-"""The lines that a training prints."""
+"""Progress lines printed during training."""
 
 from jobs.training.progress import ProgressLines, duration
 

@@ -37,7 +37,7 @@ def test_html_holds_everything_escaped_and_is_the_same_each_time(tmp_path):
         "<strong>this</strong> and <code>that</code>" in page and "<ul><li>one</li><li>two</li></ul>" in page
     )
     assert re.findall(r"<td[^>]*>(.*?)</td>", page) == ["0.912", "12,345", "yes", "–", "–", "no"]
-    # A few points stay a drawing, many become pixels.
+    # A few points are drawn as vectors, many as pixels.
     assert re.findall(r'src="data:image/([^;]*);', page) == ["svg+xml", "png"]
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert _report().write_html(tmp_path / "again.html").read_text() == page

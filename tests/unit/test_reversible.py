@@ -1,4 +1,4 @@
-"""The encoder against reformer_pytorch.Reformer and against itself without reversibility."""
+"""The encoder compared with reformer_pytorch.Reformer and with itself without reversibility."""
 
 from dataclasses import replace
 
@@ -91,7 +91,7 @@ def test_encoder_equals_the_librarys_reformer_for_equal_hashes(reversible, n_has
     mask = (torch.arange(70) < length).expand(2, -1)
     weight = torch.randn_like(x) * mask[..., None]
     outputs, gradients = [], []
-    # Ours gets padding to 70 slots; the library what it pads by itself to a multiple of two buckets.
+    # Ours is padded to 70 slots; the library pads itself to a multiple of two buckets.
     for encoder, slots in ((ours, 70), (library, length)):
         leaf = x[:, :slots].clone().requires_grad_()
         out = encoder(leaf, mask[:, :slots], hash_seed=0)

@@ -67,7 +67,7 @@ def test_addresses_are_shown_without_secrets_and_refused_with_them(address: str,
 
 def test_the_password_of_a_store_stays_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USERNAME", "PASSWORD"):
-        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")  # so that both are restored
+        monkeypatch.setenv(f"MLFLOW_TRACKING_{name}", "")  # so both are restored
         monkeypatch.delenv(f"MLFLOW_TRACKING_{name}")
     database = f"postgresql://mlflow:{SECRET}@db/mlflow"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", database)

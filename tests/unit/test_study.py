@@ -1,4 +1,4 @@
-"""Where a study keeps its results, and which studies it resumes."""
+"""Where a study stores its results, and which studies it resumes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokens of known cells, and what the tokenizer refuses."""
+"""Tokens of known cells, and inputs that the tokenizer rejects."""
 
 import pickle
 
@@ -27,7 +27,7 @@ OFFSETS = np.array([0, 3, 4])
 
 
 def cells_of(gene_ids, counts, offsets, total=None) -> CellCounts:
-    """Cells from the genes and counts of all of them, one after another."""
+    """Cells from their concatenated genes and counts."""
     matrix = sparse.csr_array((counts, gene_ids, offsets), shape=(len(offsets) - 1, len(VOCABULARY)))
     return CellCounts.of(matrix, total_n=total)
 
