@@ -56,7 +56,7 @@ def test_every_cell_is_tested_once_and_no_group_is_on_two_sides(found, num_folds
 
 @given(cells(), st.integers(2, 5), st.integers(0, 3))
 @settings(max_examples=40, deadline=None)
-def test_labels_are_shared_out_within_the_stated_bounds(found, num_folds, seed):
+def test_labels_are_distributed_within_the_stated_bounds(found, num_folds, seed):
     donors, datasets, labels = found
     if len(labels) >= num_folds:
         folds = make_folds("none", donors, datasets, labels, num_folds, seed)
@@ -87,7 +87,7 @@ def test_equal_donors_give_even_labels():
     assert share_fk.std() < random.std()
 
 
-def test_what_a_reader_must_know_is_said():
+def test_caveats_are_reported():
     donors = np.repeat(["a", "b", "c"], 20)
     labels = np.concatenate([np.arange(20) % 2, np.arange(20) % 2, np.full(20, 2)])
     folds = make_folds("donor_id", donors, np.where(donors == "a", "x", "y"), labels, 5, 0)

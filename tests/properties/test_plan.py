@@ -54,7 +54,7 @@ def test_each_cell_comes_exactly_once_and_only_the_last_batch_is_padded(plan):
 
 @settings(max_examples=100, deadline=None)
 @given(plans(), st.sampled_from(WORLD_SIZES))
-def test_ranks_share_the_global_batches_out_with_equal_steps(plan, world_size):
+def test_ranks_divide_the_global_batches_into_equal_steps(plan, world_size):
     parts = [rank_rows(plan, rank, world_size) for rank in range(world_size)]
     assert {len(part) for part in parts} == {plan.num_steps}
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), epoch_rows(plan))
@@ -62,7 +62,7 @@ def test_ranks_share_the_global_batches_out_with_equal_steps(plan, world_size):
 
 @settings(max_examples=100, deadline=None)
 @given(plans(), st.sampled_from(WORLD_SIZES), st.sampled_from(WORLD_SIZES), st.floats(0, 1))
-def test_a_resumed_epoch_has_exactly_the_cells_that_were_left_on_any_world_size(plan, before, after, share):
+def test_a_resumed_epoch_has_exactly_the_remaining_cells_on_any_world_size(plan, before, after, share):
     stop = int(share * plan.num_steps)
     taken = [rank_rows(plan, rank, before)[:stop] for rank in range(before)]
     left = [rank_rows(plan, rank, after, start_step=stop) for rank in range(after)]
@@ -98,7 +98,7 @@ def test_unshuffled_plan_reads_in_order():
     np.testing.assert_array_equal(plan.task_cells(0), np.arange(40).reshape(8, 5).T)
 
 
-def test_many_ranks_join_tasks_so_that_reads_do_not_crumble():
+def test_many_ranks_merge_tasks_to_avoid_tiny_reads():
     plan = EpochPlan(
         num_cells=400_000, seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=64
     )
@@ -107,7 +107,7 @@ def test_many_ranks_join_tasks_so_that_reads_do_not_crumble():
     assert len(plan.unit_cells(next(plan.units(0, 1)))) == 16_384
 
 
-def test_a_task_that_cannot_hold_a_global_batch_is_refused():
+def test_a_task_smaller_than_a_global_batch_is_rejected():
     with pytest.raises(
         ValueError, match=r"stream.cells_per_task=32 must be at least train.global_batch_size=64"
     ):

@@ -86,7 +86,7 @@ def test_a_cell_does_not_depend_on_its_neighbours(cells, config) -> None:
 
 
 @pytest.mark.parametrize("expression", ["log2_bins", "quantile_bins"])
-def test_bins_do_not_depend_on_what_is_cut(expression) -> None:
+def test_bins_do_not_depend_on_truncation(expression) -> None:
     cell = {gene: gene % 7 + 1 for gene in range(NUM_GENES)}
     whole, cut = (
         CellTokenizer(TokensConfig(expression=expression, max_genes=most), VOCABULARY)(cells_of([cell]))

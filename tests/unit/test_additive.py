@@ -104,7 +104,7 @@ def test_responses_are_zero_at_zero() -> None:
     assert (responses(torch.zeros(3)) == 0).all()
 
 
-def test_tokens_give_the_dense_formula_on_every_panel() -> None:
+def test_tokens_match_the_dense_formula_on_every_panel() -> None:
     config, vocabulary, model, found = started()
     with torch.no_grad():
         logits = model(batch_of(config, vocabulary, found.cells), task="finetune").logits_nk
@@ -155,7 +155,7 @@ def test_only_input_genes_become_tokens() -> None:
     assert vocabulary.inputs_g[tokens["token_ids"][tokens["token_ids"] > 1] - 2].all()
 
 
-def test_a_saved_model_answers_the_same(tmp_path: Path) -> None:
+def test_a_saved_model_gives_the_same_results(tmp_path: Path) -> None:
     config, vocabulary, model, found = started()
     save_model(tmp_path, model, config, vocabulary, LABELS, {})
     loaded = load_model(tmp_path)
@@ -186,7 +186,7 @@ def test_explanations_add_up_on_a_panel() -> None:
         assert attribution.additivity_error < 1e-3 * max(1, abs(attribution.output - attribution.base))
 
 
-def test_a_start_of_another_shape_is_refused() -> None:
+def test_starting_values_of_another_shape_are_rejected() -> None:
     encoder = AdditiveEncoder(ModelConfig(encoder="additive", linear_skip=False, input_genes=5), 9)
     parts = (torch.zeros(9, dtype=torch.int64), torch.zeros(4, 4), torch.zeros(5, 128), torch.ones(()))
     with pytest.raises(ValueError, match=r"start has shape \(4, 4\), the network needs \(5, 4\)"):
@@ -206,7 +206,7 @@ def test_informative_genes_are_those_that_differ() -> None:
 AUGMENTATION = Augmentation(thinned_share=0.6, panel_share=0.5, genes=np.arange(0, GENES, 2), seed=4)
 
 
-def test_augmentation_depends_on_seed_epoch_and_cell_alone() -> None:
+def test_augmentation_depends_only_on_seed_epoch_and_cell() -> None:
     cells, joinids = labelled().cells, np.arange(100, 100 + CELLS)
     whole = AUGMENTATION(cells, joinids, 3)
     some = np.array([7, 3, 40])
@@ -219,7 +219,7 @@ def test_augmentation_depends_on_seed_epoch_and_cell_alone() -> None:
         assert (other.counts_ng != whole.counts_ng).nnz
 
 
-def test_augmentation_thins_and_forgets() -> None:
+def test_augmentation_thins_counts_and_removes_genes() -> None:
     cells = labelled().cells
     before = cells.counts_ng.toarray()
     all_thinned = replace(AUGMENTATION, thinned_share=1.0, panel_share=0.0)(cells, np.arange(CELLS), 0)
@@ -257,6 +257,6 @@ def test_cell_weights_and_prior_shift() -> None:
         ({"train.weight_average": 0.9, "zero.stage": 3}, "set zero.stage to 2 or less"),
     ],
 )
-def test_settings_that_do_not_go_together(overrides: dict[str, object], message: str) -> None:
+def test_incompatible_settings(overrides: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExperimentConfig().merge(overrides)

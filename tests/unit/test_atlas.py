@@ -56,7 +56,7 @@ def test_forms(uri, release):
 
 
 @pytest.mark.parametrize("uri", ["census:latest", "census:2025", "census:08-11-2025"])
-def test_an_ill_formed_release_is_refused(uri):
+def test_a_malformed_release_is_rejected(uri):
     with pytest.raises(
         ValueError, match=f"atlas.uri='{uri}' is not a release of Census; write census or census:YYYY-MM-DD"
     ):
@@ -68,7 +68,7 @@ def test_an_empty_uri_is_refused():
         located(AtlasConfig(uri=""))
 
 
-def test_a_missing_atlas_names_the_command_that_makes_one(tmp_path):
+def test_a_missing_atlas_names_the_command_to_create_one(tmp_path):
     with (
         pytest.raises(ValueError, match="does not exist; create it with `python -m jobs.ingest"),
         open_atlas(AtlasConfig(uri=str(tmp_path / "none"))),
@@ -76,7 +76,7 @@ def test_a_missing_atlas_names_the_command_that_makes_one(tmp_path):
         pass
 
 
-def test_a_file_is_no_atlas(tmp_path):
+def test_a_file_is_not_an_atlas(tmp_path):
     path = tmp_path / "cells.h5ad"
     path.write_bytes(b"not really")
     with (
@@ -86,12 +86,12 @@ def test_a_file_is_no_atlas(tmp_path):
         pass
 
 
-def test_a_folder_without_soma_is_no_atlas(tmp_path):
+def test_a_folder_without_soma_is_not_an_atlas(tmp_path):
     with pytest.raises(ValueError, match="is not a SOMA atlas"), open_atlas(AtlasConfig(uri=str(tmp_path))):
         pass
 
 
-def test_a_bare_experiment_is_told_apart(empty_atlas):
+def test_a_bare_experiment_is_recognised(empty_atlas):
     bare = f"{empty_atlas}/census_data/homo_sapiens"
     with (
         pytest.raises(
@@ -154,7 +154,7 @@ def test_a_pinned_atlas_does_not_see_later_writes(empty_atlas, tmp_path):
         assert experiment.tiledb_timestamp_ms == fixed.timestamp_ms
 
 
-def test_census_without_a_network_says_so():
+def test_census_without_a_network_is_reported():
     try:
         socket.create_connection(("census.cellxgene.cziscience.com", 443), timeout=3).close()
     except OSError:

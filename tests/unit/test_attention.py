@@ -83,7 +83,7 @@ def test_self_attention_equals_the_library_with_its_weights_and_its_own_hashes()
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_hold_against_finite_differences():
+def test_gradients_match_finite_differences():
     torch.manual_seed(0)
     qk, v = (torch.randn(2, 21, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     lengths = [21, 1]
@@ -133,7 +133,7 @@ def test_a_cell_depends_neither_on_padding_nor_on_its_neighbours(kind):
         torch.testing.assert_close(together, alone[0], rtol=1e-5, atol=1e-5)
 
 
-def test_equal_seeds_give_equal_bits_and_other_seeds_other_hashes():
+def test_equal_seeds_give_equal_bits_and_different_seeds_different_hashes():
     torch.manual_seed(0)
     attention = LSHSelfAttention(32, 2, bucket_size=16, n_hashes=2)
     x, mask = torch.randn(2, 200, 32), torch.ones(2, 200, dtype=torch.bool)
@@ -154,7 +154,7 @@ def test_hashes_put_near_vectors_together_and_use_all_buckets():
     assert 48 <= random.unique().numel() <= 80
 
 
-def test_more_rounds_come_nearer_to_attention_over_all_tokens():
+def test_more_rounds_are_closer_to_attention_over_all_tokens():
     torch.manual_seed(0)
     qk, v = (torch.randn(1, 512, 1, 32) for _ in range(2))
     score = qk[0, :, 0] @ torch.nn.functional.normalize(qk[0, :, 0], dim=-1).T / 32**0.5
@@ -223,7 +223,7 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
         ({"n_hashes": 2}, 10, "full", f"from {CROSSOVER_TOKENS:,} tokens); model.n_hashes=2 without effect"),
     ],
 )
-def test_auto_is_settled_by_length_and_the_line_says_so(overrides, most_slots, kind, line):
+def test_auto_is_resolved_by_length_and_logged(overrides, most_slots, kind, line):
     settled, says = settle_attention(ModelConfig(**overrides), most_slots)
     assert settled.attention == kind
     assert line in says and ("without effect" in says) == ("without effect" in line)

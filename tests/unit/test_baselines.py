@@ -57,7 +57,7 @@ def test_baseline(name, cells):
         np.testing.assert_array_equal(again.predicted_n, answer.predicted_n)
 
 
-def test_settings_are_chosen_on_the_validation_cells_alone(cells):
+def test_settings_are_chosen_only_on_the_validation_cells(cells):
     found, truth = cells
     shuffled = np.random.default_rng(0).permutation(found.val.labels_n)
     other = dataclasses.replace(found, val=dataclasses.replace(found.val, labels_n=shuffled))

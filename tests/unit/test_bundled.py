@@ -50,7 +50,7 @@ def test_it_is_small_and_found_by_name() -> None:
         bundled_model("bundled:lung")
 
 
-def test_it_belongs_to_the_recipe() -> None:
+def test_it_matches_the_recipe() -> None:
     config = load_model(bundled_model(DEFAULT)).config
     recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
     settled = {"query.obs_filter": FILTER, "split.test_fraction": 0.0, "model.attention": "none"}

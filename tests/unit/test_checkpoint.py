@@ -46,7 +46,7 @@ def test_a_model_comes_back_as_it_was(saved: Path) -> None:
     np.testing.assert_array_equal(loaded.vocabulary.mean_expression_g, _vocabulary().mean_expression_g)
 
 
-def test_a_model_from_before_panels_takes_genes_that_were_not_measured_as_zeros(saved: Path) -> None:
+def test_a_model_from_before_panels_treats_unmeasured_genes_as_zeros(saved: Path) -> None:
     weights = read_weights(saved)
     _resave(saved, drop="linear_skip.center")
     loaded = load_model(saved).model
@@ -113,13 +113,13 @@ def _resave(
         (lambda d: (d / "meta.json").write_text("{"), r"meta.json is not valid JSON"),
     ],
 )
-def test_what_is_wrong_is_said(saved: Path, spoil: Callable[[Path], object], message: str) -> None:
+def test_errors_are_described(saved: Path, spoil: Callable[[Path], object], message: str) -> None:
     spoil(saved)
     with pytest.raises(ValueError, match=message):
         load_model(saved)
 
 
-def test_a_checkpoint_is_whole_only_with_every_byte(tmp_path: Path) -> None:
+def test_a_checkpoint_is_complete_only_with_every_byte(tmp_path: Path) -> None:
     part, manifest = tmp_path / "part.bin", tmp_path / "manifest.json"
 
     def sealed(entry: object) -> None:
@@ -180,7 +180,7 @@ def test_a_flipped_byte_in_the_weights_is_found(saved: Path) -> None:
         ("vocabulary.json", {"feature_ids": None}, r"vocabulary.json cannot be used"),
     ],
 )
-def test_a_directory_from_anywhere_is_refused_before_a_network_is_built(
+def test_an_untrusted_directory_is_rejected_before_a_network_is_built(
     saved: Path, name: str, change: dict[str, object], message: str
 ) -> None:
     """Files and hashes are consistent, as an author can arrange, but the weights do not match."""

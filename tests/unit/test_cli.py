@@ -33,7 +33,9 @@ def test_every_command_is_called_as_its_file(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_mistyped_argument_or_setting_is_the_users(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_argument_or_setting_is_the_users_error(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(name)([*NEEDED.get(name, []), "--verbos"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
@@ -89,7 +91,7 @@ def greet(error: BaseException | None = None, result: Result = None) -> Command:
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_the_status_says_who_can_do_something(
+def test_the_exit_status_says_who_can_fix_it(
     error: BaseException, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert greet(error)([]) == status
@@ -100,7 +102,7 @@ def test_the_status_says_who_can_do_something(
     assert ("Traceback" in capsys.readouterr().err) == (status != 130)
 
 
-def test_a_fault_of_ours_keeps_its_traceback() -> None:
+def test_an_internal_error_keeps_its_traceback() -> None:
     with pytest.raises(KeyError):
         greet(KeyError("x"))([])
 
@@ -128,7 +130,7 @@ def test_results_are_printed_last_and_are_all_that_quiet_prints(capsys: pytest.C
     assert capsys.readouterr().out == "done\n"
 
 
-def test_settings_come_from_the_recipe_then_options_then_words() -> None:
+def test_settings_come_from_the_recipe_then_options_then_overrides() -> None:
     args = greet().parse(["--config", "smoke", "--names", "a", "model.depth=3", "b", "--seed", "4"])
     assert args.names == ["a", "b"]
     assert (args.settings.model.depth, args.settings.train.seed, args.settings.model.dim) == (3, 4, 16)
@@ -146,7 +148,7 @@ def test_settings_are_found_behind_an_option_of_several_values() -> None:
     )
 
 
-def test_pairs_are_read_and_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pairs_are_parsed_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
     query = command("query")
     args = query.parse(["--atlas", "a", "--tiledb", "vfs.s3.region=eu", "--tiledb", "vfs.s3.scheme=http"])
     assert args.settings.atlas.tiledb_config == {"vfs.s3.region": "eu", "vfs.s3.scheme": "http"}
@@ -180,7 +182,7 @@ def test_a_resumed_run_has_its_own_settings() -> None:
 
 
 @pytest.mark.parametrize("name", ["annotate", "explain"])
-def test_an_atlas_is_reached_as_its_tiledb_settings_say(name: str) -> None:
+def test_an_atlas_is_opened_with_its_tiledb_settings(name: str) -> None:
     words = ["--model", "m", "--out", "o", "--atlas", "s3://b/a", "--tiledb", "vfs.s3.region=eu"]
     args = command(name).parse([*words, "--obs-filter", "sex == 'male'", "--tracking-uri", "http://m:5000"])
     assert (args.settings.atlas.uri, args.settings.query.obs_filter) == ("s3://b/a", "sex == 'male'")

@@ -52,7 +52,7 @@ def test_scores_without_terms_and_probabilities():
     assert "ece" not in found
 
 
-def test_types_that_could_not_be_learned_count_as_errors_but_in_one_score():
+def test_types_that_could_not_be_learned_count_as_errors_in_all_scores_but_one():
     found = scores(
         make_result([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1, 1], known=(0, 1)), make_study(("", "", ""))
     )

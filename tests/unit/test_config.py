@@ -107,7 +107,7 @@ def test_overrides_are_yaml_and_leave_the_rest() -> None:
     )
 
 
-def test_what_follows_a_mapping_is_its_key() -> None:
+def test_the_rest_of_a_mappings_name_is_its_key() -> None:
     merged = BASE.merge(
         [
             "atlas.tiledb_config.vfs.s3.region=eu-west-1",
@@ -133,7 +133,7 @@ def test_round_trip_through_json_and_yaml(tmp_path) -> None:
     assert ExperimentConfig.from_file(path) == config
 
 
-def test_file_that_is_no_recipe(tmp_path) -> None:
+def test_a_file_that_is_not_a_recipe(tmp_path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("- model\n")
     with pytest.raises(ValueError, match=r"recipe.yaml is a list, not the sections \['atlas'"):
@@ -165,14 +165,14 @@ def test_recipes_differ_from_the_defaults_only_where_they_say_so(name: str) -> N
             assert getattr(getattr(BASE, section), field) != value, f"{section}.{field} is the default"
 
 
-def test_every_setting_says_what_it_touches() -> None:
+def test_every_setting_declares_what_it_affects() -> None:
     for section, cls in sections().items():
         for item in dataclasses.fields(cls):
             assert "touches" in item.metadata, f"{section}.{item.name}: declare it with setting(...)"
             assert set(item.metadata["touches"]) <= set(TOUCHES), f"{section}.{item.name}"
 
 
-def test_what_settings_touch() -> None:
+def test_what_settings_affect() -> None:
     cells, pretraining, weights = (set(touching(touch)) for touch in TOUCHES)
     assert {"query.obs_filter", "labels.column", "crossval.num_folds", "crossval.max_cells"} <= cells
     assert weights == {
@@ -218,7 +218,7 @@ def test_a_setting_without_effect_is_refused(command, override, message, tmp_pat
     assert section not in BASE.to_dict(command) or field not in BASE.to_dict(command)[section]
 
 
-def test_commands_take_the_settings_that_they_use() -> None:
+def test_commands_accept_the_settings_that_they_use() -> None:
     for command, unused in WITHOUT_EFFECT.items():
         used = {name for name in sections() if name not in unused}
         assert {"atlas", "query", "model", "train", "cluster"} <= used
@@ -239,7 +239,7 @@ def test_commands_take_the_settings_that_they_use() -> None:
         ("stream.prefetch_batches=2", "stream.prefetch_batches is no longer a setting$"),
     ],
 )
-def test_words_of_earlier_versions_name_their_successor(override, message) -> None:
+def test_values_of_earlier_versions_name_their_replacement(override, message) -> None:
     with pytest.raises(ValueError, match=message):
         BASE.merge([override])
     name, value = override.split("=")

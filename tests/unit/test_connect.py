@@ -11,7 +11,7 @@ from helpers.servers import free_port
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
-def test_an_address_for_submitting_jobs_is_told_apart(address: str) -> None:
+def test_an_address_for_submitting_jobs_is_recognised(address: str) -> None:
     with pytest.raises(ValueError, match=r"is not HOST:PORT.*ray job submit --address http://HOST:8265"):
         door.connect(address)
 
@@ -36,7 +36,7 @@ def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         door.connect()
 
 
-def test_environment_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "old")
     monkeypatch.delenv("ADDED", raising=False)
     with pytest.raises(RuntimeError), door.environment({"KEPT": "new", "ADDED": "1"}):

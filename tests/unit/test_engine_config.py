@@ -13,7 +13,7 @@ def _config(**overrides: object) -> ExperimentConfig:
     return ExperimentConfig().merge({"train.global_batch_size": 64, "train.micro_batch_size": 4, **overrides})
 
 
-def test_the_global_batch_stays_whatever_the_world_size() -> None:
+def test_the_global_batch_does_not_depend_on_the_world_size() -> None:
     for world_size in (1, 2, 4, 8):
         settings = deepspeed_config(_config(), world_size, device_type="cpu")
         product = (
@@ -93,7 +93,7 @@ def _batch(num_cells: int, num_slots: int, first_joinid: int = 0) -> dict[str, t
     }
 
 
-def test_hidden_slots_follow_from_cell_gene_and_step_alone() -> None:
+def test_hidden_slots_depend_only_on_cell_gene_and_step() -> None:
     batch = _batch(200, 101)
     hidden = hidden_slots(batch, 0.3, seed=1, step=5)
     assert not hidden[:, 0].any(), "[CLS] is never hidden"

@@ -48,7 +48,7 @@ def test_values_sum_to_the_whole_logit(tmp_path: Path, settings: dict[str, objec
             }
 
 
-def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> None:
+def test_a_gene_measured_on_only_one_side_gets_its_share(tmp_path: Path) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **{"model.attention": "full"}), device="cpu")
     assert predictor.model.linear_skip is not None
     predictor.model.linear_skip.center.copy_(torch.linspace(0.1, 2.0, 40))
@@ -69,7 +69,7 @@ def test_a_gene_that_only_one_side_measured_has_its_share(tmp_path: Path) -> Non
     np.testing.assert_allclose(differs[~np.isin(unknown.genes, [3, 4])], 0, atol=1e-6)
 
 
-def test_an_lsh_model_is_nearly_additive_and_says_how_nearly(tmp_path: Path) -> None:
+def test_an_lsh_model_is_nearly_additive_and_reports_the_error(tmp_path: Path) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path, **{"model.bucket_size": 64}), device="cpu")
     explainer = Explainer(predictor.model, _cells(predictor, 3, seed=1), num_nodes=16)
     for cell in _cells(predictor, 3, seed=2):
@@ -136,7 +136,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Explainer(predictor.model, [])
 
 
-def test_genes_can_be_taken_away(tmp_path: Path) -> None:
+def test_genes_can_be_removed(tmp_path: Path) -> None:
     predictor = Predictor.load(write_tiny_model(tmp_path), device="cpu")
     (cell,) = _cells(predictor, 1, seed=0)
     genes = cell.token_ids[1:4] - 2

@@ -41,7 +41,7 @@ def _figures() -> list[Figure]:
     ]
 
 
-def test_dollars_in_names_are_no_formulas() -> None:
+def test_dollars_in_names_are_not_formulas() -> None:
     for figure in _figures():
         picture = io.BytesIO()
         figure.savefig(picture, format="svg", metadata={"Date": None})

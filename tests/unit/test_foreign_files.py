@@ -70,7 +70,7 @@ def test_other_inputs_are_named(tmp_path: Path, name: str, make, message: str) -
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/a.h5ad", "https://host/a.h5ad", "gs://b/c.h5ad"])
-def test_an_address_is_shown_as_it_was_given(address: str) -> None:
+def test_a_url_is_shown_as_given(address: str) -> None:
     with pytest.raises(ValueError, match=f"{address} is a URL; download the file"):
         H5adFile.open(Path(address))
 

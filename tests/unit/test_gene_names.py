@@ -37,11 +37,11 @@ def found(names: list[str]) -> list[int]:
         lambda i, n: n.replace("-", "_"),
     ],
 )
-def test_dressed_names_are_found(dress) -> None:
+def test_names_in_all_forms_are_found(dress) -> None:
     assert found([dress(i, n) for i, n in zip(IDS, SYMBOLS, strict=True)]) == ALL
 
 
-def test_repeated_names_are_added_up() -> None:
+def test_columns_with_repeated_names_are_summed() -> None:
     assert found(["CD3D", "LYZ", "CD3D", "CD3D-1", "LYZ.2"]) == [0, 6, 0, 0, 6]
     assert found(["NKX2-1", "LYZ-1"]) == [5, -1], "a suffix counts only next to the name without it"
     match = MATCHER.match(["CD3D", "CD3D", "LYZ"])

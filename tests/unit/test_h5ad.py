@@ -117,7 +117,7 @@ def test_gene_ids_lose_their_version_and_come_from_the_index(tmp_path) -> None:
     assert list(genes.feature_ids) == ensembl(range(100, 130)) and genes.source == "var index"
 
 
-def test_symbols_fill_in_what_has_no_id(tmp_path) -> None:
+def test_symbols_fill_in_missing_ids(tmp_path) -> None:
     sample = cells()
     sample.var.loc[["GENE101", "GENE102"], "feature_id"] = ""
     table = tmp_path / "symbols.tsv"
@@ -162,7 +162,7 @@ def test_duplicate_genes_are_refused_summed_or_dropped(tmp_path) -> None:
         (2.0**24 + 2, "larger than 2\\^24"),
     ],
 )
-def test_what_is_no_count_is_named(tmp_path, value: float, message: str) -> None:
+def test_values_that_are_not_counts_are_named(tmp_path, value: float, message: str) -> None:
     sample = cells()
     dense = sample.X.toarray()
     dense[5, 10] = value
@@ -187,7 +187,7 @@ def test_double_precision_fractions_do_not_round_to_counts(tmp_path) -> None:
         list(file.chunks())
 
 
-def test_a_file_of_which_hardly_anything_can_be_joined_is_refused(tmp_path) -> None:
+def test_a_file_with_hardly_any_matching_genes_is_rejected(tmp_path) -> None:
     sample = cells()
     sample.var = pd.DataFrame(index=[f"{k}" for k in range(30)])
     table = tmp_path / "symbols.tsv"

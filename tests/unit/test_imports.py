@@ -115,7 +115,7 @@ def test_imports_go_one_way(package: str, forbidden: set[str]) -> None:
             assert name.split(".")[0] not in forbidden, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_commands_are_imported_by_nobody_but_the_dispatcher() -> None:
+def test_only_the_dispatcher_imports_commands() -> None:
     commands = {name for name in MODULES if name.count(".") == 1 and name.startswith("jobs.")} - {
         "jobs.arguments",
         "jobs.cli",

@@ -53,7 +53,7 @@ def test_a_copy_of_the_package_alone_labels_an_anndata(model_dir: Path, tmp_path
     assert found["predicted_labels"].tolist() == expected["predicted_labels"].tolist()
 
 
-def test_an_address_in_a_registry_is_refused_with_the_way_to_use_it() -> None:
+def test_a_registry_address_is_rejected_with_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"is in a registry.*resolve_model\('models:/blood@champion'\)"):
         screformer.annotate(toy_adata(), model="models:/blood@champion")
 

@@ -34,7 +34,7 @@ def test_gives_the_probabilities_of_scikit_learn_whatever_classes_are_missing(nu
     assert found[:, [0, -1]].max() < 0.01  # classes that no cell of the sample has
 
 
-def test_a_gene_that_was_not_measured_says_nothing() -> None:
+def test_an_unmeasured_gene_has_no_influence() -> None:
     """Two data sets, one without the marker of label 1: its cells must not pull the marker's weight, nor be
     called by its absence."""
     rng = np.random.default_rng(1)

@@ -47,7 +47,7 @@ def test_kinds() -> None:
     }
 
 
-def test_the_job_brings_the_same_cluster() -> None:
+def test_the_job_creates_the_same_cluster() -> None:
     assert RAY_JOB["spec"]["rayClusterSpec"] == RAY_CLUSTER["spec"]
 
 

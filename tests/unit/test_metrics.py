@@ -49,7 +49,7 @@ def test_scores_are_those_of_sklearn() -> None:
     )
 
 
-def test_parts_merge_to_the_whole() -> None:
+def test_parts_add_up_to_the_whole() -> None:
     rng = np.random.default_rng(0)
     labels, predictions = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
     whole, left, right = (

@@ -114,7 +114,7 @@ def test_evaluation_repeats_to_the_bit_whatever_the_global_generator() -> None:
     assert not torch.equal(first, other)
 
 
-def test_weights_follow_the_seed_alone() -> None:
+def test_weights_depend_only_on_the_seed() -> None:
     torch.manual_seed(1)
     first, state = network(seed=7), torch.random.get_rng_state()
     torch.manual_seed(2)
@@ -254,7 +254,7 @@ def test_network_starts_as_a_given_linear_classifier() -> None:
         network(linear_skip=False).set_linear_start(weights, bias, center)
 
 
-def test_without_gene_embeddings_the_encoder_cannot_tell_genes_apart() -> None:
+def test_without_gene_embeddings_the_encoder_cannot_distinguish_genes() -> None:
     batch = batch_of(counts_of_cells(4))
     genes = batch["token_ids"] >= NUM_SPECIAL
     renamed = {

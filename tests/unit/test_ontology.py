@@ -74,7 +74,7 @@ def test_ancestors_stay_after_pickling() -> None:
         ),
     ],
 )
-def test_wrong_sets_are_refused(types: list[MajorType], message: str) -> None:
+def test_invalid_sets_are_rejected(types: list[MajorType], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MajorTypes(types)
 

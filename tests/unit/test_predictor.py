@@ -29,7 +29,7 @@ def counts() -> sparse.csr_matrix:
     return sparse.csr_matrix(dense.astype(np.float32))
 
 
-def test_a_cell_gets_the_same_result_in_any_company(
+def test_a_cells_result_does_not_depend_on_other_cells(
     predictor: Predictor, counts: sparse.csr_matrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     match = predictor.genes.match(predictor.vocabulary.feature_ids)
@@ -112,7 +112,7 @@ def test_droplets_with_few_counts_of_many_genes_are_unknown(tmp_path: Path) -> N
     assert not predictor.predict(panel).unknown.any(), "a panel of 100 genes has few counts"
 
 
-def test_genes_that_the_input_lacks_are_not_zeros(predictor: Predictor, counts: sparse.csr_matrix) -> None:
+def test_genes_missing_from_the_input_are_not_zeros(predictor: Predictor, counts: sparse.csr_matrix) -> None:
     ids = list(predictor.vocabulary.feature_ids)
     skip = predictor.model.linear_skip
     assert skip is not None

@@ -3,7 +3,7 @@
 from jobs.training.progress import ProgressLines, duration
 
 
-def test_lines_are_short_and_say_how_long_it_takes() -> None:
+def test_lines_are_short_and_show_the_remaining_time() -> None:
     seconds = iter([0.0, 30.0, 60.0])
     lines = ProgressLines(300, clock=lambda: next(seconds))
     train = {"train/loss": 0.83124, "train/cells_per_s": 2120.4, "train/lr": 1e-4, "data/wait_share": 0.1}

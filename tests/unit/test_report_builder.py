@@ -30,7 +30,7 @@ def _report() -> Report:
     return report
 
 
-def test_html_holds_everything_escaped_and_is_the_same_each_time(tmp_path):
+def test_html_escapes_everything_and_is_reproducible(tmp_path):
     page = _report().write_html(tmp_path / "report.html").read_text()
     assert "<title>Cells &amp; &lt;types&gt;</title>" in page and "<b>" not in page
     assert (

@@ -53,7 +53,7 @@ def test_gradients_flow_in_eval_mode_and_equal_those_of_training_without_dropout
     torch.testing.assert_close(grads[0], other_grads[0], rtol=1e-4, atol=1e-3)
 
 
-def test_blocks_learn_from_an_input_that_asks_for_no_gradient():
+def test_blocks_learn_from_an_input_that_needs_no_gradient():
     encoder = ReversibleEncoder(CONFIG)
     encoder(torch.randn(2, 20, 32), torch.ones(2, 20, dtype=torch.bool), hash_seed=0).sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
@@ -108,7 +108,7 @@ def test_encoder_equals_the_librarys_reformer_for_equal_hashes(reversible, n_has
 ROUNDS = ({"n_hashes": 2}, {"n_hashes": 2, "eval_n_hashes": 6}, {"n_hashes": 6})
 
 
-def test_a_trained_network_takes_more_rounds_at_evaluation():
+def test_a_trained_network_uses_more_rounds_at_evaluation():
     plain, more, both = (ReversibleEncoder(replace(CONFIG, **rounds)) for rounds in ROUNDS)
     for encoder in (more, both):
         encoder.load_state_dict(plain.state_dict())

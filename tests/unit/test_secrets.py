@@ -21,7 +21,7 @@ SECRET = "hunter2"
         "sm.encryption_key",
     ],
 )
-def test_tiledb_options_that_hold_a_secret_are_refused(option: str) -> None:
+def test_tiledb_options_with_a_secret_are_rejected(option: str) -> None:
     with pytest.raises(ValueError, match=rf"atlas.tiledb_config has the option {option}; .*environment") as e:
         AtlasConfig(tiledb_config={option: SECRET})
     assert SECRET not in str(e.value)
@@ -50,7 +50,7 @@ def test_other_tiledb_options_are_settings() -> None:
         ("/folder/with:colon@home", "/folder/with:colon@home"),
     ],
 )
-def test_addresses_are_shown_without_secrets_and_refused_with_them(address: str, shown: str) -> None:
+def test_addresses_are_shown_without_secrets_and_rejected_with_them(address: str, shown: str) -> None:
     assert without_secret(address) == shown
     for make in (
         lambda: TrackingConfig(uri=address),

@@ -8,7 +8,7 @@ from data_ingest.simulate import DATASETS, HELD_OUT, simulate_h5ads
 from data_ingest.simulated_types import CELL_TYPES, MARKERS
 
 
-def test_same_seed_same_cells_and_another_seed_others(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_cells_and_different_seeds_different_ones(tmp_path: Path) -> None:
     first, again, other = (
         anndata.read_h5ad(simulate_h5ads(tmp_path / name, num_cells=240, seed=seed)[0])
         for name, seed in [("a", 3), ("b", 3), ("c", 4)]
@@ -50,7 +50,9 @@ def test_markers_mark_their_types(sim_h5ads: list[Path]) -> None:
         assert marker_counts_n[is_type].mean() > 4 * marker_counts_n[~is_type].mean()
 
 
-def test_held_out_data_set_shares_the_world_but_no_donor(tmp_path: Path, sim_h5ads: list[Path]) -> None:
+def test_held_out_data_set_has_the_same_profiles_but_other_donors(
+    tmp_path: Path, sim_h5ads: list[Path]
+) -> None:
     (path,) = simulate_h5ads(tmp_path, num_cells=100, seed=0, datasets=(HELD_OUT,))
     held_out, train = anndata.read_h5ad(path), anndata.read_h5ad(sim_h5ads[0])
     assert not set(held_out.obs["donor_id"]) & set(train.obs["donor_id"])

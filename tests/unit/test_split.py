@@ -18,7 +18,7 @@ def check_parts(split, num_cells):
     assert all(part.dtype == np.int64 and (np.diff(part) > 0).all() for part in split.values())
 
 
-def test_groups_stay_whole_and_labels_are_shared_out():
+def test_groups_stay_whole_and_labels_are_distributed():
     donors, labels = make_cells()
     split = split_cells(donors, labels, SplitConfig(test_fraction=0.25, val_fraction=0.15), seed=0)
     check_parts(split, len(donors))
@@ -50,7 +50,7 @@ def test_named_groups_are_held_out():
     assert set(donors[split["test"]]) == {"donor3", "donor7"}
 
 
-def test_unknown_group_is_named_with_those_there_are():
+def test_unknown_group_is_named_with_the_existing_ones():
     donors, labels = make_cells(num_donors=3)
     with pytest.raises(
         ValueError,
@@ -59,7 +59,7 @@ def test_unknown_group_is_named_with_those_there_are():
         split_cells(donors, labels, SplitConfig(test_groups=("donr1",)), seed=0)
 
 
-def test_holding_everything_out_is_refused():
+def test_holding_everything_out_is_rejected():
     donors, labels = make_cells(num_donors=2)
     with pytest.raises(ValueError, match="holds out every donor_id .*leave some for training"):
         split_cells(donors, labels, SplitConfig(test_groups=("donor0", "donor1")), seed=0)
@@ -71,7 +71,7 @@ def test_one_group_cannot_be_tested_on_others():
         split_cells(["only"] * 50, labels, SplitConfig(), seed=0)
 
 
-def test_too_few_groups_validate_on_random_cells_and_say_so(caplog):
+def test_too_few_groups_validate_on_random_cells_with_a_note(caplog):
     donors = np.repeat(["a", "b"], [300, 300])
     labels = np.tile([0, 0, 1], 200)
     split = split_cells(donors, labels, SplitConfig(test_groups=("b",), val_fraction=0.1), seed=0)
@@ -82,7 +82,7 @@ def test_too_few_groups_validate_on_random_cells_and_say_so(caplog):
     assert split.notes[0] in caplog.text
 
 
-def test_validation_never_takes_a_label_away_from_training():
+def test_validation_never_removes_a_label_from_training():
     donors = np.repeat(["a", "b", "c", "d"], 100)
     labels = np.repeat([0, 1, 2, 3], 100)  # each label in one donor only
     split = split_cells(donors, labels, SplitConfig(test_fraction=0, val_fraction=0.25), seed=0)

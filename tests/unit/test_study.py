@@ -32,7 +32,7 @@ def test_a_trial_folder_depends_on_what_differs_from_the_recipe():
     assert make_study().trial_folder({"train.lr": 0.1}) == study.trial_folder({"train.lr": 0.1})
 
 
-def test_configurations_that_pretrain_alike_share_it():
+def test_configurations_with_equal_pretraining_share_it():
     study = make_study()
     for name, value in (
         ("train.max_steps", 7),
@@ -50,7 +50,7 @@ def test_configurations_that_pretrain_alike_share_it():
     assert study.pretrained_folder(once, 1) == study.pretrained_folder(once, 0)
 
 
-def test_variants_that_change_cells_labels_or_folds_have_folds_of_their_own():
+def test_variants_that_change_cells_labels_or_folds_have_their_own_folds():
     axes = {
         "attention": ["model.attention=none"],
         "level": ["labels.column=cell_type crossval.pretrain=none", "labels.column=cell_type"],

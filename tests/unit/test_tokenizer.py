@@ -81,7 +81,7 @@ def test_quantile_bins_are_within_the_cell_and_ties_share_one() -> None:
     assert tokens["bin_ids"].tolist() == [[0, 2, 1, 1, 2, 3, 3], [0, 1, 2, 0, 0, 0, 0]]
 
 
-def test_binary_tells_detected_genes_only_and_cuts_like_the_others() -> None:
+def test_binary_shows_only_detected_genes_and_truncates_like_the_others() -> None:
     tokens = tokenize(GENE_IDS, COUNTS, OFFSETS, expression="binary")
     assert tokens["values"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
     assert tokens["bin_ids"].tolist() == [[0, 1, 1, 1], [0, 1, 0, 0]]
@@ -104,7 +104,7 @@ def test_long_cell_keeps_the_genes_that_stand_out_and_their_order() -> None:
     assert ties["token_ids"].tolist() == [[CLS, 2, 3, 4, 5]]
 
 
-def test_zeros_are_no_genes_and_order_of_entries_does_not_matter() -> None:
+def test_zeros_are_not_genes_and_entry_order_does_not_matter() -> None:
     shuffled = tokenize(np.array([5, 3, 0, 2, 1]), np.array([7, 0, 1, 2, 4]), [0, 4, 5])
     expected = tokenize(GENE_IDS, COUNTS, OFFSETS)
     for name in ("token_ids", "values", "bin_ids"):
