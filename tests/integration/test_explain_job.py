@@ -69,7 +69,7 @@ def test_explanations_are_saved_checked_and_resumed(
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
     assert "additivity error" in printed and "deletion curve" in printed and "memory:" in printed
-    assert re.search(r"mystery cell .*: none; 0 of the 0 listed for it are among the model's genes", printed)
+    assert re.search(r"mystery cell .*: none; 0 of its 0 listed markers are among the model's genes", printed)
 
     found = load_explanations(out)
     assert found.cells["position"].nunique() == 40 and found.values_mg.shape == (len(found.cells), 40)
