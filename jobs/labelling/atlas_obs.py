@@ -38,7 +38,7 @@ def write_to_atlas(source: AtlasCells, folder: Path) -> None:
     with open_atlas(newest) as experiment:
         obs, uri, context = experiment.obs.read().concat().to_pandas(), experiment.uri, experiment.context
     place = pd.Index(obs["soma_joinid"]).get_indexer(labels.index)
-    assert (place >= 0).all(), "cells of the query are cells of the atlas"
+    assert (place >= 0).all(), "every cell of the query is in the atlas"
     for name in ANSWER_COLUMNS:
         column, values = OBS_PREFIX + name, labels[name].to_numpy()
         if column not in obs:

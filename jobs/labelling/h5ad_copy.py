@@ -39,7 +39,7 @@ class Annotation:
     """Result of annotating one file."""
 
     path: Path
-    """The annotated copy."""
+    """The labelled copy."""
     table: pd.DataFrame
     """One row per label: `label`, `cl_id`, `cells`, `share`, `mean_confidence`; most frequent first."""
     genes: GeneMatch
@@ -229,4 +229,4 @@ def _matrix(labelled: LabelledCells, prefix: str) -> np.ndarray:
 
 def empty_cells_text(count: int) -> str:
     """A line about cells that are unknown because they have too few counts."""
-    return f"  {count:,} cells have too few counts to be typed and are labelled unknown"
+    return f"  {count:,} cells have too few counts to classify and are labelled unknown"

@@ -103,7 +103,7 @@ def _dataset(client: Any, run_id: str, entry: Entry, content: Path | None) -> No
 
 
 def _running(client: Any, run_id: str, entry: Entry, content: Path | None) -> None:
-    if client.get_run(run_id).info.status != "RUNNING":  # a resumed job
+    if client.get_run(run_id).info.status != "RUNNING":  # the job was resumed
         client.update_run(run_id, status="RUNNING")
 
 

@@ -192,8 +192,8 @@ class TrackedRun:
 
         Args:
             identity: Nested plain values, for example `{"atlas": atlas.to_dict(), "query": {"hash": ...,
-                "num_cells": ...}}`. They become tags (`atlas.uri`) and, with `code_identity()`, the artifact
-                `identity.json`.
+                "num_cells": ...}}`. They are logged as tags (`atlas.uri`) and, with `code_identity()`, as the
+                artifact `identity.json`.
         """
         whole = {**identity, "code": code_identity()}
         tags = {name: value for name, value in flat(whole).items() if not name.startswith("code.packages.")}

@@ -1,5 +1,4 @@
-"""One Ray for all tests of this folder, so that not each module pays for its start and its workers'
-imports."""
+"""One Ray for all tests in this folder, so that it starts, and its workers import, only once."""
 
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def ray_local() -> None:
-    """A private Ray of four CPUs, which later modules go on with."""
+    """A private Ray with four CPUs, which later modules share."""
     from helpers.local_ray import start_ray
 
     start_ray()
@@ -17,7 +16,7 @@ def ray_local() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End it after the folder's last test: others want none."""
+    """Stop Ray after the folder's last test, because other tests must not have one."""
     last = nextitem is None or Path(__file__).parent not in nextitem.path.parents
     if last and "ray" in sys.modules:
         sys.modules["ray"].shutdown()

@@ -1,7 +1,7 @@
-"""Kill an ingest at each of its storage operations, and see that the next one puts everything right.
+"""Kill an ingest at each of its storage operations and check that the next ingest repairs the atlas.
 
-Run by `test_ingest_kill.py` in a fresh process: it forks, and TileDB must not have been used before a fork.
-Every `stride`-th operation is tried. Prints one line of JSON: the operations tried, and what was wrong.
+`test_ingest_kill.py` runs this in a fresh process, because it forks, and TileDB must not be used before a
+fork. Every `stride`-th operation is tried. Prints one line of JSON: the operations tried and what was wrong.
 """
 
 import json
@@ -62,8 +62,8 @@ def kill_at(operation: int) -> None:
 
 
 def check(folder: Path, files: list[Path], base: list[Path], operation: int, other: list[Path]) -> str:
-    """Ingest `files` over `base`, killed; then `other`, if any, and `files` again. Returns `finished`,
-    `right`, or what is wrong."""
+    """Ingest `files` over `base` and kill it; ingest `other`, if any; ingest `files` again. Returns
+    `finished`, `right`, or what is wrong."""
     atlas = folder / f"killed_{operation}"
     if base:
         shutil.copytree(folder / "before", atlas)
@@ -110,10 +110,10 @@ def check(folder: Path, files: list[Path], base: list[Path], operation: int, oth
 
     status = in_child(compare)
     if status < 0:
-        # The process crashed in native code (seen once, in malloc, on a machine at load 15), which says
-        # nothing of the atlas but that one more ingest was killed: what holds after a kill must hold now.
+        # The process crashed in native code (seen once, in malloc, at load 15). For the atlas, this is just
+        # one more killed ingest, so everything that holds after a kill must still hold.
         print(
-            f"operation {operation}: the comparing process died of signal {-status}; once more",
+            f"operation {operation}: the comparing process died of signal {-status}; trying again",
             file=sys.stderr,
         )
         status = in_child(compare)

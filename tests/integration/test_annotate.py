@@ -36,8 +36,7 @@ def predictor(model_dir: Path) -> Predictor:
 
 
 def _cells(num_cells: int = 60, *, seed: int = 0) -> anndata.AnnData:
-    """Raw counts over the model's genes, five unknown ones among them, with everything else that such a file
-    may hold."""
+    """Raw counts of the model's genes and five unknown ones, with everything else such a file can contain."""
     rng = np.random.default_rng(seed)
     ids, names = tiny_vocabulary().feature_ids, tiny_vocabulary().feature_names
     unknown = [f"ENSG{i:011d}" for i in range(900, 905)]
@@ -89,7 +88,7 @@ def _check(obs: pd.DataFrame, expected: pd.DataFrame) -> None:
     np.testing.assert_allclose(obs["conf_score"], expected["conf_score"], atol=1e-5)
 
 
-def test_the_command_labels_a_copy_and_leaves_the_rest(
+def test_the_command_labels_a_copy_and_changes_nothing_else(
     model_dir: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
@@ -193,7 +192,7 @@ def test_counts_in_a_layer_or_in_raw(predictor: Predictor, tmp_path: Path) -> No
         label_copy(
             predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", min_gene_overlap=0.0
         )
-    assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
+    assert not list(tmp_path.glob("out*")), "a rejected file leaves nothing behind"
     label_copy(predictor, tmp_path / "in.h5ad", tmp_path / "out.h5ad", model="model", raw=True)
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, expected)
     seven = _expected(predictor, anndata.read_h5ad(tmp_path / "in.h5ad").raw.to_adata()[:, adata.var_names])
@@ -280,7 +279,7 @@ def test_cells_without_a_known_gene_are_counted(predictor: Predictor, tmp_path: 
     assert table["mean_confidence"].to_dict() == pytest.approx(counted.mean().to_dict(), rel=1e-5)
 
 
-def test_bad_requests_stop_with_what_to_do(
+def test_bad_requests_stop_with_a_remedy(
     predictor: Predictor, model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adata = _cells()
@@ -335,7 +334,7 @@ def _cut_genes(adata: anndata.AnnData, folder: Path) -> Path:
     return folder / "panel.h5ad"
 
 
-def test_several_files_go_to_a_folder(model_dir: Path, tmp_path: Path) -> None:
+def test_several_files_are_written_to_a_folder(model_dir: Path, tmp_path: Path) -> None:
     for seed in (1, 2):
         _cells(seed=seed).write_h5ad(tmp_path / f"{seed}.h5ad")
     assert (
@@ -404,7 +403,7 @@ def test_many_cells_are_labelled_in_parallel(
     _check(anndata.read_h5ad(tmp_path / "out.h5ad").obs, _expected(predictor, adata))
 
 
-def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
+def test_an_interrupted_copy_resumes_with_the_existing_labels(
     predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adata, folder = _cells(), tmp_path / "out.h5ad.labels"
@@ -413,7 +412,7 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
     source = H5adCells.open(predictor, tmp_path / "in.h5ad", min_gene_overlap=0.1)
 
     def interrupted(model: str) -> None:
-        """What a killed run leaves: two of three shards, one of them marked, so that it is seen whether it is
+        """Leave the files of a killed run: two of three shards, one of them marked to show whether it is
         used."""
         first, second, _ = sorted(
             label_cells(predictor, source, folder, model=model).folder.glob("0*.parquet")
@@ -431,11 +430,11 @@ def test_an_interrupted_copy_goes_on_with_the_labels_that_are_there(
         assert not folder.exists()
         (tmp_path / "out.h5ad").unlink()
     late = _cells(100)
-    late.X.data[-1] = 0.5  # after the cells that are looked at first
+    late.X.data[-1] = 0.5  # after the cells that are checked first
     late.write_h5ad(tmp_path / "late.h5ad")
     with pytest.raises(ValueError, match="X has 0.5 at cell"):
         label_copy(predictor, tmp_path / "late.h5ad", tmp_path / "out.h5ad", model="model")
-    assert not list(tmp_path.glob("out*")), "nothing is left of a refused file"
+    assert not list(tmp_path.glob("out*")), "a rejected file leaves nothing behind"
 
 
 def test_an_atlas_query_is_labelled_and_written_back(
@@ -490,7 +489,7 @@ def test_an_atlas_query_is_labelled_and_written_back(
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "out.parquet"), made)
 
 
-def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp_path: Path) -> None:
+def test_types_absent_from_the_file_are_dropped(predictor: Predictor, tmp_path: Path) -> None:
     adata, model_dir = _cells(), calibrated_tiny_model(tmp_path / "model")
     calibrated = Predictor.load(model_dir, device="cpu")
     adata.write_h5ad(tmp_path / "in.h5ad")
@@ -506,7 +505,7 @@ def test_types_that_the_file_does_not_hold_are_dropped(predictor: Predictor, tmp
     expected = present_labels(written.obsm["screformer_probabilities"], calibrated.calibration.prior_k)
     found = written.obs["present_label"].astype(str).tolist()
     assert found == [LABELS["names"][code] for code in expected] and len(set(found)) > 1
-    _check(written.obs, _expected(calibrated, adata))  # the other columns are those of each cell for itself
+    _check(written.obs, _expected(calibrated, adata))  # the other columns depend only on the cell itself
     adata.var.index = adata.var["feature_id"]
     assert (
         screformer.annotate(adata, model=model_dir, drop_absent=True)
@@ -551,7 +550,7 @@ def test_a_majority_vote_over_clusters(predictor: Predictor, model_dir: Path, tm
         screformer.annotate(adata, model=model_dir, layer="other")
 
 
-def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: Path) -> None:
+def test_a_real_file_is_labelled_and_not_changed(real_data: Path, tmp_path: Path) -> None:
     source, target = real_data / "bonemarrow_accordion_unlabelled.h5ad", tmp_path / "out.h5ad"
     var = anndata.read_h5ad(source, backed="r").var
     ids = var["feature_id"].astype(str)
@@ -581,7 +580,7 @@ def test_a_real_file_is_labelled_and_stays_as_it_is(real_data: Path, tmp_path: P
 
 
 def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> None:
-    # More cells than one read holds, and fewer than CELLS_FOR_RAY, from which on Ray labels them.
+    # More cells than fit in one read, but fewer than CELLS_FOR_RAY, so that Ray is not used.
     code = """if True:
         import re, sys
         from pathlib import Path
@@ -605,8 +604,8 @@ def test_memory_does_not_grow_with_cells(model_dir: Path, tmp_path: Path) -> Non
 
 
 def _write_wide(path: Path, num_cells: int) -> None:
-    """800 detected genes of 3,200 in each cell: 6.4 KB each as float32 and int32, 115 MB in 18,000 cells. The
-    model knows 40 of them."""
+    """Write cells with 800 of 3,200 genes detected: 6.4 KB per cell as float32 and int32, 115 MB for 18,000
+    cells. The model knows 40 of the genes."""
     per_cell, num_genes = 800, 3_200
     indices = (np.arange(per_cell) * 4 + np.arange(num_cells)[:, None] % 4).astype(np.int32).ravel()
     matrix = sparse.csr_matrix(

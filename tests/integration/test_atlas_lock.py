@@ -1,4 +1,4 @@
-"""One writer per atlas: the second is refused, the first unharmed; a dead owner's claim is taken over."""
+"""One writer per atlas: a second one is rejected without harm to the first; a dead owner loses its claim."""
 
 import json
 import multiprocessing
@@ -32,14 +32,14 @@ HOLD = (
 
 
 def holder(uri: str, tiledb_config: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Another process that holds the lock until its stdin is closed."""
+    """Start another process that holds the lock until its stdin is closed."""
     words = ["-c", HOLD, uri, json.dumps(tiledb_config or {})]
     process = start_python(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout and process.stdout.readline() == "held\n"
     return process
 
 
-def test_a_second_ingest_is_refused_and_a_dead_ones_claim_is_taken_over(tmp_path: Path) -> None:
+def test_a_second_ingest_is_rejected_and_a_dead_owners_claim_is_taken_over(tmp_path: Path) -> None:
     uri, sample = str(tmp_path / "atlas"), write(tmp_path / "a.h5ad", cells())
     first = holder(uri)
     host = re.escape(socket.gethostname())
@@ -54,7 +54,7 @@ def test_a_second_ingest_is_refused_and_a_dead_ones_claim_is_taken_over(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5ad", "atlas"]
 
 
-def test_two_at_once_leave_a_right_atlas(tmp_path: Path) -> None:
+def test_two_ingests_at_once_leave_a_correct_atlas(tmp_path: Path) -> None:
     first = write(tmp_path / "a.h5ad", cells(200))
     more = [write(tmp_path / f"{k}.h5ad", cells(150, dataset=f"d{k}", seed=k)) for k in (1, 2)]
     for name in ("both", "one"):
@@ -69,7 +69,7 @@ def test_two_at_once_leave_a_right_atlas(tmp_path: Path) -> None:
     assert not differences(atlas_content(str(tmp_path / "both")), atlas_content(str(tmp_path / "one")))
 
 
-def test_a_claim_of_another_machine_lives_as_long_as_it_is_renewed(
+def test_a_claim_of_another_machine_is_valid_while_it_is_renewed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claims, "RENEW_S", 0.2)
@@ -84,7 +84,7 @@ def test_a_claim_of_another_machine_lives_as_long_as_it_is_renewed(
         locked(str(tmp_path / "atlas"), {}),
     ):
         pass
-    # Its clock is two hours behind, but it works.
+    # The other machine's clock is two hours behind, but its process is alive.
     receive, send = multiprocessing.Pipe(duplex=False)
     other = multiprocessing.get_context("spawn").Process(target=renew_behind, args=(path, claim, receive))
     path.write_text(json.dumps(claim | {"renewed": time.time() - 7200}))
@@ -100,7 +100,7 @@ def test_a_claim_of_another_machine_lives_as_long_as_it_is_renewed(
 
 
 def renew_behind(path: Path, claim: dict, stop: Connection) -> None:
-    """Renew a claim by a clock that is two hours behind."""
+    """Renew a claim with a clock that is two hours behind."""
     while not stop.poll(0.1):
         write_whole(path, json.dumps(claim | {"renewed": time.time() - 7199}))
 
@@ -115,7 +115,7 @@ def test_a_claim_on_s3(s3: S3) -> None:
         pass
 
 
-def test_an_atlas_of_a_clock_that_is_ahead_is_named_as_such(tmp_path: Path) -> None:
+def test_an_atlas_written_with_a_clock_that_is_ahead_is_reported(tmp_path: Path) -> None:
     uri, sample = tmp_path / "atlas", write(tmp_path / "a.h5ad", cells())
     ingest([sample], str(uri))
     ahead_ms = 2 * 3600 * 1000
@@ -131,12 +131,12 @@ def test_an_atlas_of_a_clock_that_is_ahead_is_named_as_such(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["batch#2", "what?", "a;b"])
-def test_a_path_that_tiledb_cannot_open_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_path_that_tiledb_cannot_open_is_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="TileDB cannot open a path with"):
         ingest([write(tmp_path / "a.h5ad", cells())], str(tmp_path / name))
 
 
-def test_a_path_of_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert schema.atlas_place("~/atlas") == str(tmp_path / "atlas")
 

@@ -1,5 +1,5 @@
-"""Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with models of
-seconds."""
+"""Cross-validation, search and ablation as users start them, on a real Ray and MLflow, with tiny
+models."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from screformer.metrics import OURS
 
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
 QUICK = ["majority", "logistic_l2"]
-pytestmark = pytest.mark.timeout(1200)  # the first test waits for two commands, one of them killed
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for two commands, one of which is killed
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def settings(small_atlas: str) -> list[str]:
 def killed(
     settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
-    """A cross-validation that was killed with its first fold finished, then resumed: folder, result, times of
-    the first fold's files, and what the resumed one printed."""
+    """A cross-validation killed after its first fold and then resumed: folder, result, times of the first
+    fold's files, and the output of the resumed command."""
     folder = tmp_path_factory.mktemp("crossval")
     words = ["--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]"]
     job = start_command("jobs.crossval", *words, "crossval.register=true", cwd=folder)
@@ -65,7 +65,7 @@ def killed(
     return run_dir, result, before, printed
 
 
-def test_a_killed_cross_validation_goes_on_without_repeating_folds(killed: Any) -> None:
+def test_a_killed_cross_validation_resumes_without_repeating_folds(killed: Any) -> None:
     run_dir, result, before, _ = killed
     assert before and all(path.stat().st_mtime_ns == changed for path, changed in before.items())
     (trial,) = (run_dir / "trials").iterdir()
@@ -84,7 +84,7 @@ def test_a_killed_cross_validation_goes_on_without_repeating_folds(killed: Any) 
     assert result["baselines"]["logistic_l2"] > 0.7 > result["baselines"]["majority"]
 
 
-def test_the_report_says_how_ours_compares(killed: Any) -> None:
+def test_the_report_compares_our_model_with_the_baselines(killed: Any) -> None:
     run_dir, result, _, printed = killed
     assert f"{OURS} has macro-F1" in printed
     tree = json.loads((run_dir / "report.json").read_text())
@@ -137,7 +137,7 @@ def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
     )
     assert np.mean(meta["folds"]["metrics"]["macro_f1"]) == pytest.approx(result["scores"]["macro_f1"])
     assert meta["split"]["cells"]["test"] == 0
-    # As every registered model: which code made it, what it scored, and at which step.
+    # Like every registered model, it records its code, scores and best step.
     assert meta["code"]["screformer"] and meta["code"]["git"]
     assert 0 < meta["best_step"] <= 4 and 0 <= meta["metrics"]["best_val/macro_f1"] <= 1
     assert "best_val/ece" in meta["metrics"]
@@ -148,7 +148,7 @@ def test_the_model_of_all_folds_carries_their_scores(killed: Any) -> None:
 def prepared(
     settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ExperimentConfig, Path]:
-    """A configuration for studies in this process, and where they go."""
+    """A configuration for studies in this process, and their folder."""
     config = (
         ExperimentConfig.from_file(SMOKE)
         .merge(settings)
@@ -184,9 +184,9 @@ def test_a_finished_study_registers_nothing_twice(prepared: Any, killed: Any) ->
     )
 
 
-def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
+def test_a_stopped_trial_frees_its_resources(prepared: Any) -> None:
     """ASHA stops the configuration that learns nothing after its first fold; the process that trains its
-    second must not stay."""
+    second fold must end."""
     import ray
     from ray import tune
 
@@ -210,7 +210,7 @@ def test_a_stopped_trial_gives_its_resources_back(prepared: Any) -> None:
     assert ray.available_resources()["CPU"] == pytest.approx(before, abs=0.01)
 
 
-def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
+def test_a_layout_that_cannot_fit_is_rejected_with_the_calculation() -> None:
     def node(cpus: float, gpus: float = 0) -> dict[str, Any]:
         return {"Alive": True, "Resources": {"CPU": cpus, "GPU": gpus}}
 
@@ -240,20 +240,20 @@ def test_a_layout_that_cannot_fit_is_refused_with_the_sum() -> None:
         (["--resume", "nowhere"], "give nothing else"),
     ],
 )
-def test_bad_input_is_said_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert crossval.main(["--config", str(SMOKE), *settings, *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_folds_that_are_nowhere_are_named(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_folds_are_named(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--config", str(SMOKE), settings[0], "labels.min_cells=2", "--dry-run", "--folds", "nowhere"]
     assert crossval.main(words) == 2
     assert "has no artifact folds.parquet" in capsys.readouterr().err
 
 
-def test_dry_run_says_what_will_happen(
+def test_dry_run_describes_the_study(
     settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
-"""The duplication task of the Reformer paper, for attention that sees both sides: read a hidden symbol from
-the other half.
+"""The Reformer paper's duplication task for bidirectional attention: copy a hidden symbol from the other half.
 
-A sequence is a random word twice. Some places of the word are hidden in the second half, and the network has
-to name the symbol there. Only attention to the same place of the first half tells; without it, guessing gives
-one in `SYMBOLS`. Run as a program, it trains the library's network by the same recipe too and prints a table.
+A sequence is a random word, repeated. Some positions of the second half are hidden, and the network has to
+predict their symbols. This requires attention to the same position in the first half; without it, the
+accuracy is one in `SYMBOLS`. As a program, this file also trains the library's network with the same recipe
+and prints a table.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def accuracy(model: Copier, n_hashes: int) -> float:
     return float((model(tokens, 12345).argmax(-1) == truth)[hidden].float().mean())
 
 
-def test_the_task_is_learned_and_more_rounds_at_evaluation_do_not_hurt() -> None:
+def test_the_task_is_learned_and_more_rounds_at_evaluation_do_no_harm() -> None:
     model = learn("ours", 150, 32)
     found = {n_hashes: accuracy(model, n_hashes) for n_hashes in (1, 4, 16)}
     assert found[4] > 0.95, found

@@ -174,7 +174,7 @@ def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
     assert last.exists()
 
 
-def test_what_is_refused(
+def test_bad_requests_are_rejected(
     model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--model", str(model_dir), "--h5ad", str(h5ad), "--out", str(tmp_path / "out")]

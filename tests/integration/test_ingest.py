@@ -1,4 +1,4 @@
-"""Real .h5ad files into real atlases, read back by TileDB-SOMA and by the public Census client."""
+"""Ingest real .h5ad files into real atlases; read them with TileDB-SOMA and the public Census client."""
 
 import json
 import os
@@ -109,7 +109,7 @@ def test_running_twice_adds_nothing(tmp_path: Path) -> None:
 
 def test_overlapping_file_adds_only_its_new_cells(tmp_path: Path) -> None:
     first, second = cells(60), cells(60, first=40)
-    # The overlap is not one block: known and new cells alternate.
+    # The overlap is not contiguous: known and new cells are mixed.
     second = second[np.random.default_rng(0).permutation(60)].copy()
     uri = str(tmp_path / "atlas")
     ingest([write(tmp_path / "a.h5ad", first)], uri)
@@ -128,13 +128,13 @@ def test_overlapping_file_adds_only_its_new_cells(tmp_path: Path) -> None:
     assert list(got.index) == list(expected.index) and np.array_equal(got[expected.columns], expected)
 
 
-def test_atlas_can_be_read_as_it_was_after_many_appends(tmp_path: Path) -> None:
+def test_an_old_version_can_be_read_after_many_appends(tmp_path: Path) -> None:
     uri = str(tmp_path / "atlas")
     ingest([write(tmp_path / "first.h5ad", cells(20))], uri)
     with tiledbsoma.Collection.open(uri) as root:
         pinned = root.context.timestamp_ms or int(root.tiledb_timestamp_ms)
     before = atlas_content(uri)
-    for k in range(9):  # one more than are left unmerged
+    for k in range(9):  # one more than stay unmerged
         ingest(
             [write(tmp_path / f"{k}.h5ad", cells(5, range(100 + k, 131 + k), dataset=f"d{k}", first=k))], uri
         )
@@ -196,7 +196,7 @@ def test_columns_are_mapped_filled_and_never_invented(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csc", "raw"])
-def test_ray_tasks_write_what_this_process_writes(tmp_path: Path, ray_local, kind: str) -> None:
+def test_ray_tasks_write_the_same_as_this_process(tmp_path: Path, ray_local, kind: str) -> None:
     import ray
 
     first, second = cells(200, range(100, 140)), cells(100, range(90, 120), dataset="two", seed=2)
@@ -293,7 +293,7 @@ def test_local_atlas_can_be_moved(tmp_path: Path) -> None:
     assert len(from_census(str(tmp_path / "there"))) == 60
 
 
-def test_real_files_come_out_as_they_went_in(tmp_path: Path, real_data: Path) -> None:
+def test_real_files_are_read_back_unchanged(tmp_path: Path, real_data: Path) -> None:
     files = [real_data / f"{name}.h5ad" for name in ("pbmc3k_10x", "zheng17_facs", "kang18_ctrl_8donors")]
     uri = str(tmp_path / "atlas")
     options = IngestOptions(

@@ -1,5 +1,5 @@
-"""Every bad input is refused before anything is written, with a message that says what, where and what to
-do."""
+"""Bad input is rejected before anything is written; the message gives the problem, the place and the
+remedy."""
 
 import pickle
 from collections.abc import Callable
@@ -146,7 +146,7 @@ def two_files(second) -> Callable[[Path], Made]:
     return lambda tmp: ([write(tmp / "in.h5ad", cells()), write(tmp / "other.h5ad", second)], {})
 
 
-# What is no count, and what is no .h5ad file, is named in unit/test_h5ad.py and unit/test_foreign_files.py.
+# unit/test_h5ad.py covers values that are not counts, unit/test_foreign_files.py files that are not .h5ad.
 BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
     "negative": (
         negative,
@@ -271,7 +271,7 @@ BAD: dict[str, tuple[Callable[[Path], Made], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused(tmp_path: Path, name: str) -> None:
+def test_bad_input_is_rejected(tmp_path: Path, name: str) -> None:
     make, message = BAD[name]
     atlas = tmp_path / "atlas"
     with pytest.raises(ValueError, match=message) as caught:
@@ -304,7 +304,7 @@ def newer_atlas(path: Path) -> None:
         (lambda path: path.write_text("x"), "is a file; use a directory"),
     ],
 )
-def test_a_place_that_is_no_atlas_is_refused(tmp_path: Path, make, message: str) -> None:
+def test_a_folder_that_is_not_an_atlas_is_rejected(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "atlas")
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=message):
@@ -313,7 +313,7 @@ def test_a_place_that_is_no_atlas_is_refused(tmp_path: Path, make, message: str)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_command_ends_with_status_2_and_the_message(tmp_path: Path, capsys, ray_local) -> None:
+def test_the_command_exits_with_status_2_and_the_message(tmp_path: Path, capsys, ray_local) -> None:
     status = main(["--h5ad", str(tmp_path / "gone.h5ad"), "--atlas", str(tmp_path / "atlas")])
     assert status == 2
     assert capsys.readouterr().err.startswith(f"screformer ingest: {tmp_path}/gone.h5ad does not exist")

@@ -1,5 +1,4 @@
-"""A killed ingest leaves the atlas as it was, or is completed by the next one. The processes are really
-killed."""
+"""A killed ingest leaves the atlas unchanged, or the next one completes it. Real processes are killed."""
 
 import json
 import signal
@@ -17,7 +16,7 @@ from helpers.processes import run_python, start_python
 
 def three_files(folder: Path) -> None:
     write(folder / "a.h5ad", cells(40, range(100, 130)))
-    # New genes below and among the known ones, and 15 cells that are in the first file too.
+    # New genes before and between the known ones, and 15 cells that are also in the first file.
     write(folder / "b.h5ad", cells(50, range(90, 125), first=25, seed=0))
     write(folder / "c.h5ad", cells(30, range(110, 150), dataset="blood_two", seed=3))
 

@@ -1,4 +1,4 @@
-"""Files as people bring them: what is valid is taken, the rest is reported, nothing is lost in silence."""
+"""Real-world files: valid content is used, everything else is reported, nothing is lost silently."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TERM = "cell_type_ontology_term_id"
 
 
 def predicted(sample, *, keep_original: bool, record: bool):
-    """As `annotate` leaves it: our columns, and the author's term under another name."""
+    """A file as `annotate` writes it: our columns, and the author's term under another name."""
     if keep_original:
         sample.obs[f"{TERM}_original"] = sample.obs[TERM]
     for name in ANSWER_COLUMNS:
@@ -31,7 +31,7 @@ def predicted(sample, *, keep_original: bool, record: bool):
 
 
 @pytest.mark.parametrize("record", [True, False])
-def test_predictions_are_never_taken_for_labels(tmp_path: Path, record: bool) -> None:
+def test_predictions_are_never_used_as_labels(tmp_path: Path, record: bool) -> None:
     report = ingest(
         [write(tmp_path / "a.h5ad", predicted(cells(), keep_original=True, record=record))],
         str(tmp_path / "kept"),
@@ -49,7 +49,7 @@ def test_predictions_are_never_taken_for_labels(tmp_path: Path, record: bool) ->
         ingest([tmp_path / "a.h5ad"], str(tmp_path / "c"), options)
 
 
-def test_texts_lose_needless_blanks_and_look_alikes_are_reported(tmp_path: Path) -> None:
+def test_extra_spaces_are_removed_and_look_alikes_reported(tmp_path: Path) -> None:
     sample = cells()
     kinds = np.array(["NK cell", " NK  cell", "NK cells", "nk cell"])
     sample.obs["cell_type"] = kinds[np.arange(60) % 4]
@@ -65,7 +65,7 @@ def test_texts_lose_needless_blanks_and_look_alikes_are_reported(tmp_path: Path)
     }
 
 
-def test_values_that_differ_in_more_than_writing_are_no_look_alikes() -> None:
+def test_values_that_differ_in_more_than_spelling_are_not_look_alikes() -> None:
     assert look_alikes(["CD4 T", "CD8 T", "B", "donor_1", "donor_2"]) == []
     assert len(look_alikes(["T-cell", "T cell", "B"])) == 1
 
@@ -136,7 +136,7 @@ def test_the_same_cells_are_known_with_other_genes_and_other_labels(tmp_path: Pa
     assert ingest([write(tmp_path / "b.h5ad", again)], uri).files[0].new_cells == 20
 
 
-def test_genes_that_a_file_lacks_are_unknown_though_its_dataset_has_them(tmp_path: Path) -> None:
+def test_genes_missing_from_a_file_are_unknown_even_if_its_dataset_has_them(tmp_path: Path) -> None:
     uri = str(tmp_path / "atlas")
     parts = [
         (range(100, 130), 0),
