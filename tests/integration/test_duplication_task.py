@@ -1,4 +1,4 @@
-"""The Reformer paper's duplication task for bidirectional attention: copy a hidden symbol from the other half.
+"""The Reformer paper's duplication task for bidirectional attention: copy a symbol from the other half.
 
 A sequence is a random word, repeated. Some positions of the second half are hidden, and the network has to
 predict their symbols. This requires attention to the same position in the first half; without it, the
