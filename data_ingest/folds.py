@@ -38,7 +38,7 @@ class Folds:
     fold_n: np.ndarray
     """Test fold of each cell, int16 (n,)."""
     names: tuple[str, ...]
-    """Name of each fold: its number; of a column other than `donor_id`, the value, such as a dataset."""
+    """Name of each fold: its number, or for columns other than `donor_id` its value, such as a dataset."""
     seed: int
     notes: tuple[str, ...]
     """Caveats for readers of the results."""
@@ -175,7 +175,7 @@ def make_folds(
     Args:
         group_by: obs column whose groups stay together, or `none`.
         donors: Shape (n,).
-        groups: Shape (n,), each cell's value of `group_by`; not used with `donor_id` and `none`.
+        groups: Shape (n,), value of `group_by` of each cell; not used with `donor_id` and `none`.
         labels: Shape (n,), label code of each cell, -1 for none.
         num_folds: f, at least 2; used with `donor_id` and `none`.
         seed: Random seed.
@@ -198,7 +198,7 @@ def make_folds(
             found = np.unique(group_n[donor_n == donor])
             if len(found) > 1:
                 notes.append(
-                    f"donor {donor} is in {group_by} {', '.join(found)}, so trains and tests some folds"
+                    f"donor {donor} is in {group_by} {', '.join(found)}, so in both training and test"
                 )
         return Folds(
             group_by=group_by,

@@ -70,7 +70,7 @@ class QueryResult:
         return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
-        """The counts of `summary_of`, with those of genes."""
+        """The counts of `summary_of`, plus the number of genes."""
         return {"genes": len(self.var_joinids), **summary_of(self.obs, self.label_column)}
 
     def identity(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def find_cells(
         label_column: obs column that becomes `label`. If the atlas has no `cell_type_major` (Census has
             none), it is rolled up from `cell_type_ontology_term_id`.
         columns: Additional obs columns to read.
-        if_there: The same, of which the atlas may lack some.
+        if_there: Additional obs columns to read if the atlas has them.
         expected_hash: Hash that the result must have; empty to skip the check.
 
     Returns:

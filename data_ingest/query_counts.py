@@ -10,18 +10,18 @@ from data_ingest.filters import SEPARATOR
 from data_ingest.query_labels import MAJOR, labels_of
 
 REPORTED = ("assay", "disease", "nnz", MAJOR)
-"""Optional obs columns that only the report of a query reads."""
+"""Optional obs columns, read only for the report of a query."""
 
 
 def summary_of(obs: pd.DataFrame, label_column: str) -> dict[str, Any]:
     """Counts of cells, donors and datasets, and of cells by label, assay, disease and major type.
 
-    A cell with several diseases counts for each of them. Cells without a label are counted by their cell
-    type. What needs a column that is not in obs is left out.
+    A cell with several diseases counts for each of them. Cells without a label are counted by cell type.
+    Counts that need a missing obs column are left out.
 
     Args:
-        obs: As `QueryResult.obs`.
-        label_column: As `QueryResult.label_column`.
+        obs: As in `QueryResult.obs`.
+        label_column: As in `QueryResult.label_column`.
     """
     unmapped = obs["label"].isna()
     found: dict[str, Any] = {
@@ -50,7 +50,7 @@ def count_values(values: pd.Series) -> dict[str, int]:
 
 
 def count_parts(values: pd.Series) -> dict[str, int]:
-    """As `count_values`, where a value may be several, joined by `SEPARATOR`."""
+    """Like `count_values`, but splits values at `SEPARATOR` and counts the parts."""
     parts: dict[str, int] = {}
     for value, count in count_values(values).items():
         for part in value.split(SEPARATOR):

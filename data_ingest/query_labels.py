@@ -19,7 +19,7 @@ ANY_CELL = (
     "single nucleate cell",
     "motile cell",
 )
-"""Names of Cell Ontology terms that say nothing of a cell's type."""
+"""Names of Cell Ontology terms that do not describe a cell's type."""
 
 
 def labels_of(obs: pd.DataFrame, column: str) -> tuple[pd.Categorical, dict[str, str]]:

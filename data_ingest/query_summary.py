@@ -1,4 +1,4 @@
-"""The printed report of a query, with the time that its cells take to read."""
+"""Print the report of a query, with the time needed to read its cells."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from data_ingest.datasource import gene_of_var, read_cells
 from data_ingest.query import QueryResult
 
 BYTES_PER_COUNT = 8
-"""A stored count in memory: gene and value."""
+"""Memory for a stored count: gene and value."""
 _RUNS, _RUN_LENGTH = 8, 64
 
 
 def seconds_to_read(result: QueryResult) -> float:
-    """Estimate how long one reader takes for all cells of a query, from a few hundred of them, in seconds."""
+    """Estimate from a few hundred cells how many seconds one reader needs for all cells of a query."""
     vocabulary = result.vocabulary()
     genes, joinids = gene_of_var(result.atlas, vocabulary), result.obs_joinids
     panels = result.panels(genes, len(vocabulary))
@@ -45,14 +45,14 @@ def report(result: QueryResult, *, seconds: float | None = None) -> str:
         stored = summary["stored_counts"]
         lines.append(f"size      {stored:,} counts, {stored * BYTES_PER_COUNT / 1e9:,.2f} GB in memory")
     if seconds is not None:
-        lines.append(f"reading   about {_duration(seconds)} with one reader, each time they are streamed")
+        lines.append(f"reading   about {_duration(seconds)} per pass with one reader")
     for name, title in (("assays", "assay"), ("diseases", "disease"), ("major_types", "major type")):
         if name in summary:
             lines += [f"{title}, cells:", *_rows(summary[name])]
     lines += [f"{result.label_column}, cells:", *_rows(summary["labels"])]
     if summary["unmapped_cells"]:
         lines += [
-            f"without a label {summary['unmapped_cells']:,} cells, which no training with labels uses, by"
+            f"{summary['unmapped_cells']:,} cells have no label and are not used for fine-tuning; by"
             f" cell_type:",
             *_rows(summary["unmapped_cell_types"]),
         ]

@@ -133,7 +133,7 @@ def additive_start(
         dim: Model width.
         seed: Seeds the randomised SVD and the random values in dimensions beyond its rank.
     """
-    from sklearn.utils.extmath import randomized_svd  # here, as in `start.py`
+    from sklearn.utils.extmath import randomized_svd  # imported here, as in `start.py`
 
     values_ni = torch.from_numpy(values_ng[:, inputs].toarray())
     measured_ni = torch.from_numpy(panels.measured_pg[:, inputs])[torch.from_numpy(panels.panels_n)].float()

@@ -244,7 +244,7 @@ def fit_calibration(
     Source: Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     assert len(outputs), "calibration needs cells"
-    from scipy.optimize import minimize_scalar  # here: who only reads a model need not load it
+    from scipy.optimize import minimize_scalar  # imported here: not needed to use a model
 
     logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
     rows = np.arange(len(labels))

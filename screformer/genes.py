@@ -133,7 +133,7 @@ class GeneMatch:
     def _to_genes(self) -> sparse.csr_matrix:
         """Matrix that sums the columns of each gene, float32 (g, v).
 
-        Multiplied from the left, because columns then come out in order and need no sorting.
+        It multiplies from the left, so the columns of the product are in order without sorting.
         """
         known = np.flatnonzero(self.vocabulary_index >= 0)
         entries = (np.ones(len(known), dtype=np.float32), (self.vocabulary_index[known], known))

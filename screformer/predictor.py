@@ -221,7 +221,7 @@ class Predictor:
         Yields:
             Positions of the cells of one batch, by increasing length.
         """
-        if self._is_additive:  # its work does not depend on the length
+        if self._is_additive:  # its cost does not depend on the length
             yield from np.split(
                 np.arange(len(lengths_n)), range(_CELLS_PER_BATCH, len(lengths_n), _CELLS_PER_BATCH)
             )
@@ -241,8 +241,8 @@ class Predictor:
 def _torch_threads(number: int) -> Iterator[None]:
     """Limit torch's threads.
 
-    The additive encoder's products are so small that threads wait for each other most of the time: with two
-    threads on two busy cores it was ten times as slow as with one, and on idle cores hardly faster.
+    The additive encoder's products are so small that threads mostly wait for each other: with two threads on
+    two busy cores it took ten times as long as with one, and on idle cores it was hardly faster.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(number)

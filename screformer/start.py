@@ -80,7 +80,7 @@ def logistic_start(
     Returns:
         The L2-penalised multinomial regression.
     """
-    # Here, as every worker imports this module to read a `Start`, and these take as long to load as torch.
+    # Imported here, because every worker imports this module for `Start`, and these load as slowly as torch.
     from scipy.optimize import minimize
     from sklearn.preprocessing import normalize
 
@@ -133,7 +133,7 @@ def svd_gene_embeddings(values_ng: sparse.csr_matrix, dim: int, seed: int) -> np
         Embeddings, float32 (g, dim), scaled to the root mean square of random ones. Signs are fixed: the
         largest entry of each dimension is > 0.
     """
-    from sklearn.utils.extmath import randomized_svd  # here, as above
+    from sklearn.utils.extmath import randomized_svd  # imported here, as above
 
     num_genes = values_ng.shape[1]
     rank = min(dim, *values_ng.shape)

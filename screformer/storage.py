@@ -1,4 +1,4 @@
-"""A place that cannot be written, in one line: which one, what is wrong, and how to resume."""
+"""Report in one line that a location cannot be written, why, and how to resume."""
 
 from __future__ import annotations
 
@@ -9,38 +9,42 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _FAULTS = {
-    # number: what is wrong, what to do, and what libraries say that keep no number
-    errno.ENOSPC: ("no space is left", "make room", ("no space left on device", "database or disk is full")),
-    errno.EDQUOT: ("the quota is used up", "make room", ("disk quota exceeded",)),
+    # error number: cause, remedy, and messages of libraries that drop the number
+    errno.ENOSPC: (
+        "no space is left",
+        "free some space",
+        ("no space left on device", "database or disk is full"),
+    ),
+    errno.EDQUOT: ("the quota is exceeded", "free some space", ("disk quota exceeded",)),
     errno.EROFS: (
         "it is read-only",
         "make it writable",
         ("read-only file system", "attempt to write a readonly database"),
     ),
-    errno.EFBIG: ("files may not grow that large", "raise `ulimit -f`", ("file too large",)),
-    errno.EACCES: ("it may not be written", "allow writing", ()),
-    errno.EPERM: ("it may not be written", "allow writing", ()),
-    errno.ENOTDIR: ("a file is where a folder should be", "name another place", ()),
-    errno.EEXIST: ("a file is where a folder should be", "name another place", ()),
+    errno.EFBIG: ("the file would be too large", "raise `ulimit -f`", ("file too large",)),
+    errno.EACCES: ("permission is denied", "allow writing", ()),
+    errno.EPERM: ("permission is denied", "allow writing", ()),
+    errno.ENOTDIR: ("a file is where a folder should be", "choose another location", ()),
+    errno.EEXIST: ("a file is where a folder should be", "choose another location", ()),
 }
 _OF_READS_TOO = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-"""Errors that a file to read can have as well."""
+"""Errors that can also occur when reading a file."""
 
 
 class StorageError(OSError):
-    """A place cannot be written; the message names it, the fault and the remedy."""
+    """A location cannot be written; the message names it, the cause and the remedy."""
 
 
 @contextmanager
 def writing(place: str | Path, remedy: str) -> Iterator[None]:
-    """Report within one line that a place, or a temporary folder on the way there, cannot be written.
+    """Report in one line if a location, or a temporary folder used for it, cannot be written.
 
     Args:
-        place: Path or URI of what is written.
-        remedy: How to resume once it can be written, such as "run the same command again".
+        place: Path or URI to write to.
+        remedy: How to resume after fixing the cause, for example "run the same command again".
 
     Raises:
-        StorageError: The place is full, read-only, forbidden or gone.
+        StorageError: The location is full, read-only, not permitted or gone.
     """
     there = Path(place).exists()
     try:
@@ -50,18 +54,18 @@ def writing(place: str | Path, remedy: str) -> Iterator[None]:
     except Exception as error:
         fault = _fault(error, str(place))
         if not fault and there and not Path(place).exists():
-            fault = f"{place} was removed; bring it back"
+            fault = f"{place} was removed; restore it"
         if not fault:
             raise
         raise StorageError(f"{fault}, then {remedy}") from error
 
 
 def _fault(error: BaseException, place: str) -> str:
-    """What is wrong, and what to do; empty if the error has another cause."""
+    """The cause and what to do; empty if the error has another cause."""
     for each in _chain(error):
         number, named = None, None
         if isinstance(each, OSError):
-            number, named = each.errno, each.filename2 or each.filename  # of a copy, where it goes
+            number, named = each.errno, each.filename2 or each.filename  # for a copy, the target
         text = str(each).lower()
         number = next((known for known, (_, _, signs) in _FAULTS.items() if _says(text, signs)), number)
         if number not in _FAULTS:
@@ -94,7 +98,7 @@ def _related(one: Path, other: Path) -> bool:
 
 
 def _free(place: str) -> str:
-    """How much room there is, for a place on this machine."""
+    """Free space at a local path, as text; empty for a URI."""
     if "://" in place:
         return ""
     path = Path(place).absolute()

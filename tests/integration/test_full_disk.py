@@ -29,8 +29,8 @@ def test_an_ingest(
     with small_disk(disk, "600k") as change:
         status, said = _main(ingest.main, words, capsys)
         assert status == 2 and said == (
-            f"screformer ingest: {disk}/atlas cannot be written: no space is left (0 MB free); make room,"
-            f" then run the same command again, which completes the ingest\n"
+            f"screformer ingest: {disk}/atlas cannot be written: no space is left (0 MB free); free some"
+            f" space, then run the same command again, which completes the ingest\n"
         )
         change("size=8m")
         assert _main(ingest.main, [*words, "--verify"], capsys) == (0, "")
@@ -67,8 +67,8 @@ def test_a_training(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
         _, said = run_here(finetune.main, *words, cwd=tmp_path, status=2)
         (run_dir,) = disk.iterdir()
         assert said.splitlines()[-1] == (
-            f"screformer finetune: {run_dir} cannot be written: no space is left (0 MB free); make room, then"
-            f" resume with --resume {run_dir}"
+            f"screformer finetune: {run_dir} cannot be written: no space is left (0 MB free); free some"
+            f" space, then resume with --resume {run_dir}"
         )
         assert "Traceback" not in said
         client: MlflowClient = mlflow_client(tracking)

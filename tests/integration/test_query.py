@@ -330,7 +330,7 @@ def test_the_command_reports_what_a_training_would_use(old_atlas, tmp_path, caps
     assert counts["unmapped_cell_types"] == {"animal cell": 1, "cell": 1, "unknown": 1}
     assert sum(counts["assays"].values()) == 600 and counts["stored_counts"] > 0
     assert sum(counts["major_types"].values()) >= 597 and "T cell" in counts["major_types"]
-    assert "without a label 3 cells" in printed and "major type, cells:" in printed
+    assert "3 cells have no label" in printed and "major type, cells:" in printed
     assert "reading   about" in printed and "  asthma\n" in printed
 
 

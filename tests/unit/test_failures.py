@@ -20,7 +20,7 @@ KILLED = OutOfMemoryError(
     "2 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID:"
     " 1b6e) was 30.64GB used / 31.54GB limit (0.971)\nOOM kill reason: ..."
 )
-FULL = StorageError("/runs/a cannot be written: no space is left; make room, then resume")
+FULL = StorageError("/runs/a cannot be written: no space is left; free some space, then resume")
 FOLLOWS = RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
 

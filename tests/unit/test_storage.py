@@ -36,7 +36,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def test_a_full_and_a_read_only_disk(tmp_path: Path, writer: str) -> None:
     with small_disk(tmp_path / "disk", "400k") as change:
         disk = tmp_path / "disk"
-        message = rf"^{disk}\S* cannot be written: no space is left \(0 MB free\); make room, then go on$"
+        message = (
+            rf"^{disk}\S* cannot be written: no space is left \(0 MB free\); free some space, then go on$"
+        )
         with pytest.raises(StorageError, match=message), writing(disk, "go on"):
             WRITERS[writer](disk)
         for path in disk.iterdir():
@@ -49,18 +51,18 @@ def test_a_full_and_a_read_only_disk(tmp_path: Path, writer: str) -> None:
 
 def test_other_faults_of_the_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="a file is where a folder should be; name another place"):
+    with pytest.raises(StorageError, match="a file is where a folder should be; choose another location"):
         with writing(tmp_path / "file" / "out", "go on"):
             (tmp_path / "file" / "out").mkdir(parents=True)
     (tmp_path / "gone").mkdir()
-    with pytest.raises(StorageError, match="gone was removed; bring it back, then go on"):
+    with pytest.raises(StorageError, match="gone was removed; restore it, then go on"):
         with writing(tmp_path / "gone", "go on"):
             shutil.rmtree(tmp_path / "gone")
             raise RuntimeError("whatever follows from it")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(StorageError, match="files may not grow that large; raise `ulimit -f`"):
+        with pytest.raises(StorageError, match="the file would be too large; raise `ulimit -f`"):
             with writing(tmp_path, "go on"):
                 (tmp_path / "large").write_bytes(b"0" * 2000)
     finally:
