@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from data_ingest.ingest_options import IngestOptions
 from jobs.tracking.identity import package_version
 from jobs.tracking.model_card import model_card
 from jobs.training.run import run_training
+from screformer import reference
 from screformer.checkpoint import load_model, save_model
 from screformer.config import ClusterConfig, ExperimentConfig, TrackingConfig
 from screformer.settings import plain
@@ -103,6 +105,7 @@ def write_bundled(model_dir: Path, out: Path, sources: Sequence[Mapping[str, str
         "sources": [dict(source) for source in sources],
     }
     save_model(out, loaded.model, config, loaded.vocabulary, loaded.labels, meta, loaded.calibration)
+    shutil.copyfile(model_dir / reference.FILE, out / reference.FILE)
     (out / CARD).write_text(_card(out, sources))
 
 
@@ -121,7 +124,8 @@ def _card(model_dir: Path, sources: Sequence[Mapping[str, str]]) -> str:
         "|---|---|---|---|",
         *(f"| {s['file']} | {s['original_study']} | {s['repo']} | {s['license']} |" for s in sources),
         "",
-        "The model contains no cells of these data sets. To retrain it, run `screformer train_bundled`.",
+        "The model contains no counts of these data sets, only embeddings of some of their cells. To retrain",
+        "it, run `screformer train_bundled`.",
     ]
     about = [
         "Major types of human blood cells. The scores below are for validation cells; docs/results.md has",

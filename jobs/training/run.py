@@ -24,6 +24,7 @@ from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells, describe
 from jobs.training.launch import check_layout, train
 from jobs.training.prepare import prepare_cells
+from jobs.training.reference import cells_to_show, keep_reference
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,
@@ -42,10 +43,6 @@ from jobs.training.task import training_task
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
-
-SHOWN_CELLS, SHOWN_TOKENS = 2000, 2_000_000
-"""Maximum numbers of test cells and tokens whose embeddings a run keeps for its report. The driver computes
-them, and may have no GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,9 @@ def run_training(
             model_dir = _trained_model(task, cells, run, run_dir, model=start, resumes=bool(saved))
             version = None
             if task == "finetune":
-                _log_test_cells(run, cells, model_dir)
+                predictor = Predictor.load(model_dir)
+                keep_reference(cells, predictor)
+                _log_test_cells(run, cells, predictor)
                 version = run.register(model_dir, cells.config.tracking.model_name)
             else:
                 run.log_file(model_dir)
@@ -186,13 +185,11 @@ def describe_training(
     return "\n".join(yaml.safe_dump(part, sort_keys=False) for part in parts) + cells.attention
 
 
-def _log_test_cells(run: TrackedRun, cells: TrainingCells, model_dir: Path) -> None:
+def _log_test_cells(run: TrackedRun, cells: TrainingCells, predictor: Predictor) -> None:
     """Log predictions and embeddings of some test cells, for the figures of `jobs.report`."""
     if not len(cells.parts["test"]):
         return
-    predictor = Predictor.load(model_dir)
-    most_cells = min(SHOWN_CELLS, SHOWN_TOKENS // cells.config.tokens.most_slots(len(cells.genes)))
-    found = cells.sample("test", most_cells)
+    found = cells.sample("test", cells_to_show(cells))
     said = predictor.predict(found.cells)
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
     groups = {

@@ -20,6 +20,7 @@ NEEDED = {
     "promote": ["--model", "m"],
     "train_bundled": ["--data", "sets", "--work", "scratch"],
     "report": ["--run", "r"],
+    "shift": ["--h5ad", "a.h5ad"],
     "sync": ["--run-dir", "r"],
     "benchmark annotate": ["--h5ad", "a.h5ad"],
 }

@@ -16,7 +16,9 @@ from data_ingest.filters import check_filter, read_filtered
 from data_ingest.h5ad import H5adFile
 from data_ingest.measured import measured_genes
 from data_ingest.query import find_cells, load_query, resolve_query, run_query
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from jobs.query import main
+from jobs.shift import main as shift
 from jobs.training.prepare import prepare_cells
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, SplitConfig
 
@@ -332,6 +334,18 @@ def test_the_command_reports_what_a_training_would_use(old_atlas, tmp_path, caps
     assert sum(counts["major_types"].values()) >= 597 and "T cell" in counts["major_types"]
     assert "3 cells have no label" in printed and "major type, cells:" in printed
     assert "reading   about" in printed and "  asthma\n" in printed
+
+
+def test_the_cells_of_a_saved_query_are_compared_with_a_model(small_atlas, whole, tmp_path, capsys):
+    model = write_tiny_model(tmp_path / "model", tiny_vocabulary(whole.feature_ids[:40]))
+    query = str(tmp_path / "query.json")
+    words = ["--atlas", small_atlas, "--obs-filter", "dataset_id == 'sim_lung'", "--out", query]
+    assert main(words) == 0 and shift(["--model", str(model), "--query", query]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lung = whole.obs[whole.obs["dataset_id"] == "sim_lung"]
+    assert found["cells"] == len(lung) and found["donors"] == lung["donor_id"].nunique()
+    assert "endothelial cell" in found["new_types"] and "B cell" not in found["new_types"]
+    assert 0 < found["genes_measured"] < 40 and found["auroc"] is None  # lung has a panel of its own
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from helpers.processes import run_python
 from jobs.arguments import RECIPES
 from jobs.training.bundled import FILTER
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
-from screformer.checkpoint import WEIGHTS, load_model
+from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
 from screformer.predictor import Predictor
 
@@ -58,7 +58,9 @@ def test_it_matches_the_recipe() -> None:
 
 
 def test_it_names_no_machine() -> None:
-    text = "".join(path.read_text() for path in bundled_model(DEFAULT).iterdir() if path.name != WEIGHTS)
+    text = "".join(
+        path.read_text() for path in bundled_model(DEFAULT).iterdir() if path.suffix != ".safetensors"
+    )
     assert "/home" not in text and "file://" not in text and "mlflow.db" not in text
 
 

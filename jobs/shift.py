@@ -1,0 +1,68 @@
+"""Tell how far cells are from those that a model was trained on, and what to do about it.
+
+It compares genes, depth and embeddings, counts unknown cells and types that the model lacks, and, where the
+cells have labels, scores the model. At most 5,000 cells are read, drawn at random. The verdict follows from
+the thresholds in the table. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jobs.arguments import Command, Parser, Result, add_counts, add_filter, add_model, add_tiledb
+
+
+def arguments(parser: Parser) -> None:
+    """The arguments of the command."""
+    add_model(parser)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--query", dest="query.file", metavar="FILE", help="a saved query of an atlas")
+    where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file of raw counts")
+    where.add_argument(
+        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
+    )
+    add_filter(parser)
+    add_tiledb(parser)
+    add_counts(parser)
+    parser.add_argument(
+        "--label-column",
+        metavar="COLUMN",
+        help="obs column of an .h5ad file with known labels (default: that of the model, where it is there)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write a report, .html, and its numbers next to it, .json"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse other formats, and what has no effect."""
+    if args.out is not None and args.out.suffix != ".html":
+        raise ValueError(f"--out {args.out} must end in .html")
+    if args.label_column and args.h5ad is None:
+        raise ValueError("--label-column is of .h5ad files; an atlas is compared by the model's own column")
+
+
+def work(args: argparse.Namespace) -> Result:
+    """Compare, print the tables, write the report."""
+    from jobs.shifting.page import shift_words
+    from jobs.shifting.run import run_shift
+
+    shift, summary = run_shift(
+        args.model,
+        args.settings,
+        h5ad=args.h5ad,
+        layer=args.layer,
+        raw=args.use == "raw",
+        label_column=args.label_column,
+        out=args.out,
+    )
+    print(shift_words(shift))
+    return summary
+
+
+main = Command(name="shift", doc=__doc__, arguments=arguments, work=work, extra="train", check=check)
+
+if __name__ == "__main__":
+    sys.exit(main())

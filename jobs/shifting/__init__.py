@@ -1,0 +1,1 @@
+"""How far cells are from those that a model was trained on."""

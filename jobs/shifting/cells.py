@@ -1,0 +1,144 @@
+"""The cells that are compared with a model's training cells: of an atlas query, or of a file.
+
+Axes: n cells, g genes of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_ingest.cells import H5adCells
+from data_ingest.h5ad import H5adFile
+from data_ingest.query_labels import MAJOR, labels_of
+from screformer.cells import CellSource
+from screformer.config import ExperimentConfig
+from screformer.counts import CellCounts, Panels
+from screformer.predictor import Predictions, Predictor
+
+MOST_CELLS = 5_000
+"""Most cells that are looked at, drawn at random."""
+LEAST_OVERLAP = 0.0
+"""Cells with few of the model's genes are compared too: that is a finding."""
+DONOR = "donor_id"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ComparedCells:
+    """Cells of a query or file, and what a model says of some of them."""
+
+    name: str
+    """Where they are from."""
+    num_cells: int
+    measured_g: np.ndarray
+    """Which genes of the model were measured in any of them, bool (g,)."""
+    predictions: Predictions
+    """Of n cells, drawn at random."""
+    counts: CellCounts
+    """Of the same."""
+    labels_n: np.ndarray
+    """Known label of each, object; "" if unknown."""
+    donors_n: np.ndarray
+    """Donor of each, object; one name for all where that is not known."""
+
+
+def compared_file(
+    predictor: Predictor,
+    path: Path,
+    *,
+    layer: str | None = None,
+    raw: bool = False,
+    label_column: str | None = None,
+) -> ComparedCells:
+    """Cells of an .h5ad file.
+
+    Args:
+        predictor: The model.
+        path: The file.
+        layer: Counts are in this layer instead of X.
+        raw: Counts are in `raw.X` instead of X.
+        label_column: obs column of known labels. None takes the model's own column, or major types by
+            `cell_type_ontology_term_id`, where the file has them.
+
+    Raises:
+        ValueError: An unreadable file, none of the model's genes, or no such column.
+    """
+    cells = H5adCells.open(predictor, path, min_gene_overlap=LEAST_OVERLAP, layer=layer, raw=raw)
+    with H5adFile.open(path, layer=layer, raw=raw) as file:
+        obs = file.obs
+    if label_column and label_column not in obs:
+        raise ValueError(
+            f"--label-column {label_column}: obs of {path} has no such column; it has"
+            f" {', '.join(map(str, obs.columns)) or 'none'}"
+        )
+    column = label_column or predictor.label_column
+    labels = np.full(len(obs), "", dtype=object)
+    if column in obs or (column == MAJOR and "cell_type_ontology_term_id" in obs):
+        found = pd.Series(labels_of(obs.reset_index(drop=True), column)[0])
+        labels = found.astype(object).where(found.notna(), "").to_numpy(dtype=object)
+    donors = obs[DONOR].astype(str).to_numpy(dtype=object) if DONOR in obs else np.full(len(obs), "one")
+    return _compared(str(path), predictor, cells, cells.match.measured_g, labels, donors)
+
+
+def compared_query(predictor: Predictor, settings: ExperimentConfig) -> ComparedCells:
+    """Cells of a saved query, or of an atlas and a filter.
+
+    Args:
+        predictor: The model.
+        settings: `atlas` and `query` say which cells.
+
+    Raises:
+        ValueError: As `data_ingest.query.find_cells`, or none of the model's genes.
+    """
+    # Files need neither TileDB-SOMA nor what comes with it.
+    from data_ingest.atlas import open_atlas
+    from data_ingest.atlas_cells import AtlasCells
+    from data_ingest.query import find_cells, resolve_query
+
+    atlas, query, expected_hash = resolve_query(settings)
+    with open_atlas(atlas) as experiment:
+        names = experiment.obs.schema.names
+    known = predictor.label_column if predictor.label_column in (MAJOR, *names) else "cell_type"
+    result = find_cells(atlas, query, known, expected_hash=expected_hash)
+    cells = AtlasCells.open(predictor, result, min_gene_overlap=LEAST_OVERLAP)
+    measured_g = np.asarray(cells.every_panel.measured_pg.any(axis=0))
+    name = f"{atlas.uri} ({query.obs_filter or 'all cells'})"
+    labels = cells.labels(np.arange(cells.num_cells))
+    donors = result.obs[DONOR].astype(str).to_numpy(dtype=object)
+    return _compared(name, predictor, cells, measured_g, labels, donors)
+
+
+def _compared(
+    name: str,
+    predictor: Predictor,
+    source: CellSource,
+    measured_g: np.ndarray,
+    labels: np.ndarray,
+    donors: np.ndarray,
+) -> ComparedCells:
+    rng = np.random.default_rng(0)
+    chosen = np.arange(source.num_cells)
+    if source.num_cells > MOST_CELLS:
+        chosen = np.sort(rng.choice(source.num_cells, MOST_CELLS, replace=False))
+    size = source.cells_per_read
+    read = [source.read(chosen[start : start + size]) for start in range(0, len(chosen), size)]
+    counts = read[0] if len(read) == 1 else _joined(read, source.panels(chosen))
+    return ComparedCells(
+        name=name,
+        num_cells=source.num_cells,
+        measured_g=measured_g,
+        predictions=predictor.predict(counts),
+        counts=counts,
+        labels_n=labels[chosen],
+        donors_n=donors[chosen],
+    )
+
+
+def _joined(parts: list[CellCounts], panels: Panels) -> CellCounts:
+    from scipy import sparse
+
+    counts_ng = sparse.csr_array(sparse.vstack([part.counts_ng for part in parts], format="csr"))
+    return CellCounts(counts_ng, np.concatenate([part.total_n for part in parts]), panels)

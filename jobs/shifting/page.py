@@ -1,0 +1,144 @@
+"""The report of a shift, in words and as a page."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from jobs.reports.cell_map import layout
+from jobs.reports.figures import map_figure
+from jobs.reports.page import Report
+from jobs.shifting import measure
+from jobs.shifting.cells import ComparedCells
+from jobs.shifting.measure import Shift
+from screformer.predictor import Predictor
+from screformer.reference import TrainingReference
+
+_ON_MAP = 2_000
+"""Cells of each kind on the map, at most."""
+_ROWS = {
+    "genes of the model that are measured": ("genes_measured", "{:,}"),
+    "their share of the expression that the model expects": ("expression_share", "{:.1%}"),
+    "share of the counts that are in genes of the model": ("counts_share", "{:.1%}"),
+    "unknown cells": ("unknown_share", "{:.1%}"),
+    "AUROC of new against training cells": ("auroc", "{:.3f}"),
+    "the same of parts of the training cells": ("usual_auroc", "{:.3f}"),
+    "labelled cells of types that the model lacks": ("new_types_share", "{:.1%}"),
+    "accuracy on labelled cells of its types": ("accuracy", "{:.3f}"),
+    "expected calibration error on these": ("calibration_error", "{:.3f}"),
+}
+_THRESHOLDS = {
+    "expression_share": f"at least {measure.LEAST_GENES:.0%}",
+    "counts_share": f"at least {measure.LEAST_COUNTS:.0%}",
+    "unknown_share": f"at most {measure.MOST_UNKNOWN:.0%}",
+    "new_types_share": f"at most {measure.MOST_NEW:.0%}",
+    "accuracy": f"at least {measure.LEAST_ACCURACY:.0%}",
+}
+
+
+def shift_table(shift: Shift) -> pd.DataFrame:
+    """One row per number: `what`, `found`, `threshold`."""
+    rows = []
+    for what, (name, form) in _ROWS.items():
+        value = shift.numbers[name]
+        found = "not known" if value is None else form.format(value)
+        rows.append({"what": what, "found": found, "threshold": _THRESHOLDS.get(name, "")})
+    return pd.DataFrame(rows)
+
+
+def shift_words(shift: Shift) -> str:
+    """The tables as text, and the verdict."""
+    parts = [
+        shift_table(shift).to_string(index=False),
+        shift.depth.to_string(index=False, float_format="{:,.0f}".format),
+    ]
+    parts.append(shift.composition.to_string(index=False, float_format="{:.3f}".format))
+    if shift.types is not None:
+        parts.append(shift.types.to_string(index=False, float_format="{:.3f}".format, na_rep="-"))
+    return "\n\n".join([*parts, shift.sentence])
+
+
+def shift_report(
+    shift: Shift,
+    *,
+    model: str,
+    cells: ComparedCells,
+    predictor: Predictor,
+    reference: TrainingReference | None,
+) -> Report:
+    """The report of a shift.
+
+    Args:
+        shift: The numbers.
+        model: URI of the model.
+        cells: The new cells.
+        predictor: The model.
+        reference: Its training cells.
+    """
+    numbers = shift.numbers
+    report = Report("Shift: how far these cells are from the training", subtitle=f"{model} on {cells.name}")
+    report.facts(
+        {
+            "verdict": shift.verdict,
+            "unknown cells": f"{numbers['unknown_share']:.1%}",
+            "AUROC": "not known" if numbers["auroc"] is None else f"{numbers['auroc']:.3f}",
+            "cells": f"{numbers['cells']:,}",
+        }
+    )
+    report.text(f"**{shift.sentence}**")
+    compared = numbers["cells_compared"]
+    which = "all cells" if compared == numbers["cells"] else f"{compared:,} cells, drawn at random"
+    report.section("Numbers")
+    report.table(
+        "",
+        shift_table(shift),
+        f"Of {which}, of {numbers['donors']:,} donors. AUROC: how well a classifier tells new cells from"
+        f" training cells by their embeddings, on donors that it was not trained on, with labels equally"
+        f" frequent in both; 0.5 is not at all, 1 always. Compare it with that of parts of the training cells"
+        f" (data sets, or donors), each against the others.",
+    )
+    report.table(
+        "Depth",
+        shift.depth,
+        "Quantiles over cells. The training cells are those that the model keeps, as many of each type.",
+    )
+    report.table(
+        "Composition",
+        shift.composition,
+        "Cells by best label, and the share estimated from all cells together. Types that the model lacks are"
+        " not among them.",
+    )
+    if shift.types is not None:
+        report.table("Known labels", shift.types, "Accuracy is of best labels.")
+    if reference:
+        _add_map(report, cells, predictor, reference)
+    return report
+
+
+def _add_map(
+    report: Report, cells: ComparedCells, predictor: Predictor, reference: TrainingReference
+) -> None:
+    rng = np.random.default_rng(0)
+    new, old = (np.sort(rng.permutation(size)[:_ON_MAP]) for size in (len(cells.predictions), len(reference)))
+    points_n2, how = layout(
+        np.concatenate([cells.predictions.embedding_nd[new], reference.embedding_nd[old].astype(np.float32)])
+    )
+    source = pd.Series(["new"] * len(new) + ["training"] * len(old))
+    labels = pd.Series(
+        [f"new: {label}" for label in cells.predictions.labels[new]]
+        + list(predictor.label_names[reference.labels_n[old]])
+    )
+    report.section("Map of the cells")
+    report.text(f"{how} of the embeddings of {len(new):,} new and {len(old):,} training cells.")
+    report.figure(
+        "New and training cells",
+        map_figure(points_n2, source, ["training", "new"]),
+        "New cells on islands without training cells are unlike what the model knows.",
+        f"Map of {len(new)} new and {len(old)} training cells.",
+    )
+    report.figure(
+        "By label",
+        map_figure(points_n2, labels, labels.value_counts().index.tolist()),
+        "Training cells by their label, new cells by the model's answer.",
+        "The same map, by label or answer.",
+    )

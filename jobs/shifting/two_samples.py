@@ -1,0 +1,115 @@
+"""Whether two samples of cells can be told apart by their embeddings.
+
+Axes: n cells, d model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_FOLDS = 5
+LEAST_CELLS = 30
+"""Fewer cells of a sample are not compared."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CellSample:
+    """Some cells as a model sees them."""
+
+    embedding_nd: np.ndarray
+    labels_n: np.ndarray
+    """Label that each cell has or is given, int64."""
+    donors_n: np.ndarray
+    """Code of each cell's donor, int64."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+    def take(self, cells: np.ndarray) -> CellSample:
+        """Some of the cells."""
+        return CellSample(
+            embedding_nd=self.embedding_nd[cells],
+            labels_n=self.labels_n[cells],
+            donors_n=self.donors_n[cells],
+        )
+
+
+def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
+    """How well a classifier tells two samples apart on donors that it was not trained on.
+
+    A logistic regression on standardised embeddings, cross-validated in folds of whole donors; of a sample
+    with one donor, in folds of its cells. The cells of `ours` are weighted so that each label is as frequent
+    as in `theirs`: a different composition alone does not tell the samples apart.
+
+    Args:
+        ours: Cells of the training, for example.
+        theirs: Cells to compare with them.
+
+    Returns:
+        Area under the ROC curve, 0.5 for samples that are alike, 1 for those that never overlap; None for too
+        few cells, or where the samples have no label in common.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.preprocessing import StandardScaler
+
+    weight_n = np.concatenate([_matched_weights(ours, theirs), np.full(len(theirs), 1.0)])
+    if min(len(ours), len(theirs)) < LEAST_CELLS or weight_n[: len(ours)].sum() == 0:
+        return None
+    weight_n[: len(ours)] *= len(theirs) / weight_n[: len(ours)].sum()
+    x_nd = np.concatenate([ours.embedding_nd, theirs.embedding_nd]).astype(np.float64)
+    is_theirs_n = np.arange(len(x_nd)) >= len(ours)
+    folds_n = np.concatenate([_folds(ours.donors_n), _folds(theirs.donors_n)])
+    areas = []
+    for fold in np.unique(folds_n):
+        test, fit = folds_n == fold, (folds_n != fold) & (weight_n > 0)
+        test &= weight_n > 0
+        if any(len(np.unique(is_theirs_n[part])) < 2 for part in (test, fit)):
+            continue
+        scaler = StandardScaler().fit(x_nd[fit])
+        classifier = LogisticRegression(C=0.1, max_iter=300)
+        classifier.fit(scaler.transform(x_nd[fit]), is_theirs_n[fit], weight_n[fit])
+        score_n = classifier.decision_function(scaler.transform(x_nd[test]))
+        areas.append(roc_auc_score(is_theirs_n[test], score_n, sample_weight=weight_n[test]))
+    return float(np.mean(areas)) if areas else None
+
+
+def usual_distance(training: CellSample, parts_n: np.ndarray) -> float | None:
+    """Mean of `told_apart` for each part of the training cells, such as a data set, against the others.
+
+    Args:
+        training: The cells.
+        parts_n: Code of the part of each cell.
+
+    Returns:
+        None where no part is large enough.
+    """
+    found = []
+    for part in np.unique(parts_n):
+        inside = parts_n == part
+        area = told_apart(training.take(~inside), training.take(inside))
+        if area is not None:
+            found.append(area)
+    return float(np.mean(found)) if found else None
+
+
+def _matched_weights(ours: CellSample, theirs: CellSample) -> np.ndarray:
+    """Weight of each of our cells that gives our labels the frequencies of theirs."""
+    most = int(max(ours.labels_n.max(initial=0), theirs.labels_n.max(initial=0))) + 1
+    ours_k, theirs_k = (np.bincount(sample.labels_n, minlength=most) for sample in (ours, theirs))
+    ratio_k = np.divide(theirs_k, ours_k, out=np.zeros(most), where=ours_k > 0)
+    return ratio_k[ours.labels_n]
+
+
+def _folds(donors_n: np.ndarray) -> np.ndarray:
+    """Fold of each cell: donors are spread, the largest first, to even folds; a single donor is cut up."""
+    donors, which_n, sizes = np.unique(donors_n, return_inverse=True, return_counts=True)
+    if len(donors) == 1:
+        return np.random.default_rng(0).permutation(np.arange(len(donors_n)) % _FOLDS)
+    fold_of, filled = np.zeros(len(donors), np.int64), np.zeros(_FOLDS)
+    for donor in np.argsort(-sizes, kind="stable"):
+        fold_of[donor] = filled.argmin()
+        filled[fold_of[donor]] += sizes[donor]
+    return fold_of[which_n]

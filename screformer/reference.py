@@ -1,0 +1,60 @@
+"""What a model keeps of its training cells: how it sees some of them, to compare new cells with.
+
+A file `training_cells.safetensors` of the model directory. It holds no counts. Models of earlier versions
+have none.
+
+Axes: n cells, d model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from screformer.checkpoint import read_tensors
+
+FILE = "training_cells.safetensors"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingReference:
+    """Some training cells as their model sees them."""
+
+    embedding_nd: np.ndarray
+    """Embeddings, float16."""
+    labels_n: np.ndarray
+    """Index of each cell's label among those of the model, int64."""
+    donors_n: np.ndarray
+    """Code of each cell's group of the split, such as its donor, int64; names are not kept."""
+    datasets_n: np.ndarray
+    """Code of each cell's data set, int64."""
+    total_n: np.ndarray
+    """Counts of each cell, float32."""
+    detected_n: np.ndarray
+    """Genes of the model that were detected in each cell, int64."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+    def save(self, model_dir: str | Path) -> None:
+        """Write the file into a model directory."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(self).items()}
+        save_file(arrays, Path(model_dir) / FILE)
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> TrainingReference | None:
+        """Read the file of a model directory; None if there is none.
+
+        Raises:
+            ValueError: It is damaged, or holds something else.
+        """
+        path = Path(model_dir) / FILE
+        if not path.is_file():
+            return None
+        arrays = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
+        if set(arrays) != set(cls.__dataclass_fields__) or len({len(array) for array in arrays.values()}) > 1:
+            raise ValueError(f"{path} does not hold training cells of a model; restore it, or train again")
+        return cls(**arrays)
