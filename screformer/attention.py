@@ -115,8 +115,7 @@ class LSHSelfAttention(nn.Module):
         if key_weight_nl is None:
             return self.to_out(attend(v).flatten(2))
         # With softmax weights w over all keys, the weights for keys of weight p are w p / sum(w p). This
-        # needs
-        # two calls of the same attention: one on p times the values and one on p.
+        # takes two calls of the same attention: one on p times the values and one on p.
         weight = key_weight_nl[..., None, None].expand_as(v).contiguous()
         return self.to_out((attend(v * weight) / attend(weight).clamp(min=_LEAST_WEIGHT)).flatten(2))
 

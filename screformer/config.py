@@ -231,9 +231,8 @@ class ModelConfig:
 
     encoder: Literal["reformer", "additive"] = setting("reformer", "pretraining", "weights")
     """`additive`: a sum of learned responses over genes, then one hidden layer; values are scaled by the
-    genes
-    that were measured. Faster, and better with few studies. Of the settings below it uses only `dim` and
-    `input_genes`; needs `linear_skip=false` and no pre-training."""
+    genes that were measured. Faster, and better with few studies. Of the settings below it uses only `dim`
+    and `input_genes`; needs `linear_skip=false` and no pre-training."""
     input_genes: int = setting(1024, "pretraining", "weights")
     """Additive encoder: number of genes that become tokens, chosen as the best at separating labels in any
     data set. For blood, 300 are too few, and 2,048 are no better than 1,024."""

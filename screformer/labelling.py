@@ -56,9 +56,9 @@ def annotate(
         drop_absent: Adds `present_label`, the best label among the types estimated to be present.
 
     Returns:
-        A copy in memory with the obs columns `screformer.answers.ANSWER_COLUMNS`,
-        `obsm["X_screformer"]`, float32 (n, d), and a record in `uns["screformer"]`. Existing columns
-        with these names are kept as `NAME_original`, unless an earlier call wrote them.
+        A copy in memory with the obs columns `screformer.answers.ANSWER_COLUMNS`, `obsm["X_screformer"]`,
+        float32 (n, d), and a record in `uns["screformer"]`. Existing columns with these names are kept as
+        `NAME_original`, unless an earlier call wrote them.
 
     Raises:
         ValueError: The model, layer or raw does not exist, too few genes match, or values are not raw counts.

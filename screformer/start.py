@@ -19,9 +19,8 @@ from screformer.layers import LINEAR_SCALE
 from screformer.model import EMBEDDING_STD, ScReformer
 
 INVERSE_PENALTY = 1.0
-"""C in Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where values from 0.01 to
-1
-differ little (docs/log/2026-11-24-accuracy-trials.md)."""
+"""C in Fan et al., LIBLINEAR, 2008. Chosen on validation cells of real blood data, where 0.01 to 1 differ
+little (docs/log/2026-11-24-accuracy-trials.md)."""
 _MAX_ITERATIONS = 100
 _TOLERANCE = 1e-4
 """Tolerance on the largest gradient; starting values need not be converged."""

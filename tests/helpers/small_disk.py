@@ -1,4 +1,4 @@
-"""A real disk of a few kilobytes, for tests of what happens when it is full or read-only."""
+"""A real disk of a few kilobytes, to test full and read-only disks."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,21 +10,21 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
-    """Mount a disk in memory on a folder, which is made; skips the test where that is not allowed.
+    """Mount an in-memory disk on a new folder; skips the test if mounting is not allowed.
 
     Args:
-        folder: Where it is mounted.
-        size: Such as `600k`.
+        folder: Mount point.
+        size: For example `600k`.
 
     Yields:
-        A function that changes the mount's options: `ro`, `size=2m`.
+        A function that changes the mount options, for example to `ro` or `size=2m`.
     """
     folder.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         subprocess.run(words, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user may not mount a disk")
+        pytest.skip("this user is not allowed to mount a disk")
 
     def change(options: str) -> None:
         subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)

@@ -84,8 +84,7 @@ def toy_batch(joinids: list[int]) -> Batch:
 
 def toy_parts(config: ExperimentConfig, rank: int, world_size: int) -> Parts:
     """This rank's lanes: cells 0 to 36 for training, in a new order each epoch; 100 to 110 for validation;
-    200
-    to 208 for testing."""
+    200 to 208 for testing."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
 
     def batches(cells: np.ndarray, start: int = 0) -> Any:

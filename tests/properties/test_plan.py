@@ -1,6 +1,5 @@
 """Guarantees of the epoch plan, for any sizes: each cell exactly once, equal steps, resumable on any number
-of
-ranks."""
+of ranks."""
 
 import numpy as np
 import pytest
@@ -151,8 +150,7 @@ def test_batches_of_label_sorted_cells_are_as_mixed_as_random_ones(batch, run_le
 
 def test_neighbouring_batches_are_mixed_too():
     """Label shares of 1,024 consecutive cells (64 steps of batch size 16) are as even as those of random
-    cells,
-    within 2 %."""
+    cells, within 2 %."""
     labels = np.sort(np.random.default_rng(0).choice(14, 130_003))
     plan = EpochPlan(
         num_cells=len(labels), seed=0, epoch=0, run_length=64, cells_per_task=16_384, global_batch_size=16

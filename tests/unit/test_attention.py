@@ -97,11 +97,10 @@ def test_gradients_match_finite_differences():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_equals_the_fused_kernel(lengths, dtype, tolerance, monkeypatch):
-    """Outputs and gradients of the path for GPUs, run eagerly, and of the CPU's, both beside the CPU's in
-    float32."""
+    """Outputs and gradients of the GPU path, run eagerly, and of the CPU path; both compared with the CPU
+    path in float32."""
     # PyTorch rejects gradients of FlexAttention on CPUs, because its compiled kernel has none there; the
-    # eager
-    # reference does.
+    # eager reference does.
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch.manual_seed(0)
     qk, v, weight = (torch.randn(2, 96, 2, 16).to(dtype) for _ in range(3))

@@ -47,7 +47,7 @@ def test_baseline(name, cells):
     answer, cost = run_baseline(name, found, seed=0)
     accuracy = (answer.predicted_n == truth).mean()
     assert accuracy > 0.9 if name != "majority" else accuracy < 0.6
-    assert (answer.predicted_n < 3).all(), "a class without training cells is never said"
+    assert (answer.predicted_n < 3).all(), "a class without training cells is never predicted"
     if answer.probabilities_nk is not None:
         assert answer.probabilities_nk.shape == (80, K) and (answer.probabilities_nk[:, 3] == 0).all()
         np.testing.assert_allclose(answer.probabilities_nk.sum(1), 1, atol=1e-4)

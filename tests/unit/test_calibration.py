@@ -39,8 +39,8 @@ def test_the_temperature_undoes_over_and_underconfidence(stretch: float) -> None
 
 
 def _query(shares: list[float], num_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels drawn with these shares, and the probabilities of who expects equal shares and sees each label's
-    number with noise."""
+    """Labels drawn with these shares, and probabilities of an observer who expects equal shares and sees each
+    label's number with noise."""
     rng = np.random.default_rng(seed)
     labels = rng.choice(len(shares), num_cells, p=shares)
     seen = np.eye(len(shares))[labels] + rng.normal(0, 0.5, (num_cells, len(shares)))
@@ -52,7 +52,7 @@ def test_the_composition_of_a_query_is_found_and_absent_types_are_dropped() -> N
     shares = [0.7, 0.27, 0.03, 0.0]
     labels, probabilities = _query(shares, 5_000)
     best = probabilities.argmax(axis=1)
-    assert (best == 3).sum() > 100, "some cells look like the type that is not there"
+    assert (best == 3).sum() > 100, "some cells look like the absent type"
     found = composition(probabilities, [0.25] * 4)
     assert found.sum() == pytest.approx(5_000) and found[:3] == pytest.approx(
         np.bincount(labels, minlength=3), rel=0.15
@@ -85,7 +85,7 @@ def test_the_stated_share_of_validation_cells_is_unknown() -> None:
     scores = calibration.unknown_scores(outputs.logits_nk)
     assert 0.095 < (scores > calibration.unknown_threshold).mean() <= 0.1
     nothing = calibration.unknown_scores(np.full((1, 4), -9.0, dtype=np.float32))
-    assert nothing[0] > calibration.unknown_threshold, "low logits everywhere are like nothing known"
+    assert nothing[0] > calibration.unknown_threshold, "low logits throughout resemble no known type"
 
 
 def test_terms_above_blood_types() -> None:

@@ -1,5 +1,7 @@
-"""Addresses that no driver can connect to, and the limits of a local Ray. Starting and joining:
-tests/integration/test_ray_job.py."""
+"""Addresses that no driver can connect to, and the limits of a local Ray.
+
+Starting and joining are tested in tests/integration/test_ray_job.py.
+"""
 
 import os
 from pathlib import Path

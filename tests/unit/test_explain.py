@@ -80,8 +80,8 @@ def test_an_lsh_model_is_nearly_additive_and_reports_the_error(tmp_path: Path) -
 
 
 class _OfEmbeddings(torch.nn.Module):
-    """The network as a function of the embeddings and values of its tokens, which all cells have: what shap
-    can explain."""
+    """The network as a function of its tokens' embeddings and values, which all cells have, as needed by
+    shap."""
 
     def __init__(self, predictor: Predictor, token_ids: torch.Tensor):
         super().__init__()

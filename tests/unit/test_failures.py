@@ -1,4 +1,4 @@
-"""What is reported when Ray Train gives up, and what it does not try again."""
+"""Messages when Ray Train gives up, and errors that it does not retry."""
 
 import pickle
 

@@ -54,7 +54,7 @@ def test_small_bins_are_not_drawn() -> None:
     line = figure.axes[0].lines[1]
     assert list(line.get_xdata()) == [0.5, 0.9]
     error = (1 * 0.8 + 0 + 0) / 111
-    assert line.get_label() == f"after calibration, ECE {error:.3f}", "the error is that of all bins"
+    assert line.get_label() == f"after calibration, ECE {error:.3f}", "the error covers all bins"
 
 
 def test_confusion_has_shares_and_counts() -> None:

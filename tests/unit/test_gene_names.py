@@ -43,7 +43,7 @@ def test_names_in_all_forms_are_found(dress) -> None:
 
 def test_columns_with_repeated_names_are_summed() -> None:
     assert found(["CD3D", "LYZ", "CD3D", "CD3D-1", "LYZ.2"]) == [0, 6, 0, 0, 6]
-    assert found(["NKX2-1", "LYZ-1"]) == [5, -1], "a suffix counts only next to the name without it"
+    assert found(["NKX2-1", "LYZ-1"]) == [5, -1], "a suffix is removed only if the name without it exists"
     match = MATCHER.match(["CD3D", "CD3D", "LYZ"])
     cells = match.select(np.array([[1, 2, 3]], dtype=np.uint8))
     assert cells.counts_ng.toarray()[0, [0, 6]].tolist() == [3, 3] and cells.total_n.tolist() == [6]

@@ -35,8 +35,8 @@ def test_gives_the_probabilities_of_scikit_learn_whatever_classes_are_missing(nu
 
 
 def test_an_unmeasured_gene_has_no_influence() -> None:
-    """Two data sets, one without the marker of label 1: its cells must not pull the marker's weight, nor be
-    called by its absence."""
+    """Two data sets, one without the marker of label 1: its cells must not affect the marker's weight, and
+    the absence must not affect their labels."""
     rng = np.random.default_rng(1)
     labels, panel = rng.integers(2, size=400), rng.integers(2, size=400)
     values = rng.gamma(2.0, size=(400, 80))
@@ -53,7 +53,7 @@ def test_an_unmeasured_gene_has_no_influence() -> None:
     assert center[0] == pytest.approx(scaled[panel == 0, 0].mean(), rel=1e-5)
     logits = (scaled - measured[panel] * center) @ weights + bias
     said = logits.argmax(axis=1)
-    assert 0.35 < said[panel == 1].mean() < 0.65, "cells whose marker was not measured are of both labels"
+    assert 0.35 < said[panel == 1].mean() < 0.65, "cells without a measured marker have both labels"
     as_zero = ((scaled - center) @ weights + bias).argmax(axis=1)
-    assert as_zero[panel == 1].mean() < 0.1, "taken as zero, the marker speaks against label 1 in all of them"
+    assert as_zero[panel == 1].mean() < 0.1, "as zero, the marker counts against label 1 in all of them"
     assert (said == labels)[panel == 0].mean() > 0.9

@@ -80,7 +80,7 @@ def test_pods_are_limited_and_have_no_rights() -> None:
             assert set(container["resources"]) == {"requests", "limits"}
             assert (
                 container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
-            ), "else the kernel kills it first"
+            ), "otherwise the kernel kills it first"
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "capabilities": {"drop": ["ALL"]},
@@ -122,7 +122,7 @@ def test_jobs_log_to_the_mlflow_server() -> None:
     assert port in container["args"] and port in COMPOSE["services"]["mlflow"]["command"]
     allowed = next(argument for argument in container["args"] if argument.startswith("--allowed-hosts="))
     assert url.removeprefix("http://") in allowed.partition("=")[2].split(","), (
-        "MLflow answers 403 to a Host header that it does not know"
+        "MLflow responds with 403 to unknown Host headers"
     )
 
 

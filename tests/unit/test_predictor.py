@@ -34,7 +34,7 @@ def test_a_cells_result_does_not_depend_on_other_cells(
 ) -> None:
     match = predictor.genes.match(predictor.vocabulary.feature_ids)
     whole = predictor.predict(match.select(counts))
-    assert len(set(whole.labels)) > 1, "a constant answer would test nothing"
+    assert len(set(whole.labels)) > 1, "constant labels would test nothing"
     again = predictor.predict(match.select(counts))
     np.testing.assert_array_equal(whole.probabilities_nk, again.probabilities_nk)
 
@@ -165,10 +165,10 @@ def test_genes_are_found_by_id_then_by_name(tmp_path: Path) -> None:
     assert index(["ENSG00000000001.7", "ENSG00000000000", "other"]) == [1, 0, -1]
     assert index(["CD3D", "LYZ", "cd3d"]) == [0, 2, -1]
     assert index(["", "ENSG00000000002"], ["CD3D", "MS4A1"]) == [0, 2], "the id decides"
-    assert index(["TWIN", "ENSG00000000003"]) == [-1, 3], "a name of two genes says nothing"
-    assert index(["CD3D", "CD3D", "LYZ"]) == [0, 0, 2], "columns of one name are one gene"
+    assert index(["TWIN", "ENSG00000000003"]) == [-1, 3], "a name shared by two genes is ambiguous"
+    assert index(["CD3D", "CD3D", "LYZ"]) == [0, 0, 2], "columns with the same name are one gene"
     assert index(["ENSG00000000000.1", "ENSG00000000000.2", "LYZ"]) == [0, 0, 2]
-    assert index(["ENSG00000000000", "CD3D"]) == [0, -1], "a gene is taken once, by its id"
+    assert index(["ENSG00000000000", "CD3D"]) == [0, -1], "a gene is matched once, by id"
 
     match = predictor.genes.match(["ENSG00000000001", "LYZ", "TWIN", "CD3D", "CD3D", "other"])
     assert (

@@ -12,7 +12,7 @@ def test_lines_are_short_and_show_the_remaining_time() -> None:
     assert lines.line(train | val, 50) == (
         "step  50/300  loss 0.831  2,120 cells/s  validation 0.213  macro-F1 0.969  5 min left"
     )
-    assert lines.line(train, 300) == "step 300/300  loss 0.831  2,120 cells/s", "nothing is left"
+    assert lines.line(train, 300) == "step 300/300  loss 0.831  2,120 cells/s", "no time is left"
     ended = {"best_step": 60.0, "best_val/loss": 0.2, "best_val/macro_f1": 0.97, "test/macro_f1": 0.9}
     assert lines.line(ended, 300) == "best step 60  validation 0.2  macro-F1 0.970  test macro-F1 0.900"
 

@@ -1,4 +1,4 @@
-"""A place that cannot be written is reported with its fault and the way to resume."""
+"""Locations that cannot be written are reported with the cause and how to resume."""
 
 import contextlib
 import pickle
