@@ -47,7 +47,8 @@ wheel: $(VENV)/installed-for-tests
 	rm -rf build dist
 	$(RUN) -m build --quiet --outdir dist .
 	$(RUN) -m venv build/fresh
-	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/screformer-*.whl
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		dist/screformer-*.whl
 	$(RUN) tests/wheel.py build/fresh
 
 site: $(VENV)/installed-for-tests
@@ -58,7 +59,7 @@ clean:
 
 $(RUN):
 	@test -n "$(PYTHON)" && $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-		|| { echo "screformer needs Python >= 3.11, found: '$(PYTHON)'; say which with make PYTHON=/path/to/python3.11" >&2; exit 1; }
+		|| { echo "screformer needs Python >= 3.11, found '$(PYTHON)'; use make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(RUN)

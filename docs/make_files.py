@@ -1,4 +1,4 @@
-"""Print docs/files.md: every file of the code with the first line of its docstring.
+"""Print docs/files.md: every module with the first line of its docstring.
 
 `make docs/files.md` runs it; a test fails when the page is not current.
 """
@@ -14,12 +14,12 @@ HEAD = """# Files
 
 <!-- Made from the docstrings by `make docs/files.md`; edit them there. -->
 
-Every file of the code, with its purpose. [Design](design.md) explains how they fit together.
+Every module, with its purpose. [Design](design.md) explains how they fit together.
 """
 
 FOLDERS = (
-    "screformer",
     "data_ingest",
+    "screformer",
     "jobs",
     "jobs/training",
     "jobs/studies",
@@ -31,7 +31,7 @@ FOLDERS = (
     "jobs/benchmark",
     "cluster",
 )
-"""In the order of the page; folders that are not named follow."""
+"""Folders in the order of the flow; others follow."""
 
 
 def page() -> str:

@@ -123,7 +123,7 @@ def gradient_boosting(cells: BaselineCells, seed: int) -> Candidates:
 def gradient_boosting_panels(cells: BaselineCells, seed: int) -> Candidates:
     """LightGBM with the inputs of the additive encoder.
 
-    Its 1,024 genes that tell types apart, values scaled by panel, and NaN for what was not measured.
+    The 1,024 genes that best distinguish types, values scaled by panel, and NaN for unmeasured genes.
     """
     labelled = Labelled(cells.train.cells.counts, cells.train.labels_n, cells.train.datasets_n)
     columns, reference_g = informative_genes(labelled, 1024), reference_profile(labelled)

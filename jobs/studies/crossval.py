@@ -112,7 +112,7 @@ def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any
 
 
 def _other_seeds(study: Study, settings: dict[str, Any]) -> list[FoldResult]:
-    """Run a configuration with the seeds after its first."""
+    """Run a configuration with its further seeds."""
     from ray import tune
 
     first = study.config.merge(settings).train.seed

@@ -129,7 +129,7 @@ def summary(methods: Mapping[str, Sequence[FoldResult]], study: Study, reference
 
 
 def _mean_by_fold(results: Sequence[FoldResult], study: Study) -> dict[int, dict[str, float]]:
-    """Scores of each fold: the mean over its seeds."""
+    """Scores of each fold, averaged over its seeds."""
     found: dict[int, list[dict[str, float]]] = {}
     for result in results:
         found.setdefault(result.fold, []).append(scores(result, study))

@@ -1,5 +1,4 @@
-"""A tracking server over HTTP; it also goes away while a run logs, and comes back: nothing stops, nothing
-waits, nothing is lost."""
+"""A tracking server over HTTP that goes away during a run and comes back: nothing stops, waits or is lost."""
 
 import dataclasses
 import json
@@ -47,7 +46,7 @@ def test_models_and_runs_go_through_the_server(server: Server, tmp_path: Path) -
     }
     assert pinned_model("models:/blood@candidate", tracking) == f"models:/blood/{version}"
     directory = resolve_model("models:/blood@candidate", tracking)
-    assert not directory.is_relative_to(server.folder), "it comes through the server, not from its disk"
+    assert not directory.is_relative_to(server.folder), "it comes from the server, not from its disk"
     counts = np.random.default_rng(2).poisson(2.0, size=(12, 40))
     cells = pd.DataFrame(counts, columns=list(tiny_vocabulary().feature_ids))
     predictor = Predictor.load(directory, device="cpu")
@@ -96,7 +95,7 @@ def test_a_server_that_goes_away_loses_nothing(
         (tmp_path / "gone.txt").write_text("kept")
         run.log_file(tmp_path / "gone.txt")
         (tmp_path / "gone.txt").unlink()
-        assert time.monotonic() - began < 10, "seven log calls waited for a server that is away"
+        assert time.monotonic() - began < 10, "seven log calls waited for an unreachable server"
         assert (
             f"tracking.uri={server.url} does not answer" in caplog.text
             and "the job continues" in caplog.text
@@ -105,7 +104,7 @@ def test_a_server_that_goes_away_loses_nothing(
         logged_ms = time.time() * 1000
 
         server.start()
-        run.log_metrics({"train/loss": 4.0}, step=4)  # takes the others along
+        run.log_metrics({"train/loss": 4.0}, step=4)  # sends the others too
         run.settle()
         assert not outbox(run.outbox).names()
         assert _steps(client, run) == [(step, float(step)) for step in range(5)]
@@ -141,7 +140,7 @@ def test_a_server_that_goes_away_loses_nothing(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"run_id": run.run_id, "sent": 3}
     info = client.get_run(run.run_id).info
     assert info.status == "FINISHED" and info.end_time <= ended_ms, (
-        "it ended when it ended, not when that could be said"
+        "the end time is when it ended, not when that was sent"
     )
     assert _steps(client, run) == [(step, float(step)) for step in range(6)]
     assert client.get_model_version_by_alias("blood", "candidate").run_id == run.run_id
@@ -156,7 +155,7 @@ def test_a_server_that_goes_away_loses_nothing(
     assert found[0].info.end_time <= ended_ms and found[0].data.tags["job"] == "crossval"
 
 
-def test_a_refused_entry_stays_and_holds_nothing_up(tmp_path: Path) -> None:
+def test_a_refused_entry_stays_and_blocks_nothing(tmp_path: Path) -> None:
     sent, box = [], outbox(str(tmp_path / "outbox"))
 
     def away(entry: dict, content: Path | None) -> None:
@@ -174,6 +173,6 @@ def test_a_refused_entry_stays_and_holds_nothing_up(tmp_path: Path) -> None:
     assert sent == [(0, None), (2, "text")] and len(box.names()) == 1
 
 
-def test_a_folder_without_a_run_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sync.main(["--run-dir", str(tmp_path)]) == 2
     assert f"screformer sync: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What is between a run and its tracking server: a proxy without patience, a login page, a slow line."""
+"""Between a run and its tracking server: an impatient proxy, a login page, a slow connection."""
 
 import http.server
 import logging
@@ -20,7 +20,7 @@ LOGIN = b"<!doctype html><html><body>Please log in</body></html>"
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to a server, or answers in its place."""
+    """Forwards requests to a server, or answers in its place."""
 
     daemon_threads = True
 
@@ -30,7 +30,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.answer: tuple[int, bytes] | None = None
         self.delay_s = 0.0
         self.answers_health = False
-        """Whether /health passes in any case."""
+        """Whether /health is always forwarded."""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -67,7 +67,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass_on
 
     def log_message(self, *args: object) -> None:
-        """Says nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture(scope="module")

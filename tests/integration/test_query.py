@@ -35,8 +35,7 @@ def whole(locator):
 
 @pytest.fixture(scope="module")
 def old_atlas(small_atlas, tmp_path_factory):
-    """The small atlas as a release of Census would be: without the roll-up, and with some cells that are
-    copies."""
+    """The small atlas made like a release of Census: without the roll-up, and with some copies of cells."""
     uri = str(tmp_path_factory.mktemp("census") / "atlas")
     shutil.copytree(small_atlas, uri)
     path = f"{uri}/census_data/homo_sapiens/obs"
@@ -95,7 +94,7 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
     expected = sum(sizes[name] * measured[name] for name in names[:2]) / sizes.sum()
     np.testing.assert_allclose(whole.measured_share(positions), expected)
 
-    order = np.array([5, 0, 9, 3])  # a vocabulary in an order of its own, with a gene that the atlas lacks
+    order = np.array([5, 0, 9, 3])  # a vocabulary in a different order, with a gene missing from the atlas
     gene_of_var = np.full(len(whole.feature_ids), -1)
     gene_of_var[whole.var_joinids[order]] = [3, 0, 2, 4]
     panels = whole.panels(gene_of_var, 5)
@@ -106,7 +105,7 @@ def test_genes_that_many_training_cells_did_not_measure_are_left_out(sim_h5ads, 
         )
 
 
-def test_filters_take_part_of_cells_and_genes(locator, whole):
+def test_filters_select_cells_and_genes(locator, whole):
     donor = str(whole.obs["donor_id"].iloc[0])
     genes = list(whole.feature_ids[3:6])
     part = find_cells(
@@ -118,7 +117,7 @@ def test_filters_take_part_of_cells_and_genes(locator, whole):
     assert part.hash != whole.hash
 
 
-def test_equal_results_have_equal_hashes_whatever_the_words(locator, whole):
+def test_equal_results_have_equal_hashes_however_they_are_written(locator, whole):
     assert find_cells(locator, QueryConfig(obs_filter="nnz >= 0 or nnz < 0")).hash == whole.hash
 
 
@@ -204,12 +203,12 @@ def test_major_types_are_rolled_up_where_the_atlas_lacks_them(old_atlas, whole):
     ],
     ids=lambda value: value.obs_filter or value.var_filter if isinstance(value, QueryConfig) else "",
 )
-def test_what_is_wrong_with_a_filter_is_said(locator, query, message):
+def test_errors_in_a_filter_are_explained(locator, query, message):
     with pytest.raises(ValueError, match=message):
         find_cells(locator, query)
 
 
-def test_an_unknown_label_column_is_said_with_those_there_are(locator):
+def test_an_unknown_label_column_lists_the_known_ones(locator):
     with pytest.raises(
         ValueError,
         match="labels.column: the atlas has no column 'celltype'; did you mean cell_type.* it has assay",
@@ -242,7 +241,7 @@ def test_a_saved_query_that_finds_other_cells_names_both_hashes(locator, tmp_pat
         find_cells(stale, query, expected_hash=expected_hash)
 
 
-def test_pinning_keeps_cells_that_were_written_later_out(small_atlas, tmp_path):
+def test_pinning_leaves_out_cells_written_later(small_atlas, tmp_path):
     uri = str(tmp_path / "atlas")
     shutil.copytree(small_atlas, uri)
     fixed = pinned(AtlasConfig(uri=uri))
@@ -273,7 +272,7 @@ def test_a_file_that_is_no_query_is_refused(tmp_path, content, message):
         load_query(tmp_path / "query.json")
 
 
-def test_another_atlas_beside_a_saved_query_is_refused(whole, tmp_path):
+def test_another_atlas_with_a_saved_query_is_refused(whole, tmp_path):
     path = tmp_path / "query.json"
     whole.save(path)
     config = ExperimentConfig(atlas=AtlasConfig(uri="s3://other/atlas"), query=QueryConfig(file=str(path)))
@@ -298,7 +297,7 @@ def test_the_command_prints_counts_and_saves(small_atlas, tmp_path, capsys):
     assert tree["hash"] in capsys.readouterr().out
 
 
-def test_the_command_tells_a_user_error_in_one_line(small_atlas, capsys):
+def test_the_command_reports_a_user_error_in_one_line(small_atlas, capsys):
     assert main(["--atlas", small_atlas, "--obs-filter", "organ == 'x'"]) == 2
     assert capsys.readouterr().err.startswith(
         "screformer query: query.obs_filter: the atlas has no column 'organ'"
@@ -306,14 +305,14 @@ def test_the_command_tells_a_user_error_in_one_line(small_atlas, capsys):
 
 
 def test_the_command_reports_what_a_training_would_use(old_atlas, tmp_path, capsys):
-    """Assays, diseases of cells that have several, major types, and cells that no training uses."""
+    """Assays, diseases of cells with several, major types, and cells that no training uses."""
     uri = str(tmp_path / "atlas")
     shutil.copytree(old_atlas, uri)
     path = f"{uri}/census_data/homo_sapiens/obs"
     with tiledbsoma.DataFrame.open(path) as obs:
         rows = obs.read().concat()
     kinds = np.array(rows["cell_type"].to_pylist(), dtype=object)
-    kinds[[1, 2, 4]] = ["animal cell", "unknown", "cell"]  # primary data, as `old_atlas` has it
+    kinds[[1, 2, 4]] = ["animal cell", "unknown", "cell"]  # primary data, as in `old_atlas`
     diseases = np.where(np.arange(rows.num_rows) % 2 == 0, "normal", "asthma || influenza")
     with tiledbsoma.DataFrame.open(path, "w") as obs:
         for name, values in (("cell_type", kinds), ("disease", diseases)):
@@ -350,7 +349,7 @@ def test_the_cells_of_a_saved_query_are_compared_with_a_model(small_atlas, whole
 
 @pytest.fixture(scope="module")
 def tables(small_atlas):
-    """The open obs of the small atlas, and its rows."""
+    """The open obs of the small atlas, and its rows as a table."""
     with open_atlas(AtlasConfig(uri=small_atlas)) as experiment:
         rows = experiment.obs.read().concat().to_pandas().sort_values("soma_joinid", ignore_index=True)
         yield experiment.obs, rows
@@ -387,7 +386,7 @@ _FILTERS = st.recursive(
 
 
 def _matches(obs, condition):
-    """Which rows fulfil a condition, by pandas."""
+    """The rows that satisfy a condition, according to pandas."""
     names = {name: obs[name] for name in _COLUMNS}
     return ast_rows(ast.parse(condition, mode="eval").body, names)
 
@@ -415,7 +414,7 @@ def ast_rows(node, names):
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(condition=_FILTERS)
-def test_a_filter_takes_the_cells_that_it_names_or_is_refused(tables, condition):
+def test_a_filter_selects_the_cells_it_describes_or_is_refused(tables, condition):
     table, rows = tables
     try:
         check_filter(condition, table, "query.obs_filter")

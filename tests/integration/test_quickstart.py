@@ -1,4 +1,4 @@
-"""The main job with fewer cells and steps: as a user runs it, and with files of one's own."""
+"""The main job with fewer cells and steps: as a user runs it, and with the user's own files."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
         assert noise not in done.stdout + done.stderr
     assert set(result) == {"model", "version", "test", "baseline", "annotated", "seconds"}
     assert (result["model"], result["version"]) == ("models:/screformer/1", 1)
-    # Forty steps of a tiny network are no result; a broken chain would be at chance, 0.35.
+    # Forty steps of a tiny network prove little, but a broken chain would be at chance, 0.35.
     assert result["test"]["accuracy"] > 0.6
     assert result["baseline"]["accuracy"] > 0.9
     for stage in (
@@ -74,8 +74,8 @@ def test_own_files_with_named_test_donors(ray_local: None, tmp_path: Path, sim_h
     )
     annotated = anndata.read_h5ad(result["annotated"])
     assert annotated.obs["dataset_id"].nunique() == 1
-    # Cells of the test, read from a file of their dataset's genes instead of the atlas: the same best labels
-    # but for rounding.
+    # Test cells read from a file with their dataset's genes, not from the atlas: the same best labels, except
+    # for rounding.
     same = (
         annotated.obs["best_label"].astype(str).to_numpy()
         == tested["prediction"][annotated.obs["soma_joinid"]].to_numpy()

@@ -1,5 +1,4 @@
-"""Jobs on a real cluster: two raylets on loopback, `ray job submit`, an atlas on an S3 server, a local Ray
-beside them."""
+"""Jobs on a real cluster: two raylets on loopback, `ray job submit`, an atlas on S3; and a local Ray."""
 
 import json
 import os
@@ -24,18 +23,17 @@ BIN = Path(sys.executable).parent
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster of this test's own."""
+    """A Ray cluster used only by this test."""
 
     dashboard: str
-    """What jobs are submitted to."""
+    """Where jobs are submitted."""
     environment: dict[str, str]
     """Has the cluster's token."""
     folders: list[str]
-    """Where each node keeps its sessions."""
+    """Session folder of each node."""
 
     def workers_on(self, node: int) -> int:
-        """Ray Train workers that a node had, by the logs it keeps. Ray Train itself tells nodes apart by
-        address only."""
+        """Ray Train workers of a node, found by their logs; Ray Train identifies nodes only by address."""
         logs = Path(self.folders[node]).glob("session_latest/logs/worker-*.out")
         return sum(":actor_name:RayTrainWorker" in path.read_text() for path in logs)
 
@@ -68,10 +66,9 @@ class Cluster:
 
 @contextmanager
 def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterator[None]:
-    """One `ray start --block` in a process group of its own, on ports that nobody else on this machine
-    uses."""
-    # A raylet gives its agent 15 s to come up and dies otherwise (ray-project/ray#65983), which a busy
-    # machine may need longer for.
+    """One `ray start --block` in a separate process group, on unused ports."""
+    # A raylet dies if its agent does not start within 15 s (ray-project/ray#65983), which may be too short on
+    # a busy machine.
     for _ in range(3):
         names = (
             "node-manager",
@@ -105,13 +102,12 @@ def node(arguments: list[str], environment: dict[str, str], log: Path) -> Iterat
                 yield
                 return
         finally:
-            end_group(process, grace_s=5)  # as a pod is ended; `ray stop` would end every Ray on this machine
+            end_group(process, grace_s=5)  # like a pod; `ray stop` would end every Ray on this machine
     pytest.fail(log.read_text())
 
 
 def put_dashboard_last(parent: int) -> None:
-    """Let the agent, which has its 15 s, go before the dashboard's eleven processes, which start at the same
-    time."""
+    """Give the agent, which has only 15 s, priority over the dashboard's eleven processes."""
     with suppress(OSError):
         for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
             if "dashboard.py" in Path(f"/proc/{child}/cmdline").read_text():
@@ -120,7 +116,7 @@ def put_dashboard_last(parent: int) -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of two CPUs. They authenticate by a token that is not in the user's home."""
+    """Two nodes of two CPUs. They authenticate with a token that is not in the user's home directory."""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -128,9 +124,9 @@ def cluster() -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     gcs, dashboard, client = free_ports(3)
-    # Short: Ray's sockets lie below it, and their paths have at most 107 characters. One for each node, as on
-    # two machines: in a common one the first node would run a job in the working directory that the second
-    # one still unpacks.
+    # Short, because Ray's socket paths are below it and may have at most 107 characters. One per node, as on
+    # two machines: with a shared folder, the first node would run a job in the working directory while the
+    # second is still unpacking it.
     with ExitStack() as stack:
         folders = [
             stack.enter_context(tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True))
@@ -193,7 +189,7 @@ def test_ingest_and_train_across_both_nodes_from_s3(
 
     train = ["python", "-m", "jobs.finetune", "--config", "jobs/recipes/smoke.yaml", f"atlas.uri={atlas}"]
     train += [f"atlas.tiledb_config.{text}" for text in tiledb]
-    # Two workers of 1.5 CPUs cannot meet on a node of 2.
+    # Two workers of 1.5 CPUs do not fit on a node of 2.
     train += [
         "cluster.num_workers=2",
         "cluster.cpus_per_worker=1.5",

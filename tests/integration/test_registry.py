@@ -271,7 +271,7 @@ def test_rows_are_by_position_and_nullable_numbers_are_read(
         pyfunc.predict(missing)
 
 
-def test_the_model_card_says_what_the_model_is(registered: TrackedRun, store: TrackingConfig) -> None:
+def test_the_model_card_describes_the_model(registered: TrackedRun, store: TrackingConfig) -> None:
     card = (resolve_model("models:/blood/1", store).parents[1] / "MODEL_CARD.md").read_text()
     assert MlflowClient(store.uri).get_model_version("blood", "1").description == card
     for words in (
@@ -292,8 +292,7 @@ def test_served_annotated_and_loaded_answers_are_the_same(
     pyfunc: mlflow.pyfunc.PyFuncModel,
     tmp_path: Path,
 ) -> None:
-    """The server that MLflow starts for a registered model, over HTTP, against the pyfunc in this process and
-    `jobs.annotate`."""
+    """MLflow's server answers over HTTP like the pyfunc in this process and `jobs.annotate`."""
     move_alias("blood", "champion", 1, reason={"why": "test"}, tracking=store)
     loaded = pyfunc.predict(cells)
     with model_server(tmp_path, "models:/blood@champion", registered.tracking_uri) as server:
@@ -315,9 +314,9 @@ def test_served_annotated_and_loaded_answers_are_the_same(
             body = {"dataframe_split": {"columns": ["file"], "data": [[str(text)]]}}
             status, answer = _post(f"{server.url}/invocations", body)
             assert status == 400 and "this model may not read files" in answer["message"]
-            said = answer.pop("message")  # begins with the client's own table
+            said = answer.pop("message")  # starts with the client's own table
             answers.add(json.dumps([said[said.index("this model may not read files") :], answer]))
-        assert len(answers) == 1, "a client cannot know which files there are"
+        assert len(answers) == 1, "a client cannot find out which files exist"
     adata = anndata.AnnData(
         cells.to_numpy(np.float32), obs=pd.DataFrame(index=cells.index), var=pd.DataFrame(index=cells.columns)
     )

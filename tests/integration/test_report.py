@@ -1,4 +1,4 @@
-"""The report of a run as people see it: made from what the run logged, opened in a real headless browser."""
+"""The report of a run as users see it: made from the run's artifacts, opened in a real headless browser."""
 
 import base64
 import json
@@ -26,8 +26,7 @@ TYPES = ["B cell", "T cell", "monocyte", "natural killer cell", "platelet & <rar
 
 
 def _log_run(run: TrackedRun) -> None:
-    """What a fine-tuning logs, small: five types, three donors, predictions that are right nine times in
-    ten."""
+    """Log a small fine-tuning run: five types, three donors, nine of ten predictions correct."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, 120)
     predictions = np.where(rng.random(120) < 0.9, labels, rng.integers(0, 5, 120))
@@ -195,7 +194,7 @@ def test_it_prints(browser: Any, page: Path) -> None:
     assert browser.get_log("browser") == []
 
 
-def test_it_says_what_the_run_said(page: Path, run: TrackedRun) -> None:
+def test_it_shows_what_the_run_logged(page: Path, run: TrackedRun) -> None:
     text = page.read_text()
     for said in (
         "Fine-tuning: blood",
@@ -262,7 +261,7 @@ def test_many_cells_are_laid_out_by_umap() -> None:
     assert (points.shape, how) == ((300, 2), "UMAP")
     centres = np.stack([points[groups == group].mean(axis=0) for group in (0, 1)])
     assert np.linalg.norm(points - centres[groups], axis=1).max() < np.linalg.norm(centres[0] - centres[1]), (
-        "groups lie apart"
+        "groups are apart"
     )
 
 
@@ -273,6 +272,6 @@ def _luminance(colour: str) -> float:
 
 
 def _contrast(first: str, second: str) -> float:
-    """Of WCAG 2, from 1 to 21."""
+    """Contrast ratio of WCAG 2, from 1 to 21."""
     low, high = sorted((_luminance(first), _luminance(second)))
     return (high + 0.05) / (low + 0.05)

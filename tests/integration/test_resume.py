@@ -1,5 +1,4 @@
-"""Training that is really killed goes on to the same result, also on another number of workers or another
-ZeRO stage."""
+"""Killed training resumes to the same result, even with other workers or another ZeRO stage."""
 
 import json
 import signal
@@ -20,16 +19,16 @@ from screformer.training_checkpoint import damage, read_position
 STEPS = {
     "train.max_steps": 12,
     "train.eval_every_steps": 3,
-}  # epochs of 5 steps: checkpoints lie inside and at the end of one
+}  # epochs of 5 steps: checkpoints are inside one and at its end
 
 
 def _start(
     folder: Path, configs: list[ExperimentConfig], *, resume: Path | None = None, delay_s: float = 0.0
 ) -> list[subprocess.Popen[str]]:
-    """Runs one after another, on as many workers as they say; the checkpoints of run k go to `saves-k`."""
+    """Start runs one after another, each on its number of workers; run k saves checkpoints to `saves-k`."""
     folder.mkdir()
     (folder / "configs.json").write_text(json.dumps([config.to_dict() for config in configs]))
-    # Without any program on the PATH: no compiler and no ninja, which DeepSpeed must not ask for.
+    # With an empty PATH, so no compiler or ninja: DeepSpeed must not need them.
     bare = environment(OMP_NUM_THREADS="1", PATH=str(folder))
     size = configs[0].cluster.num_workers
     return [
@@ -59,8 +58,7 @@ def _final(run: dict[str, Any]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """An uninterrupted run on two workers, and the newest checkpoint of a twin that was killed at the same
-    time as it ran."""
+    """An uninterrupted run on two workers, and the newest checkpoint of a twin run that was killed."""
     root = tmp_path_factory.mktemp("resume")
     config = toy_config(**STEPS, **{"cluster.num_workers": 2})
     twin = _start(root / "twin", [config], delay_s=0.5)
@@ -86,7 +84,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
 
 
 CASES: dict[str, tuple[int, dict[str, Any], bool]] = {
-    # workers, other settings, whether to the bit
+    # workers, other settings, whether bit-identical
     "same layout, from DeepSpeed's shards": (2, {}, True),
     "one worker, from the consolidated state": (1, {}, False),
     "another ZeRO stage": (2, {"zero.stage": 3}, False),

@@ -44,13 +44,13 @@ class Run(NamedTuple):
         )
 
     def resume(self, *, status: int = 0) -> tuple[dict[str, Any], str]:
-        """In this process, for a resume that has nothing to train."""
+        """Resume in this process; for runs with nothing left to train."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", self.environment["AWS_ENDPOINT_URL"])
             return run_here(finetune.main, "--resume", self.uri, cwd=self.folder, status=status)
 
     def steps(self) -> list[int]:
-        """Where its checkpoints stand, oldest first."""
+        """The steps of its checkpoints, oldest first."""
         found = [json.loads(item.get()["Body"].read()) for item in self.objects("position.json")]
         return [position["global_step"] for position in found]
 
@@ -71,7 +71,7 @@ def _client() -> Any:
 def stopped(
     s3: S3, small_atlas: str, ray_local: None, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Run, str]]:
-    """A run that got SIGTERM, as from `ray job stop`, between two evaluations; and what it printed last."""
+    """A run that got SIGTERM (like from `ray job stop`) between two evaluations, and what it printed last."""
     variables = environment(AWS_ENDPOINT_URL=s3.endpoint)
     bucket = boto3.resource("s3", endpoint_url=s3.endpoint).Bucket(s3.bucket)
     folder = tmp_path_factory.mktemp("resume-run")
@@ -99,7 +99,7 @@ def stopped(
             kill_tree(process)
 
 
-def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(stopped: tuple[Run, str]) -> None:
+def test_sigterm_saves_a_checkpoint_and_prints_how_to_resume(stopped: tuple[Run, str]) -> None:
     run, printed = stopped
     assert re.search(
         rf"interrupted; the checkpoint of step \d+ is saved; resume with --resume {run.uri}\n", printed
@@ -112,7 +112,7 @@ def test_sigterm_saves_a_checkpoint_and_says_how_to_resume(stopped: tuple[Run, s
 
 @pytest.fixture(scope="module")
 def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
-    """The run resumed to its end: the newest checkpoint is damaged, and another resume comes in between."""
+    """The run resumed to its end, with the newest checkpoint damaged and another resume in between."""
     run, _ = stopped
     before = run.steps()[-2]
     shard = run.objects("training_state.safetensors")[-1]
@@ -152,7 +152,7 @@ def test_a_finished_run_is_left_alone(stopped: tuple[Run, str], finished: tuple[
 def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
     stopped: tuple[Run, str], finished: tuple[dict[str, Any], str]
 ) -> None:
-    """As after a kill before registration: no version, no result."""
+    """As if killed before registration: no version, no result."""
     run, (result, _) = stopped[0], finished
     client = _client()
     client.delete_registered_model("resumed")

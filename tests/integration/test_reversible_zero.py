@@ -1,5 +1,7 @@
-"""The encoder alone on two gloo workers, reversible and not, whole and with really partitioned parameters
-(ZeRO 3): with equal hashes it learns what reformer_pytorch's network learns."""
+"""With equal hashes, the encoder learns what reformer_pytorch's network learns.
+
+On two gloo workers, reversible and not, with whole and with partitioned parameters (ZeRO 3).
+"""
 
 import json
 import os
@@ -23,8 +25,7 @@ CONFIG = ModelConfig(dim=WIDTH, depth=2, heads=2, attention="lsh", bucket_size=4
 
 
 class Regression(nn.Module):
-    """An encoder and a linear layer; its loss is that of all cells, so that two workers can be compared with
-    one."""
+    """An encoder and a linear layer; its loss is over all cells, so two workers can be compared with one."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -47,14 +48,14 @@ def draw_cells(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(stage: int, config: ModelConfig, rank: int, world_size: int) -> dict[str, Any]:
-    """The loss of all ranks in each step, and the gradients of the encoder in the first step, by name."""
+    """The loss over all ranks in each step, and the encoder's gradients in the first step by name."""
     deepspeed = import_deepspeed("cpu")
     from deepspeed.utils import safe_get_full_grad
 
     settings = {
         "train_batch_size": world_size * 2,
         "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": 0.0,  # DeepSpeed would clip at 1
+        "gradient_clipping": 0.0,  # otherwise DeepSpeed clips at 1
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -85,7 +86,7 @@ def train(stage: int, config: ModelConfig, rank: int, world_size: int) -> dict[s
 
 
 def train_library(world_size: int) -> dict[str, Any]:
-    """The same in one process, without DeepSpeed, by the library's network with the same weights."""
+    """The same with the library's network and the same weights, in one process without DeepSpeed."""
     ours, library = our_network(CONFIG), Regression(LibraryEncoder(CONFIG))
     assert isinstance(ours.encoder, ReversibleEncoder) and isinstance(library.encoder, LibraryEncoder)
     library.encoder.copy_weights(ours.encoder)

@@ -1,4 +1,4 @@
-"""The folder of a run on a disk and behind S3: which checkpoint a resume takes, and who may write."""
+"""The folder of a run on disk and on S3: which checkpoint a resume uses, and who may write."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ def _write(run_dir: str, name: str, content: bytes) -> None:
 
 
 def _checkpoint(run_dir: str, attempt: int, number: int, *, finished: bool = False) -> str:
-    """A checkpoint as Ray Train names it, sealed, with a file for its model."""
+    """A sealed checkpoint with a file for its model, named as by Ray Train."""
     name = f"attempt-{attempt:03d}/checkpoint_2026-11-26_17-00-{number:02d}.000001"
     files = {
         "position.json": json.dumps({"finished": finished, "global_step": number}).encode(),
@@ -111,7 +111,7 @@ def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) ->
         only_writer(files, f"{path}/writing", run_dir),
     ):
         pass
-    # A process that is killed leaves its claim behind.
+    # A killed process leaves its claim behind.
     script = (
         "import os, sys; from data_ingest.claims import only_writer;"
         " from jobs.training.run_folder import filesystem; files, path = filesystem(sys.argv[1]);"

@@ -1,4 +1,4 @@
-"""Query and stream from an atlas behind the S3 protocol, on a real server on loopback."""
+"""Query and stream from an atlas on a real S3 server on loopback."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 @pytest.fixture(scope="module")
 def remote(s3, small_atlas):
-    """The small atlas copied to the server, file by file: an atlas refers to its parts by relative names."""
+    """The small atlas copied to the server file by file, since it refers to its parts by relative names."""
     client = boto3.client("s3", endpoint_url=s3.endpoint, region_name="us-east-1")
     root = Path(small_atlas)
     for path in sorted(root.rglob("*")):
@@ -59,7 +59,7 @@ def test_a_saved_query_reaches_the_server_again(remote, tmp_path):
     assert find_cells(atlas, query, expected_hash=expected_hash).hash == result.hash
 
 
-def test_nothing_there_is_told_with_what_to_check(s3):
+def test_a_missing_atlas_is_reported_with_what_to_check(s3):
     locator = AtlasConfig(uri=f"{s3.uri}/nothing", tiledb_config=s3.tiledb_config)
     with (
         pytest.raises(

@@ -1,4 +1,4 @@
-"""What a run leaves behind holds no secret that its environment has."""
+"""Nothing that a run leaves behind contains a secret of its environment."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_no_file_and_no_line_of_a_run_holds_a_secret(
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        monkeypatch.setenv(name, "")  # so that both are restored
+        monkeypatch.setenv(name, "")  # so both are restored
         monkeypatch.delenv(name)
     (tmp_path / "server").mkdir()
     (tmp_path / "run").mkdir()

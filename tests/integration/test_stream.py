@@ -1,4 +1,4 @@
-"""The stream through a real Ray: what arrives is what the plan says and the atlas holds."""
+"""The stream through a real Ray: cells arrive in the order of the plan, as they are in the atlas."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ NUM_CELLS, NUM_GENES = 700, 50
 
 
 def counts_of(joinids):
-    """Counts that tell their row and column; every seventh cell is empty."""
+    """Counts that encode their row and column; every seventh cell is empty."""
     rows, genes = np.asarray(joinids)[:, None], np.arange(NUM_GENES)
     present = ((rows * 31 + genes * 17) % 5 < 2) & (rows % 7 != 0)
     return np.where(present, 1 + (rows + 3 * genes) % 11, 0).astype(np.float32)
@@ -88,7 +88,7 @@ def make_stream(
 
 
 def epoch(stream, epoch=0, world_size=1, micro_batch_size=4, start_step=0):
-    """Batches of all ranks, and the joinids as (steps, global batch)."""
+    """Batches of all ranks, and their joinids, (steps, global batch)."""
     ranks = [
         list(
             stream.batches(
@@ -114,7 +114,7 @@ def planned(stream, number=0):
     return joinids[np.array([stream.plan(number).cells(step) for step in range(stream.steps_per_epoch)])]
 
 
-def test_batches_hold_the_atlas_in_the_order_of_the_plan(locator):
+def test_batches_have_the_atlas_in_the_order_of_the_plan(locator):
     stream = make_stream(locator)
     batches, rows = epoch(stream)
     np.testing.assert_array_equal(rows, planned(stream))
@@ -203,8 +203,8 @@ def test_a_recipe_travels_by_reference_and_works_in_another_process(locator):
     np.testing.assert_array_equal(joinids.reshape(-1, 12), planned(stream, 1)[:, 12:])
 
 
-def test_ranks_that_hold_every_cpu_still_get_their_cells_also_from_two_streams_at_once(locator):
-    """Reading must not wait for a CPU that a rank, or the paused stream of another one, keeps."""
+def test_ranks_that_hold_every_cpu_get_their_cells_even_from_two_streams(locator):
+    """Reading must not wait for a CPU held by a rank or by the paused stream of another rank."""
     train, val = make_stream(locator), make_stream(locator, joinids=np.arange(0, NUM_CELLS, 5), shuffle=False)
 
     @ray.remote(num_cpus=2)
@@ -228,12 +228,12 @@ def test_ranks_that_hold_every_cpu_still_get_their_cells_also_from_two_streams_a
 
 
 def _threads() -> set[threading.Thread]:
-    """All but those in which Ray waits for objects; it never ends them."""
+    """All threads except those in which Ray waits for objects, which it never ends."""
     return {thread for thread in threading.enumerate() if thread.name != "Prefetcher"}
 
 
 def test_an_early_stop_leaves_no_thread_behind(locator):
-    epoch(make_stream(locator))  # starts what Ray starts once
+    epoch(make_stream(locator))  # start what Ray starts only once
     before = _threads()
     stream = make_stream(locator)
     batches = stream.batches(0, rank=0, world_size=1, micro_batch_size=4)
@@ -287,7 +287,7 @@ def test_cells_whose_counts_changed_on_disk_are_refused(locator):
 def test_batches_and_samples_say_which_genes_were_measured(locator):
     panels = Panels(
         np.arange(NUM_GENES) < np.array([[NUM_GENES], [20], [5]]), np.arange(NUM_CELLS) % 2
-    )  # the last is nobody's
+    )  # the last one belongs to no dataset
     stream = make_stream(locator, joinids=np.arange(NUM_CELLS), panels=panels)
     seen = 0
     for batch in stream.batches(0, rank=0, world_size=1, micro_batch_size=stream.global_batch_size):
@@ -334,8 +334,8 @@ def test_read_tasks_are_small_cheap_and_always_the_same(locator):
     assert max(len(ray.cloudpickle.dumps(task)) for task in first) < 20_000
 
 
-def test_a_layout_that_gives_a_cells_values_in_pieces(locator, tmp_path):
-    """Census stores tiles of genes, so that the values of a cell do not come in one stretch."""
+def test_a_layout_that_returns_a_cells_values_in_pieces(locator, tmp_path):
+    """Census stores tiles of genes, so the values of a cell are not contiguous."""
     uri = str(tmp_path / "atlas")
     create_atlas(uri, soma_context())
     path = f"{uri}/census_data/homo_sapiens/ms/RNA/X"
@@ -415,6 +415,6 @@ def test_the_benchmark_measures_all_contestants_on_one_atlas(capsys):
     assert len(result["versions"]) >= 4 and "our stream, tokens in the loop" in printed
 
 
-def test_the_benchmark_tells_a_user_error_in_one_line(locator, capsys):
+def test_the_benchmark_reports_a_user_error_in_one_line(locator, capsys):
     assert main(["--atlas", locator.uri + "-gone"]) == 2
     assert "does not exist" in capsys.readouterr().err

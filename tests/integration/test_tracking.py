@@ -80,10 +80,10 @@ def test_a_run_holds_configuration_identity_metrics_tables_and_pictures(
         assert _artifact(run, picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_picture_never_ends_a_run(
+def test_a_figure_never_ends_a_run(
     config: ExperimentConfig, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Names come from files; what matplotlib cannot draw is left out."""
+    """Names come from files; figures that matplotlib cannot draw are skipped."""
     counts_kk = np.array([[3, 1], [0, 2]])
 
     def broken() -> Figure:
@@ -118,7 +118,7 @@ def test_another_process_logs_into_the_run_and_is_quiet(
             "    other.log_metrics({'train/loss': 1.0}, step=0)\n"
             "    other.log_identity({})\n"
         )
-        environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": "/nowhere"}  # without a git executable too
+        environment = {"PYTHONPATH": str(REPO_ROOT), "PATH": "/nowhere"}  # even without a git executable
         done = run_python("-c", code, tmp_path / "run.pkl", cwd=tmp_path, env=environment)
     assert (done.stdout, done.stderr) == ("", "")
     point = MlflowClient(store).get_metric_history(run.run_id, "train/loss")[0]
@@ -144,7 +144,7 @@ def test_a_failed_job_marks_its_run(
     assert logged.info.status == "FINISHED" and "error" not in logged.data.tags
 
 
-def test_a_server_that_is_not_there_is_said_at_once(config: ExperimentConfig) -> None:
+def test_a_missing_server_is_reported_at_once(config: ExperimentConfig) -> None:
     began = time.monotonic()
     with pytest.raises(
         ConnectionError, match=r"tracking.uri=http://127.0.0.1:9 does not answer .*start `mlflow server`"
@@ -200,7 +200,7 @@ def test_two_jobs_that_start_together_on_a_new_store_both_work(tmp_path: Path) -
     assert {run.info.run_id for run in runs} == ids and len(ids) == 3
 
 
-def test_looking_up_makes_no_store(tmp_path: Path) -> None:
+def test_a_lookup_creates_no_store(tmp_path: Path) -> None:
     tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     for look in (
         lambda: resolve_model("models:/blood@champion", tracking),
@@ -212,7 +212,7 @@ def test_looking_up_makes_no_store(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_called_by_what_it_does(config: ExperimentConfig, store: str) -> None:
+def test_a_run_is_named_by_what_it_does(config: ExperimentConfig, store: str) -> None:
     on_blood = config.merge({"atlas.uri": "s3://atlases/blood/", "query.obs_filter": "tissue == 'blood'"})
     with start_run(on_blood, "finetune") as run:
         atlas = {"uri": "s3://atlases/blood/", "timestamp_ms": 12}

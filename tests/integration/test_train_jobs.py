@@ -1,5 +1,4 @@
-"""Atlas to pre-trained to fine-tuned model under the real Ray Train with two workers, one of which is killed
-on the way."""
+"""From an atlas to a fine-tuned model under a real Ray Train with two workers, one of which is killed."""
 
 import json
 import os
@@ -74,7 +73,7 @@ def test_finetuning_learns_and_registers(
     result = finetuned
     before, after = load_model(pretrained[0]["model_dir"]), load_model(result["model_dir"])
     assert after.vocabulary.feature_ids == before.vocabulary.feature_ids
-    assert after.meta["split"] == before.meta["split"], "pre-training held the same donors out"
+    assert after.meta["split"] == before.meta["split"], "pre-training held out the same donors"
     assert len(after.labels["names"]) >= 5 and all(
         cl_id.startswith("CL:") for cl_id in after.labels["cl_ids"]
     )
@@ -83,7 +82,7 @@ def test_finetuning_learns_and_registers(
     registered = client.get_model_version(
         ExperimentConfig().tracking.model_name, str(result["model_version"])
     )
-    assert registered.run_id == result["run_id"], "the store may hold models of other tests"
+    assert registered.run_id == result["run_id"], "the store may have models of other tests"
     run = client.get_run(result["run_id"])
     assert run.info.status == "FINISHED"
     for name in (
@@ -118,8 +117,7 @@ def test_finetuning_learns_and_registers(
 def test_a_killed_job_resumes_to_the_same_result(
     finetuned: dict[str, Any], settings: list[str], tmp_path: Path
 ) -> None:
-    """The driver, its Ray and its workers die by SIGKILL after the second checkpoint; the run resumes, here
-    with one worker."""
+    """SIGKILL ends driver, Ray and workers after the second checkpoint; the run resumes on one worker."""
     start_model = json.loads((Path(finetuned["run_dir"]) / "run.json").read_text())["init_from"]
     job = start_command("jobs.finetune", "--from", start_model, *settings, *LONGER, cwd=tmp_path)
     run_dir = read_until(job, r"--resume (\S+)\)")[1]
@@ -129,11 +127,11 @@ def test_a_killed_job_resumes_to_the_same_result(
     killed_ms = time.time() * 1000
     result, _ = run_here(finetune.main, "--resume", run_dir, "cluster.num_workers=1", cwd=tmp_path)
     history = tracking_client().get_metric_history(result["run_id"], "train/loss")
-    assert min(point.step for point in history if point.timestamp > killed_ms) > 4, "it began again"
+    assert min(point.step for point in history if point.timestamp > killed_ms) > 4, "it started again"
     for name, value in finetuned["metrics"].items():
         counted = name.endswith(
             ("ece", "ece_uncalibrated", "unknown_share")
-        )  # by bins and bounds that rounding lets a cell cross
+        )  # rounding can move a cell across bins and thresholds
         assert result["metrics"][name] == pytest.approx(value, rel=1e-3, abs=0.03 if counted else None), name
 
 
@@ -187,27 +185,27 @@ def test_dry_run_prints_and_stops(
         (["--from", "nowhere", "--dry-run"], "model 'nowhere' is not a directory with weights.safetensors"),
     ],
 )
-def test_bad_input_is_said_in_one_line(
+def test_bad_input_is_reported_in_one_line(
     settings: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune.main([*settings, *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
+def test_auto_attention_is_resolved_once_or_by_the_start_model(
     pretrained: tuple[dict[str, Any], str], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "attention: lsh\n" in pretrained[1], "what the recipe says stays, and is said"
+    assert "attention: lsh\n" in pretrained[1], "the recipe's setting is kept and reported"
     auto = [*settings, "model.attention=auto", "--dry-run"]
     assert pretrain.main(auto) == 0
     printed = capsys.readouterr().out
-    assert "attention: full\n" in printed, "the configuration holds what was taken, not auto"
+    assert "attention: full\n" in printed, "the configuration has the resolved value, not auto"
     assert (
         "attention: full (auto: cells have up to 65 tokens" in printed
         and "model.n_hashes=2 and model.bucket_size=16 without" in printed
     )
     assert finetune.main(["--from", pretrained[0]["model_dir"], *auto]) == 0
-    assert capsys.readouterr().out.endswith("attention: lsh\n"), "the start model's weights fit no other"
+    assert capsys.readouterr().out.endswith("attention: lsh\n"), "the start model's weights fit no other kind"
     assert (
         finetune.main(
             ["--from", pretrained[0]["model_dir"], *settings, "model.attention=full", "--dry-run"],
@@ -217,7 +215,7 @@ def test_auto_attention_is_settled_once_and_a_start_model_settles_it(
     assert "model.attention='full', but the model" in capsys.readouterr().err
 
 
-def test_another_architecture_than_the_start_model_is_refused(
+def test_an_architecture_unlike_the_start_models_is_refused(
     pretrained: tuple[dict[str, Any], str], settings: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune.main(["--from", pretrained[0]["model_dir"], *settings, "model.dim=32", "--dry-run"]) == 2

@@ -1,4 +1,4 @@
-"""Training that ends before its last step: at a NaN, or because it was asked to; and checkpoints by time."""
+"""Training that ends early, at a NaN or on request; and checkpoints by time."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
 
     def third_step() -> bool:
         asked.append(0)
-        return rank == 1 and len(asked) == 3  # one rank alone is told
+        return rank == 1 and len(asked) == 3  # only one rank is asked
 
     with pytest.raises(Stopped) as stopped:
         run("stopped", "finetune", {}, stop_asked=third_step)
@@ -59,8 +59,7 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
 
 
 def _norm_with_nan_as_fill(config: ExperimentConfig) -> float:
-    """Of all weights at ZeRO stage 3, summed over ranks, with NaN where the last rank's parts are longer than
-    the weights that they hold."""
+    """The norm of all weights at ZeRO stage 3 over all ranks, with NaN in the padding of the last rank."""
     model = ScReformer(config.model, config.tokens, num_genes=NUM_GENES, num_classes=NUM_CLASSES, seed=0)
     engine = build_engine(config, model, config.cluster.num_workers)
     filled = 0
@@ -86,7 +85,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
 
 @pytest.mark.parametrize("task", ["finetune", "pretrain"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_the_first_nan_ends_training_and_nothing_of_it_is_saved(
+def test_the_first_nan_ends_training_and_is_never_saved(
     ends: tuple[dict[str, Any], Path], task: str, stage: int
 ) -> None:
     message, joinids = ends[0][f"nan-{task}-{stage}"]
@@ -97,18 +96,18 @@ def test_the_first_nan_ends_training_and_nothing_of_it_is_saved(
         assert all(math.isfinite(float(tensor.sum())) for tensor in weights)
 
 
-def test_what_fills_up_the_last_rank_is_no_weight(ends: tuple[dict[str, Any], Path]) -> None:
+def test_padding_of_the_last_rank_does_not_count(ends: tuple[dict[str, Any], Path]) -> None:
     assert 0 < ends[0]["norm"] < math.inf
 
 
-def test_a_stop_saves_a_checkpoint_from_which_training_ends_to_the_bit(
+def test_a_stop_saves_a_checkpoint_that_resumes_to_the_same_bits(
     ends: tuple[dict[str, Any], Path],
 ) -> None:
     found, folder = ends
     checkpoint = folder / "stopped" / "step-003"
     assert found["stopped"] == 3 and not damage(checkpoint), "one rank was asked, all stopped"
     assert read_position(checkpoint)["global_step"] == 3
-    assert load_model(checkpoint / "model"), "before the first evaluation it is the present model"
+    assert load_model(checkpoint / "model"), "before the first evaluation, it is the current model"
     assert found["same"]
 
 

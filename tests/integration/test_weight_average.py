@@ -1,4 +1,4 @@
-"""The average of the weights is what is validated and kept, and survives a resume."""
+"""The average of the weights is validated and saved, and survives a resume."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ AVERAGED = {"train.weight_average": 0.9, "train.max_steps": 6, "train.eval_every
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A group of one. It stays: DeepSpeed knows one process group per process."""
+    """A group of one, never closed: DeepSpeed supports one process group per process."""
     if not torch.distributed.is_initialized():
         join_group(0, 1, str(tmp_path_factory.mktemp("group") / "store"))
 
@@ -49,7 +49,7 @@ def test_resumed_run_keeps_the_average(tmp_path: Path) -> None:
     losses, plain_losses = (
         [line["train/loss"] for line in run if "train/loss" in line] for run in (lines, plain_lines)
     )
-    assert losses == plain_losses, "the average changes no step"
+    assert losses == plain_losses, "the average does not change the steps"
     assert any(not torch.equal(plain.weights[name], weight) for name, weight in whole.weights.items())
 
 

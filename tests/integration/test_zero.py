@@ -1,5 +1,4 @@
-"""Two real gloo workers: what is learned does not depend on the ZeRO stage, on reversibility, or on the
-number of workers."""
+"""Two real gloo workers: results do not depend on ZeRO stage, reversibility or number of workers."""
 
 import json
 import tempfile
@@ -14,7 +13,7 @@ from helpers.toy_training import join_group, toy_config, train
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "toy_training.json"
 DROPOUT = {"model.dropout": 0.1}
-"""Stages and reversibility must also draw the same."""
+"""Stages and reversible blocks must draw the same random numbers too."""
 TWO_WORKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune_zero0": ("finetune", {}),
     **{f"zero{stage}": ("finetune", {"zero.stage": stage, **DROPOUT}) for stage in range(4)},
@@ -30,8 +29,8 @@ ONE_WORKER: dict[str, tuple[str, dict[str, Any]]] = {
     "one_micro_batch": ("finetune", {"train.micro_batch_size": 8}),
 }
 UNDETERMINED = ("pooling.score.bias", "pooling.score_norm.bias")
-"""They shift all scores of a softmax alike, so their gradient is zero but for rounding, of which Adam makes
-whole steps."""
+"""They shift all scores of a softmax alike, so their gradient is only rounding, which Adam scales to full
+steps."""
 NOISE = 2e-4
 """A hundredth of how far training moves a weight."""
 
@@ -61,12 +60,12 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each case reported, and its weights."""
+    """The reports and weights of each case."""
     return run_all(tmp_path_factory.mktemp("zero"))
 
 
 def run_all(folder: Path) -> dict[str, Any]:
-    """In processes of their own: DeepSpeed knows one process group per process."""
+    """Run each in a separate process: DeepSpeed supports one process group per process."""
     started = [
         torch.multiprocessing.spawn(
             _work,
