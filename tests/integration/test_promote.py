@@ -77,7 +77,7 @@ def result(small_atlas: str) -> QueryResult:
 
 
 def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str]) -> Path:
-    """A model of the atlas's cells, with random weights or from a logistic regression on the training donors."""
+    """A model of the atlas's cells, with random weights or from a logistic regression on training donors."""
     names = [str(name) for name in result.obs["label"].cat.categories]
     loaded = load_model(write_tiny_model(folder, result.vocabulary()))
     model = type(loaded.model)(
