@@ -17,7 +17,7 @@ from screformer.genes import MIN_GENE_OVERLAP
 from screformer.predictor import ANSWER_COLUMNS, Predictor
 from screformer.storage import writing
 
-_AGAIN = "run the same command again, which keeps the labels that are there"
+_AGAIN = "run the same command again; it keeps the labels written so far"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

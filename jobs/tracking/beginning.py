@@ -1,6 +1,6 @@
-"""Create a run on the server: at once, or once it is back.
+"""Create a run on the server, now or when the server is back.
 
-Until then a name stands in for MLflow's identifier; the run carries it as a tag, by which it is found.
+Until then, a placeholder replaces MLflow's run id. It is stored as a tag of the run, to find the run later.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 
 from jobs.tracking.client import mlflow_client, mlflow_package, sqlite_path
 
-_STAND_IN, _TAG = "later-", "screformer.stand_in"
+_PREFIX, _TAG = "later-", "screformer.stand_in"
 _found: dict[tuple[str, str], str] = {}
 
 
-def stand_in() -> str:
-    """A name for a run that the server does not know yet."""
-    return _STAND_IN + uuid.uuid4().hex
+def placeholder() -> str:
+    """Create a placeholder id for a run that is not on the server yet."""
+    return _PREFIX + uuid.uuid4().hex
 
 
-def is_stand_in(run_id: str) -> bool:
-    """Whether a run's identifier is such a name."""
-    return run_id.startswith(_STAND_IN)
+def is_placeholder(run_id: str) -> bool:
+    """Whether a run id is a placeholder."""
+    return run_id.startswith(_PREFIX)
 
 
 def create_run(uri: str, entry: Mapping[str, Any], run_id: str = "") -> str:
-    """Create a run, unless it exists under its stand-in.
+    """Create a run, or find the one created with the same placeholder.
 
     Args:
         uri: The tracking store.
-        entry: `experiment`, `name`, `tags` and `time_ms`, when it began.
-        run_id: Its stand-in; empty for none.
+        entry: `experiment`, `name`, `tags` and `time_ms` (the start time).
+        run_id: The run's placeholder, or empty.
 
     Returns:
-        MLflow's identifier.
+        MLflow's run id.
     """
-    known = _by_stand_in(uri, run_id) if run_id else ""
+    known = _by_placeholder(uri, run_id) if run_id else ""
     if known:
         return known
     tags = {**entry["tags"], **({_TAG: run_id} if run_id else {})}
@@ -52,20 +52,20 @@ def create_run(uri: str, entry: Mapping[str, Any], run_id: str = "") -> str:
 
 
 def real_id(uri: str, run_id: str) -> str:
-    """MLflow's identifier of a run.
+    """MLflow's id for a run id or placeholder.
 
     Raises:
         ConnectionError: The run is not on the server yet.
     """
-    if not is_stand_in(run_id):
+    if not is_placeholder(run_id):
         return run_id
-    found = _by_stand_in(uri, run_id)
+    found = _by_placeholder(uri, run_id)
     if not found:
         raise ConnectionError(f"{uri} does not have the run {run_id} yet")
     return found
 
 
-def _by_stand_in(uri: str, run_id: str) -> str:
+def _by_placeholder(uri: str, run_id: str) -> str:
     if (uri, run_id) not in _found:
         client = mlflow_client(uri)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]

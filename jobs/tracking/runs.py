@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.tracking.beginning import create_run, is_stand_in, real_id, stand_in
+from jobs.tracking.beginning import create_run, is_placeholder, placeholder, real_id
 from jobs.tracking.client import (
     PATIENCE_S,
     answering,
@@ -95,10 +95,10 @@ def start_run(
     except ConnectionError:
         if kept_in is None:
             raise
-        run = TrackedRun(tracking_uri=uri, run_id=stand_in())
+        run = TrackedRun(tracking_uri=uri, run_id=placeholder())
     if kept_in is not None:
         run = run.kept_in(str(kept_in / run.run_id))
-    if is_stand_in(run.run_id):
+    if is_placeholder(run.run_id):
         run._deliver(beginning)
     run.log_config(config.to_dict(job))
     logger.info("run %s (%s) in experiment %s of %s", run.run_id, name, config.tracking.experiment, uri)
@@ -112,7 +112,7 @@ class TrackedRun:
     tracking_uri: str
     """Absolute, so it is valid in every process of this machine; other nodes need a server."""
     run_id: str
-    """MLflow's identifier, or a stand-in while the server does not know the run."""
+    """MLflow's run id, or a placeholder while the run is not on the server."""
 
     outbox: str = ""
     """Folder or URI that keeps entries while the server is down; if empty, logging raises instead."""

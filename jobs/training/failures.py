@@ -1,4 +1,4 @@
-"""Failures of workers: which ones another attempt could fix, and what to report.
+"""Worker failures: whether to retry them, and how to report them.
 
 Ray Train's controller imports this module, so it imports nothing heavy.
 """
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from screformer.config import ExperimentConfig
 
 START_TRIES = 20
-"""Times that Ray Train may wait a minute for room for all workers: nodes can take that long to start."""
+"""How often Ray Train waits a minute for enough free resources; nodes can take that long to start."""
 
 _NODE_MEMORY = re.compile(r"IP: ([^,)]+).*?was (\S+) used / (\S+) limit", re.DOTALL)
 _NEVER_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 
 class GiveUp(ray.train.UserCallback):
-    """Ends a training at once when another attempt would fail in the same way.
+    """Ends a training at once if another attempt would fail in the same way.
 
-    Ray Train would make `cluster.max_failures` more.
+    Ray Train alone would retry it `cluster.max_failures` times.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train in its controller, which does not repeat what a callback raises."""
+        """Called by Ray Train's controller, which does not retry after an error in a callback."""
         for error in worker_exceptions.values():
             if isinstance(error, StorageError) or type(error) is ValueError:
                 raise ray.train.ControllerError(error)
@@ -39,16 +39,16 @@ class GiveUp(ray.train.UserCallback):
 def explained(
     error: ray.train.TrainingFailedError, config: ExperimentConfig, run_dir: str
 ) -> ValueError | OSError | RuntimeError:
-    """Say in one line why Ray Train gave up, and how the run is resumed.
+    """Explain in one line why Ray Train gave up and how to resume the run.
 
     Args:
-        error: What Ray Train raised.
+        error: The error raised by Ray Train.
         config: The run's settings.
-        run_dir: Its folder.
+        run_dir: The run's folder.
 
     Returns:
-        An error that ends a command: a ValueError or StorageError is what the user can mend, the others may
-        not happen again.
+        The error for the command to raise. The user can fix a ValueError or StorageError; other errors may
+        not occur again.
     """
     resume = f"resume with --resume {run_dir}"
     if not isinstance(error, ray.train.WorkerGroupError):
@@ -78,7 +78,7 @@ def explained(
 
 
 def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) -> str:
-    """What to say if memory ran out; empty if it did not."""
+    """The message if memory ran out; else empty."""
     size = config.train.micro_batch_size
     smaller = (
         f"train.micro_batch_size={size // 2}"
@@ -109,7 +109,7 @@ def _is_gpu_memory(error: Exception) -> bool:
 
 
 def _root(failures: dict[int, Exception]) -> tuple[int, Exception]:
-    """The failure that the others followed from, and its rank."""
+    """The failure that caused the others, and its rank."""
     causes = {rank: _cause(error) for rank, error in sorted(failures.items())}
 
     def order(rank: int) -> int:
@@ -124,7 +124,7 @@ def _root(failures: dict[int, Exception]) -> tuple[int, Exception]:
 
 
 def _cause(error: Exception) -> Exception:
-    """What Ray has wrapped."""
+    """The original exception inside Ray's wrappers."""
     inner = getattr(error, "health_check_failure", None) or getattr(error, "cause", None)
     return _cause(inner) if isinstance(inner, Exception) and inner is not error else error
 

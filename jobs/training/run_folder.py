@@ -40,10 +40,10 @@ def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
 
 
 def require_writable(storage_path: str) -> None:
-    """Refuse a `cluster.storage_path` that this machine cannot write.
+    """Reject a `cluster.storage_path` that this machine cannot write to.
 
     Raises:
-        ValueError: It cannot be written.
+        ValueError: It cannot be written to.
     """
     place = storage_path or "runs"
     name = f"writable-{uuid.uuid4().hex}"
@@ -53,21 +53,21 @@ def require_writable(storage_path: str) -> None:
         files.delete_file(f"{path}/{name}")
     except OSError as error:
         raise ValueError(
-            f"cluster.storage_path={storage_path!r} cannot be written ({error}); name a folder or URI that"
-            f" this machine and all nodes may write"
+            f"cluster.storage_path={storage_path!r} cannot be written ({error}); give a folder or URI that"
+            f" this machine and all nodes can write to"
         ) from error
 
 
 def require_seen(run_dir: str) -> None:
-    """Refuse a run folder that this node does not see.
+    """Reject a run folder that this node cannot access.
 
     Raises:
-        ValueError: It is a path, and nothing is there.
+        ValueError: It is a path that does not exist on this node.
     """
     if "://" not in run_dir and not Path(run_dir).is_dir():
         raise ValueError(
-            f"node {platform.node()} does not see {run_dir}; cluster.storage_path must be a folder that all"
-            f" nodes see, or a URI such as s3://BUCKET/runs"
+            f"node {platform.node()} cannot access {run_dir}; cluster.storage_path must be a folder shared by"
+            f" all nodes, or a URI such as s3://BUCKET/runs"
         )
 
 
@@ -130,7 +130,7 @@ def newest_checkpoint(run_dir: str) -> tuple[ray.train.Checkpoint, bool] | None:
 
 @contextmanager
 def resumable(run_dir: str | Path) -> Iterator[None]:
-    """Add how to resume the run to a KeyboardInterrupt, and to the error of a folder that cannot be written.
+    """Add how to resume the run to a KeyboardInterrupt or to the error about a folder that is not writable.
 
     Raises:
         StorageError: The run folder, or a temporary one, cannot be written.

@@ -163,9 +163,10 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
 
 
 def _latest(run_dir: str) -> ray.train.Checkpoint | None:
-    """The checkpoint from which ranks resume after one of them was lost.
+    """The checkpoint from which all ranks resume after one was lost.
 
-    Ray Train has one to offer, but does not look into it: rank 0 does, and falls back to the one before.
+    Ray Train offers its newest checkpoint without checking it. Rank 0 checks it and, if it is damaged, uses
+    the one before.
     """
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
