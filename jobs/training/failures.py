@@ -59,8 +59,8 @@ def explained(
             cluster = config.cluster
             return RuntimeError(
                 f"the {cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs could not be started"
-                f" in {START_TRIES} tries of a minute, so nodes are missing or busy; add nodes or wait, then"
-                f" {resume}, or with fewer workers: cluster.num_workers=..."
+                f" in {START_TRIES} attempts of one minute each; nodes are missing or busy;"
+                f" add nodes or wait, then {resume}, or with fewer workers: cluster.num_workers=..."
             )
         return RuntimeError(f"Ray Train failed ({_first_line(inner)}); {resume}")
     rank, cause = _root(error.worker_failures)
@@ -100,7 +100,7 @@ def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) 
             f" spread the workers over more nodes"
         )
     return (
-        f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} on a larger one"
+        f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} with more memory"
     )
 
 

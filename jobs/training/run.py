@@ -159,7 +159,7 @@ def _trained_model(
     newest = newest_checkpoint(run_dir) if resumes else None
     checkpoint, ended = newest or (None, False)
     if checkpoint is not None and ended:
-        print("training had already ended; finishing the remaining steps of the run", flush=True)
+        print("training had already ended; completing the rest of the run", flush=True)
         return keep_model(checkpoint, run_dir)
     return train(training_task(task, cells, run, model=model, checkpoint=checkpoint), run_dir).model_dir
 

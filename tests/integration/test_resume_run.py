@@ -159,7 +159,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_undone_is_done(
     for found in run.objects("result.json"):
         found.delete()
     again, printed = run.resume()
-    assert "training had already ended; finishing the remaining steps of the run" in printed
+    assert "training had already ended; completing the rest of the run" in printed
     assert "step  10/" not in printed
     assert again["metrics"] == result["metrics"] and again["model_version"] == 1
     assert client.get_run(result["run_id"]).info.status == "FINISHED"

@@ -56,7 +56,7 @@ def test_a_lost_worker_and_an_error_are_told_apart_from_what_follows() -> None:
 
 def test_workers_that_never_start_are_reported_with_the_wait() -> None:
     error = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
-    assert "the 2 workers of 1 CPUs could not be started in 20 tries of a minute" in str(
+    assert "the 2 workers of 1 CPUs could not be started in 20 attempts of one minute each" in str(
         explained(error, CONFIG, "/runs/a")
     )
 
