@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,10 @@ import ray
 from cluster.quiet import quiet
 
 _GIB = 2**30
+STARTS = 3
+"""How often a local Ray is started before the machine counts as too busy."""
+_TOO_SLOW = "timed out during startup"
+logger = logging.getLogger(__name__)
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -58,15 +62,44 @@ def _start_local(num_cpus: float) -> None:
         "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": f"{quiet.__module__}.{quiet.__name__}",
         # One process fewer per training; this machine cannot be preempted.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # Ray would repeat a task that runs out of memory for ever.
+        "RAY_task_oom_retries": os.environ.get("RAY_task_oom_retries", "3"),
     }
     with environment(inherited):
-        ray.init(
-            address="local",
-            num_cpus=max(cores, math.ceil(num_cpus)),
-            object_store_memory=int(min(2 * _GIB, 0.2 * memory)),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
+        start_patiently(
+            lambda: ray.init(
+                address="local",
+                num_cpus=max(cores, math.ceil(num_cpus)),
+                object_store_memory=int(min(2 * _GIB, 0.2 * memory)),
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
         )
+
+
+def start_patiently(start: Callable[[], object]) -> None:
+    """Start Ray, again if a busy machine was too slow for it.
+
+    Args:
+        start: Starts Ray; raises Ray's own errors.
+
+    Raises:
+        RuntimeError: Ray timed out each time.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            start()
+            return
+        except Exception as error:  # Ray raises no narrower class
+            if _TOO_SLOW not in str(error):
+                raise
+            ray.shutdown()
+            if not left:
+                raise RuntimeError(
+                    f"Ray did not start in {STARTS} tries of 30 s: this machine ({socket.gethostname()}) is"
+                    f" too busy; wait until it has less to do, then run the same command again"
+                ) from error
+            logger.warning("Ray was too slow to start; trying again")
 
 
 @contextmanager

@@ -153,15 +153,17 @@ def fit(
         progress.global_step < train.max_steps and not 0 < train.patience_evals <= progress.evals_without_gain
     ):
         micro_batches, wait_s = next(steps)
-        step = progress.global_step
+        step, own_s = progress.global_step, wait_s
         prepared = [objective.prepare(batch, step) for batch in micro_batches]
         (total_weight,) = sum_over_ranks(engine.device, sum(weight for _, _, weight in prepared))
         set_learning_rate(engine, learning_rate(step, train))
         step_loss = torch.zeros((), device=engine.device)
         for index, (batch, hidden, _) in enumerate(prepared):
+            began_s = time.perf_counter()
             loss = objective.loss(batch, hidden, objective.hash_seed(step, index, accumulation)) / max(
                 total_weight, 1e-12
             )
+            own_s += time.perf_counter() - began_s
             # DeepSpeed averages over ranks, but our loss is a sum over all cells of the global batch.
             engine.backward(loss * world_size, scale_wrt_gas=False)
             engine.step()
@@ -172,7 +174,7 @@ def fit(
         progress.step_in_epoch += 1
         progress.cells_consumed += train.global_batch_size
         num_cells = sum(int((batch["joinids"] >= 0).sum()) for batch in micro_batches)
-        window.add(step_loss, wait_s, num_cells)
+        window.add(step_loss, wait_s, own_s, num_cells)
         # Checking weights also covers gradients: AdamW makes a weight NaN if its gradient is not finite.
         healthy = math.isfinite(step_loss.item()) and math.isfinite(weights_norm(engine))
         # Summed over ranks, so all ranks act alike.

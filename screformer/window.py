@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,14 +24,22 @@ class Window:
     def reset(self) -> None:
         """Start over."""
         self.loss = torch.zeros((), device=self.device)
-        self.wait_s = 0.0
+        self.wait_s = self.own_s = 0.0
         self.num_cells = 0
         self.num_steps = 0
         self.start = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, wait_s: float, num_cells: int) -> None:
-        """Add a step: this rank's part of the loss, seconds waited for cells, and number of cells."""
+    def add(self, loss: torch.Tensor, wait_s: float, own_s: float, num_cells: int) -> None:
+        """Add a step.
+
+        Args:
+            loss: This rank's part of the loss.
+            wait_s: Seconds waited for cells.
+            own_s: Seconds in which this rank waited for no other: for cells, and in the forward pass.
+            num_cells: Number of cells.
+        """
         self.loss += loss
+        self.own_s += own_s
         self.wait_s += wait_s
         self.num_cells += num_cells
         self.num_steps += 1
@@ -45,8 +54,13 @@ class Window:
     def close(self) -> dict[str, float]:
         """Metrics of the steps since the last log line, over all ranks; every rank calls it."""
         elapsed_s = time.perf_counter() - self.start
-        loss, wait_s, num_cells = sum_over_ranks(self.device, self.loss.item(), self.wait_s, self.num_cells)
-        wait_s /= torch.distributed.get_world_size()
+        world_size = torch.distributed.get_world_size()
+        own_s = [0.0] * world_size
+        own_s[torch.distributed.get_rank()] = self.own_s / self.num_steps
+        loss, wait_s, num_cells, *own_s = sum_over_ranks(
+            self.device, self.loss.item(), self.wait_s, self.num_cells, *own_s
+        )
+        wait_s /= world_size
         metrics = {
             "train/loss": loss / self.num_steps,
             "train/cells_per_s": num_cells / elapsed_s,
@@ -54,5 +68,12 @@ class Window:
             "data/wait_share": wait_s / elapsed_s,
             "mem/peak_gb": peak_memory_gb(self.device),
         }
+        if world_size > 1:
+            slowest = max(range(world_size), key=own_s.__getitem__)
+            metrics |= {
+                "ranks/slowest": float(slowest),
+                "ranks/slowest_s": own_s.pop(slowest),
+                "ranks/others_s": statistics.median(own_s),
+            }
         self.reset()
         return metrics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 _SHOWN = {
     "train/loss": "loss {:.3g}",
@@ -17,6 +17,10 @@ _SHOWN = {
     "test/accuracy": "accuracy {:.3f}",
 }
 """Metrics to print, in this order; MLflow has all metrics."""
+
+_SLOW_RATIO, _SLOW_S, _SLOW_LINES = 2.0, 0.05, 3
+"""A rank is slow if its own part of a step takes twice as long as that of the others, and 50 ms longer, in
+three lines in a row."""
 
 
 class ProgressLines:
@@ -44,6 +48,32 @@ class ProgressLines:
                 seconds = (self._clock() - self._start) / (step - self._done) * (self._max_steps - step)
                 shown.append(f"{duration(seconds)} left")
         return "  ".join(shown)
+
+
+class SlowRank:
+    """Reports a rank that keeps the others waiting, once it has done so in several lines."""
+
+    def __init__(self, nodes: Sequence[str]) -> None:
+        """Set the node of each rank."""
+        self._nodes = nodes
+        self._slow, self._lines = -1, 0
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """What to report now; empty for nothing."""
+        if "ranks/slowest_s" not in metrics:
+            return ""
+        slowest_s, others_s = metrics["ranks/slowest_s"], metrics["ranks/others_s"]
+        rank = int(metrics["ranks/slowest"])
+        if slowest_s < _SLOW_RATIO * others_s or slowest_s - others_s < _SLOW_S:
+            rank = -1
+        self._lines = self._lines + 1 if rank == self._slow else 1
+        self._slow = rank
+        if rank < 0 or self._lines != _SLOW_LINES:
+            return ""
+        return (
+            f"rank {rank} on node {self._nodes[rank]} is slow: {slowest_s:.2g} s a step to read cells and"
+            f" apply the network, the others {others_s:.2g} s, who wait for it; is that node busy or smaller?"
+        )
 
 
 def duration(seconds: float) -> str:

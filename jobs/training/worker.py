@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import torch
 
 from cluster.quiet import quiet_data
 from jobs.training.ending import finish
-from jobs.training.progress import ProgressLines
+from jobs.training.progress import ProgressLines, SlowRank
 from jobs.training.run_folder import filesystem, newest_checkpoint, require_seen, resumable
 from jobs.training.stopping import StopWatch
 from jobs.training.task import TrainingTask
@@ -101,6 +102,7 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
             resume = _restore(Path(folder), engine)
     done_steps = resume[0].global_step if resume else 0
     lines = ProgressLines(task.config.train.max_steps, done_steps=done_steps)
+    slow = SlowRank(_nodes())
     watch = StopWatch(flag, every_s=60 * task.config.train.checkpoint_every_minutes)
     speeds: list[float] = []
     peaks: list[float] = []
@@ -114,6 +116,8 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
             task.run.log_metrics({**metrics, "data/cells_cut": num_cut}, step=step)
             if not model_dir:
                 print(lines.line(metrics, step), flush=True)
+                if text := slow.line(metrics):
+                    print(text, flush=True)
 
     def save(progress: Progress, weights: Weights, average: Weights, metrics: dict[str, float]) -> None:
         if model_dir:
@@ -174,6 +178,13 @@ def _latest(run_dir: str) -> ray.train.Checkpoint | None:
         found = [newest[0].path if newest else None]
     torch.distributed.broadcast_object_list(found)
     return ray.train.Checkpoint(found[0], filesystem=filesystem(run_dir)[0]) if found[0] else None
+
+
+def _nodes() -> list[str]:
+    """The node of each rank."""
+    nodes = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(nodes, platform.node())
+    return nodes
 
 
 def _hand_over(folder: Path, metrics: dict[str, float]) -> None:

@@ -82,18 +82,19 @@ def toy_batch(joinids: list[int]) -> Batch:
     return batch
 
 
-def toy_parts(config: ExperimentConfig, rank: int, world_size: int) -> Parts:
-    """This rank's lanes: cells 0 to 36 for training, in a new order each epoch; 100 to 110 for validation;
-    200 to 208 for testing."""
+def toy_parts(config: ExperimentConfig, rank: int, world_size: int, wait_s: float = 0.0) -> Parts:
+    """This rank's lanes, with a pause before each micro-batch: cells 0 to 36 for training, in a new order
+    each epoch; 100 to 110 for validation; 200 to 208 for testing."""
     size, micro = config.train.global_batch_size, config.train.micro_batch_size
 
     def batches(cells: np.ndarray, start: int = 0) -> Any:
         steps = -(-len(cells) // size)
         lanes = np.concatenate([cells, np.full(steps * size - len(cells), -1)]).reshape(steps, size)
         own = lanes[start:, rank * size // world_size : (rank + 1) * size // world_size]
-        return (
-            toy_batch(step[at : at + micro].tolist()) for step in own for at in range(0, len(step), micro)
-        )
+        for step in own:
+            for at in range(0, len(step), micro):
+                time.sleep(wait_s)
+                yield toy_batch(step[at : at + micro].tolist())
 
     return Parts(
         steps_per_epoch=-(-NUM_CELLS // size),
@@ -114,6 +115,7 @@ def train(
     save_in: Path | None = None,
     resume: Path | None = None,
     delay_s: float = 0.0,
+    wait_s: float = 0.0,
     **wishes: Any,
 ) -> tuple[Outcome, list[dict[str, float]]]:
     """Run the real training loop; every evaluation saves a checkpoint in `save_in`. `wishes` are passed to
@@ -154,7 +156,7 @@ def train(
     outcome = fit(
         config,
         engine,
-        toy_parts(config, rank, world_size),
+        toy_parts(config, rank, world_size, wait_s),
         task=task,
         class_counts_k=np.array([20, 12, 5]),
         report=report,

@@ -36,7 +36,7 @@ def test_an_ingest(
         assert _main(ingest.main, [*words, "--verify"], capsys) == (0, "")
         change("ro")
         status, said = _main(ingest.main, words, capsys)
-        assert status == 2 and "Read-only file system" in said and said.count("\n") == 1
+        assert status == 2 and "it is read-only; make it writable" in said and said.count("\n") == 1
 
 
 def test_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

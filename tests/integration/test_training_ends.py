@@ -51,6 +51,8 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
     ) and len(whole.weights) == len(resumed.weights)
     asked.clear()
     run("timed", "finetune", {}, checkpoint_due=third_step)
+    _, lines = run("slow", "finetune", {"train.max_steps": 4}, wait_s=0.3 if rank == 1 else 0.0)
+    found["slow"] = [lines[0][f"ranks/{name}"] for name in ("slowest", "slowest_s", "others_s")]
     found["norm"] = _norm_with_nan_as_fill(toy_config(**{"cluster.num_workers": world_size, "zero.stage": 3}))
     if rank == 0:
         (folder / "out.json").write_text(json.dumps(found))
@@ -109,6 +111,11 @@ def test_a_stop_saves_a_checkpoint_that_resumes_to_the_same_bits(
     assert read_position(checkpoint)["global_step"] == 3
     assert load_model(checkpoint / "model"), "before the first evaluation, it is the current model"
     assert found["same"]
+
+
+def test_the_slowest_rank_is_found(ends: tuple[dict[str, Any], Path]) -> None:
+    rank, slowest_s, others_s = ends[0]["slow"]
+    assert rank == 1 and slowest_s > 0.3 + others_s / 2
 
 
 def test_checkpoints_are_saved_between_evaluations(ends: tuple[dict[str, Any], Path]) -> None:

@@ -38,6 +38,24 @@ def test_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         door.connect()
 
 
+def test_a_ray_that_is_too_slow_to_start_is_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    slow = "The current node timed out during startup. This could happen because some of the raylet failed"
+    errors: list[Exception] = [Exception(slow), Exception(slow)]
+
+    def start() -> None:
+        if errors:
+            raise errors.pop()
+
+    door.start_patiently(start)
+    assert not errors and caplog.text.count("too slow to start; trying again") == 2
+    errors[:] = [Exception(slow)] * door.STARTS
+    with pytest.raises(RuntimeError, match=r"did not start in 3 tries of 30 s: this machine .* is too busy"):
+        door.start_patiently(start)
+    errors[:] = [OSError("another")]
+    with pytest.raises(OSError, match="another"):
+        door.start_patiently(start)
+
+
 def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEPT", "old")
     monkeypatch.delenv("ADDED", raising=False)

@@ -1,6 +1,6 @@
 """Progress lines printed during training."""
 
-from jobs.training.progress import ProgressLines, duration
+from jobs.training.progress import ProgressLines, SlowRank, duration
 
 
 def test_lines_are_short_and_show_the_remaining_time() -> None:
@@ -15,6 +15,20 @@ def test_lines_are_short_and_show_the_remaining_time() -> None:
     assert lines.line(train, 300) == "step 300/300  loss 0.831  2,120 cells/s", "no time is left"
     ended = {"best_step": 60.0, "best_val/loss": 0.2, "best_val/macro_f1": 0.97, "test/macro_f1": 0.9}
     assert lines.line(ended, 300) == "best step 60  validation 0.2  macro-F1 0.970  test macro-F1 0.900"
+
+
+def test_a_rank_that_stays_slow_is_reported_once() -> None:
+    def metrics(rank: int, slowest_s: float, others_s: float) -> dict[str, float]:
+        return {"ranks/slowest": float(rank), "ranks/slowest_s": slowest_s, "ranks/others_s": others_s}
+
+    slow = SlowRank(["a", "b", "c"])
+    said = [slow.line(metrics(2, 1.3, 0.5)) for _ in range(5)]
+    assert said == ["", "", said[2], "", ""] and said[2] == (
+        "rank 2 on node c is slow: 1.3 s a step to read cells and apply the network, the others 0.5 s, who"
+        " wait for it; is that node busy or smaller?"
+    )
+    steady = [metrics(1, 0.9, 0.5), metrics(1, 0.06, 0.02), metrics(0, 1.3, 0.5), metrics(1, 1.3, 0.5), {}]
+    assert not any(slow.line(each) for each in steady * 3), "a little slower, or each time another rank"
 
 
 def test_a_resumed_run_counts_its_own_steps() -> None:
