@@ -1,7 +1,7 @@
-"""What a model keeps of its training cells: how it sees some of them, to compare new cells with.
+"""Save a sample of a model's training cells, as seen by the model, to compare new cells with.
 
-A file `training_cells.safetensors` of the model directory. It holds no counts. Models of earlier versions
-have none.
+The sample is `training_cells.safetensors` in the model directory. It contains embeddings and totals, but no
+counts of genes. Models of earlier versions have none.
 
 Axes: n cells, d model width.
 """
@@ -21,20 +21,20 @@ FILE = "training_cells.safetensors"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingReference:
-    """Some training cells as their model sees them."""
+    """A sample of training cells as seen by their model."""
 
     embedding_nd: np.ndarray
     """Embeddings, float16."""
     labels_n: np.ndarray
-    """Index of each cell's label among those of the model, int64."""
+    """Index of each cell's label in the model's labels, int64."""
     donors_n: np.ndarray
-    """Code of each cell's group of the split, such as its donor, int64; names are not kept."""
+    """Code of each cell's group in the split, for example its donor, int64; names are not saved."""
     datasets_n: np.ndarray
     """Code of each cell's data set, int64."""
     total_n: np.ndarray
-    """Counts of each cell, float32."""
+    """Total counts of each cell, float32."""
     detected_n: np.ndarray
-    """Genes of the model that were detected in each cell, int64."""
+    """Number of model genes detected in each cell, int64."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
@@ -49,12 +49,12 @@ class TrainingReference:
         """Read the file of a model directory; None if there is none.
 
         Raises:
-            ValueError: It is damaged, or holds something else.
+            ValueError: It is damaged, or contains something else.
         """
         path = Path(model_dir) / FILE
         if not path.is_file():
             return None
         arrays = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
         if set(arrays) != set(cls.__dataclass_fields__) or len({len(array) for array in arrays.values()}) > 1:
-            raise ValueError(f"{path} does not hold training cells of a model; restore it, or train again")
+            raise ValueError(f"{path} does not contain training cells; restore it, or train again")
         return cls(**arrays)

@@ -1,4 +1,4 @@
-"""How far cells are from the training: the two-sample test, the verdict, and the command on a file."""
+"""Distance of cells from the training data: two-sample test, verdict, and the command on a file."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from screformer.reference import TrainingReference
 
 
 def sample(seed: int, labels: list[int], *, moved: float = 0.0, donor_effect: float = 0.0) -> CellSample:
-    """Cells of five donors; each label has a centre, and each donor an effect of its own."""
+    """Cells of five donors; each label has a centre, and each donor its own effect."""
     rng, labels_n = np.random.default_rng(seed), np.array(labels)
     donors_n = np.arange(len(labels_n)) % 5
     x = rng.normal(size=(len(labels_n), 8)) + labels_n[:, None] * 3.0 + moved * (np.arange(8) == 1)
@@ -83,7 +83,7 @@ def test_the_verdict_follows_from_the_thresholds(changed: dict, verdict: str, re
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that carries some training cells."""
+    """A tiny model with a sample of training cells."""
     folder = calibrated_tiny_model(tmp_path_factory.mktemp("model") / "model")
     rng = np.random.default_rng(0)
     dim = Predictor.load(folder, device="cpu").config.model.dim
