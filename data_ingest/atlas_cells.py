@@ -31,7 +31,7 @@ class AtlasCells:
     joinids: np.ndarray
     known: Sequence[str]
     gene_of_var: np.ndarray
-    every_panel: Panels
+    all_panels: Panels
     query_hash: str
 
     @classmethod
@@ -79,7 +79,7 @@ class AtlasCells:
 
     def panels(self, positions: np.ndarray) -> Panels:
         """As `CellSource.panels`: the genes measured in the cell's dataset."""
-        return self.every_panel.take(positions)
+        return self.all_panels.take(positions)
 
     def identity(self) -> dict[str, str]:
         """As `CellSource.identity`."""

@@ -171,7 +171,7 @@ def find_cells(
     label_column: str = MAJOR,
     columns: Iterable[str] = (),
     *,
-    if_there: Iterable[str] = (),
+    optional_columns: Iterable[str] = (),
     expected_hash: str = "",
 ) -> QueryResult:
     """Find the cells and genes that match a query's filters.
@@ -182,7 +182,7 @@ def find_cells(
         label_column: obs column that becomes `label`. If the atlas has no `cell_type_major` (Census has
             none), it is rolled up from `cell_type_ontology_term_id`.
         columns: Additional obs columns to read.
-        if_there: Additional obs columns to read if the atlas has them.
+        optional_columns: Additional obs columns to read if the atlas has them.
         expected_hash: Hash that the result must have; empty to skip the check.
 
     Returns:
@@ -197,7 +197,7 @@ def find_cells(
         obs_table = experiment.obs
         var_table = experiment.ms[MEASUREMENT].var
         names = set(obs_table.schema.names)
-        wanted = {*OBS_COLUMNS, *columns, *(set(if_there) & names)}
+        wanted = {*OBS_COLUMNS, *columns, *(set(optional_columns) & names)}
         if census_release(atlas) is None:
             wanted |= {RAW_SUM} & names
         if label_column == MAJOR and MAJOR not in names:

@@ -54,7 +54,7 @@ def work(args: argparse.Namespace) -> Result:
 
     atlas, query, expected_hash = resolve_query(args.settings)
     column = args.settings.labels.column
-    result = find_cells(atlas, query, column, if_there=REPORTED, expected_hash=expected_hash)
+    result = find_cells(atlas, query, column, optional_columns=REPORTED, expected_hash=expected_hash)
     words = report(result, seconds=seconds_to_read(result))
     if args.out:
         result.save(args.out)

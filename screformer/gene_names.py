@@ -74,7 +74,7 @@ class Symbols:
         """The id of an exact symbol; "" if unknown."""
         return self._id_of.get(name, "")
 
-    def dressed(self, name: str, prefix: str = "") -> str:
+    def variant(self, name: str, prefix: str = "") -> str:
         """The id of a symbol after a prefix or id, or altered by R's `make.names`; "" if unknown."""
         bare = _HUMAN_ID.sub("", name.removeprefix(prefix)).strip("_|:.- ")
         for text in (bare, _GENOME.sub("", bare, count=1)):
@@ -165,7 +165,7 @@ def find_genes(
         if found[column] or not name:
             continue
         # Columns with the id of another gene are matched only by exact name.
-        found[column] = symbols.exact(name) or ("" if ensembl[column] else symbols.dressed(name, prefix))
+        found[column] = symbols.exact(name) or ("" if ensembl[column] else symbols.variant(name, prefix))
         by_name[column] = bool(found[column])
         num_ambiguous += name in symbols.ambiguous
     column_of = {name: column for column, name in reversed(list(enumerate(names)))}
@@ -217,7 +217,7 @@ def find_genes_of_var(
 
     find = symbols.exact
     if not max(num_names(place)[0] for place in places):
-        find = symbols.dressed
+        find = symbols.variant
     id_place = f"var column {id_column}" if id_column else max(places, key=num_ids)
     names = places[max(places, key=num_names)]
     typed_v = np.ones(len(var), dtype=bool)

@@ -104,7 +104,7 @@ def compared_query(predictor: Predictor, settings: ExperimentConfig) -> Compared
     known = predictor.label_column if predictor.label_column in (MAJOR, *names) else "cell_type"
     result = find_cells(atlas, query, known, expected_hash=expected_hash)
     cells = AtlasCells.open(predictor, result, min_gene_overlap=LEAST_OVERLAP)
-    measured_g = np.asarray(cells.every_panel.measured_pg.any(axis=0))
+    measured_g = np.asarray(cells.all_panels.measured_pg.any(axis=0))
     name = f"{atlas.uri} ({query.obs_filter or 'all cells'})"
     labels = cells.labels(np.arange(cells.num_cells))
     donors = result.obs[DONOR].astype(str).to_numpy(dtype=object)
