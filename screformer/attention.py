@@ -227,7 +227,7 @@ class NoAttention(nn.Module):
 
 def make_attention(config: ModelConfig) -> nn.Module:
     """Build the `SelfAttention` named by `model.attention`."""
-    assert config.attention != "auto", "resolve `auto` first with settle_attention"
+    assert config.attention != "auto", "resolve `auto` first with resolve_attention"
     if config.attention in ("lsh", "random"):
         return LSHSelfAttention(
             config.dim,
@@ -244,7 +244,7 @@ def make_attention(config: ModelConfig) -> nn.Module:
     return NoAttention()
 
 
-def settle_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig, str]:
+def resolve_attention(config: ModelConfig, most_slots: int) -> tuple[ModelConfig, str]:
     """Replace `auto` with the faster of `lsh` and `full`, and describe the choice.
 
     Args:

@@ -51,7 +51,7 @@ class ScReformer(nn.Module):
     cells of a batch change a cell's result only by rounding.
 
     Args:
-        model: Architecture, with `auto` attention already resolved by `settle_attention`.
+        model: Architecture, with `auto` attention already resolved by `resolve_attention`.
         tokens: Encoding of expression, same as the tokenizer's.
         num_genes: Size of the vocabulary.
         num_classes: Labels; 0 builds no classification head.

@@ -14,7 +14,7 @@ import pandas as pd
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
 from jobs.training.cells import TrainingCells
-from screformer.attention import settle_attention
+from screformer.attention import resolve_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel
 from screformer.config import ExperimentConfig, Task
 from screformer.tokenizer import GeneVocabulary
@@ -81,7 +81,7 @@ def prepare_cells(
         notes += _leaks(config, query, parts["test"], start)
         if config.model.attention == "auto":  # its weights do not fit any other
             config = config.merge({"model.attention": start.config.model.attention})
-    model, attention = settle_attention(config.model, config.tokens.most_slots(len(genes)))
+    model, attention = resolve_attention(config.model, config.tokens.most_slots(len(genes)))
     return TrainingCells(
         config=dataclasses.replace(config, model=model),
         query=query,

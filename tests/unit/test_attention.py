@@ -5,7 +5,7 @@ import torch
 from reformer_pytorch.reformer_pytorch import LSHAttention
 from reformer_pytorch.reformer_pytorch import LSHSelfAttention as LibrarySelfAttention
 
-from screformer.attention import CROSSOVER_TOKENS, LSHSelfAttention, make_attention, settle_attention
+from screformer.attention import CROSSOVER_TOKENS, LSHSelfAttention, make_attention, resolve_attention
 from screformer.config import ModelConfig
 from screformer.lsh import hash_buckets, lsh_attention, random_buckets, sort_tokens
 
@@ -223,7 +223,7 @@ def test_random_buckets_have_the_layout_of_lsh_without_its_hashes():
     ],
 )
 def test_auto_is_resolved_by_length_and_logged(overrides, most_slots, kind, line):
-    settled, says = settle_attention(ModelConfig(**overrides), most_slots)
+    settled, says = resolve_attention(ModelConfig(**overrides), most_slots)
     assert settled.attention == kind
     assert line in says and ("without effect" in says) == ("without effect" in line)
-    assert settle_attention(settled, 10**6 - most_slots)[0] == settled
+    assert resolve_attention(settled, 10**6 - most_slots)[0] == settled
