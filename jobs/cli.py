@@ -23,7 +23,7 @@ COMMANDS = {
     "finetune": "Train a cell-type classifier, test it on held-out groups and register it.",
     "crossval": "Cross-validate the model and baselines on the same folds, or search for settings.",
     "ablate": "Vary one setting at a time over the same folds.",
-    "shift": "Measure how far cells are from those that a model was trained on.",
+    "shift": "Measure how far cells are from a model's training cells.",
     "annotate": "Label the cells of .h5ad files or of an atlas query.",
     "explain": "Show which genes drive each label.",
     "promote": "Promote the candidate to champion if it is better.",

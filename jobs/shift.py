@@ -1,8 +1,8 @@
-"""Tell how far cells are from those that a model was trained on, and what to do about it.
+"""Measure how far cells are from a model's training cells, and suggest what to do.
 
-It compares genes, depth and embeddings, counts unknown cells and types that the model lacks, and, where the
-cells have labels, scores the model. At most 5,000 cells are read, drawn at random. The verdict follows from
-the thresholds in the table. The last line on stdout is one JSON object.
+Compares genes, depth and embeddings, counts unknown cells and cells of types new to the model, and scores the
+model if the cells have labels. Reads at most 5,000 cells, drawn at random. The verdict follows from the
+thresholds in the table. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def arguments(parser: Parser) -> None:
     add_model(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--query", dest="query.file", metavar="FILE", help="a saved query of an atlas")
-    where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file of raw counts")
+    where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file with raw counts")
     where.add_argument(
         "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
     )
@@ -29,19 +29,21 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--label-column",
         metavar="COLUMN",
-        help="obs column of an .h5ad file with known labels (default: that of the model, where it is there)",
+        help="obs column of known labels in an .h5ad file (default: the model's, if present)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write a report, .html, and its numbers next to it, .json"
+        "--out", type=Path, metavar="FILE", help="write a report (.html), and its numbers next to it (.json)"
     )
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse other formats, and what has no effect."""
+    """Refuse other formats, and options without effect."""
     if args.out is not None and args.out.suffix != ".html":
         raise ValueError(f"--out {args.out} must end in .html")
     if args.label_column and args.h5ad is None:
-        raise ValueError("--label-column is of .h5ad files; an atlas is compared by the model's own column")
+        raise ValueError(
+            "--label-column applies to .h5ad files only; for an atlas, the model's own column is used"
+        )
 
 
 def work(args: argparse.Namespace) -> Result:

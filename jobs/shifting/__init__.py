@@ -1,1 +1,1 @@
-"""How far cells are from those that a model was trained on."""
+"""Distance between new cells and a model's training cells."""

@@ -1,4 +1,4 @@
-"""The cells that are compared with a model's training cells: of an atlas query, or of a file.
+"""The cells to compare with a model's training cells, from an atlas query or a file.
 
 Axes: n cells, g genes of the model.
 """
@@ -20,29 +20,29 @@ from screformer.counts import CellCounts, Panels
 from screformer.predictor import Predictions, Predictor
 
 MOST_CELLS = 5_000
-"""Most cells that are looked at, drawn at random."""
+"""Most cells compared, drawn at random."""
 LEAST_OVERLAP = 0.0
-"""Cells with few of the model's genes are compared too: that is a finding."""
+"""Cells with few of the model's genes are compared too, and this is reported."""
 DONOR = "donor_id"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ComparedCells:
-    """Cells of a query or file, and what a model says of some of them."""
+    """Cells of a query or file, with a model's predictions for some of them."""
 
     name: str
-    """Where they are from."""
+    """Their source."""
     num_cells: int
     measured_g: np.ndarray
-    """Which genes of the model were measured in any of them, bool (g,)."""
+    """Whether each gene of the model was measured in any of them, bool (g,)."""
     predictions: Predictions
-    """Of n cells, drawn at random."""
+    """Counts of n cells, drawn at random."""
     counts: CellCounts
-    """Of the same."""
+    """Predictions for the same cells."""
     labels_n: np.ndarray
     """Known label of each, object; "" if unknown."""
     donors_n: np.ndarray
-    """Donor of each, object; one name for all where that is not known."""
+    """Donor of each, object; one name for all cells if unknown."""
 
 
 def compared_file(
@@ -58,13 +58,13 @@ def compared_file(
     Args:
         predictor: The model.
         path: The file.
-        layer: Counts are in this layer instead of X.
-        raw: Counts are in `raw.X` instead of X.
-        label_column: obs column of known labels. None takes the model's own column, or major types by
-            `cell_type_ontology_term_id`, where the file has them.
+        layer: Layer of the counts, instead of X.
+        raw: Whether the counts are in `raw.X` instead of X.
+        label_column: obs column of known labels. None uses the model's own column, or major types from
+            `cell_type_ontology_term_id`, if the file has them.
 
     Raises:
-        ValueError: An unreadable file, none of the model's genes, or no such column.
+        ValueError: The file cannot be read, or lacks the column or all of the model's genes.
     """
     cells = H5adCells.open(predictor, path, min_gene_overlap=LEAST_OVERLAP, layer=layer, raw=raw)
     with H5adFile.open(path, layer=layer, raw=raw) as file:
@@ -88,12 +88,12 @@ def compared_query(predictor: Predictor, settings: ExperimentConfig) -> Compared
 
     Args:
         predictor: The model.
-        settings: `atlas` and `query` say which cells.
+        settings: `atlas` and `query` select the cells.
 
     Raises:
         ValueError: As `data_ingest.query.find_cells`, or none of the model's genes.
     """
-    # Files need neither TileDB-SOMA nor what comes with it.
+    # Files need neither TileDB-SOMA nor its dependencies.
     from data_ingest.atlas import open_atlas
     from data_ingest.atlas_cells import AtlasCells
     from data_ingest.query import find_cells, resolve_query

@@ -1,4 +1,4 @@
-"""How far cells are from those that a model was trained on: the numbers, and the verdict.
+"""The numbers that compare cells with a model's training cells, and the verdict.
 
 Axes: n cells, k classes.
 """
@@ -20,26 +20,26 @@ from screformer.predictor import Predictor
 from screformer.reference import TrainingReference
 
 LEAST_GENES = 0.8
-"""Least share of the model's expected expression in the measured genes, to use a model as it is."""
+"""Smallest share of the model's expected expression in the measured genes for use as it is."""
 MOST_UNKNOWN = 0.15
-"""Largest share of unknown cells. By calibration 0.05 of the validation cells are unknown."""
+"""Largest share of unknown cells. Calibration makes 0.05 of the validation cells unknown."""
 MOST_NEW = 0.05
-"""Largest share of labelled cells whose type the model lacks."""
+"""Largest share of labelled cells of types new to the model."""
 LEAST_ACCURACY = 0.8
-"""Least accuracy on labelled cells of types that the model has."""
+"""Smallest accuracy on labelled cells of the model's types."""
 LEAST_COUNTS = 0.5
-"""Least share of the cells' counts in genes that the model has. Below it, the model can't see most of what
-is expressed, and more labels do not help."""
+"""Smallest share of the cells' counts in the model's genes. Below it, the model cannot see most of the
+expression, and more labels do not help."""
 AS_IT_IS, FINE_TUNE, PRETRAIN, TRAIN_NEW = "use as it is", "fine-tune", "pre-train further", "train a new one"
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Shift:
-    """What was found."""
+    """The result of a comparison."""
 
     numbers: dict[str, Any]
-    """Plain values; None where a number is not known."""
+    """Plain values; None if unknown."""
     depth: pd.DataFrame
     """`measure`, `cells` (training or new), and quantiles of counts and detected genes per cell."""
     composition: pd.DataFrame
@@ -49,7 +49,7 @@ class Shift:
     verdict: str
     """One of `AS_IT_IS`, `FINE_TUNE`, `PRETRAIN`, `TRAIN_NEW`."""
     reasons: tuple[str, ...]
-    """The thresholds that were not kept."""
+    """The thresholds that were not met."""
 
     @property
     def sentence(self) -> str:
@@ -58,7 +58,7 @@ class Shift:
             AS_IT_IS: "the model can be used as it is",
             FINE_TUNE: "fine-tune the model on these cells before using it",
             PRETRAIN: "pre-train the model further on these cells, then fine-tune it",
-            TRAIN_NEW: "train a new model: this one has too few of the expressed genes",
+            TRAIN_NEW: "train a new model: this one lacks too many of the expressed genes",
         }[self.verdict]
         why = f", because {_and(self.reasons)}" if self.reasons else ": no threshold is exceeded"
         return f"{does[0].upper()}{does[1:]}{why}."
@@ -69,8 +69,8 @@ def measure_shift(predictor: Predictor, cells: ComparedCells, reference: Trainin
 
     Args:
         predictor: The model.
-        cells: The cells, and what the model says of them.
-        reference: Of the model; None leaves out what needs it.
+        cells: The cells, with the model's predictions.
+        reference: The model's training cells; None skips what needs them.
     """
     said, names = cells.predictions, list(predictor.label_names)
     weight_g = predictor.vocabulary.weight_g.astype(np.float64)
@@ -187,14 +187,14 @@ def verdict_of(numbers: Mapping[str, Any], *, additive: bool) -> tuple[str, list
     """
     if numbers["counts_share"] < LEAST_COUNTS:
         why = (
-            f"only {numbers['counts_share']:.0%} of the counts are in genes of the model (at least"
+            f"only {numbers['counts_share']:.0%} of the counts are in the model's genes (at least"
             f" {LEAST_COUNTS:.0%})"
         )
         return (TRAIN_NEW if additive else PRETRAIN), [why]
     reasons = []
     if numbers["expression_share"] < LEAST_GENES:
         reasons.append(
-            f"the measured genes hold {numbers['expression_share']:.0%} of the expression that the model"
+            f"the measured genes cover {numbers['expression_share']:.0%} of the expression that the model"
             f" expects (at least {LEAST_GENES:.0%})"
         )
     if numbers["unknown_share"] > MOST_UNKNOWN:
@@ -203,7 +203,7 @@ def verdict_of(numbers: Mapping[str, Any], *, additive: bool) -> tuple[str, list
         )
     if (numbers["new_types_share"] or 0) > MOST_NEW:
         reasons.append(
-            f"{numbers['new_types_share']:.0%} of the labelled cells are of types that it lacks (at most"
+            f"{numbers['new_types_share']:.0%} of the labelled cells have types new to it (at most"
             f" {MOST_NEW:.0%})"
         )
     if numbers["accuracy"] is not None and numbers["accuracy"] < LEAST_ACCURACY:

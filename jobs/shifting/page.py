@@ -1,4 +1,4 @@
-"""The report of a shift, in words and as a page."""
+"""The report of a shift, as text and as an HTML page."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from screformer.predictor import Predictor
 from screformer.reference import TrainingReference
 
 _ON_MAP = 2_000
-"""Cells of each kind on the map, at most."""
+"""Most cells of each kind on the map."""
 _ROWS = {
-    "genes of the model that are measured": ("genes_measured", "{:,}"),
+    "genes of the model that were measured": ("genes_measured", "{:,}"),
     "their share of the expression that the model expects": ("expression_share", "{:.1%}"),
-    "share of the counts that are in genes of the model": ("counts_share", "{:.1%}"),
+    "share of the counts in the model's genes": ("counts_share", "{:.1%}"),
     "unknown cells": ("unknown_share", "{:.1%}"),
     "AUROC of new against training cells": ("auroc", "{:.3f}"),
-    "the same of parts of the training cells": ("usual_auroc", "{:.3f}"),
-    "labelled cells of types that the model lacks": ("new_types_share", "{:.1%}"),
-    "accuracy on labelled cells of its types": ("accuracy", "{:.3f}"),
+    "the same between parts of the training cells": ("usual_auroc", "{:.3f}"),
+    "labelled cells of types new to the model": ("new_types_share", "{:.1%}"),
+    "accuracy on labelled cells of the model's types": ("accuracy", "{:.3f}"),
     "expected calibration error on these": ("calibration_error", "{:.3f}"),
 }
 _THRESHOLDS = {
@@ -92,24 +92,24 @@ def shift_report(
     report.table(
         "",
         shift_table(shift),
-        f"Of {which}, of {numbers['donors']:,} donors. AUROC: how well a classifier tells new cells from"
-        f" training cells by their embeddings, on donors that it was not trained on, with labels equally"
-        f" frequent in both; 0.5 is not at all, 1 always. Compare it with that of parts of the training cells"
+        f"For {which} of {numbers['donors']:,} donors. AUROC: how well a classifier separates new from"
+        f" training cells by their embeddings, on held-out donors, with labels equally frequent in both;"
+        f" 0.5 is chance, 1 is perfect. Compare it with the AUROC between parts of the training cells"
         f" (data sets, or donors), each against the others.",
     )
     report.table(
         "Depth",
         shift.depth,
-        "Quantiles over cells. The training cells are those that the model keeps, as many of each type.",
+        "Quantiles over cells. Training cells are those stored with the model, equally many per type.",
     )
     report.table(
         "Composition",
         shift.composition,
-        "Cells by best label, and the share estimated from all cells together. Types that the model lacks are"
-        " not among them.",
+        "Cells by best label, and the share estimated from all cells together. Types new to the model are not"
+        " included.",
     )
     if shift.types is not None:
-        report.table("Known labels", shift.types, "Accuracy is of best labels.")
+        report.table("Known labels", shift.types, "Accuracy of the best labels.")
     if reference:
         _add_map(report, cells, predictor, reference)
     return report
@@ -133,7 +133,7 @@ def _add_map(
     report.figure(
         "New and training cells",
         map_figure(points_n2, source, ["training", "new"]),
-        "New cells on islands without training cells are unlike what the model knows.",
+        "New cells in areas without training cells are unlike the training data.",
         f"Map of {len(new)} new and {len(old)} training cells.",
     )
     report.figure(

@@ -1,4 +1,4 @@
-"""From a model and cells to the numbers and the report of their distance."""
+"""Compare cells with a model's training cells, and write the report."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def run_shift(
     label_column: str | None = None,
     out: Path | None = None,
 ) -> tuple[Shift, dict[str, Any]]:
-    """Compare cells with those that a model was trained on.
+    """Compare cells with a model's training cells.
 
     Args:
         model: URI of the model.
-        settings: `tracking` says where models are, `atlas` and `query` which cells where `h5ad` is None.
+        settings: `tracking` locates models; `atlas` and `query` select the cells if `h5ad` is None.
         h5ad: A file of cells.
         layer: As `compared_file`.
         raw: As `compared_file`.
         label_column: As `compared_file`.
-        out: Page to write, .html; its numbers go next to it, .json.
+        out: Report to write (.html); its numbers are written next to it (.json).
 
     Returns:
         The shift, and a summary of plain values.
 
     Raises:
-        ValueError: No such model, or cells that it cannot read.
+        ValueError: There is no such model, or it cannot use the cells.
     """
     pinned = pinned_model(model, settings.tracking)
     predictor = Predictor.load(resolve_model(pinned, settings.tracking))

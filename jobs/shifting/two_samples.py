@@ -1,4 +1,4 @@
-"""Whether two samples of cells can be told apart by their embeddings.
+"""How well two samples of cells can be separated by their embeddings.
 
 Axes: n cells, d model width.
 """
@@ -11,16 +11,16 @@ import numpy as np
 
 _FOLDS = 5
 LEAST_CELLS = 30
-"""Fewer cells of a sample are not compared."""
+"""Samples with fewer cells are not compared."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellSample:
-    """Some cells as a model sees them."""
+    """Embeddings of some cells, with their labels and donors."""
 
     embedding_nd: np.ndarray
     labels_n: np.ndarray
-    """Label that each cell has or is given, int64."""
+    """True or predicted label of each cell, int64."""
     donors_n: np.ndarray
     """Code of each cell's donor, int64."""
 
@@ -28,7 +28,7 @@ class CellSample:
         return len(self.labels_n)
 
     def take(self, cells: np.ndarray) -> CellSample:
-        """Some of the cells."""
+        """A subset of the cells."""
         return CellSample(
             embedding_nd=self.embedding_nd[cells],
             labels_n=self.labels_n[cells],
@@ -37,19 +37,19 @@ class CellSample:
 
 
 def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
-    """How well a classifier tells two samples apart on donors that it was not trained on.
+    """How well a classifier separates two samples on held-out donors.
 
-    A logistic regression on standardised embeddings, cross-validated in folds of whole donors; of a sample
-    with one donor, in folds of its cells. The cells of `ours` are weighted so that each label is as frequent
-    as in `theirs`: a different composition alone does not tell the samples apart.
+    A logistic regression on standardised embeddings, cross-validated in folds of whole donors; for a sample
+    with one donor, in folds of its cells. The cells of `ours` are weighted to give each label the same frequency
+    as in `theirs`, so a different composition alone does not separate the samples.
 
     Args:
         ours: Cells of the training, for example.
         theirs: Cells to compare with them.
 
     Returns:
-        Area under the ROC curve, 0.5 for samples that are alike, 1 for those that never overlap; None for too
-        few cells, or where the samples have no label in common.
+        Area under the ROC curve: 0.5 for samples that are alike, 1 for samples that never overlap. None if there
+        are too few cells or no common labels.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -77,14 +77,14 @@ def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
 
 
 def usual_distance(training: CellSample, parts_n: np.ndarray) -> float | None:
-    """Mean of `told_apart` for each part of the training cells, such as a data set, against the others.
+    """Mean of `told_apart` for each part of the training cells (for example a data set) against the others.
 
     Args:
         training: The cells.
         parts_n: Code of the part of each cell.
 
     Returns:
-        None where no part is large enough.
+        None if no part is large enough.
     """
     found = []
     for part in np.unique(parts_n):
@@ -96,7 +96,7 @@ def usual_distance(training: CellSample, parts_n: np.ndarray) -> float | None:
 
 
 def _matched_weights(ours: CellSample, theirs: CellSample) -> np.ndarray:
-    """Weight of each of our cells that gives our labels the frequencies of theirs."""
+    """Weights of our cells that give our labels the frequencies of theirs."""
     most = int(max(ours.labels_n.max(initial=0), theirs.labels_n.max(initial=0))) + 1
     ours_k, theirs_k = (np.bincount(sample.labels_n, minlength=most) for sample in (ours, theirs))
     ratio_k = np.divide(theirs_k, ours_k, out=np.zeros(most), where=ours_k > 0)
@@ -104,7 +104,7 @@ def _matched_weights(ours: CellSample, theirs: CellSample) -> np.ndarray:
 
 
 def _folds(donors_n: np.ndarray) -> np.ndarray:
-    """Fold of each cell: donors are spread, the largest first, to even folds; a single donor is cut up."""
+    """Fold of each cell: donors are spread evenly, largest first; a single donor is split."""
     donors, which_n, sizes = np.unique(donors_n, return_inverse=True, return_counts=True)
     if len(donors) == 1:
         return np.random.default_rng(0).permutation(np.arange(len(donors_n)) % _FOLDS)
