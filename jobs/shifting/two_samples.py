@@ -40,16 +40,16 @@ def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
     """How well a classifier separates two samples on held-out donors.
 
     A logistic regression on standardised embeddings, cross-validated in folds of whole donors; for a sample
-    with one donor, in folds of its cells. The cells of `ours` are weighted to give each label the same frequency
-    as in `theirs`, so a different composition alone does not separate the samples.
+    with one donor, in folds of its cells. The cells of `ours` are weighted so that labels are as frequent as
+    in `theirs`: a different composition alone does not separate the samples.
 
     Args:
         ours: Cells of the training, for example.
         theirs: Cells to compare with them.
 
     Returns:
-        Area under the ROC curve: 0.5 for samples that are alike, 1 for samples that never overlap. None if there
-        are too few cells or no common labels.
+        Area under the ROC curve: 0.5 for samples that are alike, 1 for samples that never overlap. None for
+        too few cells or without common labels.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
