@@ -68,9 +68,9 @@ GOOD = {
     [
         ({}, AS_IT_IS, ""),
         ({"unknown_share": 0.5}, FINE_TUNE, "50% of the cells are unknown to it (at most 15%)"),
-        ({"new_types_share": 0.2}, FINE_TUNE, "20% of the labelled cells are of types that it lacks"),
+        ({"new_types_share": 0.2}, FINE_TUNE, "20% of the labelled cells have types new to it"),
         ({"accuracy": 0.7}, FINE_TUNE, "right for 70% of the labelled cells"),
-        ({"expression_share": 0.3}, FINE_TUNE, "hold 30% of the expression"),
+        ({"expression_share": 0.3}, FINE_TUNE, "cover 30% of the expression"),
         ({"counts_share": 0.2, "unknown_share": 0.5}, PRETRAIN, "only 20% of the counts"),
     ],
 )
@@ -115,7 +115,7 @@ def test_the_command_compares_a_file(model: Path, tmp_path: Path, capsys: pytest
     assert last["new_types"] == ["neuron"] and last["new_types_share"] == 0.5
     assert 0.9 < last["counts_share"] < 1 and last["auroc"] > 0.9 and 0 <= last["usual_auroc"] <= 1
     assert 0 <= last["accuracy"] <= 1 and 0 <= last["calibration_error"] <= 1
-    assert last["verdict"] == FINE_TUNE and "50% of the labelled cells are of types that it lacks" in printed
+    assert last["verdict"] == FINE_TUNE and "50% of the labelled cells have types new to it" in printed
     saved = json.loads((tmp_path / "shift.json").read_text())
     assert {row["label"]: row["in model"] for row in saved["types"]} == {"B cell": "yes", "neuron": "no"}
     assert sum(row["estimated share"] for row in saved["composition"]) == pytest.approx(1)
