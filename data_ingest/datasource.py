@@ -191,6 +191,19 @@ def read_cells(
     return CellCounts(csr_array((count_z, gene_z, offsets), shape=shape), total_n, panels)
 
 
+def read_checked(
+    atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray, *, threads: int = 1
+) -> CellCounts:
+    """Raw counts of the cells at some positions, increasing; `ValueError` where a sum differs from obs.
+
+    Ray's tasks call it. It is in this module because that needs no torch, which takes a second to load.
+    """
+    panels = arrays.panels.take(cells)
+    found = read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, panels, threads=threads)
+    arrays.check_sums(cells, found.total_n)
+    return found
+
+
 def _increasing(gene_z: np.ndarray, offsets: np.ndarray) -> bool:
     falls = gene_z[1:] <= gene_z[:-1]
     borders = offsets[1:-1]
@@ -205,9 +218,7 @@ def _read_unit(
     cells = plan.unit_cells(unit)
     sorted_cells = np.sort(cells[cells >= 0])
     joinids = shared.joinids[sorted_cells]
-    panels = shared.panels.take(sorted_cells)
-    found = read_cells(atlas, joinids, shared.gene_of_var, panels, threads=threads)
-    shared.check_sums(sorted_cells, found.total_n)
+    found = read_checked(atlas, shared, sorted_cells, threads=threads)
     matrix = found.counts_ng
     real = np.flatnonzero(cells >= 0)
     source = np.searchsorted(sorted_cells, cells[real])

@@ -22,7 +22,7 @@ from data_ingest.datasource import (
     CellArrays,
     SomaDatasource,
     gene_of_var,
-    read_cells,
+    read_checked,
 )
 from data_ingest.epoch_plan import EpochPlan, sampled_cells
 from data_ingest.tasks import map_tasks, share_of_cluster
@@ -227,7 +227,7 @@ class CellStream:
             (self.atlas, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
         ]
-        parts: list[CellCounts] = map_tasks(_sample_task, calls, num_cpus=num_cpus, at_once=tasks)
+        parts: list[CellCounts] = map_tasks(read_checked, calls, num_cpus=num_cpus, at_once=tasks)
         arrays = self.arrays
         rows = [part.counts_ng for part in parts] or [csr_array((0, len(self.vocabulary)), dtype=np.float32)]
         totals = [part.total_n for part in parts] or [np.zeros(0, np.float32)]
@@ -289,9 +289,3 @@ class _Collate(ArrowBatchCollateFn):
 
     def __call__(self, batch: pa.Table) -> tuple[Batch, int]:
         return self._tokenized(batch)
-
-
-def _sample_task(atlas: AtlasConfig, arrays: CellArrays, cells: np.ndarray) -> CellCounts:
-    found = read_cells(atlas, arrays.joinids[cells], arrays.gene_of_var, arrays.panels.take(cells))
-    arrays.check_sums(cells, found.total_n)
-    return found
