@@ -4,12 +4,15 @@ A trial is a driver that needs almost no resources. Its folds are trained by act
 their imports, process group and data connections from fold to fold and end with the trial, so a stopped trial
 frees everything. After each fold the trial reports the mean of the folds so far, so schedulers compare
 configurations on the same folds.
+
+A trial's driver loads this module and neither the study nor the code that trains, which take seconds and some
+hundred megabytes: those are imported where they are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import ray
@@ -18,11 +21,21 @@ from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.quiet import quiet_data
-from jobs.studies.fold import run_fold
-from jobs.studies.layout import DRIVER_CPUS, fold_bundle
-from jobs.studies.scores import scores
-from jobs.studies.study import Study
-from screformer.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from jobs.studies.study import Study
+    from screformer.config import ExperimentConfig
+
+
+class _Work(NamedTuple):
+    """What a trial's driver knows of its study."""
+
+    study: ray.ObjectRef
+    """For its workers to load."""
+    num_folds: int
+    num_workers: int
+    bundle: dict[str, float]
+    """Resources of each worker."""
 
 
 def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) -> list[dict[str, Any]]:
@@ -40,6 +53,8 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
+    from jobs.studies.layout import DRIVER_CPUS, fold_bundle
+
     search = study.config.search
     scheduler = None
     if search.scheduler == "asha":
@@ -55,11 +70,12 @@ def run_trials(study: Study, space: Mapping[str, Any], *, num_samples: int = 1) 
         algorithm = BasicVariantGenerator(
             random_state=study.config.train.seed, max_concurrent=study.config.crossval.concurrent_trials
         )
-    bundles = [{"CPU": DRIVER_CPUS}] + [fold_bundle(study.config)] * (
-        study.config.crossval.concurrent_folds if fold_bundle(study.config) else 0
-    )
+    bundle = fold_bundle(study.config)
+    bundles = [{"CPU": DRIVER_CPUS}] + [bundle] * (study.config.crossval.concurrent_folds if bundle else 0)
+    num_workers = min(study.config.crossval.concurrent_folds, len(study.folds))
+    work = _Work(ray.put(study), len(study.folds), num_workers, bundle)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_trial, study=study), tune.PlacementGroupFactory(bundles)),
+        tune.with_resources(tune.with_parameters(_trial, work=work), tune.PlacementGroupFactory(bundles)),
         param_space=dict(space),
         tune_config=tune.TuneConfig(
             metric="macro_f1",
@@ -86,7 +102,7 @@ def settings_of(trial_config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(trial_config["settings"]) if "settings" in trial_config else dict(trial_config)
 
 
-def _trial(trial_config: dict[str, Any], study: Study) -> None:
+def _trial(trial_config: dict[str, Any], work: _Work) -> None:
     from ray import tune
 
     settings = settings_of(trial_config)
@@ -95,16 +111,16 @@ def _trial(trial_config: dict[str, Any], study: Study) -> None:
     inside = PlacementGroupSchedulingStrategy(
         get_current_placement_group(), placement_group_capture_child_tasks=False
     )
-    bundle = fold_bundle(study.config)
     worker = _FoldWorker.options(  # type: ignore[attr-defined]
-        num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=inside
+        num_cpus=work.bundle.get("CPU", 0),
+        num_gpus=work.bundle.get("GPU", 0),
+        scheduling_strategy=inside,
     )
-    shared, num_folds = ray.put(study), len(study.folds)
-    workers = [worker.remote(shared) for _ in range(min(study.config.crossval.concurrent_folds, num_folds))]
+    workers = [worker.remote(work.study) for _ in range(work.num_workers)]
     # Folds are reported in order: each report covers the same folds in every trial.
     values: list[float] = []
     for macro_f1 in ActorPool(workers).map(
-        lambda actor, fold: actor.run.remote(settings, fold), range(num_folds)
+        lambda actor, fold: actor.run.remote(settings, fold), range(work.num_folds)
     ):
         values.append(macro_f1)
         tune.report(
@@ -126,6 +142,9 @@ class _FoldWorker:
 
     def run(self, settings: dict[str, Any], fold: int) -> float:
         """Macro-F1 of a fold's test cells."""
+        from jobs.studies.fold import run_fold
+        from jobs.studies.scores import scores
+
         return scores(run_fold(self._study, settings, fold), self._study)["macro_f1"]
 
 
