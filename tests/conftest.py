@@ -89,21 +89,23 @@ def small_atlas(tmp_path_factory: pytest.TempPathFactory, sim_h5ads: list[Path])
 
 
 LONGEST_FIRST = (
-    "test_crossval.py",
-    "test_resume_run.py",
     "test_train_jobs.py",
+    "test_crossval.py",
     "test_ray_job.py",
     "test_quickstart.py",
-    "test_stream.py",
+    "test_resume_run.py",
     "test_secrets_stay_out.py",
+    "test_explain_job.py",
+    "test_stream.py",
     "test_ingest_kill.py",
     "test_ingest.py",
-    "test_resume.py",
-    "test_explain_job.py",
     "test_outage.py",
+    "test_resume.py",
     "test_registry.py",
+    "test_proxy.py",
     "test_zero.py",
     "test_annotate.py",
+    "test_s3.py",
     "test_tracking.py",
     "test_training_ends.py",
 )
