@@ -102,7 +102,6 @@ LONGEST_FIRST = (
     "test_outage.py",
     "test_resume.py",
     "test_registry.py",
-    "test_proxy.py",
     "test_zero.py",
     "test_annotate.py",
     "test_s3.py",

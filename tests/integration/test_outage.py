@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from helpers.proxy import LOGIN, Proxy
 from helpers.servers import Server, mlflow_server
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs import sync
@@ -176,3 +177,69 @@ def test_a_refused_entry_stays_and_blocks_nothing(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sync.main(["--run-dir", str(tmp_path)]) == 2
     assert f"screformer sync: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err
+
+
+@pytest.fixture
+def proxy(server: Server) -> Iterator[Proxy]:
+    running = Proxy(server.url)
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("answers_health", [True, False], ids=["health passes", "nothing passes"])
+@pytest.mark.parametrize("answer", [(403, b"<h1>Forbidden</h1>"), (200, LOGIN)], ids=["403", "login page"])
+def test_a_refusing_proxy_loses_nothing(
+    server: Server,
+    proxy: Proxy,
+    answer: tuple[int, bytes],
+    answers_health: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    run = start_run(ExperimentConfig().merge({"tracking.uri": proxy.uri}), "finetune").kept_in(str(tmp_path))
+    with run:
+        proxy.answer, proxy.answers_health = answer, answers_health
+        for step in range(5):
+            run.log_metrics({"train/loss": float(step)}, step=step)
+        run.settle()
+        run.set_tags({"kept": "yes"})
+    assert len(outbox(run.outbox).names()) == 7
+    lines = [line for line in caplog.messages if "the job continues" in line]
+    assert len(lines) == 1 and "token may have expired" in lines[0] and "\n" not in lines[0]
+    assert "jobs.sync --run-dir" in caplog.text
+
+    proxy.answer = None
+    assert run.send_kept() == (7, 0)
+    logged = MlflowClient(server.url).get_run(run.run_id)
+    assert logged.info.status == "FINISHED" and logged.data.tags["kept"] == "yes"
+    assert len(MlflowClient(server.url).get_metric_history(run.run_id, "train/loss")) == 5
+
+
+@pytest.mark.parametrize(
+    "answer", [(500, b"oops"), (403, b"<h1>Forbidden</h1>"), (200, LOGIN)], ids=["500", "403", "login page"]
+)
+def test_a_start_that_is_refused_is_one_line(proxy: Proxy, answer: tuple[int, bytes]) -> None:
+    proxy.answer, proxy.answers_health = answer, True
+    with pytest.raises(ConnectionError) as caught:
+        start_run(ExperimentConfig().merge({"tracking.uri": proxy.uri}), "finetune")
+    message = str(caught.value)
+    assert message.startswith(f"tracking.uri={proxy.uri} ") and "\n" not in message and len(message) < 600
+    assert "MLFLOW_TRACKING_TOKEN" in message
+
+
+@pytest.mark.timeout(300)
+def test_a_slow_server_does_not_slow_steps(server: Server, proxy: Proxy, tmp_path: Path) -> None:
+    run = start_run(ExperimentConfig().merge({"tracking.uri": proxy.uri}), "finetune").kept_in(str(tmp_path))
+    with run:
+        proxy.delay_s = 1.0
+        began = time.monotonic()
+        for step in range(20):
+            run.log_metrics({"train/loss": float(step)}, step=step)
+        assert time.monotonic() - began < 1.0, "twenty log calls waited for a server that takes 2 s for each"
+        proxy.delay_s = 0.0
+    points = MlflowClient(server.url).get_metric_history(run.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points] == [(step, float(step)) for step in range(20)]
+    assert not outbox(run.outbox).names()
