@@ -176,7 +176,7 @@ def test_a_refused_entry_stays_and_blocks_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sync.main(["--run-dir", str(tmp_path)]) == 2
-    assert f"screformer sync: --run-dir {tmp_path}: no run.json there" in capsys.readouterr().err
+    assert f"screformer sync: --run-dir {tmp_path} has no run.json" in capsys.readouterr().err
 
 
 @pytest.fixture
