@@ -23,7 +23,10 @@ from scipy.special import logsumexp, softmax
 from screformer.lineage import Lineage
 from screformer.metrics import CellOutputs, expected_calibration_error
 
-FORMAT = "1"
+FORMAT, DEPTH_FORMAT = "1", "2"
+"""Format of a calibration, and of one whose temperature depends on the detected genes."""
+USUAL_DETECTED = 100
+"""Detected genes at which `Calibration.temperature` holds."""
 UNKNOWN = "unknown"
 LABEL, BROADER = "label", "broader term"
 LEVELS = (LABEL, BROADER, UNKNOWN)
@@ -36,6 +39,8 @@ FALSE_ALARM_RATE = 0.05
 MIN_PROBABILITY = 0.5
 """Minimum calibrated probability of an answer (a label, or all labels below a term): more likely right than
 wrong."""
+_TEMPERATURES = (0.2, 20.0)
+"""Bounds of the temperature."""
 _PRIOR_CELLS = 10
 """Weight, in cells, of the mean over all labels when estimating one label's usual logit. Rare labels have few
 or no validation cells."""
@@ -65,6 +70,10 @@ class Calibration:
 
     temperature: float = 1.0
     """Logits are divided by this."""
+    depth_slope: float = 0.0
+    """With d detected genes, they are divided by the temperature times (d / `USUAL_DETECTED`)^depth_slope.
+    Cells of few genes have small logits, so one temperature for all would be wrong for panels and depths
+    other than those of the validation cells."""
     logit_mean_k: tuple[float, ...] = ()
     """Mean of each label's logit over its own cells; empty if the model was not calibrated."""
     logit_std_k: tuple[float, ...] = ()
@@ -80,9 +89,17 @@ class Calibration:
     measured: Mapping[str, float] | None = None
     """Cells used and quality reached: see `fit_calibration`. None if the model was not calibrated."""
 
-    def probabilities(self, logits_nk: np.ndarray) -> np.ndarray:
-        """Calibrated probabilities, float32 (n, k)."""
-        return softmax(logits_nk.astype(np.float64) / self.temperature, axis=1).astype(np.float32)
+    def probabilities(self, logits_nk: np.ndarray, detected_n: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated probabilities, float32 (n, k).
+
+        Args:
+            logits_nk: Logits.
+            detected_n: Genes of each cell that became tokens; None for the usual number.
+        """
+        scaled_nk = logits_nk.astype(np.float64) / self.temperature
+        if self.depth_slope and detected_n is not None:
+            scaled_nk /= _depth_factor(detected_n, self.depth_slope)[:, None]
+        return softmax(scaled_nk, axis=1).astype(np.float32)
 
     def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
         """How unlike the training cells each cell is, float32 (n,); zeros if the model was not calibrated.
@@ -156,8 +173,9 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """Plain values; the inverse of `from_json`."""
         return {
-            "format": FORMAT,
+            "format": DEPTH_FORMAT if self.depth_slope else FORMAT,
             "temperature": self.temperature,
+            **({"depth_slope": self.depth_slope} if self.depth_slope else {}),
             "logit_mean": list(self.logit_mean_k),
             "logit_std": list(self.logit_std_k),
             "unknown_threshold": self.unknown_threshold,
@@ -179,6 +197,8 @@ class Calibration:
                 raise ValueError(f"{name} must contain {num_classes} finite numbers")
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature {self.temperature} must be positive")
+        if not np.isfinite(self.depth_slope):
+            raise ValueError(f"depth_slope {self.depth_slope} must be finite")
         named = [label for term in self.lineage.terms for label in term.labels]
         above = [index for indices in self.lineage.above_k for index in indices]
         if not all(0 <= label < num_classes for label in named) or not all(
@@ -193,9 +213,10 @@ class Calibration:
         Raises:
             ValueError: The format differs, or a part is missing.
         """
-        if tree.get("format") != FORMAT:
+        if tree.get("format") not in (FORMAT, DEPTH_FORMAT):
             raise ValueError(
-                f"calibration has format {tree.get('format')}, but this screformer reads {FORMAT}; use the"
+                f"calibration has format {tree.get('format')}, but this screformer reads {FORMAT} and"
+                f" {DEPTH_FORMAT}; use the"
                 f" version that wrote it"
             )
         missing = {
@@ -213,6 +234,7 @@ class Calibration:
             )
         return cls(
             temperature=float(tree["temperature"]),
+            depth_slope=float(tree.get("depth_slope", 0.0)),
             logit_mean_k=tuple(tree["logit_mean"]),
             logit_std_k=tuple(tree["logit_std"]),
             unknown_threshold=float(tree["unknown_threshold"]),
@@ -227,6 +249,7 @@ def fit_calibration(
     outputs: CellOutputs,
     lineage: Lineage,
     *,
+    varied: CellOutputs | None = None,
     prior_k: Sequence[float] | np.ndarray = (),
     false_alarm_rate: float = FALSE_ALARM_RATE,
 ) -> Calibration:
@@ -235,6 +258,8 @@ def fit_calibration(
     Args:
         outputs: Outputs of at least one validation cell; none of the cells was used for training.
         lineage: Terms above the labels.
+        varied: Outputs of the same cells at other depths and with fewer genes, from which the temperature
+            learns how it depends on the detected genes. None: it does not.
         prior_k: Share of each label in the training data, weighted as in the loss.
         false_alarm_rate: Share of these cells that the threshold marks as unknown, in (0, 1).
 
@@ -244,19 +269,12 @@ def fit_calibration(
     Source: Guo et al., On calibration of modern neural networks, ICML 2017.
     """
     assert len(outputs), "calibration needs cells"
-    from scipy.optimize import minimize_scalar  # imported here: not needed to use a model
-
     logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
-    rows = np.arange(len(labels))
-
-    def loss(log_temperature: float) -> float:
-        scaled = logits / np.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1) - scaled[rows, labels]).mean())
-
-    # Bounded: if a handful of cells are all predicted correctly, the best temperature would be 0.
-    temperature = float(np.exp(minimize_scalar(loss, bounds=(np.log(0.2), np.log(20.0)), method="bounded").x))
-    mean_k, std_k = _usual_logits(logits[rows, labels], labels, logits.shape[1])
-    fitted = Calibration(temperature=temperature, logit_mean_k=mean_k, logit_std_k=std_k)
+    temperature, slope = _temperature(outputs), 0.0
+    if varied is not None and len(varied):
+        temperature, slope = _temperature_by_depth(outputs, varied)
+    mean_k, std_k = _usual_logits(logits[np.arange(len(labels)), labels], labels, logits.shape[1])
+    fitted = Calibration(temperature=temperature, depth_slope=slope, logit_mean_k=mean_k, logit_std_k=std_k)
     threshold = np.quantile(fitted.unknown_scores(outputs.logits_nk), 1 - false_alarm_rate, method="higher")
     return dataclasses.replace(
         fitted,
@@ -269,9 +287,51 @@ def fit_calibration(
             "false_alarm_rate": false_alarm_rate,
             "accuracy": float((logits.argmax(axis=1) == labels).mean()),
             "ece_before": expected_calibration_error(softmax(logits, axis=1), labels),
-            "ece_after": expected_calibration_error(softmax(logits / temperature, axis=1), labels),
+            "ece_after": expected_calibration_error(
+                fitted.probabilities(outputs.logits_nk, outputs.detected_n), labels
+            ),
         },
     )
+
+
+def _temperature(outputs: CellOutputs) -> float:
+    """The temperature with the smallest cross-entropy."""
+    from scipy.optimize import minimize_scalar  # imported here: not needed to use a model
+
+    # Bounded: if a handful of cells are all predicted correctly, the best temperature would be 0.
+    bounds = tuple(np.log(_TEMPERATURES))
+    found = minimize_scalar(lambda log: _loss(outputs, np.exp(log)), bounds=bounds, method="bounded")
+    return float(np.exp(found.x))
+
+
+def _temperature_by_depth(outputs: CellOutputs, varied: CellOutputs) -> tuple[float, float]:
+    """The temperature and its `depth_slope` with the smallest cross-entropy over both."""
+    from scipy.optimize import minimize
+
+    both = CellOutputs(
+        logits_nk=np.concatenate([outputs.logits_nk, varied.logits_nk]),
+        labels_n=np.concatenate([outputs.labels_n, varied.labels_n]),
+        detected_n=np.concatenate([outputs.detected_n, varied.detected_n]),
+    )
+
+    def loss(point: np.ndarray) -> float:
+        factor_n = _depth_factor(both.detected_n, point[1])
+        return _loss(both, np.clip(np.exp(point[0]) * factor_n, *_TEMPERATURES)[:, None])
+
+    start = [np.log(_temperature(both)), 0.0]
+    log_temperature, slope = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-3}).x
+    return float(np.clip(np.exp(log_temperature), *_TEMPERATURES)), float(slope)
+
+
+def _loss(outputs: CellOutputs, temperature: float | np.ndarray) -> float:
+    """Mean cross-entropy of logits over a temperature, or one for each cell (n, 1)."""
+    scaled = outputs.logits_nk.astype(np.float64) / temperature
+    return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(outputs)), outputs.labels_n]).mean())
+
+
+def _depth_factor(detected_n: np.ndarray, slope: float) -> np.ndarray:
+    """What the temperature is multiplied by, float64 (n,)."""
+    return ((1 + detected_n) / (1 + USUAL_DETECTED)) ** slope
 
 
 def _usual_logits(

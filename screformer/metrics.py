@@ -156,6 +156,8 @@ class CellOutputs:
     """float32."""
     labels_n: np.ndarray
     """True class, int64, in [0, k)."""
+    detected_n: np.ndarray
+    """Genes that became tokens, int64."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
@@ -172,33 +174,45 @@ class OutputSample:
         self._keys = np.zeros(0, dtype=np.uint64)
         self._labels = np.zeros(0, dtype=np.int64)
         self._logits = np.zeros((0, num_classes), dtype=np.float32)
+        self._detected = np.zeros(0, dtype=np.int64)
 
-    def add(self, joinids_n: torch.Tensor, labels_n: torch.Tensor, logits_nk: torch.Tensor) -> None:
+    def add(
+        self,
+        joinids_n: torch.Tensor,
+        labels_n: torch.Tensor,
+        logits_nk: torch.Tensor,
+        detected_n: torch.Tensor,
+    ) -> None:
         """Add a batch; cells with label -1 are ignored."""
         labels = labels_n.cpu().numpy()
         known = labels >= 0
         # Pseudo-random, and unique because joinids are.
         keys = joinids_n.cpu().numpy()[known].astype(np.uint64) * np.uint64(GOLDEN)
-        self._join(keys, labels[known], logits_nk.float().cpu().numpy()[known])
+        logits, detected = logits_nk.float().cpu().numpy()[known], detected_n.cpu().numpy()[known]
+        self._join(keys, labels[known], logits, detected)
 
     def gather(self) -> CellOutputs:
         """The sample over all ranks, in an order independent of their number; every rank calls it."""
-        own = (self._keys, self._labels, self._logits)
+        own = (self._keys, self._labels, self._logits, self._detected)
         parts = [own] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, own)
         whole = OutputSample(self._logits.shape[1], self._most)
         for part in parts:
             whole._join(*part)
         order = np.argsort(whole._keys)
-        return CellOutputs(logits_nk=whole._logits[order], labels_n=whole._labels[order])
+        return CellOutputs(
+            logits_nk=whole._logits[order], labels_n=whole._labels[order], detected_n=whole._detected[order]
+        )
 
-    def _join(self, keys: np.ndarray, labels: np.ndarray, logits: np.ndarray) -> None:
+    def _join(self, keys: np.ndarray, labels: np.ndarray, logits: np.ndarray, detected: np.ndarray) -> None:
         self._keys = np.concatenate([self._keys, keys])
         self._labels = np.concatenate([self._labels, labels])
         self._logits = np.concatenate([self._logits, logits])
+        self._detected = np.concatenate([self._detected, detected])
         if len(self._keys) > self._most:
             kept = np.argpartition(self._keys, self._most)[: self._most]
-            self._keys, self._labels, self._logits = self._keys[kept], self._labels[kept], self._logits[kept]
+            self._keys, self._labels = self._keys[kept], self._labels[kept]
+            self._logits, self._detected = self._logits[kept], self._detected[kept]
 
 
 def reliability(probabilities_nk: np.ndarray, labels_n: np.ndarray) -> list[dict[str, float]]:

@@ -177,10 +177,11 @@ class Predictor:
         logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
         embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
         with _torch_threads(1 if self._is_additive else torch.get_num_threads()):
-            for batch in self.batches(self.tokenizer.lengths(cells)):
+            detected_n = self.tokenizer.lengths(cells)
+            for batch in self.batches(detected_n):
                 part = cells.take(batch)
                 logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
-        probabilities = self.calibration.probabilities(logits)
+        probabilities = self.calibration.probabilities(logits, detected_n)
         scores = self.calibration.unknown_scores(logits)
         answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids), cells.informative_n)
         return Predictions(

@@ -26,6 +26,7 @@ from screformer.metrics import CellOutputs, LabelCounts, OutputSample, sum_over_
 from screformer.model import HASH_SEED, classification_loss, expression_loss
 from screformer.not_finite import non_finite
 from screformer.objective import EVALUATION_STEP, Batch, Objective
+from screformer.tokenizer import NUM_SPECIAL
 from screformer.weight_average import WeightAverage, Weights
 from screformer.window import Window
 
@@ -39,6 +40,8 @@ class Parts:
     """Maps (epoch, first step) to the micro-batches of the remaining steps."""
     val: Callable[[], Iterator[Batch]] | None = None
     """The part used to choose the best step; None keeps the last step."""
+    varied: Callable[[], Iterator[Batch]] | None = None
+    """The cells of `val` augmented as in training, for calibration."""
     test: Callable[[], Iterator[Batch]] | None = None
     """The part evaluated once, at the end."""
 
@@ -84,6 +87,7 @@ class Outcome:
     test: LabelCounts | None
     val_outputs: CellOutputs | None = None
     """Outputs of the best weights, for calibration; only in fine-tuning."""
+    varied_outputs: CellOutputs | None = None
     test_outputs: CellOutputs | None = None
 
     def scores(self) -> dict[str, float]:
@@ -225,6 +229,11 @@ def fit(
     val_sample, test_sample = OutputSample(objective.num_classes), OutputSample(objective.num_classes)
     val = evaluate(engine, parts.val(), objective, val_sample) if parts.val else None
     test = evaluate(engine, parts.test(), objective, test_sample) if parts.test else None
+    varied_outputs = None
+    if parts.varied:
+        varied_sample = OutputSample(objective.num_classes)
+        evaluate(engine, parts.varied(), objective, varied_sample)
+        varied_outputs = varied_sample.gather()
     val_outputs, test_outputs = (
         sample.gather() if task == "finetune" else None for sample in (val_sample, test_sample)
     )
@@ -234,6 +243,7 @@ def fit(
         val=val,
         test=test,
         val_outputs=val_outputs,
+        varied_outputs=varied_outputs,
         test_outputs=test_outputs,
     )
     report({**outcome.scores(), "best_step": float(progress.best_step)}, progress.global_step)
@@ -259,7 +269,8 @@ def evaluate(
                 loss, weight = classification_loss(output.logits_nk, batch["labels"], None)
                 counts.add(batch["labels"], output.logits_nk.argmax(dim=1))
                 if sample is not None:
-                    sample.add(batch["joinids"], batch["labels"], output.logits_nk)
+                    detected_n = (batch["token_ids"] >= NUM_SPECIAL).sum(1)
+                    sample.add(batch["joinids"], batch["labels"], output.logits_nk, detected_n)
             counts.add_loss(loss.item(), weight.item())
     engine.module.train()
     counts.all_reduce(engine.device)

@@ -23,6 +23,9 @@ from screformer.model import ScReformer
 from screformer.objective import dataset_weights, label_prior, prior_shift
 from screformer.tokenizer import GeneVocabulary
 
+VARIED = "varied"
+"""Stream of the validation cells, augmented as in training."""
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingCells:
@@ -97,10 +100,15 @@ class TrainingCells:
     def streams(self, vocabulary: GeneVocabulary) -> dict[str, CellStream]:
         """Token batches of each part that is not empty; `train` is shuffled.
 
+        With augmentation also `VARIED`.
+
         Args:
             vocabulary: `genes` with mean expression, used to choose the tokens of cells with too many genes.
         """
-        return {part: self._stream(part, vocabulary) for part, cells in self.parts.items() if len(cells)}
+        found = {part: self._stream(part, vocabulary) for part, cells in self.parts.items() if len(cells)}
+        if "val" in found and found["train"].augmentation is not None:
+            found[VARIED] = self._stream("val", vocabulary, augmented=True)
+        return found
 
     def sample(self, part: str, most_cells: int, *, even_labels: bool = False) -> Sample:
         """Raw counts of at most `most_cells` cells of a part (`CellStream.sample`). Ray must be running."""
@@ -129,11 +137,11 @@ class TrainingCells:
         """Which genes were measured in each cell of the query."""
         return self.query.panels(gene_of_var(self.query.atlas, self.genes), len(self.genes))
 
-    def _stream(self, part: str, vocabulary: GeneVocabulary) -> CellStream:
+    def _stream(self, part: str, vocabulary: GeneVocabulary, *, augmented: bool = False) -> CellStream:
         positions, config = self.parts[part], self.config
         trains = part == "train" and bool(self.labels["names"])
         augmentation = None
-        if trains and config.train.thinned_share + config.train.panel_share > 0:
+        if (trains or augmented) and config.train.thinned_share + config.train.panel_share > 0:
             inputs_g = vocabulary.inputs_g
             augmentation = Augmentation(
                 thinned_share=config.train.thinned_share,

@@ -28,7 +28,9 @@ def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, floa
     scores = outcome.scores()
     calibration = None
     if outcome.val_outputs is not None and len(outcome.val_outputs):
-        calibration = fit_calibration(outcome.val_outputs, task.lineage, prior_k=task.prior_k)
+        calibration = fit_calibration(
+            outcome.val_outputs, task.lineage, varied=outcome.varied_outputs, prior_k=task.prior_k
+        )
         found = calibration_scores(calibration, outcome.val_outputs, outcome.test_outputs)
         task.run.log_metrics(found, step=task.config.train.max_steps)
         scores |= found
@@ -62,7 +64,7 @@ def calibration_scores(
                 Calibration().probabilities(outputs.logits_nk), outputs.labels_n
             ),
             f"{part}/ece": expected_calibration_error(
-                calibration.probabilities(outputs.logits_nk), outputs.labels_n
+                calibration.probabilities(outputs.logits_nk, outputs.detected_n), outputs.labels_n
             ),
             f"{part}/unknown_share": float(unknown.mean()),
         }
@@ -75,6 +77,7 @@ def _reliability(calibration: Calibration, val: CellOutputs, test: CellOutputs |
     for part, outputs in (("validation", val), ("test", test)):
         for state, used in (("before", Calibration()), ("after", calibration)):
             if outputs is not None and len(outputs):
-                rows = pd.DataFrame(reliability(used.probabilities(outputs.logits_nk), outputs.labels_n))
+                probabilities_nk = used.probabilities(outputs.logits_nk, outputs.detected_n)
+                rows = pd.DataFrame(reliability(probabilities_nk, outputs.labels_n))
                 tables.append(rows.assign(part=part, calibration=state))
     return pd.concat(tables, ignore_index=True)

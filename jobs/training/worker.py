@@ -22,6 +22,7 @@ import ray.train
 import torch
 
 from cluster.quiet import quiet_data
+from jobs.training.cells import VARIED
 from jobs.training.ending import finish
 from jobs.training.progress import ProgressLines, SlowRank
 from jobs.training.run_folder import filesystem, newest_checkpoint, require_seen, resumable
@@ -262,6 +263,7 @@ def _parts(task: TrainingTask) -> Parts:
             epoch, rank=rank, world_size=world_size, micro_batch_size=size, start_step=start
         ),
         val=_Replay(val) if val else None,
+        varied=epoch_of(VARIED),
         test=epoch_of("test"),
     )
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ def _outputs(num_cells: int, *, stretch: float, seed: int = 0) -> CellOutputs:
     logits = rng.normal(0, 2, (num_cells, 4))
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     labels = (rng.random((num_cells, 1)) > probabilities.cumsum(axis=1)).sum(axis=1)
-    return CellOutputs(logits_nk=(stretch * logits).astype(np.float32), labels_n=labels)
+    detected = rng.integers(20, 1000, num_cells)
+    return CellOutputs(logits_nk=(stretch * logits).astype(np.float32), labels_n=labels, detected_n=detected)
 
 
 @pytest.mark.parametrize("stretch", [0.5, 1.0, 3.0])
@@ -36,6 +38,33 @@ def test_the_temperature_undoes_over_and_underconfidence(stretch: float) -> None
     after = expected_calibration_error(calibration.probabilities(other.logits_nk), other.labels_n)
     assert after < 0.015 and (stretch == 1 or after < before / 3)
     assert calibration.measured is not None and calibration.measured["ece_after"] < 0.015
+
+
+def test_the_temperature_depends_on_the_detected_genes() -> None:
+    """Logits that shrink with the genes of a cell are calibrated for many genes and for few."""
+    outputs = _outputs(20_000, stretch=1.0)
+    shrunk_nk = outputs.logits_nk * (outputs.detected_n[:, None] / 200) ** 0.5
+    outputs = dataclasses.replace(outputs, logits_nk=shrunk_nk.astype(np.float32))
+    rich = outputs.detected_n > 600
+    parts = [
+        CellOutputs(
+            logits_nk=outputs.logits_nk[rows],
+            labels_n=outputs.labels_n[rows],
+            detected_n=outputs.detected_n[rows],
+        )
+        for rows in (rich, ~rich)
+    ]
+    calibration = fit_calibration(parts[0], Lineage(), varied=parts[1])
+    assert calibration.depth_slope == pytest.approx(0.5, abs=0.03)
+    again = Calibration.from_json(calibration.to_json())
+    for part in parts:
+        found = again.probabilities(part.logits_nk, part.detected_n)
+        assert expected_calibration_error(found, part.labels_n) < 0.015
+    plain = fit_calibration(parts[0], Lineage())
+    assert plain.depth_slope == 0 and plain.to_json()["format"] == "1"
+    one = plain.probabilities(parts[1].logits_nk)
+    np.testing.assert_array_equal(one, plain.probabilities(parts[1].logits_nk, parts[1].detected_n))
+    assert expected_calibration_error(one, parts[1].labels_n) > 0.05
 
 
 def _query(shares: list[float], num_cells: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -155,11 +184,12 @@ def test_the_sample_does_not_depend_on_batches(one_rank: None) -> None:
         sample = OutputSample(3, most_cells=60)
         for start in range(0, 500, size):
             rows = slice(start, start + size)
-            sample.add(joinids[rows], labels[rows], logits[rows])
+            sample.add(joinids[rows], labels[rows], logits[rows], joinids[rows])
         kept.append(sample.gather())
     assert len(kept[0].labels_n) == 60 and (kept[0].labels_n >= 0).all()
     np.testing.assert_array_equal(kept[0].labels_n, kept[1].labels_n)
     np.testing.assert_array_equal(kept[0].logits_nk, kept[1].logits_nk)
+    np.testing.assert_array_equal(kept[0].logits_nk, logits.float()[kept[0].detected_n])
 
 
 def test_a_model_directory_carries_its_calibration(tmp_path: Path) -> None:
