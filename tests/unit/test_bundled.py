@@ -13,6 +13,7 @@ import screformer
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
 from jobs.training.bundled import FILTER
+from jobs.training.start import load_start
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
@@ -77,6 +78,18 @@ def test_it_works_with_the_library_alone(tmp_path: Path) -> None:
         assert not {"jobs", "data_ingest", "ray", "mlflow", "tiledbsoma", "deepspeed"} & set(sys.modules)
     """
     assert run_python("-c", program, tmp_path, cwd=tmp_path).stdout.strip().endswith(str(len(MARKERS)))
+
+
+def test_cells_with_the_markers_of_a_type_get_its_label() -> None:
+    labelled = screformer.annotate(marked_cells())
+    assert dict(labelled.obs["best_label"]) == {name: name for name in MARKERS}
+
+
+def test_training_starts_from_it_by_name() -> None:
+    recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
+    assert len(load_start(recipe, DEFAULT).labels["names"]) == 7
+    with pytest.raises(ValueError, match="model.encoder='reformer', but the model bundled:blood was trained"):
+        load_start(ExperimentConfig(), DEFAULT)
 
 
 def real_labels(folder: Path) -> dict[str, int]:
