@@ -102,7 +102,7 @@ def stopped(
 def test_sigterm_saves_a_checkpoint_and_prints_how_to_resume(stopped: tuple[Run, str]) -> None:
     run, printed = stopped
     assert re.search(
-        rf"interrupted; the checkpoint of step \d+ is saved; resume with --resume {run.uri}\n", printed
+        rf"interrupted; saved a checkpoint at step \d+; resume with --resume {run.uri}\n", printed
     )
     assert "Traceback" not in printed and "Fatal Python error" not in printed
     assert run.steps()[-1] >= 30 and run.steps()[-1] not in (150, run.steps()[-2])
@@ -121,7 +121,7 @@ def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
     shard.put(Body=bytes(content))
     process = run.start("--resume", run.uri, "train.max_steps=60")
     try:
-        line = read_until(process, r".* is left out: training_state.safetensors was changed: .*")[0]
+        line = read_until(process, r".* is skipped: training_state.safetensors was changed: .*")[0]
         assert "is being written by process" in run.resume(status=2)[1]
         printed, _ = process.communicate(timeout=500)
         assert process.returncode == 0, printed

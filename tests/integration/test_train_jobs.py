@@ -155,7 +155,7 @@ def test_an_interrupted_job_says_how_to_resume(settings: list[str], ray_local: N
         interrupting.join()
     found = re.search(r"--resume (\S+)\)", said)
     assert found and re.fullmatch(
-        r"screformer pretrain: interrupted; the checkpoint of step \d+ is saved;"
+        r"screformer pretrain: interrupted; saved a checkpoint at step \d+;"
         rf" resume with --resume {found[1]}",
         said.splitlines()[-1],
     ), said
