@@ -9,6 +9,19 @@ import h5py
 
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])")
 _FILTER = re.compile(r"filter|plugin", re.IGNORECASE)
+ZARR_FILES = {".zgroup", ".zattrs", "zarr.json", ".zmetadata"}
+"""Files by which a folder is recognised as a Zarr store."""
+
+
+def url_of(path: str | Path) -> str:
+    """The URL that was given as a path; "" if it is none. A `Path` has lost one slash of it."""
+    address = _ADDRESS.match(str(path))
+    return f"{address[1]}://{str(path)[address.end() :]}" if address and not Path(path).exists() else ""
+
+
+def h5ad_name(name: str) -> str:
+    """The name of a file or folder after its conversion to .h5ad."""
+    return re.sub(r"(\.(h5ad|h5|zarr|loom))?$", ".h5ad", name, count=1)
 
 
 def require_path(path: Path) -> None:
@@ -17,10 +30,8 @@ def require_path(path: Path) -> None:
     Raises:
         ValueError: The path is a URL or a folder, or does not exist.
     """
-    address = _ADDRESS.match(str(path))
-    if address and not path.exists():
-        place = f"{address[1]}://{str(path)[address.end() :]}"
-        raise ValueError(f"{place} is a URL; download the file and give its path")
+    if url := url_of(path):
+        raise ValueError(f"{url} is a URL; download the file and give its path")
     if path.is_dir():
         raise ValueError(f"{path} is a folder{_folder(path)}")
     if not path.exists():
@@ -97,7 +108,7 @@ def unreadable_part(path: Path, part: str, error: Exception) -> str:
 
 def _folder(path: Path) -> str:
     names = {entry.name for entry in path.iterdir()}
-    if names & {".zgroup", ".zattrs", "zarr.json", ".zmetadata"}:
+    if names & ZARR_FILES:
         return f" with a Zarr store; write it as .h5ad: anndata.read_zarr({str(path)!r}).write_h5ad(...)"
     if names & {"matrix.mtx", "matrix.mtx.gz"}:
         return (

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from data_ingest import schema
 from data_ingest.atlas_lock import locked
+from data_ingest.formats import as_h5ad
 from data_ingest.ingest_base import Base, read_base
 from data_ingest.ingest_counts import NewCells
 from data_ingest.ingest_files import (
@@ -129,7 +130,7 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     ingests into one atlas.
 
     Args:
-        files: .h5ad files, visible to every node.
+        files: .h5ad files, or others that `as_h5ad` converts; visible to every node.
         atlas_uri: A path or `s3://...`; created if it does not exist.
         options: How to read and join the files.
 
@@ -144,10 +145,13 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     labels = read_labels(options.labels) if options.labels else {}
     majors = MajorTypes.from_table(options.major_types) if options.major_types else MajorTypes()
 
-    completed = writing(atlas_uri, "run the same command again, which completes the ingest")
-    with completed, nullcontext() if options.dry_run else locked(uri, options.tiledb_config):
+    with (
+        writing(atlas_uri, "run the same command again, which completes the ingest"),
+        nullcontext() if options.dry_run else locked(uri, options.tiledb_config),
+        as_h5ad(distinct_paths(files)) as paths,
+    ):
         base = read_base(target, options)
-        checked = _check_files(files, base, options)
+        checked = _check_files(paths, base, options)
         labelled = [label(file, labels, majors) for file in checked]
         plan = plan_ingest(target, labelled, labels, base, options)
         if not options.dry_run:
@@ -155,12 +159,11 @@ def ingest(files: Sequence[str | Path], atlas_uri: str, options: IngestOptions |
     return _report(plan, atlas_uri, time.monotonic() - started)
 
 
-def _check_files(files: Sequence[str | Path], base: Base, options: IngestOptions) -> list[CheckedFile]:
+def _check_files(paths: Sequence[Path], base: Base, options: IngestOptions) -> list[CheckedFile]:
     """Check everything but the counts: each file, then all files together and with the atlas."""
-    paths = distinct_paths(files)
     symbols = read_symbol_table(options.symbol_table) if options.symbol_table else None
     check = partial(check_file, options=options, symbols=symbols)
-    checked = map_tasks(check, [(path,) for path in paths], "checking files")
+    checked = map_tasks(check, [(str(path),) for path in paths], "checking files")
     refuse_shared_cells(checked)
     refuse_unrelated_genes(checked, base)
     return checked

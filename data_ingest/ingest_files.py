@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from data_ingest.file_genes import find_file_genes
+from data_ingest.foreign_files import url_of
 from data_ingest.h5ad import H5adFile
 from data_ingest.ingest_obs import standard_obs
 from data_ingest.ingest_options import IngestOptions
@@ -45,10 +46,10 @@ class CheckedFile:
 
 
 def distinct_paths(files: Sequence[str | Path]) -> list[str]:
-    """Absolute paths of the files; rejects an empty list and duplicates."""
+    """Absolute paths or URLs of the files; rejects an empty list and duplicates."""
     if not files:
         raise ValueError("no files were given; pass at least one .h5ad")
-    paths = [os.path.abspath(path) for path in files]
+    paths = [url_of(path) or os.path.abspath(path) for path in files]
     repeated = [
         path for path, count in Counter(os.path.realpath(path) for path in paths).items() if count > 1
     ]

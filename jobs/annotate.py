@@ -1,4 +1,7 @@
-"""Label the cells of .h5ad files, or of an atlas query, with a registered model.
+"""Label the cells of files, or of an atlas query, with a registered model.
+
+Files are .h5ad files, 10x Cell Ranger output (.h5, or a folder with matrix.mtx), Zarr stores or .loom files,
+also behind a URL (https://, s3://). Counts must be raw.
 
 For a file, the output is a copy with new obs columns (X and everything else stay byte-identical) or a folder
 of Parquet files. For an atlas query, it is a folder of Parquet files, optionally with new obs columns in the
@@ -77,6 +80,8 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
     Raises:
         ValueError: Several inputs but one output file, or two inputs with the same name.
     """
+    from data_ingest.foreign_files import h5ad_name
+
     single = len(sources) == 1
     to_parquet = parquet or out.suffix == ".parquet"
     if to_parquet and single and out.suffix == ".parquet":
@@ -87,10 +92,10 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
             f" for other formats, write {out.with_suffix('.parquet')} and convert it with pandas"
         )
     if single and not to_parquet:
-        return [(sources[0], out / sources[0].name if out.is_dir() else out)]
+        return [(sources[0], out / h5ad_name(sources[0].name) if out.is_dir() else out)]
     if out.suffix == ".h5ad" or out.is_file():
         raise ValueError(f"--out {out} is a file, but there are {len(sources)} inputs; give a folder")
-    names = [f"{source.stem}.parquet" if to_parquet else source.name for source in sources]
+    names = [f"{source.stem}.parquet" if to_parquet else h5ad_name(source.name) for source in sources]
     repeated = next((name for name in names if names.count(name) > 1), None)
     if repeated:
         raise ValueError(f"two inputs would both be written to {out / repeated}; label them separately")
@@ -99,6 +104,7 @@ def targets(sources: list[Path], out: Path, *, parquet: bool) -> list[tuple[Path
 
 def work(args: argparse.Namespace) -> Result:
     """Label each input."""
+    from data_ingest.formats import as_h5ad
     from jobs.labelling.outputs import Labeller
 
     labeller = Labeller.load(
@@ -116,14 +122,16 @@ def work(args: argparse.Namespace) -> Result:
     for source, target in args.targets:
         if source is None:
             print(labeller.atlas(target, write_obs=args.write_obs))
-        elif target.suffix == ".parquet":
-            print(labeller.parquet(source, target))
-        elif args.resume and target.exists():
+            continue
+        if args.resume and target.suffix != ".parquet" and target.exists():
             print(f"{target} already exists, written by an earlier run")
-        else:
-            print(
-                labeller.copy(source, target, majority_vote=args.majority_vote, drop_absent=args.drop_absent)
-            )
+            continue
+        with as_h5ad([source]) as (path,):
+            if target.suffix == ".parquet":
+                print(labeller.parquet(path, target))
+            else:
+                voting = {"majority_vote": args.majority_vote, "drop_absent": args.drop_absent}
+                print(labeller.copy(path, target, **voting))
     return None
 
 

@@ -228,13 +228,18 @@ def add_tracking(parser: Parser) -> None:
     )
 
 
+_FILES = ".h5ad, 10x .h5 or matrix.mtx folder, .zarr, .loom, or the URL of one"
+
+
 def add_cells(parser: Parser, *, many: bool) -> None:
     """The choice of cells: .h5ad files (one file unless `many`) or an atlas query."""
     where = parser.add_mutually_exclusive_group(required=True)
     if many:
-        where.add_argument("--h5ad", nargs="+", type=Path, metavar="FILE", help=".h5ad files with raw counts")
+        where.add_argument(
+            "--h5ad", nargs="+", type=Path, metavar="FILE", help=f"files of raw counts: {_FILES}"
+        )
     else:
-        where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file with raw counts")
+        where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {_FILES}")
     where.add_argument(
         "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
     )

@@ -34,22 +34,24 @@ def arguments(parser: Parser) -> None:
 
 def work(args: argparse.Namespace) -> Result:
     """Explain the cells and log the result as a run."""
+    from data_ingest.formats import as_h5ad
     from jobs.explaining.checks import summary_lines
     from jobs.explaining.run import explain_run
 
-    summary = explain_run(
-        args.model,
-        args.settings,
-        args.out,
-        h5ad=args.h5ad,
-        layer=args.layer,
-        raw=args.use == "raw",
-        min_gene_overlap=args.min_gene_overlap,
-        num_cells=args.cells,
-        num_background=args.background,
-        num_nodes=args.nodes,
-        seed=args.seed,
-    )
+    with as_h5ad([args.h5ad] if args.h5ad else []) as files:
+        summary = explain_run(
+            args.model,
+            args.settings,
+            args.out,
+            h5ad=files[0] if files else None,
+            layer=args.layer,
+            raw=args.use == "raw",
+            min_gene_overlap=args.min_gene_overlap,
+            num_cells=args.cells,
+            num_background=args.background,
+            num_nodes=args.nodes,
+            seed=args.seed,
+        )
     print("\n".join(summary_lines(summary)))
     return {key: value for key, value in summary.items() if key != "classes"}
 

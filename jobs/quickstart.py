@@ -64,7 +64,7 @@ def arguments(parser: Parser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse missing files, and direct all output to the folder."""
     for path in (*args.h5ad, args.annotate, args.labels):
-        if path is not None and not path.is_file():
+        if path is not None and not path.exists():
             raise ValueError(f"{path}: no such file")
     out = args.out.resolve()
     places = {
