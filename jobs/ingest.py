@@ -24,8 +24,8 @@ def arguments(parser: Parser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="files of raw counts (.h5ad, 10x .h5 or matrix.mtx folder, .zarr, .loom, or URLs); cells already in"
-        " the atlas are left unchanged",
+        help="files of raw counts (.h5ad, 10x .h5 or matrix.mtx folder, .zarr, .loom, or URLs); cells already"
+        " in the atlas are left unchanged",
     )
     parser.add_argument(
         "--atlas",
