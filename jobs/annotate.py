@@ -1,7 +1,7 @@
 """Label the cells of files, or of an atlas query, with a registered model.
 
-Files are .h5ad files, 10x Cell Ranger output (.h5, or a folder with matrix.mtx), Zarr stores or .loom files,
-also behind a URL (https://, s3://). Counts must be raw.
+Input files are .h5ad, 10x Cell Ranger output (.h5, or a folder with matrix.mtx), Zarr stores or .loom, also
+given by URL (https://, s3://). Counts must be raw.
 
 For a file, the output is a copy with new obs columns (X and everything else stay byte-identical) or a folder
 of Parquet files. For an atlas query, it is a folder of Parquet files, optionally with new obs columns in the

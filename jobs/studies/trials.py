@@ -5,8 +5,8 @@ their imports, process group and data connections from fold to fold and end with
 frees everything. After each fold the trial reports the mean of the folds so far, so schedulers compare
 configurations on the same folds.
 
-A trial's driver loads this module and neither the study nor the code that trains, which take seconds and some
-hundred megabytes: those are imported where they are used.
+A trial's driver does not load the study or the training code, which take seconds and hundreds of megabytes;
+both are imported where they are used.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class _Work(NamedTuple):
-    """What a trial's driver knows of its study."""
+    """What a trial's driver needs of its study."""
 
     study: ray.ObjectRef
-    """For its workers to load."""
+    """Loaded by the workers."""
     num_folds: int
     num_workers: int
     bundle: dict[str, float]
