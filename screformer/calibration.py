@@ -78,6 +78,8 @@ class Calibration:
     """Mean of each label's logit over its own cells; empty if the model was not calibrated."""
     logit_std_k: tuple[float, ...] = ()
     """Standard deviation of each label's logit over its own cells."""
+    logit_slope: float = 0.0
+    """With d detected genes, usual logits are those above times (d / `USUAL_DETECTED`)^logit_slope."""
     unknown_threshold: float = float("inf")
     """Cells with a higher unknown score are unknown."""
     min_probability: float = 0.0
@@ -101,8 +103,10 @@ class Calibration:
             scaled_nk /= _depth_factor(detected_n, self.depth_slope)[:, None]
         return softmax(scaled_nk, axis=1).astype(np.float32)
 
-    def unknown_scores(self, logits_nk: np.ndarray) -> np.ndarray:
+    def unknown_scores(self, logits_nk: np.ndarray, detected_n: np.ndarray | None = None) -> np.ndarray:
         """How unlike the training cells each cell is, float32 (n,); zeros if the model was not calibrated.
+
+        Arguments as of `probabilities`.
 
         The score is the number of standard deviations by which the logit of a cell's best label falls short
         of that label's usual value. A cell that fits no label has low logits throughout, even if its
@@ -116,6 +120,8 @@ class Calibration:
             return np.zeros(len(logits_nk), dtype=np.float32)
         best = logits_nk.argmax(axis=1)
         logit = logits_nk[np.arange(len(best)), best].astype(np.float64)
+        if self.logit_slope and detected_n is not None:
+            logit = logit / _depth_factor(detected_n, self.logit_slope)
         return ((np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]).astype(
             np.float32
         )
@@ -172,10 +178,11 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the inverse of `from_json`."""
+        by_depth = self.depth_slope != 0 or self.logit_slope != 0
         return {
-            "format": DEPTH_FORMAT if self.depth_slope else FORMAT,
+            "format": DEPTH_FORMAT if by_depth else FORMAT,
             "temperature": self.temperature,
-            **({"depth_slope": self.depth_slope} if self.depth_slope else {}),
+            **({"depth_slope": self.depth_slope, "logit_slope": self.logit_slope} if by_depth else {}),
             "logit_mean": list(self.logit_mean_k),
             "logit_std": list(self.logit_std_k),
             "unknown_threshold": self.unknown_threshold,
@@ -197,8 +204,9 @@ class Calibration:
                 raise ValueError(f"{name} must contain {num_classes} finite numbers")
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature {self.temperature} must be positive")
-        if not np.isfinite(self.depth_slope):
-            raise ValueError(f"depth_slope {self.depth_slope} must be finite")
+        for name in ("depth_slope", "logit_slope"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} {getattr(self, name)} must be finite")
         named = [label for term in self.lineage.terms for label in term.labels]
         above = [index for indices in self.lineage.above_k for index in indices]
         if not all(0 <= label < num_classes for label in named) or not all(
@@ -235,6 +243,7 @@ class Calibration:
         return cls(
             temperature=float(tree["temperature"]),
             depth_slope=float(tree.get("depth_slope", 0.0)),
+            logit_slope=float(tree.get("logit_slope", 0.0)),
             logit_mean_k=tuple(tree["logit_mean"]),
             logit_std_k=tuple(tree["logit_std"]),
             unknown_threshold=float(tree["unknown_threshold"]),
@@ -258,10 +267,10 @@ def fit_calibration(
     Args:
         outputs: Outputs of at least one validation cell; none of the cells was used for training.
         lineage: Terms above the labels.
-        varied: Outputs of the same cells at other depths and with fewer genes, from which the temperature
-            learns how it depends on the detected genes. None: it does not.
+        varied: Outputs of the same cells at other depths and with fewer genes, which show how temperature and
+            usual logits depend on the detected genes. None: they do not.
         prior_k: Share of each label in the training data, weighted as in the loss.
-        false_alarm_rate: Share of these cells that the threshold marks as unknown, in (0, 1).
+        false_alarm_rate: Share of all these cells that the threshold marks as unknown, in (0, 1).
 
     Returns:
         The calibration; `measured` has `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
@@ -270,12 +279,22 @@ def fit_calibration(
     """
     assert len(outputs), "calibration needs cells"
     logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
-    temperature, slope = _temperature(outputs), 0.0
+    every, temperature, depth_slope, logit_slope = outputs, _temperature(outputs), 0.0, 0.0
     if varied is not None and len(varied):
-        temperature, slope = _temperature_by_depth(outputs, varied)
-    mean_k, std_k = _usual_logits(logits[np.arange(len(labels)), labels], labels, logits.shape[1])
-    fitted = Calibration(temperature=temperature, depth_slope=slope, logit_mean_k=mean_k, logit_std_k=std_k)
-    threshold = np.quantile(fitted.unknown_scores(outputs.logits_nk), 1 - false_alarm_rate, method="higher")
+        every = _joined(outputs, varied)
+        temperature, depth_slope = _temperature_by_depth(every)
+        logit_slope = _logit_slope(every)
+    own_n = _own_logits(every) / _depth_factor(every.detected_n, logit_slope)
+    mean_k, std_k = _usual_logits(own_n, every.labels_n, logits.shape[1])
+    fitted = Calibration(
+        temperature=temperature,
+        depth_slope=depth_slope,
+        logit_mean_k=mean_k,
+        logit_std_k=std_k,
+        logit_slope=logit_slope,
+    )
+    scores_n = fitted.unknown_scores(every.logits_nk, every.detected_n)
+    threshold = np.quantile(scores_n, 1 - false_alarm_rate, method="higher")
     return dataclasses.replace(
         fitted,
         unknown_threshold=float(threshold),
@@ -304,23 +323,44 @@ def _temperature(outputs: CellOutputs) -> float:
     return float(np.exp(found.x))
 
 
-def _temperature_by_depth(outputs: CellOutputs, varied: CellOutputs) -> tuple[float, float]:
-    """The temperature and its `depth_slope` with the smallest cross-entropy over both."""
-    from scipy.optimize import minimize
-
-    both = CellOutputs(
-        logits_nk=np.concatenate([outputs.logits_nk, varied.logits_nk]),
-        labels_n=np.concatenate([outputs.labels_n, varied.labels_n]),
-        detected_n=np.concatenate([outputs.detected_n, varied.detected_n]),
+def _joined(one: CellOutputs, other: CellOutputs) -> CellOutputs:
+    return CellOutputs(
+        logits_nk=np.concatenate([one.logits_nk, other.logits_nk]),
+        labels_n=np.concatenate([one.labels_n, other.labels_n]),
+        detected_n=np.concatenate([one.detected_n, other.detected_n]),
     )
 
-    def loss(point: np.ndarray) -> float:
-        factor_n = _depth_factor(both.detected_n, point[1])
-        return _loss(both, np.clip(np.exp(point[0]) * factor_n, *_TEMPERATURES)[:, None])
 
-    start = [np.log(_temperature(both)), 0.0]
+def _temperature_by_depth(outputs: CellOutputs) -> tuple[float, float]:
+    """The temperature and its `depth_slope` with the smallest cross-entropy."""
+    from scipy.optimize import minimize
+
+    def loss(point: np.ndarray) -> float:
+        factor_n = _depth_factor(outputs.detected_n, point[1])
+        return _loss(outputs, np.clip(np.exp(point[0]) * factor_n, *_TEMPERATURES)[:, None])
+
+    start = [np.log(_temperature(outputs)), 0.0]
     log_temperature, slope = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-3}).x
     return float(np.clip(np.exp(log_temperature), *_TEMPERATURES)), float(slope)
+
+
+def _logit_slope(outputs: CellOutputs) -> float:
+    """The `logit_slope` with which the own logits of each label vary least, relative to their mean."""
+    from scipy.optimize import minimize_scalar
+
+    own_n = _own_logits(outputs)
+
+    def spread(slope: float) -> float:
+        scaled_n = own_n / _depth_factor(outputs.detected_n, slope)
+        groups = [scaled_n[outputs.labels_n == label] for label in np.unique(outputs.labels_n)]
+        return sum(len(group) * group.var() / max(group.mean() ** 2, 1e-12) for group in groups)
+
+    return float(minimize_scalar(spread, bounds=(0.0, 1.0), method="bounded").x)
+
+
+def _own_logits(outputs: CellOutputs) -> np.ndarray:
+    """Each cell's logit of its true label, float64 (n,)."""
+    return outputs.logits_nk[np.arange(len(outputs)), outputs.labels_n].astype(np.float64)
 
 
 def _loss(outputs: CellOutputs, temperature: float | np.ndarray) -> float:

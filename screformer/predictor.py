@@ -182,7 +182,7 @@ class Predictor:
                 part = cells.take(batch)
                 logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
         probabilities = self.calibration.probabilities(logits, detected_n)
-        scores = self.calibration.unknown_scores(logits)
+        scores = self.calibration.unknown_scores(logits, detected_n)
         answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids), cells.informative_n)
         return Predictions(
             names=self.names,

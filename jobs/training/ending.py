@@ -58,7 +58,8 @@ def calibration_scores(
     for part, outputs in (("best_val", val), ("test", test)):
         if outputs is None or not len(outputs):
             continue
-        unknown = calibration.unknown_scores(outputs.logits_nk) > calibration.unknown_threshold
+        scores_n = calibration.unknown_scores(outputs.logits_nk, outputs.detected_n)
+        unknown = scores_n > calibration.unknown_threshold
         scores |= {
             f"{part}/ece_uncalibrated": expected_calibration_error(
                 Calibration().probabilities(outputs.logits_nk), outputs.labels_n

@@ -56,10 +56,13 @@ def test_the_temperature_depends_on_the_detected_genes() -> None:
     ]
     calibration = fit_calibration(parts[0], Lineage(), varied=parts[1])
     assert calibration.depth_slope == pytest.approx(0.5, abs=0.03)
+    assert calibration.logit_slope == pytest.approx(0.5, abs=0.1)
     again = Calibration.from_json(calibration.to_json())
     for part in parts:
         found = again.probabilities(part.logits_nk, part.detected_n)
         assert expected_calibration_error(found, part.labels_n) < 0.015
+        flagged = again.unknown_scores(part.logits_nk, part.detected_n) > again.unknown_threshold
+        assert flagged.mean() < 0.1, "few genes alone make no cell unknown"
     plain = fit_calibration(parts[0], Lineage())
     assert plain.depth_slope == 0 and plain.to_json()["format"] == "1"
     one = plain.probabilities(parts[1].logits_nk)
