@@ -197,6 +197,8 @@ def test_ingest_and_train_across_both_nodes_from_s3(
         f"cluster.storage_path={tmp_path}",
     ]
     train += ["train.max_steps=4", "train.eval_every_steps=2"]
+    # A third of the cells, in one read task: each task takes seconds to start, and more to read from S3.
+    train += ["query.obs_filter=dataset_id == 'sim_blood'", "stream.cells_per_task=512"]
     both = f"{shlex.join(ingest)} && {shlex.join(train)}"
     status, output = cluster.submit("sh", "-c", both, cwd=tmp_path, timeout_s=560)
     assert status == 0 and "added 900 cells" in output, output
