@@ -28,6 +28,7 @@ FOLDERS = (
     "jobs/explaining",
     "jobs/reports",
     "jobs/chain",
+    "jobs/checkup",
     "jobs/benchmark",
     "cluster",
 )

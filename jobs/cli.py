@@ -29,6 +29,7 @@ COMMANDS = {
     "promote": "Promote the candidate to champion if it is better.",
     "report": "Write the report of a run.",
     "train_bundled": "Train the blood-cell model that comes with screformer.",
+    "doctor": "Check an installation or a cluster, and show how to fix what is wrong.",
     "sync": "Send what an unreachable tracking server missed.",
     "settings": "List the settings with their values and meanings, or the recipes.",
     "benchmark": "Compare our attention, training step, stream or labelling with peers.",

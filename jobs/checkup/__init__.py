@@ -1,0 +1,1 @@
+"""Checks of an installation or a cluster."""
