@@ -70,11 +70,16 @@ def _start_local(num_cpus: float) -> None:
             lambda: ray.init(
                 address="local",
                 num_cpus=max(cores, math.ceil(num_cpus)),
-                object_store_memory=int(min(2 * _GIB, 0.2 * memory)),
+                object_store_memory=object_store_bytes(memory),
                 include_dashboard=False,
                 logging_level=logging.WARNING,
             )
         )
+
+
+def object_store_bytes(memory: float) -> int:
+    """Size of a local Ray's object store on a machine with so many bytes of memory."""
+    return int(min(2 * _GIB, 0.2 * memory))
 
 
 def start_patiently(start: Callable[[], object]) -> None:

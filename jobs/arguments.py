@@ -298,7 +298,13 @@ def add_training(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, cells, steps and memory, then stop"
     )
-    parser.add_argument(
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--run-dir",
+        metavar="RUN_DIR",
+        help="folder of the run; the same command, given again after an interruption, resumes the run",
+    )
+    folder.add_argument(
         "--resume",
         metavar="RUN_DIR",
         help="resume an interrupted run with its own settings; only section.field=value"

@@ -30,7 +30,7 @@ def work(args: argparse.Namespace) -> Result:
     given = {"init_from": args.init_from, "resume": args.resume, "overrides": args.overrides}
     if args.dry_run:
         return describe_training(args.settings, "finetune", **given)
-    return dataclasses.asdict(run_training(args.settings, "finetune", **given))
+    return dataclasses.asdict(run_training(args.settings, "finetune", folder=args.run_dir, **given))
 
 
 main = Command(name="finetune", doc=__doc__, arguments=arguments, work=work, extra="train", recipe="")

@@ -23,7 +23,9 @@ def work(args: argparse.Namespace) -> Result:
 
     if args.dry_run:
         return describe_training(args.settings, "pretrain", resume=args.resume, overrides=args.overrides)
-    result = run_training(args.settings, "pretrain", resume=args.resume, overrides=args.overrides)
+    result = run_training(
+        args.settings, "pretrain", resume=args.resume, overrides=args.overrides, folder=args.run_dir
+    )
     return dataclasses.asdict(result)
 
 

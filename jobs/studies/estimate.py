@@ -2,42 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.studies.study import Study
+from jobs.training.preflight import train_seconds_per_cell
 from screformer.config import ExperimentConfig
-from screformer.model import ScReformer, classification_loss
-from screformer.tokenizer import NUM_SPECIAL
-
-
-def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes: int) -> float:
-    """Seconds per cell of a training step on this machine.
-
-    The fastest of three steps, of one micro-batch of the longest cells each.
-    """
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
-    model = ScReformer(config.model, config.tokens, num_genes=num_genes, num_classes=num_classes, seed=0)
-    slots, size = config.tokens.most_slots(num_genes) - 1, config.train.micro_batch_size
-    generator = torch.Generator().manual_seed(0)
-    genes = torch.rand(size, num_genes, generator=generator).argsort(1)[:, :slots].sort(1).values
-    batch = {
-        "token_ids": genes + NUM_SPECIAL,
-        "values": torch.rand(size, slots, generator=generator) * 4,
-        "bin_ids": torch.ones(size, slots, dtype=torch.int64),
-        "labels": torch.zeros(size, dtype=torch.int64),
-    }
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        logits = model(batch, task="finetune", hash_seed=0).logits_nk
-        classification_loss(logits, batch["labels"], None)[0].backward()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / size
 
 
 def describe_study(study: Study, configs: Sequence[ExperimentConfig], *, repeats: int = 1) -> dict[str, Any]:

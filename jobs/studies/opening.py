@@ -52,7 +52,7 @@ def opened(
     connect(num_cpus=num_cpus(config))
     check_study_layout(config, ray.nodes())
     if not resume:
-        require_writable(storage)
+        require_writable(storage, "cluster.storage_path")
     search_space(config)
     run_dir = Path(
         resume or Path(storage) / f"{job}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"

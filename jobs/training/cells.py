@@ -17,9 +17,7 @@ from data_ingest.query import QueryResult
 from data_ingest.stream import CellStream, Sample
 from screformer.augmentation import Augmentation
 from screformer.config import ExperimentConfig
-from screformer.cost import activation_bytes, state_bytes
 from screformer.counts import Panels
-from screformer.model import ScReformer
 from screformer.objective import dataset_weights, label_prior, prior_shift
 from screformer.tokenizer import GeneVocabulary
 
@@ -165,35 +163,3 @@ class TrainingCells:
             shuffle=part == "train",
             read_cpus=config.cluster.cpus_per_read_task,
         )
-
-
-def describe(cells: TrainingCells) -> dict[str, Any]:
-    """Size of a run: cells, steps, parameters and a rough memory estimate per worker, in GB."""
-    config, train = cells.config, cells.config.train
-    network = ScReformer(
-        config.model,
-        config.tokens,
-        num_genes=len(cells.genes),
-        num_classes=len(cells.labels["names"]),
-        seed=train.seed,
-    )
-    num_parameters = sum(param.numel() for param in network.parameters())
-    slots = config.tokens.most_slots(len(cells.genes))
-    num_train = len(cells.parts["train"])
-    return {
-        "cells": {part: len(positions) for part, positions in cells.parts.items()},
-        "groups": {part: len(cells.groups(part)) for part in cells.parts},
-        "genes": len(cells.genes),
-        "labels": dict(zip(cells.labels["names"], cells.class_counts_k.tolist(), strict=True)),
-        "steps": {
-            "max": train.max_steps,
-            "epochs": round(train.max_steps * train.global_batch_size / max(num_train, 1), 2),
-        },
-        "most_tokens_per_cell": slots,
-        "parameters": num_parameters,
-        "memory_gb_per_worker": {
-            "weights_and_optimizer": round(state_bytes(config, num_parameters) / 1e9, 3),
-            "activations": round(activation_bytes(config, slots) / 1e9, 3),
-        },
-        "notes": list(cells.notes),
-    }

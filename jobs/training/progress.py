@@ -27,16 +27,23 @@ class ProgressLines:
     """Formats the progress lines of one training."""
 
     def __init__(
-        self, max_steps: int, *, done_steps: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        max_steps: int,
+        *,
+        done_steps: int = 0,
+        steps_per_epoch: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start the clock.
 
         Args:
             max_steps: Number of steps of the training.
             done_steps: Steps done before this process started.
+            steps_per_epoch: For the time of an epoch, which the second line shows; 0 leaves it out.
             clock: Returns seconds from an arbitrary origin.
         """
         self._max_steps, self._done, self._clock = max_steps, done_steps, clock
+        self._steps_per_epoch, self._first = steps_per_epoch, (0, 0.0)
         self._start = clock()
 
     def line(self, metrics: Mapping[str, float], step: int) -> str:
@@ -45,8 +52,15 @@ class ProgressLines:
         if "best_step" not in metrics:
             shown.insert(0, f"step {step:>{len(str(self._max_steps))}}/{self._max_steps}")
             if self._done < step < self._max_steps:
-                seconds = (self._clock() - self._start) / (step - self._done) * (self._max_steps - step)
+                now = self._clock()
+                seconds = (now - self._start) / (step - self._done) * (self._max_steps - step)
                 shown.append(f"{duration(seconds)} left")
+                first, then = self._first
+                if self._steps_per_epoch and first and step > first:
+                    epoch_s = (now - then) / (step - first) * self._steps_per_epoch
+                    shown.append(f"({duration(epoch_s)} an epoch)")
+                    self._steps_per_epoch = 0
+                self._first = (step, now)
         return "  ".join(shown)
 
 

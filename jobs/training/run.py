@@ -21,14 +21,22 @@ from cluster.connect import connect
 from data_ingest.claims import only_writer
 from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
-from jobs.training.cells import TrainingCells, describe
+from jobs.training.cells import TrainingCells
 from jobs.training.launch import check_layout, train
+from jobs.training.preflight import (
+    describe,
+    local_memory,
+    preflight,
+    preflight_line,
+    refuse_what_cannot_fit,
+)
 from jobs.training.prepare import prepare_cells
 from jobs.training.reference import cells_to_show, keep_reference
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,
     filesystem,
+    is_begun,
     keep_model,
     new_run_dir,
     newest_checkpoint,
@@ -69,6 +77,7 @@ def run_training(
     init_from: str | None = None,
     resume: str | None = None,
     overrides: Sequence[str] = (),
+    folder: str | None = None,
 ) -> TrainingResult:
     """Train a model with Ray Train; connects to Ray if needed.
 
@@ -79,15 +88,23 @@ def run_training(
         init_from: Model to start from: a run id, `runs:/...`, `models:/NAME@ALIAS` or a model directory.
         resume: Run folder of an interrupted training, which resumes from its newest complete checkpoint.
         overrides: Settings to change when resuming, for example `cluster.num_workers=1`.
+        folder: Path or URI of the run folder; if it has a run of the same settings, that one is resumed. By
+            default, a new one in `cluster.storage_path`.
 
     Raises:
         ValueError: The settings, cells, start model or cluster do not allow the run; another process is
-            writing to the run folder; or a loss or weight became NaN or infinite.
+            writing to the run folder; `folder` has a run of other settings; or a loss or weight became NaN or
+            infinite.
         KeyboardInterrupt: SIGTERM or SIGINT arrived; the exception's notes show how to resume.
         RuntimeError: Workers failed more often than `cluster.max_failures`, or could not be started.
         StorageError: The run folder cannot be written.
     """
     saved: dict[str, Any] = {}
+    asked = {"task": task, "init_from": init_from, "settings": config.to_dict()}
+    if folder is not None:
+        folder = folder if "://" in folder else str(Path(folder).resolve())
+        if is_begun(folder, asked):
+            resume, overrides = folder, ()
     if resume is not None:
         saved = read_run(resume)
         found = read_result(resume)
@@ -100,7 +117,10 @@ def run_training(
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
     if resume is None:
-        require_writable(config.cluster.storage_path)
+        if folder is None:
+            require_writable(config.cluster.storage_path or "runs", "cluster.storage_path")
+        else:
+            require_writable(folder, "--run-dir")
     start = load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
     if saved and saved["query_hash"] != cells.query.hash:
@@ -108,20 +128,28 @@ def run_training(
             f"{resume} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
             f" {cells.query.hash[:12]})"
         )
+    needs, nodes = preflight(cells), ray.nodes()
+    refuse_what_cannot_fit(
+        cells.config,
+        needs,
+        resume or folder or config.cluster.storage_path,
+        [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]],
+    )
     run = TrackedRun(**saved["run"]) if saved else start_run(cells.config, task)
-    run_dir = resume or new_run_dir(config, task, run.run_id)
+    run_dir = resume or folder or new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
     files, path = filesystem(run_dir)
     with only_writer(files, f"{path}/writing", run_dir):
         with run, resumable(run_dir):
             if not saved:
                 started = {"config": cells.config.to_dict(), "task": task, "init_from": init_from}
-                started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run)}
+                started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run), "asked": asked}
                 write_json(run_dir, RUN_FILE, started)
                 run.log_identity(cells.identity())
                 if start is not None:
                     run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
             print(cells.attention, flush=True)
+            print(preflight_line(needs, nodes), flush=True)
             for note in cells.notes:
                 print(f"note: {note}", flush=True)
             print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
@@ -181,7 +209,9 @@ def describe_training(
         config = saved.merge(overrides, command=task)
     start = load_start(config, init_from) if init_from else None
     cells = prepare_cells(config, task, start=start)
-    parts = (cells.config.to_dict(task), describe(cells))
+    described = describe(cells)
+    refuse_what_cannot_fit(cells.config, described, resume or config.cluster.storage_path, local_memory())
+    parts = (cells.config.to_dict(task), described)
     return "\n".join(yaml.safe_dump(part, sort_keys=False) for part in parts) + cells.attention
 
 

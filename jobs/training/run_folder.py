@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.fs
 import ray.train
 
+from jobs.tracking.naming import flat
 from screformer.config import ExperimentConfig, Task
 from screformer.storage import writing
 from screformer.training_checkpoint import damage, read_position
@@ -39,13 +40,16 @@ def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
     return pyarrow.fs.FileSystem.from_uri(run_dir if "://" in run_dir else Path(run_dir).resolve().as_uri())
 
 
-def require_writable(storage_path: str) -> None:
-    """Reject a `cluster.storage_path` that this machine cannot write to.
+def require_writable(place: str, what: str) -> None:
+    """Refuse a folder or URI that this machine cannot write to.
+
+    Args:
+        place: The folder, which is created, or the URI.
+        what: The setting or option that named it.
 
     Raises:
         ValueError: It cannot be written to.
     """
-    place = storage_path or "runs"
     name = f"writable-{uuid.uuid4().hex}"
     try:
         write_json(place, name, {})
@@ -53,9 +57,34 @@ def require_writable(storage_path: str) -> None:
         files.delete_file(f"{path}/{name}")
     except OSError as error:
         raise ValueError(
-            f"cluster.storage_path={storage_path!r} cannot be written ({error}); give a folder or URI that"
-            f" this machine and all nodes can write to"
+            f"{what}={place} cannot be written ({error}); use a folder or URI that this machine and all nodes"
+            f" can write to"
         ) from error
+
+
+def is_begun(run_dir: str, asked: dict[str, Any]) -> bool:
+    """Whether the folder has a run of the same command.
+
+    Args:
+        run_dir: The folder; it need not exist.
+        asked: Plain values of what the command asks for, which a run saves as `asked`.
+
+    Raises:
+        ValueError: It has a run of another command.
+    """
+    try:
+        saved = _read_json(run_dir, RUN_FILE).get("asked", {})
+    except (OSError, ValueError):
+        return False
+    ours, theirs = flat(json.loads(json.dumps(asked))), flat(saved)
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        raise ValueError(
+            f"--run-dir {run_dir} has a run with {name.removeprefix('settings.')}={theirs.get(name)!r}, now"
+            f" it is {ours.get(name)!r}; use another folder, or resume that run with --resume {run_dir}"
+        )
+    return True
 
 
 def require_seen(run_dir: str) -> None:

@@ -95,14 +95,18 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
     rank = torch.distributed.get_rank()
     engine = _engine(task)
     resume = None
-    checkpoint = _latest(run_dir) if ray.train.get_checkpoint() else task.checkpoint
+    checkpoint = latest_checkpoint(run_dir) if ray.train.get_checkpoint() else task.checkpoint
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
             if read_position(folder)["finished"]:
                 return Account()
             resume = _restore(Path(folder), engine)
     done_steps = resume[0].global_step if resume else 0
-    lines = ProgressLines(task.config.train.max_steps, done_steps=done_steps)
+    lines = ProgressLines(
+        task.config.train.max_steps,
+        done_steps=done_steps,
+        steps_per_epoch=task.streams["train"].steps_per_epoch,
+    )
     slow = SlowRank(_nodes())
     watch = StopWatch(flag, every_s=60 * task.config.train.checkpoint_every_minutes)
     speeds: list[float] = []
@@ -167,7 +171,7 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
     )
 
 
-def _latest(run_dir: str) -> ray.train.Checkpoint | None:
+def latest_checkpoint(run_dir: str) -> ray.train.Checkpoint | None:
     """The checkpoint from which all ranks resume after one was lost.
 
     Ray Train offers its newest checkpoint without checking it. Rank 0 checks it and, if it is damaged, uses

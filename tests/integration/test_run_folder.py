@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_ingest.claims import only_writer
 from helpers.processes import run_python
@@ -17,6 +18,8 @@ from jobs.training.run_folder import (
     read_result,
     write_json,
 )
+from jobs.training.worker import latest_checkpoint
+from screformer.training_checkpoint import read_position
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -100,6 +103,29 @@ def test_a_run_that_ended_is_known_by_its_checkpoint_or_its_result(run_dir: str)
     assert read_result(run_dir) is None
     write_json(run_dir, "result.json", {"model_version": 3})
     assert read_result(run_dir) == {"model_version": 3}
+
+
+def test_ranks_that_start_again_fall_back_like_a_resume(
+    run_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the loss of a worker Ray Train would take its newest checkpoint unread."""
+    _checkpoint(run_dir, 0, 1)
+    newest = _checkpoint(run_dir, 0, 2)
+    _write(run_dir, f"{newest}/model/part.bin", b"Model 2")
+    own_group = not torch.distributed.is_initialized()
+    if own_group:
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+    try:
+        found = latest_checkpoint(run_dir)
+    finally:
+        if own_group:
+            torch.distributed.destroy_process_group()
+    assert found is not None
+    with found.as_directory() as folder:
+        assert read_position(folder)["global_step"] == 1
+    assert "part.bin was changed: its SHA-256" in capsys.readouterr().out
 
 
 def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) -> None:

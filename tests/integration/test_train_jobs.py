@@ -55,12 +55,18 @@ def finetuned(
 
 
 def test_pretraining_learns_and_leaves_a_model(pretrained: tuple[dict[str, Any], str]) -> None:
-    result, _ = pretrained
+    result, printed = pretrained
     history = tracking_client().get_metric_history(result["run_id"], "train/loss")
     losses = [point.value for point in sorted(history, key=lambda point: point.step)]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert result["metrics"].keys() == {"best_val/loss", "test/loss"}
     assert result["model_version"] is None
+    estimate = re.search(
+        r"needs about (\S+) GB of memory per worker .* object store 0.\d+ GB; 8 steps", printed
+    )
+    assert estimate is not None
+    peak = tracking_client().get_run(result["run_id"]).data.metrics["mem/peak_gb"]
+    assert float(estimate[1]) == pytest.approx(peak, rel=0.3)
     model = load_model(result["model_dir"])
     assert model.labels["names"] == [] and model.vocabulary.mean_expression_g.any()
     assert model.meta["query"]["atlas"]["timestamp_ms"] > 0
@@ -169,6 +175,7 @@ def test_dry_run_prints_and_stops(
     printed = capsys.readouterr().out
     assert "max_genes: 64" in printed and "parameters:" in printed and "memory_gb_per_worker:" in printed
     assert re.search(r"cells:\n  train: \d+", printed)
+    assert re.search(r"time_per_epoch: about \d+ \w+\n", printed) and "disk_gb: 0.00" in printed
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 

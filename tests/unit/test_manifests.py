@@ -129,10 +129,10 @@ def test_jobs_log_to_the_mlflow_server() -> None:
 def test_the_job_is_a_command_that_fits_its_cluster() -> None:
     python, flag, module, *arguments = shlex.split(RAY_JOB["spec"]["entrypoint"])
     assert (python, flag, module) == ("python", "-m", "jobs.finetune")
-    config = finetune.parse(arguments).settings
-    assert config.atlas.uri.startswith("s3://") and config.cluster.storage_path.startswith("s3://"), (
-        "pods share no disk"
-    )
+    args = finetune.parse(arguments)
+    config = args.settings
+    assert config.atlas.uri.startswith("s3://") and args.run_dir.startswith("s3://"), "pods share no disk"
+    assert RAY_JOB["spec"]["backoffLimit"] > 0, "with --run-dir, the same command resumes the run"
     group = RAY_CLUSTER["spec"]["workerGroupSpecs"][0]
     cpus = float(pods(RAY_CLUSTER["spec"])["cpu"]["resources"]["limits"]["cpu"])
     check_layout(config, [{"Alive": True, "Resources": {"CPU": cpus}}] * group["minReplicas"])

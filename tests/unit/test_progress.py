@@ -17,6 +17,13 @@ def test_lines_are_short_and_show_the_remaining_time() -> None:
     assert lines.line(ended, 300) == "best step 60  validation 0.2  macro-F1 0.970  test macro-F1 0.900"
 
 
+def test_the_second_line_shows_the_time_of_an_epoch() -> None:
+    lines = ProgressLines(100, steps_per_epoch=200, clock=iter([0.0, 30.0, 40.0, 50.0]).__next__)
+    said = [lines.line({"train/loss": 1.0}, step) for step in (10, 20, 30)]
+    assert said[1] == "step  20/100  loss 1  3 min left  (3 min an epoch)"
+    assert "epoch" not in said[0] + said[2], "the first steps are slow, and once is enough"
+
+
 def test_a_rank_that_stays_slow_is_reported_once() -> None:
     def metrics(rank: int, slowest_s: float, others_s: float) -> dict[str, float]:
         return {"ranks/slowest": float(rank), "ranks/slowest_s": slowest_s, "ranks/others_s": others_s}
