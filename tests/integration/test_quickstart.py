@@ -22,7 +22,7 @@ SMALL = [
 
 @pytest.mark.timeout(600)
 def test_simulated_cells_from_nothing_to_labels(tmp_path: Path) -> None:
-    words = ["--out", "qs", "--pretrain-steps", "10", "--cells", "900", *SMALL]
+    words = ["--out", "qs", "--pretrain-steps", "10", "--cells", "900", *SMALL, "cluster.num_workers=1"]
     done = run_python("-m", "jobs.quickstart", *words, cwd=tmp_path)
     result, said = json.loads(done.stdout.splitlines()[-1]), done.stdout
     for noise in ("Traceback", "FutureWarning", "Failed to query", "Reporting training result"):
@@ -64,7 +64,7 @@ def test_own_files_with_named_test_donors(ray_local: None, tmp_path: Path, sim_h
     donors = ["sim_blood_donor2", "sim_blood_panel_donor4"]
     files = [str(path) for path in sim_h5ads[:2]]
     words = ["--out", "qs", "--h5ad", *files, "--test-donors", *donors, "--pretrain-steps", "0", *SMALL]
-    result, said = run_here(quickstart.main, *words, "cluster.num_workers=1", cwd=tmp_path)
+    result, said = run_here(quickstart.main, *words, cwd=tmp_path)
     assert "] finetune" in said and "] pretrain" not in said
     assert f"held-out donor_id: {', '.join(donors)}" in said
     tested = pd.read_parquet(next((tmp_path / "qs").rglob("test/cells.parquet"))).set_index("joinid")
