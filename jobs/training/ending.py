@@ -11,7 +11,7 @@ from jobs.training.task import TrainingTask
 from screformer.calibration import Calibration, fit_calibration
 from screformer.checkpoint import save_model
 from screformer.metrics import CellOutputs, expected_calibration_error, reliability
-from screformer.training import Outcome
+from screformer.progress import Outcome
 
 
 def finish(task: TrainingTask, outcome: Outcome, folder: Path) -> dict[str, float]:

@@ -34,7 +34,8 @@ from screformer.metrics import sum_over_ranks
 from screformer.model import ScReformer
 from screformer.not_finite import NonFiniteError
 from screformer.objective import Batch, freeze_parameters
-from screformer.training import Parts, Progress, Stopped, Weights, fit
+from screformer.progress import Parts, Progress, Stopped
+from screformer.training import fit
 from screformer.training_checkpoint import (
     POSITION,
     load_training,
@@ -43,6 +44,7 @@ from screformer.training_checkpoint import (
     save_training,
     seal,
 )
+from screformer.weight_average import Weights
 
 REPLAY_BYTES = 512 * 2**20
 """If a rank's validation batches are no larger than this, they stay in memory and are read only once."""

@@ -18,9 +18,11 @@ from screformer.config import ExperimentConfig
 from screformer.engine import build_engine
 from screformer.model import ScReformer
 from screformer.objective import Batch, freeze_parameters
+from screformer.progress import Outcome, Parts, Progress
 from screformer.tokenizer import CLS, NUM_SPECIAL, GeneVocabulary
-from screformer.training import Outcome, Parts, Progress, Weights, fit
+from screformer.training import fit
 from screformer.training_checkpoint import load_training, read_average, read_position, save_training, seal
+from screformer.weight_average import Weights
 
 NUM_GENES, NUM_CLASSES, NUM_CELLS = 40, 3, 37
 LABELS = {"column": "cell_type", "names": ["a", "b", "c"], "cl_ids": ["", "", ""]}

@@ -15,7 +15,7 @@ from screformer.engine import build_engine
 from screformer.engine_state import weights_norm
 from screformer.model import ScReformer
 from screformer.not_finite import NonFiniteError
-from screformer.training import Stopped
+from screformer.progress import Stopped
 from screformer.training_checkpoint import damage, read_position
 
 EVALUATED = {"train.max_steps": 12, "train.eval_every_steps": 4}
