@@ -1,27 +1,26 @@
 """Turn logits into answers: a calibrated label, a broader term, or "unknown".
 
-The calibration is learned on the validation cells after training and saved in the model directory as
-`calibration.json`. A temperature scales the logits so that about 80 % of the cells with probability 0.8 are
-correct. Cells unlike the training data are detected by the logit of their best label: the calibration stores
-the usual logit of each label for its own cells, and a threshold on the shortfall that only a small share of
-the validation cells (`FALSE_ALARM_RATE`) exceeds. If no label is more likely right than wrong, the answer is
-the nearest broader Cell Ontology term whose labels together are likely enough.
+`screformer.calibration_fit` learns the calibration on the validation cells after training; it is saved in the
+model directory as `calibration.json`. A temperature scales the logits so that about 80 % of the cells with
+probability 0.8 are correct. Cells unlike the training data are detected by the logit of their best label: the
+calibration stores the usual logit of each label for its own cells, and a threshold on the shortfall that only
+a small share of the validation cells exceeds. Where training augments cells, temperature and usual logits
+depend on the number of detected genes. If no label is more likely right than wrong, the answer is the nearest
+broader Cell Ontology term whose labels together are likely enough.
 
 Axes: n cells, d model width, k classes, a answers.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 
 from screformer.lineage import Lineage
-from screformer.metrics import CellOutputs, expected_calibration_error
 
 FORMAT, DEPTH_FORMAT = "1", "2"
 """Format of a calibration, and of one whose temperature depends on the detected genes."""
@@ -34,16 +33,6 @@ LEVELS = (LABEL, BROADER, UNKNOWN)
 FEW_COUNTS, UNLIKE, UNSURE = "too few counts", "unlike the training cells", "no label likely enough"
 REASONS = ("", FEW_COUNTS, UNLIKE, UNSURE)
 """Why a cell is unknown."""
-FALSE_ALARM_RATE = 0.05
-"""Share of validation cells (all of known types) that the unknown threshold marks as unknown."""
-MIN_PROBABILITY = 0.5
-"""Minimum calibrated probability of an answer (a label, or all labels below a term): more likely right than
-wrong."""
-_TEMPERATURES = (0.2, 20.0)
-"""Bounds of the temperature."""
-_PRIOR_CELLS = 10
-"""Weight, in cells, of the mean over all labels when estimating one label's usual logit. Rare labels have few
-or no validation cells."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +48,48 @@ class Answers:
     """Index into `LEVELS`, int8."""
     reasons_n: np.ndarray
     """Why a cell is unknown: index into `REASONS`, int8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthLogits:
+    """Usual logits for any number of detected genes.
+
+    A cell of few genes has small logits, whatever its type; it is unknown only if they are small for that
+    number too.
+    """
+
+    slope: float
+    """With d detected genes, usual logits are those below times (d / `USUAL_DETECTED`)^slope."""
+    mean_k: tuple[float, ...]
+    std_k: tuple[float, ...]
+    shift: float
+    """Added to the scores, to compare them with those of `Calibration.logit_mean_k`."""
+
+    def scores(self, logit_n: np.ndarray, best_n: np.ndarray, detected_n: np.ndarray) -> np.ndarray:
+        """Unknown scores by the logits of the best labels, float64 (n,)."""
+        scaled_n = logit_n / depth_factor(detected_n, self.slope)
+        return (np.array(self.mean_k)[best_n] - scaled_n) / np.array(self.std_k)[best_n] + self.shift
+
+    def check(self, num_classes: int) -> None:
+        """Reject values for another number of classes, or unusable ones; raises ValueError."""
+        values = (self.slope, self.shift, *self.mean_k, *self.std_k)
+        if {len(self.mean_k), len(self.std_k)} != {num_classes} or not np.isfinite(values).all():
+            raise ValueError(f"by_depth must contain finite numbers for {num_classes} labels")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; the inverse of `from_json`."""
+        parts = {"mean": list(self.mean_k), "std": list(self.std_k)}
+        return {"slope": self.slope, "shift": self.shift, **parts}
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> DepthLogits:
+        """The inverse of `to_json`."""
+        return cls(
+            slope=float(tree["slope"]),
+            shift=float(tree["shift"]),
+            mean_k=tuple(tree["mean"]),
+            std_k=tuple(tree["std"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +109,8 @@ class Calibration:
     """Mean of each label's logit over its own cells; empty if the model was not calibrated."""
     logit_std_k: tuple[float, ...] = ()
     """Standard deviation of each label's logit over its own cells."""
-    logit_slope: float = 0.0
-    """With d detected genes, usual logits are those above times (d / `USUAL_DETECTED`)^logit_slope."""
+    by_depth: DepthLogits | None = None
+    """Usual logits that depend on the detected genes."""
     unknown_threshold: float = float("inf")
     """Cells with a higher unknown score are unknown."""
     min_probability: float = 0.0
@@ -100,7 +131,7 @@ class Calibration:
         """
         scaled_nk = logits_nk.astype(np.float64) / self.temperature
         if self.depth_slope and detected_n is not None:
-            scaled_nk /= _depth_factor(detected_n, self.depth_slope)[:, None]
+            scaled_nk /= depth_factor(detected_n, self.depth_slope)[:, None]
         return softmax(scaled_nk, axis=1).astype(np.float32)
 
     def unknown_scores(self, logits_nk: np.ndarray, detected_n: np.ndarray | None = None) -> np.ndarray:
@@ -120,11 +151,10 @@ class Calibration:
             return np.zeros(len(logits_nk), dtype=np.float32)
         best = logits_nk.argmax(axis=1)
         logit = logits_nk[np.arange(len(best)), best].astype(np.float64)
-        if self.logit_slope and detected_n is not None:
-            logit = logit / _depth_factor(detected_n, self.logit_slope)
-        return ((np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]).astype(
-            np.float32
-        )
+        score_n = (np.array(self.logit_mean_k)[best] - logit) / np.array(self.logit_std_k)[best]
+        if self.by_depth is not None and detected_n is not None:
+            score_n = np.minimum(score_n, self.by_depth.scores(logit, best, detected_n))
+        return score_n.astype(np.float32)
 
     def answer_names(self, names: Sequence[str], cl_ids: Sequence[str]) -> tuple[list[str], list[str]]:
         """Names and CL ids of all possible answers: labels, broader terms, "unknown"."""
@@ -178,11 +208,13 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the inverse of `from_json`."""
-        by_depth = self.depth_slope != 0 or self.logit_slope != 0
+        depth: dict[str, Any] = {}
+        if self.by_depth is not None:
+            depth = {"depth_slope": self.depth_slope, "by_depth": self.by_depth.to_json()}
         return {
-            "format": DEPTH_FORMAT if by_depth else FORMAT,
+            "format": DEPTH_FORMAT if depth else FORMAT,
             "temperature": self.temperature,
-            **({"depth_slope": self.depth_slope, "logit_slope": self.logit_slope} if by_depth else {}),
+            **depth,
             "logit_mean": list(self.logit_mean_k),
             "logit_std": list(self.logit_std_k),
             "unknown_threshold": self.unknown_threshold,
@@ -204,9 +236,10 @@ class Calibration:
                 raise ValueError(f"{name} must contain {num_classes} finite numbers")
         if not (np.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature {self.temperature} must be positive")
-        for name in ("depth_slope", "logit_slope"):
-            if not np.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} {getattr(self, name)} must be finite")
+        if not np.isfinite(self.depth_slope):
+            raise ValueError(f"depth_slope {self.depth_slope} must be finite")
+        if self.by_depth is not None:
+            self.by_depth.check(num_classes)
         named = [label for term in self.lineage.terms for label in term.labels]
         above = [index for indices in self.lineage.above_k for index in indices]
         if not all(0 <= label < num_classes for label in named) or not all(
@@ -243,7 +276,7 @@ class Calibration:
         return cls(
             temperature=float(tree["temperature"]),
             depth_slope=float(tree.get("depth_slope", 0.0)),
-            logit_slope=float(tree.get("logit_slope", 0.0)),
+            by_depth=DepthLogits.from_json(tree["by_depth"]) if "by_depth" in tree else None,
             logit_mean_k=tuple(tree["logit_mean"]),
             logit_std_k=tuple(tree["logit_std"]),
             unknown_threshold=float(tree["unknown_threshold"]),
@@ -254,136 +287,6 @@ class Calibration:
         )
 
 
-def fit_calibration(
-    outputs: CellOutputs,
-    lineage: Lineage,
-    *,
-    varied: CellOutputs | None = None,
-    prior_k: Sequence[float] | np.ndarray = (),
-    false_alarm_rate: float = FALSE_ALARM_RATE,
-) -> Calibration:
-    """Learn the temperature, the usual logits and the unknown threshold.
-
-    Args:
-        outputs: Outputs of at least one validation cell; none of the cells was used for training.
-        lineage: Terms above the labels.
-        varied: Outputs of the same cells at other depths and with fewer genes, which show how temperature and
-            usual logits depend on the detected genes. None: they do not.
-        prior_k: Share of each label in the training data, weighted as in the loss.
-        false_alarm_rate: Share of all these cells that the threshold marks as unknown, in (0, 1).
-
-    Returns:
-        The calibration; `measured` has `cells`, `false_alarm_rate`, `ece_before`, `ece_after`, `accuracy`.
-
-    Source: Guo et al., On calibration of modern neural networks, ICML 2017.
-    """
-    assert len(outputs), "calibration needs cells"
-    logits, labels = outputs.logits_nk.astype(np.float64), outputs.labels_n
-    every, temperature, depth_slope, logit_slope = outputs, _temperature(outputs), 0.0, 0.0
-    if varied is not None and len(varied):
-        every = _joined(outputs, varied)
-        temperature, depth_slope = _temperature_by_depth(every)
-        logit_slope = _logit_slope(every)
-    own_n = _own_logits(every) / _depth_factor(every.detected_n, logit_slope)
-    mean_k, std_k = _usual_logits(own_n, every.labels_n, logits.shape[1])
-    fitted = Calibration(
-        temperature=temperature,
-        depth_slope=depth_slope,
-        logit_mean_k=mean_k,
-        logit_std_k=std_k,
-        logit_slope=logit_slope,
-    )
-    scores_n = fitted.unknown_scores(every.logits_nk, every.detected_n)
-    threshold = np.quantile(scores_n, 1 - false_alarm_rate, method="higher")
-    return dataclasses.replace(
-        fitted,
-        unknown_threshold=float(threshold),
-        min_probability=MIN_PROBABILITY,
-        lineage=lineage,
-        prior_k=tuple(float(share) for share in prior_k),
-        measured={
-            "cells": float(len(labels)),
-            "false_alarm_rate": false_alarm_rate,
-            "accuracy": float((logits.argmax(axis=1) == labels).mean()),
-            "ece_before": expected_calibration_error(softmax(logits, axis=1), labels),
-            "ece_after": expected_calibration_error(
-                fitted.probabilities(outputs.logits_nk, outputs.detected_n), labels
-            ),
-        },
-    )
-
-
-def _temperature(outputs: CellOutputs) -> float:
-    """The temperature with the smallest cross-entropy."""
-    from scipy.optimize import minimize_scalar  # imported here: not needed to use a model
-
-    # Bounded: if a handful of cells are all predicted correctly, the best temperature would be 0.
-    bounds = tuple(np.log(_TEMPERATURES))
-    found = minimize_scalar(lambda log: _loss(outputs, np.exp(log)), bounds=bounds, method="bounded")
-    return float(np.exp(found.x))
-
-
-def _joined(one: CellOutputs, other: CellOutputs) -> CellOutputs:
-    return CellOutputs(
-        logits_nk=np.concatenate([one.logits_nk, other.logits_nk]),
-        labels_n=np.concatenate([one.labels_n, other.labels_n]),
-        detected_n=np.concatenate([one.detected_n, other.detected_n]),
-    )
-
-
-def _temperature_by_depth(outputs: CellOutputs) -> tuple[float, float]:
-    """The temperature and its `depth_slope` with the smallest cross-entropy."""
-    from scipy.optimize import minimize
-
-    def loss(point: np.ndarray) -> float:
-        factor_n = _depth_factor(outputs.detected_n, point[1])
-        return _loss(outputs, np.clip(np.exp(point[0]) * factor_n, *_TEMPERATURES)[:, None])
-
-    start = [np.log(_temperature(outputs)), 0.0]
-    log_temperature, slope = minimize(loss, start, method="Nelder-Mead", options={"xatol": 1e-3}).x
-    return float(np.clip(np.exp(log_temperature), *_TEMPERATURES)), float(slope)
-
-
-def _logit_slope(outputs: CellOutputs) -> float:
-    """The `logit_slope` with which the own logits of each label vary least, relative to their mean."""
-    from scipy.optimize import minimize_scalar
-
-    own_n = _own_logits(outputs)
-
-    def spread(slope: float) -> float:
-        scaled_n = own_n / _depth_factor(outputs.detected_n, slope)
-        groups = [scaled_n[outputs.labels_n == label] for label in np.unique(outputs.labels_n)]
-        return sum(len(group) * group.var() / max(group.mean() ** 2, 1e-12) for group in groups)
-
-    return float(minimize_scalar(spread, bounds=(0.0, 1.0), method="bounded").x)
-
-
-def _own_logits(outputs: CellOutputs) -> np.ndarray:
-    """Each cell's logit of its true label, float64 (n,)."""
-    return outputs.logits_nk[np.arange(len(outputs)), outputs.labels_n].astype(np.float64)
-
-
-def _loss(outputs: CellOutputs, temperature: float | np.ndarray) -> float:
-    """Mean cross-entropy of logits over a temperature, or one for each cell (n, 1)."""
-    scaled = outputs.logits_nk.astype(np.float64) / temperature
-    return float((logsumexp(scaled, axis=1) - scaled[np.arange(len(outputs)), outputs.labels_n]).mean())
-
-
-def _depth_factor(detected_n: np.ndarray, slope: float) -> np.ndarray:
+def depth_factor(detected_n: np.ndarray, slope: float) -> np.ndarray:
     """What the temperature is multiplied by, float64 (n,)."""
     return ((1 + detected_n) / (1 + USUAL_DETECTED)) ** slope
-
-
-def _usual_logits(
-    own_n: np.ndarray, labels_n: np.ndarray, num_classes: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each label's logit over its own cells, shrunk to those of all labels."""
-    groups = [own_n[labels_n == label] for label in range(num_classes)]
-    mean = np.mean([group.mean() for group in groups if len(group)])
-    variance = np.mean([group.var() for group in groups if len(group)])
-    means = [(group.sum() + _PRIOR_CELLS * mean) / (len(group) + _PRIOR_CELLS) for group in groups]
-    variances = [
-        (((group - center) ** 2).sum() + _PRIOR_CELLS * variance) / (len(group) + _PRIOR_CELLS)
-        for group, center in zip(groups, means, strict=True)
-    ]
-    return tuple(map(float, means)), tuple(float(max(value, 1e-12) ** 0.5) for value in variances)

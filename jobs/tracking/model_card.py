@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from screformer.calibration import MIN_PROBABILITY
+from screformer.calibration_fit import MIN_PROBABILITY
 from screformer.checkpoint import LoadedModel, load_model
 
 _SHOWN_GROUPS = 12

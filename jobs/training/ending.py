@@ -8,7 +8,8 @@ import pandas as pd
 
 from jobs.reports.artifacts import log_confusion, log_per_class, log_reliability
 from jobs.training.task import TrainingTask
-from screformer.calibration import Calibration, fit_calibration
+from screformer.calibration import Calibration
+from screformer.calibration_fit import fit_calibration
 from screformer.checkpoint import save_model
 from screformer.metrics import CellOutputs, expected_calibration_error, reliability
 from screformer.progress import Outcome
