@@ -94,6 +94,7 @@ LONGEST_FIRST = (
     "test_ray_job.py",
     "test_quickstart.py",
     "test_resume_run.py",
+    "test_full_disk.py",
     "test_secrets_stay_out.py",
     "test_explain_job.py",
     "test_stream.py",

@@ -12,6 +12,7 @@ import pytest
 from anndata import AnnData
 from mlflow import MlflowClient
 
+from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, run_here
 from helpers.small_disk import small_disk
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
@@ -79,7 +80,7 @@ def test_a_training(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
     resumes the run."""
     disk, smoke = tmp_path / "disk", REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
     tracking, run_dir = f"sqlite:///{tmp_path / 'mlflow.db'}", disk / "run"
-    words = ["--config", smoke, f"atlas.uri={small_atlas}", "cluster.cpus_per_worker=0.5"]
+    words = ["--config", smoke, f"atlas.uri={small_atlas}", *ONE_READER]
     words += [f"tracking.uri={tracking}", "tracking.model_name=full"]
     same = [*words, "--run-dir", run_dir]
     filled = False
