@@ -129,12 +129,13 @@ def _confidence(loaded: LoadedModel) -> list[str]:
             "Not calibrated: probabilities are the network's softmax output, and every cell gets its best"
             " label."
         ]
+    augmented = ", augmented ones included," if calibration.by_depth else ""
     return [
         f"- temperature {calibration.temperature:.3f}, from {measured['cells']:,.0f} validation cells;"
         f" expected calibration error"
         f" {measured['ece_before']:.3f} before, {measured['ece_after']:.3f} after (on the same cells)",
         f"- cells with a score above {calibration.unknown_threshold:.4g} are `unknown`;"
-        f" {measured['false_alarm_rate']:.0%} of these validation cells are",
+        f" {measured['false_alarm_rate']:.0%} of these validation cells{augmented} are",
         f"- below a probability of {MIN_PROBABILITY:g}, the label is one of"
         f" {len(calibration.lineage.terms)} more general terms, or `unknown`",
     ]
