@@ -23,6 +23,7 @@ from screformer.calibration import Calibration
 from screformer.config import ExperimentConfig
 from screformer.model import ScReformer
 from screformer.model_checks import check_finite, check_sizes, check_weights, checked_labels
+from screformer.reference import TrainingReference
 from screformer.tokenizer import GeneVocabulary
 
 FORMAT = "1"
@@ -54,6 +55,8 @@ class LoadedModel:
     """Provenance: atlas, query hash, versions, metrics."""
     calibration: Calibration = Calibration()
     """Turns logits into answers; the default if the model has none, for example from an earlier version."""
+    reference: TrainingReference | None = None
+    """Some training cells as the model sees them; None for models of earlier versions."""
 
 
 def save_model(
@@ -186,6 +189,7 @@ def load_model(directory: str | Path) -> LoadedModel:
         labels=labels,
         meta=meta,
         calibration=calibration,
+        reference=TrainingReference.load(directory),
     )
 
 

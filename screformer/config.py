@@ -344,6 +344,10 @@ class TrainConfig:
     weight_average: float = setting(0.0, "pretraining")
     """Decay per step of a moving average of the weights, which is validated and saved; 0 uses the weights
     themselves."""
+    replay_share: float = setting(0.5)
+    """Fine-tuning from a model with labels: cells of the model's own query that are trained on again, per
+    cell of the new query, and at least 2,000, so that known types are not forgotten. They need to be in the
+    same atlas. 0 trains on none."""
     freeze_encoder: bool = setting(False)
     """Fine-tuning: train only the heads."""
     eval_every_steps: int = setting(200, "pretraining")
@@ -380,6 +384,7 @@ class TrainConfig:
         for name in ("mask_rate", "weight_average"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"train.{name}={value} must be in [0, 1)")
+        require(self.replay_share >= 0, f"train.replay_share={self.replay_share} must not be negative")
         for name in ("prior_shift", "thinned_share", "panel_share"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"train.{name}={value} must be in [0, 1]")

@@ -174,13 +174,8 @@ class Predictor:
 
     def predict(self, cells: CellCounts) -> Predictions:
         """Label cells; results are in input order."""
-        logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
-        embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
-        with _torch_threads(1 if self._is_additive else torch.get_num_threads()):
-            detected_n = self.tokenizer.lengths(cells)
-            for batch in self.batches(detected_n):
-                part = cells.take(batch)
-                logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
+        logits, embedding = self.outputs(cells)
+        detected_n = self.tokenizer.lengths(cells)
         probabilities = self.calibration.probabilities(logits, detected_n)
         scores = self.calibration.unknown_scores(logits, detected_n)
         answers = self.calibration.answer(probabilities, scores, list(self.label_cl_ids), cells.informative_n)
@@ -195,6 +190,16 @@ class Predictor:
             probabilities_nk=probabilities,
             embedding_nd=embedding,
         )
+
+    def outputs(self, cells: CellCounts) -> tuple[np.ndarray, np.ndarray]:
+        """Logits (n, k) and embeddings (n, d) of cells, float32, before calibration."""
+        logits = np.zeros((len(cells), len(self.label_names)), dtype=np.float32)
+        embedding = np.zeros((len(cells), self.config.model.dim), dtype=np.float32)
+        with _torch_threads(1 if self._is_additive else torch.get_num_threads()):
+            for batch in self.batches(self.tokenizer.lengths(cells)):
+                part = cells.take(batch)
+                logits[batch], embedding[batch] = self._forward(self.tokenizer(part), part.panels)
+        return logits, embedding
 
     def _forward(self, tokens: dict[str, np.ndarray], panels: Panels) -> tuple[np.ndarray, np.ndarray]:
         batch = {

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
-
-from screformer.checkpoint import read_tensors
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 FILE = "training_cells.safetensors"
 
@@ -54,7 +53,10 @@ class TrainingReference:
         path = Path(model_dir) / FILE
         if not path.is_file():
             return None
-        arrays = {name: tensor.numpy() for name, tensor in read_tensors(path)[0].items()}
+        try:
+            arrays = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); copy it again") from error
         if set(arrays) != set(cls.__dataclass_fields__) or len({len(array) for array in arrays.values()}) > 1:
             raise ValueError(f"{path} does not contain training cells; restore it, or train again")
         return cls(**arrays)

@@ -39,6 +39,7 @@ _CONFUSION, _PER_CLASS, _TEST_CELLS, _BASELINES = (
     "test/baselines.csv",
 )
 _RELIABILITY = "calibration/reliability.csv"
+_BEFORE_AFTER = "move/before_after.csv"
 _EXPLANATIONS = "explanations"
 EXPLAINED = "summary.json"
 """The last file written into a folder of explanations."""
@@ -123,6 +124,16 @@ def log_baselines(run: TrackedRun, scores: pd.DataFrame) -> None:
 def read_baselines(run: LoggedRun) -> pd.DataFrame | None:
     """The table passed to `log_baselines`; None if the run has none."""
     return _read(run, _BASELINES)
+
+
+def log_before_and_after(run: TrackedRun, scores: pd.DataFrame) -> None:
+    """Log the scores of a model before and after it was trained on another query."""
+    run.log_table(scores, _BEFORE_AFTER)
+
+
+def read_before_and_after(run: LoggedRun) -> pd.DataFrame | None:
+    """Read what `log_before_and_after` logged; None if the run has none."""
+    return _read(run, _BEFORE_AFTER)
 
 
 def log_curves(run: TrackedRun) -> None:

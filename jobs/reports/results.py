@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from jobs.reports.artifacts import read_baselines, read_confusion, read_per_class, read_test_cells
+from jobs.reports.artifacts import (
+    read_baselines,
+    read_before_and_after,
+    read_confusion,
+    read_per_class,
+    read_test_cells,
+)
 from jobs.reports.figures import confusion_figure
 from jobs.reports.page import Report
 from jobs.reports.provenance import listed
@@ -45,6 +51,15 @@ def add_results(report: Report, run: LoggedRun) -> None:
             f" use cross-validation."
         )
     caption = "Macro-F1 weights all types equally, even rare ones; accuracy weights all cells equally."
+    moved = read_before_and_after(run)
+    if moved is not None:
+        report.table(
+            "Before and after",
+            moved.fillna({"type": "all"}).replace({"type": {"": "all"}}),
+            "The start model and the trained one on the same test cells of donors (or other groups) that"
+            " neither was trained on: of the new query, and of the query that the start model was trained on."
+            " Accuracy is of best labels.",
+        )
     report.table("Test scores", pd.DataFrame(rows).dropna(axis="columns", how="all"), caption)
     if per_class is not None:
         per_class = per_class.rename(columns={"label": "type", "f1": "F1"}).sort_values(

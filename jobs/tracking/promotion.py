@@ -6,7 +6,7 @@ Axes: n cells.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ _CONFIDENCE = 0.95
 
 
 _LEAST_CELLS = 30
+
+
+MOST_LOST = 0.01
+"""Balanced accuracy that a model moved to another query may lose on cells of its own one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,12 +137,15 @@ def compare_folds_with_floor(candidate: Mapping[str, Any] | None, num_labels: in
     return compare_folds(candidate, floor)
 
 
-def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparison:
+def compare_models(
+    candidate: Predictor, champion: Predictor | None, *, among: Collection[str] | None = None
+) -> Comparison:
     """Compare both models on cells that neither was trained on.
 
     Args:
         candidate: The candidate.
         champion: The champion; None compares with the most frequent label for every cell.
+        among: Held-out groups to compare on; None takes all.
 
     Raises:
         ValueError: The candidate's training held out no cells, its atlas no longer exists, or the champion
@@ -146,6 +153,8 @@ def compare_models(candidate: Predictor, champion: Predictor | None) -> Comparis
     """
     split, query = candidate.meta.get("split", {}), candidate.meta.get("query", {})
     groups = _groups_to_compare_on(split, champion)
+    if among is not None:
+        groups = [group for group in groups if group in among]
     if not groups or not query:
         raise ValueError(
             "the candidate's training held out no cells to compare on; train it with split.test_fraction"
@@ -218,11 +227,21 @@ def _measured(
     if folds is not None:
         whose = "of the candidate's cross-validation" if champion is None else "of both cross-validations"
         return "macro-F1", f"the {folds['folds']} {folds['kind']} folds {whose}", folds, None
-    comparison = compare_models(candidate, champion)
-    keys = ("difference", "low", "high", "num_cells", "accuracy")
-    measured = {key: getattr(comparison, key) for key in keys} | {"groups": list(comparison.groups)}
+    old_groups = candidate.meta.get("move", {}).get("old_test_groups", [])
+    new_groups = None
+    if champion is not None and old_groups:
+        new_groups = [group for group in candidate.meta["split"]["groups"]["test"] if group not in old_groups]
+    comparison = compare_models(candidate, champion, among=new_groups)
+    measured = _numbers(comparison)
     where = f"{comparison.num_cells:,} cells of {', '.join(comparison.groups)}"
+    if new_groups is not None:
+        measured["known_cells"] = _numbers(compare_models(candidate, champion, among=old_groups))
     return "balanced accuracy", where, measured, comparison
+
+
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    keys = ("difference", "low", "high", "num_cells", "accuracy")
+    return {key: getattr(comparison, key) for key in keys} | {"groups": list(comparison.groups)}
 
 
 def promote(
@@ -264,6 +283,13 @@ def promote(
             f"{metric} {measured['difference']:+.4f} (95 % interval {measured['low']:+.4f} to"
             f" {measured['high']:+.4f}) on {where}; the interval must be above {margin:+.4f}"
         )
+        known = measured.get("known_cells")
+        if known:
+            better = better and known["difference"] >= -MOST_LOST
+            reason += (
+                f"; {known['difference']:+.4f} on {known['num_cells']:,} cells of the query that the start"
+                f" model was trained on; it may lose {MOST_LOST}"
+            )
         if champion is None:
             reason = f"there is no champion; compared with the most frequent label for every cell: {reason}"
     except ValueError as error:

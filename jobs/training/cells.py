@@ -26,6 +26,16 @@ VARIED = "varied"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Move:
+    """A model that is trained further on cells of another query."""
+
+    new_n: np.ndarray
+    """Which cells the new query finds, bool (n,); the others are replayed ones."""
+    old_test_groups: tuple[str, ...]
+    """Groups of the model's own query that it held out and that are tested again."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingCells:
     """Cells, labels, genes and split of a run.
 
@@ -49,6 +59,9 @@ class TrainingCells:
     """Like `class_counts_k`, but before `labels.max_cells` is applied."""
     notes: tuple[str, ...]
     """What a reader of the results must know, for example excluded cells or changes to the split."""
+
+    move: Move | None = None
+    """Set where the cells are of another query than the start model's."""
 
     @property
     def class_counts_k(self) -> np.ndarray:
@@ -128,6 +141,7 @@ class TrainingCells:
                 "groups": {part: self.groups(part) for part in self.parts},
             },
             "notes": list(self.notes),
+            **({"move": {"old_test_groups": list(self.move.old_test_groups)}} if self.move else {}),
         }
 
     @cached_property

@@ -6,6 +6,7 @@ Axes: n cells of the query, g genes, k classes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import pandas as pd
 
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, split_cells
-from jobs.training.cells import TrainingCells
+from jobs.training.cells import Move, TrainingCells
+from jobs.training.replay import Replay, replay
 from screformer.attention import resolve_attention
 from screformer.checkpoint import NO_LABELS, LoadedModel
-from screformer.config import ExperimentConfig, Task
+from screformer.config import ExperimentConfig, ModelConfig, Task
+from screformer.extension import extended_vocabulary
 from screformer.tokenizer import GeneVocabulary
 
 MIN_OVERLAP = 0.5
@@ -55,17 +58,32 @@ def prepare_cells(
     if task == "pretrain" and config.model.encoder == "additive":
         raise ValueError("model.encoder=additive cannot be pre-trained; fine-tune it directly")
     query = query or run_query(config)
+    move, replayed, notes = None, None, list[str]()
+    if task == "finetune" and start is not None and split is None and is_other_query(query, start):
+        replayed, notes = replay(config, query, start)
+        move = Move(new_n=np.ones(len(query.obs), bool), old_test_groups=())
+        if replayed is not None:
+            query, split = replayed.query, replayed.split
+            move = Move(new_n=replayed.new_n, old_test_groups=replayed.old_test_groups)
     config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
     codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     if split is None:
         groups_n = query.obs[config.split.group_by].astype(str).to_numpy()
         split = split_cells(groups_n, codes_n, config.split, config.train.seed)
-    parts, notes = dict(split), list(split.notes)
+    parts = dict(split)
+    notes += split.notes
     if task == "finetune":
-        labels, codes_n, label_notes = _classes(config, query, parts["train"], codes_n)
+        known = start.labels if start is not None and move is not None else NO_LABELS
+        if known["names"] and known["column"] != config.labels.column:
+            notes.append(
+                f"the labels of the start model are those of {known['column']}; its head is trained anew for"
+                f" labels.column={config.labels.column}"
+            )
+            known = NO_LABELS
+        labels, codes_n, label_notes = _classes(config, query, parts["train"], codes_n, known)
         notes += label_notes
         parts = {part: positions[codes_n[positions] >= 0] for part, positions in parts.items()}
-        natural_counts_k = np.bincount(codes_n[parts["train"]], minlength=len(labels["names"]))
+        natural_counts_k = _natural_counts(parts["train"], codes_n, len(labels["names"]), replayed)
         parts["train"], capped = _capped(config, query, parts["train"], codes_n)
         notes += capped
     else:
@@ -78,6 +96,11 @@ def prepare_cells(
     else:
         genes = start.vocabulary
         check_overlap(query, start)
+        if move is not None:
+            own = parts["train"][move.new_n[parts["train"]]]
+            genes = extended_vocabulary(genes, _measured_genes(config, query, own)[0])
+            config, more = _extended_model(config, start, len(genes), len(labels["names"]))
+            notes += more
         notes += _leaks(config, query, parts["test"], start)
         if config.model.attention == "auto":  # its weights do not fit any other
             config = config.merge({"model.attention": start.config.model.attention})
@@ -92,7 +115,47 @@ def prepare_cells(
         attention=attention,
         natural_counts_k=natural_counts_k,
         notes=tuple(notes),
+        move=move,
     )
+
+
+def _natural_counts(
+    train: np.ndarray, codes_n: np.ndarray, num_labels: int, replayed: Replay | None
+) -> np.ndarray:
+    """Training cells of each label; those of replayed cells as frequent as in all that could be replayed."""
+    if replayed is None:
+        return np.bincount(codes_n[train], minlength=num_labels)
+    new = train[replayed.new_n[train]]
+    old_k = np.bincount(codes_n[replayed.old_train], minlength=num_labels)
+    scale = (len(train) - len(new)) / max(old_k.sum(), 1)
+    return np.bincount(codes_n[new], minlength=num_labels) + scale * old_k
+
+
+def is_other_query(query: QueryResult, start: LoadedModel) -> bool:
+    """Whether a model was trained on other cells than those of a query; True where that is not known."""
+    return bool(start.meta.get("query", {}).get("hash") != query.hash)
+
+
+def _extended_model(
+    config: ExperimentConfig, start: LoadedModel, num_genes: int, num_labels: int
+) -> tuple[ExperimentConfig, list[str]]:
+    """Settings of a network with more genes and labels than the start model's, and notes."""
+    more_genes, more_labels = num_genes - len(start.vocabulary), num_labels - start.model.num_classes
+    notes = []
+    if more_genes:
+        notes.append(f"{more_genes:,} genes are added to the start model's {len(start.vocabulary):,}")
+    if more_labels > 0:
+        notes.append(f"{more_labels} labels are added to the start model's {start.model.num_classes}")
+    inputs_g = start.vocabulary.inputs_g
+    if inputs_g is not None and (more_genes or more_labels):
+        num_inputs = int(inputs_g.sum())
+        wanted = config.model.input_genes
+        if wanted <= num_inputs:
+            wanted = num_inputs + ModelConfig().input_genes
+        wanted = min(wanted, num_genes)
+        config = config.merge({"model.input_genes": wanted})
+        notes.append(f"{wanted - num_inputs:,} genes become inputs next to the start model's {num_inputs:,}")
+    return config, notes
 
 
 def _capped(
@@ -115,15 +178,24 @@ def _capped(
 
 
 def _classes(
-    config: ExperimentConfig, query: QueryResult, train: np.ndarray, codes_n: np.ndarray
+    config: ExperimentConfig,
+    query: QueryResult,
+    train: np.ndarray,
+    codes_n: np.ndarray,
+    known: Mapping[str, Any],
 ) -> tuple[dict[str, Any], np.ndarray, list[str]]:
-    """Labels with at least `labels.min_cells` training cells, the class of each cell, and notes."""
+    """Labels of the start model, then those with at least `labels.min_cells` training cells.
+
+    Also returns the class of each cell, and notes.
+    """
     all_names = [str(name) for name in query.obs["label"].cat.categories]
     train_codes = codes_n[train]
     counts = np.bincount(train_codes[train_codes >= 0], minlength=len(all_names))
-    kept = [code for code in range(len(all_names)) if counts[code] >= config.labels.min_cells]
+    old = list(known["names"])
+    enough = [code for code in range(len(all_names)) if counts[code] >= config.labels.min_cells]
+    kept = [code for code in range(len(all_names)) if code in enough or all_names[code] in old]
     rare = {all_names[code]: int(counts[code]) for code in range(len(all_names)) if code not in kept}
-    if len(kept) < 2:
+    if len(enough) < 2:
         listed = ", ".join(
             f"{name} ({count})" for name, count in zip(all_names, counts.tolist(), strict=True)
         )
@@ -138,13 +210,14 @@ def _classes(
     unlabelled = int((codes_n < 0).sum())
     if unlabelled:
         notes.append(f"{unlabelled} cells without a label are excluded")
+    names = old + [all_names[code] for code in kept if all_names[code] not in old]
     new_code = np.full(len(all_names) + 1, -1, dtype=np.int64)
-    new_code[kept] = np.arange(len(kept))
-    names = [all_names[code] for code in kept]
+    new_code[kept] = [names.index(all_names[code]) for code in kept]
+    cl_id_of = {**query.label_cl_ids, **dict(zip(old, known["cl_ids"], strict=True))}
     labels = {
         "column": config.labels.column,
         "names": names,
-        "cl_ids": [query.label_cl_ids.get(name, "") for name in names],
+        "cl_ids": [cl_id_of.get(name, "") for name in names],
     }
     return labels, new_code[codes_n], notes
 

@@ -19,8 +19,9 @@ import yaml
 
 from cluster.connect import connect
 from data_ingest.claims import only_writer
-from jobs.reports.artifacts import log_curves, log_test_cells
+from jobs.reports.artifacts import log_before_and_after, log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
+from jobs.training.before_after import before_and_after, move_scores
 from jobs.training.cells import TrainingCells
 from jobs.training.launch import check_layout, train
 from jobs.training.preflight import (
@@ -46,9 +47,9 @@ from jobs.training.run_folder import (
     resumable,
     write_json,
 )
-from jobs.training.start import load_start
+from jobs.training.start import load_start, settings_of_start
 from jobs.training.task import training_task
-from screformer.checkpoint import LoadedModel, load_model
+from screformer.checkpoint import LoadedModel, add_meta, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
 
@@ -121,7 +122,14 @@ def run_training(
             require_writable(config.cluster.storage_path or "runs", "cluster.storage_path")
         else:
             require_writable(folder, "--run-dir")
-    start = load_start(config, init_from) if init_from else None
+    start = None
+    if init_from:
+        start = load_start(config, init_from)
+        given, config = config, settings_of_start(config, start, init_from)
+        if taken := config.differences(given):
+            print(
+                f"note: taken from {init_from}: {', '.join(f'{k}={v}' for k, v in taken.items())}", flush=True
+            )
     cells = prepare_cells(config, task, start=start)
     if saved and saved["query_hash"] != cells.query.hash:
         raise ValueError(
@@ -158,6 +166,8 @@ def run_training(
             if task == "finetune":
                 predictor = Predictor.load(model_dir)
                 keep_reference(cells, predictor)
+                if start is not None and start.labels["names"] and cells.move is not None:
+                    _log_before_and_after(run, cells, Predictor(start, ""), predictor)
                 _log_test_cells(run, cells, predictor)
                 version = run.register(model_dir, cells.config.tracking.model_name)
             else:
@@ -207,12 +217,27 @@ def describe_training(
     if resume is not None:
         saved = ExperimentConfig.from_saved(read_run(resume)["config"], resume=True)
         config = saved.merge(overrides, command=task)
-    start = load_start(config, init_from) if init_from else None
+    start = None
+    if init_from:
+        start = load_start(config, init_from)
+        config = settings_of_start(config, start, init_from)
     cells = prepare_cells(config, task, start=start)
     described = describe(cells)
     refuse_what_cannot_fit(cells.config, described, resume or config.cluster.storage_path, local_memory())
     parts = (cells.config.to_dict(task), described)
     return "\n".join(yaml.safe_dump(part, sort_keys=False) for part in parts) + cells.attention
+
+
+def _log_before_and_after(run: TrackedRun, cells: TrainingCells, before: Predictor, after: Predictor) -> None:
+    """Log scores before and after, and keep them with the model."""
+    if not len(cells.parts["test"]):
+        return
+    table = before_and_after(cells, before, after)
+    scores = move_scores(table)
+    log_before_and_after(run, table)
+    run.log_metrics(scores, step=cells.config.train.max_steps)
+    add_meta(after.directory, {"move": {**after.meta["move"], "scores": scores}})
+    print(table[table["type"] == ""].to_string(index=False, float_format="{:.3f}".format), flush=True)
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, predictor: Predictor) -> None:

@@ -13,7 +13,7 @@ import screformer
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
 from jobs.training.bundled import FILTER
-from jobs.training.start import load_start
+from jobs.training.start import load_start, settings_of_start
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
@@ -87,9 +87,12 @@ def test_cells_with_the_markers_of_a_type_get_its_label() -> None:
 
 def test_training_starts_from_it_by_name() -> None:
     recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
-    assert len(load_start(recipe, DEFAULT).labels["names"]) == 7
-    with pytest.raises(ValueError, match="model.encoder='reformer', but the model bundled:blood was trained"):
-        load_start(ExperimentConfig(), DEFAULT)
+    start = load_start(recipe, DEFAULT)
+    assert len(start.labels["names"]) == 7 and settings_of_start(recipe, start, DEFAULT) == recipe
+    model = settings_of_start(ExperimentConfig(), start, DEFAULT).model
+    assert (model.encoder, model.dim, model.linear_skip) == ("additive", 64, False)
+    with pytest.raises(ValueError, match="model.dim=32, but the model bundled:blood was trained with 64"):
+        settings_of_start(ExperimentConfig().merge({"model.dim": 32}), start, DEFAULT)
 
 
 def real_labels(folder: Path) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""A model moves to another query: which cells, labels and genes its training takes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_ingest.atlas import pinned
+from data_ingest.query import find_cells, saved_query
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
+from jobs.training.prepare import prepare_cells
+from jobs.training.replay import LEAST_REPLAYED
+from jobs.training.start import settings_of_start
+from screformer.checkpoint import add_meta, load_model
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
+
+DONOR = "donor_id"
+
+
+@pytest.fixture(scope="module")
+def moved(small_atlas, tmp_path_factory):
+    """A model of the blood data sets, the settings of a fine-tuning from it on lung, and the blood query."""
+    atlas = pinned(AtlasConfig(uri=small_atlas))
+    blood = find_cells(atlas, QueryConfig(obs_filter="dataset_id != 'sim_lung'"))
+    donors = sorted(set(blood.obs[DONOR].astype(str)))
+    groups = {"train": donors[:5], "val": donors[5:6], "test": donors[6:]}
+    folder = write_tiny_model(tmp_path_factory.mktemp("m") / "m", tiny_vocabulary(blood.feature_ids[:40]))
+    split = {"group_by": DONOR, "groups": groups}
+    add_meta(folder, {"query": json.loads(json.dumps(blood.identity())), "split": split})
+    config = ExperimentConfig().merge(
+        {"atlas.uri": small_atlas, "query.obs_filter": "dataset_id == 'sim_lung'"}
+    )
+    start = load_model(folder)
+    return start, settings_of_start(config, start, "m"), blood
+
+
+def test_settings_that_weights_fix_are_the_models_unless_given(moved):
+    start, config, _ = moved
+    assert config.model.dim == start.config.model.dim == 16
+    with pytest.raises(ValueError, match=r"model.dim=64, but the model m was trained with 16; set model.dim"):
+        settings_of_start(ExperimentConfig().merge({"model.dim": 64}), start, "m")
+
+
+def test_labels_and_genes_are_added_and_old_cells_replayed(moved):
+    start, config, blood = moved
+    cells = prepare_cells(config, "finetune", start=start)
+    names = cells.labels["names"]
+    assert names[:4] == start.labels["names"] and {"endothelial cell", "fibroblast"} <= set(names[4:])
+    assert cells.genes.feature_ids[:40] == start.vocabulary.feature_ids and len(cells.genes) > 1000
+    assert any("genes are added" in note for note in cells.notes)
+    assert any("labels are added" in note for note in cells.notes)
+
+    new_n, donor_n = cells.move.new_n, cells.query.obs[DONOR].astype(str).to_numpy()
+    assert set(cells.query.obs["dataset_id"][new_n]) == {"sim_lung"} and (~new_n).any()
+    groups = start.meta["split"]["groups"]
+    for part, positions in cells.parts.items():
+        old = positions[~new_n[positions]]
+        assert len(old) and set(donor_n[old]) <= set(groups[part])
+    train = cells.parts["train"]
+    assert (~new_n[train]).sum() <= max(LEAST_REPLAYED, config.train.replay_share * new_n[train].sum())
+    blood_k = np.bincount(
+        [names.index(name) for name in blood.obs["label"] if name in names], minlength=len(names)
+    )
+    ratio_k = cells.natural_counts_k[:3] / blood_k[:3]  # types of both, as frequent as they were
+    assert cells.natural_counts_k.sum() == pytest.approx(len(train)) and ratio_k.max() < 3 * ratio_k.min()
+    assert not set(donor_n[train]) & set(donor_n[cells.parts["test"]])
+    assert cells.identity()["move"]["old_test_groups"] == groups["test"]
+
+    atlas, query, expected_hash = saved_query(cells.identity()["query"])
+    again = find_cells(atlas, query, columns=(DONOR,), expected_hash=expected_hash)
+    assert set(again.obs_joinids) >= set(blood.obs_joinids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "meta", "note"),
+    [
+        ({"train.replay_share": 0}, {}, ""),
+        ({}, {"query": {"atlas": {"uri": "/elsewhere"}}}, "they are in another atlas, /elsewhere"),
+        (
+            {},
+            {"split": {"group_by": "dataset_id"}},
+            "it was split by dataset_id, not by split.group_by=donor",
+        ),
+        ({}, {"query": {"hash": "0123"}}, "hash .* instead of 0123"),
+        ({}, None, "it does not record an atlas"),
+    ],
+    ids=["not wanted", "other atlas", "other split", "other cells", "bundled"],
+)
+def test_why_nothing_is_replayed_is_noted(moved, settings, meta, note):
+    start, config, _ = moved
+    whole = {}
+    if meta is not None:
+        whole = {name: {**start.meta[name], **meta.get(name, {})} for name in ("query", "split")}
+    changed = dataclasses.replace(start, meta=whole)
+    cells = prepare_cells(config.merge(settings), "finetune", start=changed)
+    assert set(cells.query.obs["dataset_id"]) == {"sim_lung"} and cells.move.new_n.all()
+    assert cells.labels["names"][:4] == start.labels["names"]
+    found = [text for text in cells.notes if "replayed" in text]
+    assert (len(found) == 1 and found[0].find(note.split(" .* ")[-1]) > 0) if note else not found
+
+
+def test_the_models_own_query_changes_nothing(moved):
+    start, config, _ = moved
+    own = config.merge({"query.obs_filter": "dataset_id != 'sim_lung'"})
+    cells = prepare_cells(own, "finetune", start=start)
+    assert cells.move is None and cells.genes.feature_ids == start.vocabulary.feature_ids
