@@ -26,4 +26,4 @@ def test_what_is_wrong_is_named(ray_local: None, tmp_path: Path) -> None:
     assert "wrong  storage" in said and "Not a directory" in said
     assert "wrong  tracking store" in said and f"tracking.uri={server} does not answer" in said
     assert "ok     same versions on all nodes" in said and "training" not in said
-    assert "screformer doctor: 4 things are wrong, the first: " in said
+    assert "screformer doctor: 3 things are wrong, the first: " in said

@@ -104,7 +104,7 @@ def test_a_training(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
             f"screformer finetune: {run_dir} cannot be written: no space is left (0 MB free); free some"
             f" space, then resume with --resume {run_dir}"
         )
-        assert "Traceback" not in said and "step " in said
+        assert "Traceback" not in said
         client: MlflowClient = mlflow_client(tracking)
         (run,) = client.search_runs([client.get_experiment_by_name("screformer").experiment_id])
         assert run.info.status == "FAILED" and "no space is left" in run.data.tags["error"]
