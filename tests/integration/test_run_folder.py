@@ -13,12 +13,14 @@ from helpers.servers import S3
 from jobs.training.run_folder import (
     attempts,
     filesystem,
+    is_begun,
     keep_model,
     newest_checkpoint,
     read_result,
     write_json,
 )
 from jobs.training.worker import latest_checkpoint
+from screformer.config import ExperimentConfig
 from screformer.training_checkpoint import read_position
 
 
@@ -126,6 +128,17 @@ def test_ranks_that_start_again_fall_back_like_a_resume(
     with found.as_directory() as folder:
         assert read_position(folder)["global_step"] == 1
     assert "part.bin was changed: its SHA-256" in capsys.readouterr().out
+
+
+def test_the_same_command_finds_its_run_again(run_dir: str) -> None:
+    config = ExperimentConfig()
+    asked = {"task": "finetune", "init_from": None, "settings": config.to_dict()}
+    assert not is_begun(run_dir, asked)
+    write_json(run_dir, "run.json", {"asked": asked})
+    assert is_begun(run_dir, asked)
+    other = {**asked, "settings": config.merge({"train.lr": 0.5}).to_dict()}
+    with pytest.raises(ValueError, match=r"has a run with train.lr=0.001, now it is 0.5; use another folder"):
+        is_begun(run_dir, other)
 
 
 def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) -> None:
