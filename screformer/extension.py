@@ -83,8 +83,8 @@ def extended(
     values_ng = sparse.csc_array(found.cells.normalised(vocabulary.reference_g))
     weights = {name: tensor.numpy() for name, tensor in known.model.state_dict().items()}
     num_known, num_genes = len(known.vocabulary), len(vocabulary)
-    measured_n = found.cells.panels.measured_pg[:, num_known:].mean(axis=1)[found.cells.panels.panels_n]
-    cells = np.flatnonzero(measured_n >= max(0.5 * measured_n.max(initial=0.0), 1e-9))
+    measured_n = found.cells.panels.measured_pg[:, num_known:].sum(axis=1)[found.cells.panels.panels_n]
+    cells = np.flatnonzero(measured_n >= max(0.5 * measured_n.max(initial=0), 1))
     if not len(cells):  # no new genes
         cells = np.arange(values_ng.shape[0])
     cells = cells[np.linspace(0, len(cells) - 1, min(len(cells), _CORRELATED_CELLS)).astype(int)]

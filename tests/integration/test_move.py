@@ -5,10 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from data_ingest.atlas import pinned
 from data_ingest.query import find_cells, saved_query
+from helpers.local_ray import ONE_READER
+from helpers.processes import run_here
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
+from jobs import finetune, promote
 from jobs.training.prepare import prepare_cells
 from jobs.training.replay import LEAST_REPLAYED
 from jobs.training.start import settings_of_start
@@ -105,3 +109,46 @@ def test_the_models_own_query_changes_nothing(moved):
     own = config.merge({"query.obs_filter": "dataset_id != 'sim_lung'"})
     cells = prepare_cells(own, "finetune", start=start)
     assert cells.move is None and cells.genes.feature_ids == start.vocabulary.feature_ids
+
+
+def test_a_trained_model_moves_and_is_judged_on_both(small_atlas, ray_local, tmp_path):
+    """The additive encoder, from blood to lung: labels and inputs grow, both test sets are scored."""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    steps = ["train.max_steps=40", "train.eval_every_steps=40", "stream.cells_per_task=256"]
+    words = [*steps, "train.global_batch_size=32", "train.micro_batch_size=32", "labels.min_cells=5"]
+    words += ["--config", "blood", f"atlas.uri={small_atlas}", f"tracking.uri={store}", *ONE_READER]
+    words += ["model.dim=16", "train.seed=1"]
+    first, _ = run_here(
+        finetune.main,
+        *words,
+        "--obs-filter",
+        "dataset_id != 'sim_lung'",
+        "model.input_genes=300",
+        cwd=tmp_path,
+    )
+    assert promote.main(["--model", "screformer", "--tracking-uri", store, "--force"]) == 0
+    second, printed = run_here(
+        finetune.main,
+        *words,
+        *("--obs-filter", "dataset_id == 'sim_lung'", "--from", first["run_id"], "model.input_genes=400"),
+        cwd=tmp_path,
+    )
+    before, after = load_model(first["model_dir"]), load_model(second["model_dir"])
+    assert after.labels["names"][: len(before.labels["names"])] == before.labels["names"]
+    assert len(after.labels["names"]) > len(before.labels["names"])
+    assert after.vocabulary.inputs_g.sum() == 400 and before.vocabulary.inputs_g.sum() == 300
+    assert "100 genes become inputs" in printed and "are replayed in training" in printed
+    scores = after.meta["move"]["scores"]
+    assert scores["move/new/macro_f1_after"] > scores["move/new/macro_f1_before"]
+    assert {"move/old/macro_f1_before", "move/old/macro_f1_after"} <= set(scores)
+    client = MlflowClient(store)
+    assert client.get_run(second["run_id"]).data.metrics["move/old/accuracy_after"] > 0.5
+    assert "move/before_after.csv" in {file.path for file in client.list_artifacts(second["run_id"], "move")}
+    found, _ = run_here(promote.main, "--model", "screformer", "--tracking-uri", store, cwd=tmp_path)
+    known = found["comparison"]["known_cells"]
+    assert set(known["groups"]) == set(after.meta["move"]["old_test_groups"])
+    assert not set(found["comparison"]["groups"]) & set(known["groups"])
+    assert found["promoted"] == (found["comparison"]["low"] > 0 and known["difference"] >= -0.01)
+    assert (
+        f"on {known['num_cells']} cells of the query that the start model was trained on" in found["reason"]
+    )
