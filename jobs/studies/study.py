@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from data_ingest.folds import FILE, Folds, load_folds, make_folds, saved_group_by
+from data_ingest.folds import FILE, Folds, load_folds, saved_group_by
+from data_ingest.make_folds import make_folds
 from data_ingest.query import QueryResult, run_query
 from data_ingest.split import Split, sample_cells
 from jobs.studies.baselines import BASELINES, check_names

@@ -11,8 +11,8 @@ from data_ingest.atlas_cells import AtlasCells
 from data_ingest.query import QueryResult, find_cells
 from helpers.tiny_model import write_tiny_model
 from jobs.promote import main
+from jobs.tracking.comparison import compare, compare_folds
 from jobs.tracking.models import model_aliases, register_model
-from jobs.tracking.promotion import compare, compare_folds
 from jobs.tracking.runs import start_run
 from screformer.checkpoint import add_meta, load_model, save_model
 from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig, TrackingConfig

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_ingest.folds import FILE, load_folds, make_folds
+from data_ingest.folds import FILE, load_folds
+from data_ingest.make_folds import make_folds
 
 
 @st.composite
