@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray.train
 
+from data_ingest.epoch_plan import sampled_cells
 from jobs.tracking.models import resolve_model
 from jobs.training.cells import TrainingCells
 from jobs.training.reference import cells_to_show
@@ -137,10 +138,11 @@ def _moved_point(cells: TrainingCells, model: LoadedModel) -> tuple[GeneVocabula
         extension = extended(model, cells.config, vocabulary, found, num_classes)
         vocabulary, weights = extension.vocabulary, extension.weights
         if keeps_head and len(names) > len(old):
-            part = sample.cells.take(np.arange(min(len(sample.cells), cells_to_show(cells))))
-            fit_new_rows(
-                weights, cells.config, vocabulary, cells.labels, model, part, sample.labels_n[: len(part)]
+            chosen = sampled_cells(
+                sample.labels_n, cells_to_show(cells), cells.config.train.seed, even_labels=True
             )
+            part, labels_n = sample.cells.take(chosen), sample.labels_n[chosen]
+            fit_new_rows(weights, cells.config, vocabulary, cells.labels, model, part, labels_n)
     if not keeps_head:
         weights = {name: array for name, array in weights.items() if not name.startswith(HEADS)}
     return vocabulary, Start(weights=weights, linear=None if keeps_head else linear_start(cells))
