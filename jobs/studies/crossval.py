@@ -91,7 +91,7 @@ def run_crossval(
 def describe_crossval(config: ExperimentConfig, *, folds_from: str | None = None) -> str:
     """What `run_crossval` would do, as YAML: its settings, then folds, notes and minutes."""
     study = open_study(config, folds_from=folds_from)
-    described = describe_study(study, [config] * count_trials(config))
+    described = describe_study(study, [config] * (count_trials(config) + config.crossval.num_seeds - 1))
     parts = (config.to_dict("crossval"), described)
     return "\n".join(yaml.safe_dump(part, sort_keys=False).rstrip() for part in parts)
 

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from scipy import stats
 from jobs.studies.layout import count_trials, search_space
 from jobs.studies.report import verdict
 from jobs.studies.results import FoldResult
-from jobs.studies.scores import difference_text, mean_interval, scores
+from jobs.studies.scores import difference_text, mean_interval, scores, summary
 from jobs.studies.study import Study
 from screformer.config import ExperimentConfig
 from screformer.metrics import OURS, LabelCounts
@@ -83,6 +85,18 @@ def test_the_interval_is_that_of_the_paired_t_test():
     )
     assert np.isinf(mean_interval([0.1])[2])
     assert difference_text({"mean": 0.1, "low": -np.inf, "high": np.inf}) == "+0.100 (one fold)"
+
+
+def test_seeds_of_a_fold_are_one_observation():
+    right, half = [0, 0, 1, 1], [0, 1, 1, 0]
+    ours = [make_result(right, right), make_result(right, half)]
+    ours.append(dataclasses.replace(ours[0], fold=1))
+    other = [make_result(right, half), dataclasses.replace(ours[1], fold=1)]
+    tree = summary({OURS: ours, "majority": other}, make_study(("", "")), OURS)
+    assert tree[OURS]["folds"] == [0, 1]
+    assert tree[OURS]["metrics"]["accuracy"]["values"] == [0.75, 1.0]
+    difference = tree["majority"]["metrics"]["accuracy"]["difference"]
+    assert (difference["mean"], difference["folds"]) == (0.375, 2)
 
 
 @pytest.mark.parametrize(
