@@ -86,7 +86,8 @@ def train_loop_per_worker(*, task: TrainingTask, folder: str, model_dir: str, fl
     """
     try:
         with nullcontext() if model_dir else resumable(folder):
-            require_seen(folder)
+            if not model_dir:  # with one, this process is the driver, which creates the folder
+                require_seen(folder)
             return dataclasses.asdict(_train(task, folder, model_dir, flag))
     finally:
         task.run.settle()
