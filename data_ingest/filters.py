@@ -72,6 +72,8 @@ def _check_type(comparison: Comparison, value: Any, table: Any, field: str) -> N
     elif isinstance(value, str):
         raise ValueError(f"{field}: {column} is {kind}, not text; {value!r} can't be compared with it")
     elif pa.types.is_boolean(kind):
+        if comparison.listed:
+            raise ValueError(f"{field}: {column} is True or False; write {column} == {value!r}, not a list")
         if value not in (True, False):
             raise ValueError(f"{field}: {column} is True or False, never {value!r}")
     elif isinstance(value, bool):
