@@ -323,7 +323,7 @@ def test_bad_requests_stop_with_a_remedy(
         "--h5ad", str(good), "--out", str(tmp_path / "labels.csv")
     )
     unwritable = message("--h5ad", str(good), "--out", str(good / "inside" / "out.h5ad"))
-    assert "Not a directory" in unwritable and unwritable.count("\n") == 1
+    assert "where a folder should be" in unwritable and unwritable.count("\n") == 1
     assert main(["--model", str(tmp_path / "nothing"), "--h5ad", str(good), "--out", out]) == 2
     assert "is not a directory with weights.safetensors" in capsys.readouterr().err
     assert not list(tmp_path.glob("out.h5ad*"))

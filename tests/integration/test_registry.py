@@ -181,7 +181,7 @@ def test_bad_tables_are_refused(pyfunc: mlflow.pyfunc.PyFuncModel, cells: pd.Dat
         pyfunc.predict(cells - 1)
     with pytest.raises(ValueError, match="is missing or infinite; use 0 for genes that were not detected"):
         pyfunc.predict(cells.where(cells > 0))
-    with pytest.raises(ValueError, match="column 'donor' holds object, not counts"):
+    with pytest.raises(ValueError, match="column 'donor' has type object, not counts"):
         pyfunc.predict(cells.assign(donor="a"))
     with pytest.raises(ValueError, match="input is a list; give a pandas DataFrame"):
         pyfunc.predict([1, 2])
