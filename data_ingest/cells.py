@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from data_ingest.h5ad import H5adFile
 from screformer.cells import CELLS_PER_READ
@@ -101,9 +100,7 @@ class H5adCells:
                 start, stop = int(inside[0]), int(inside[-1]) + 1
                 for _, counts in file.chunks(size, start=start, stop=stop):
                     parts.append(self.match.select(counts[inside - start]))
-        counts_ng = sparse.csr_array(sparse.vstack([part.counts_ng for part in parts], format="csr"))
-        total_n = np.concatenate([part.total_n for part in parts])
-        return CellCounts(counts_ng, total_n, self.panels(positions))
+        return CellCounts.joined(parts, self.panels(positions))
 
     def panels(self, positions: np.ndarray) -> Panels:
         """As `CellSource.panels`: the genes in the file."""

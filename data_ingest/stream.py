@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.data import ExecutionResources
 from ray.data.collate_fn import ArrowBatchCollateFn
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array
 
 from data_ingest.datasource import (
     BLOCK_BYTES,
@@ -229,11 +229,7 @@ class CellStream:
         ]
         parts: list[CellCounts] = map_tasks(read_checked, calls, num_cpus=num_cpus, at_once=tasks)
         arrays = self.arrays
-        rows = [part.counts_ng for part in parts] or [csr_array((0, len(self.vocabulary)), dtype=np.float32)]
-        totals = [part.total_n for part in parts] or [np.zeros(0, np.float32)]
-        cells = CellCounts(
-            csr_array(vstack(rows, format="csr")), np.concatenate(totals), arrays.panels.take(chosen)
-        )
+        cells = CellCounts.joined(parts, arrays.panels.take(chosen))
         return Sample(cells, arrays.joinids[chosen], arrays.labels[chosen])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Axes: n cells, v columns of an input, g genes of the vocabulary, p gene panels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,19 @@ class CellCounts:
         if panels is None:
             panels = Panels.one(np.ones(matrix.shape[1]), matrix.shape[0])
         return cls(matrix, np.asarray(total_n, dtype=np.float32), panels)
+
+    @classmethod
+    def joined(cls, parts: Sequence[CellCounts], panels: Panels) -> CellCounts:
+        """The cells of several parts, in order.
+
+        Args:
+            parts: Counts over the same genes; may be empty.
+            panels: Panels of all cells.
+        """
+        empty = sparse.csr_array((0, panels.measured_pg.shape[1]), dtype=np.float32)
+        rows, totals = [part.counts_ng for part in parts], [part.total_n for part in parts]
+        counts_ng = sparse.csr_array(sparse.vstack(rows or [empty], format="csr"))
+        return cls(counts_ng, np.concatenate(totals or [np.zeros(0, np.float32)]), panels)
 
     def __len__(self) -> int:
         return len(self.total_n)

@@ -16,7 +16,7 @@ from data_ingest.h5ad import H5adFile
 from data_ingest.query_labels import MAJOR, labels_of
 from screformer.cells import CellSource
 from screformer.config import ExperimentConfig
-from screformer.counts import CellCounts, Panels
+from screformer.counts import CellCounts
 from screformer.predictor import Predictions, Predictor
 
 MOST_CELLS = 5_000
@@ -35,9 +35,9 @@ class ComparedCells:
     num_cells: int
     measured_g: np.ndarray
     """Whether each gene of the model was measured in any of them, bool (g,)."""
-    predictions: Predictions
-    """Counts of n cells, drawn at random."""
     counts: CellCounts
+    """Counts of n cells, drawn at random."""
+    predictions: Predictions
     """Predictions for the same cells."""
     labels_n: np.ndarray
     """Known label of each, object; "" if unknown."""
@@ -80,7 +80,7 @@ def compared_file(
         found = pd.Series(labels_of(obs.reset_index(drop=True), column)[0])
         labels = found.astype(object).where(found.notna(), "").to_numpy(dtype=object)
     donors = obs[DONOR].astype(str).to_numpy(dtype=object) if DONOR in obs else np.full(len(obs), "one")
-    return _compared(str(path), predictor, cells, cells.match.measured_g, labels, donors)
+    return _compared(path.name, predictor, cells, cells.match.measured_g, labels, donors)
 
 
 def compared_query(predictor: Predictor, settings: ExperimentConfig) -> ComparedCells:
@@ -125,7 +125,7 @@ def _compared(
         chosen = np.sort(rng.choice(source.num_cells, MOST_CELLS, replace=False))
     size = source.cells_per_read
     read = [source.read(chosen[start : start + size]) for start in range(0, len(chosen), size)]
-    counts = read[0] if len(read) == 1 else _joined(read, source.panels(chosen))
+    counts = CellCounts.joined(read, source.panels(chosen))
     return ComparedCells(
         name=name,
         num_cells=source.num_cells,
@@ -135,10 +135,3 @@ def _compared(
         labels_n=labels[chosen],
         donors_n=donors[chosen],
     )
-
-
-def _joined(parts: list[CellCounts], panels: Panels) -> CellCounts:
-    from scipy import sparse
-
-    counts_ng = sparse.csr_array(sparse.vstack([part.counts_ng for part in parts], format="csr"))
-    return CellCounts(counts_ng, np.concatenate([part.total_n for part in parts]), panels)
