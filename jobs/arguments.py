@@ -228,7 +228,8 @@ def add_tracking(parser: Parser) -> None:
     )
 
 
-_FILES = ".h5ad, 10x .h5 or matrix.mtx folder, .zarr, .loom, or the URL of one"
+FILES = ".h5ad, 10x .h5 or matrix.mtx folder, .zarr, .loom, or the URL of one"
+"""Formats that commands read, for their help."""
 
 
 def add_cells(parser: Parser, *, many: bool) -> None:
@@ -236,10 +237,10 @@ def add_cells(parser: Parser, *, many: bool) -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     if many:
         where.add_argument(
-            "--h5ad", nargs="+", type=Path, metavar="FILE", help=f"files of raw counts: {_FILES}"
+            "--h5ad", nargs="+", type=Path, metavar="FILE", help=f"files of raw counts: {FILES}"
         )
     else:
-        where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {_FILES}")
+        where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {FILES}")
     where.add_argument(
         "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
     )

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.arguments import Command, Parser, Result, add_counts, add_filter, add_model, add_tiledb
+from jobs.arguments import FILES, Command, Parser, Result, add_counts, add_filter, add_model, add_tiledb
 
 
 def arguments(parser: Parser) -> None:
@@ -19,7 +19,7 @@ def arguments(parser: Parser) -> None:
     add_model(parser)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--query", dest="query.file", metavar="FILE", help="a saved query of an atlas")
-    where.add_argument("--h5ad", type=Path, metavar="FILE", help=".h5ad file with raw counts")
+    where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {FILES}")
     where.add_argument(
         "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
     )
@@ -29,7 +29,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument(
         "--label-column",
         metavar="COLUMN",
-        help="obs column of known labels in an .h5ad file (default: the model's, if present)",
+        help="obs column of known labels in the file (default: the model's, if present)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="write a report (.html), and its numbers next to it (.json)"
@@ -41,25 +41,25 @@ def check(args: argparse.Namespace) -> None:
     if args.out is not None and args.out.suffix != ".html":
         raise ValueError(f"--out {args.out} must end in .html")
     if args.label_column and args.h5ad is None:
-        raise ValueError(
-            "--label-column applies to .h5ad files only; for an atlas, the model's own column is used"
-        )
+        raise ValueError("--label-column applies to files only; for an atlas, the model's own column is used")
 
 
 def work(args: argparse.Namespace) -> Result:
     """Compare, print the tables, write the report."""
+    from data_ingest.formats import as_h5ad
     from jobs.shifting.page import shift_words
     from jobs.shifting.run import run_shift
 
-    shift, summary = run_shift(
-        args.model,
-        args.settings,
-        h5ad=args.h5ad,
-        layer=args.layer,
-        raw=args.use == "raw",
-        label_column=args.label_column,
-        out=args.out,
-    )
+    with as_h5ad([args.h5ad] if args.h5ad else []) as files:
+        shift, summary = run_shift(
+            args.model,
+            args.settings,
+            h5ad=files[0] if files else None,
+            layer=args.layer,
+            raw=args.use == "raw",
+            label_column=args.label_column,
+            out=args.out,
+        )
     print(shift_words(shift))
     return summary
 

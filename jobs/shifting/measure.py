@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from jobs.shifting.cells import ComparedCells
-from jobs.shifting.two_samples import CellSample, told_apart, usual_distance
+from jobs.shifting.two_samples import CellSample, two_sample_auroc, usual_auroc
 from screformer.composition import composition
 from screformer.metrics import expected_calibration_error
 from screformer.predictor import Predictor
@@ -127,7 +127,7 @@ def _distances(
     )
     several = len(np.unique(reference.datasets_n)) > 1
     parts = reference.datasets_n if several else reference.donors_n
-    return {"auroc": told_apart(training, ours), "usual_auroc": usual_distance(training, parts)}
+    return {"auroc": two_sample_auroc(training, ours), "usual_auroc": usual_auroc(training, parts)}
 
 
 def _depth(cells: ComparedCells, reference: TrainingReference | None) -> pd.DataFrame:

@@ -36,7 +36,7 @@ class CellSample:
         )
 
 
-def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
+def two_sample_auroc(ours: CellSample, theirs: CellSample) -> float | None:
     """How well a classifier separates two samples on held-out donors.
 
     A logistic regression on standardised embeddings, cross-validated in folds of whole donors; for a sample
@@ -76,8 +76,8 @@ def told_apart(ours: CellSample, theirs: CellSample) -> float | None:
     return float(np.mean(areas)) if areas else None
 
 
-def usual_distance(training: CellSample, parts_n: np.ndarray) -> float | None:
-    """Mean of `told_apart` for each part of the training cells (for example a data set) against the others.
+def usual_auroc(training: CellSample, parts_n: np.ndarray) -> float | None:
+    """Mean `two_sample_auroc` of each part of the training cells (for example a data set) against the rest.
 
     Args:
         training: The cells.
@@ -89,7 +89,7 @@ def usual_distance(training: CellSample, parts_n: np.ndarray) -> float | None:
     found = []
     for part in np.unique(parts_n):
         inside = parts_n == part
-        area = told_apart(training.take(~inside), training.take(inside))
+        area = two_sample_auroc(training.take(~inside), training.take(inside))
         if area is not None:
             found.append(area)
     return float(np.mean(found)) if found else None
@@ -104,12 +104,14 @@ def _matched_weights(ours: CellSample, theirs: CellSample) -> np.ndarray:
 
 
 def _folds(donors_n: np.ndarray) -> np.ndarray:
-    """Fold of each cell: donors are spread evenly, largest first; a single donor is split."""
-    donors, which_n, sizes = np.unique(donors_n, return_inverse=True, return_counts=True)
-    if len(donors) == 1:
+    """Fold of each cell: donors stay whole, or cells are assigned at random if there is one donor."""
+    from sklearn.model_selection import GroupKFold
+
+    num_donors = len(np.unique(donors_n))
+    if num_donors == 1:
         return np.random.default_rng(0).permutation(np.arange(len(donors_n)) % _FOLDS)
-    fold_of, filled = np.zeros(len(donors), np.int64), np.zeros(_FOLDS)
-    for donor in np.argsort(-sizes, kind="stable"):
-        fold_of[donor] = filled.argmin()
-        filled[fold_of[donor]] += sizes[donor]
-    return fold_of[which_n]
+    fold_n = np.zeros(len(donors_n), np.int64)
+    parts = GroupKFold(min(_FOLDS, num_donors)).split(donors_n, groups=donors_n)
+    for fold, (_, inside) in enumerate(parts):
+        fold_n[inside] = fold
+    return fold_n

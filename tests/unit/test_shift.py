@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary
 from jobs.shift import main
 from jobs.shifting.measure import AS_IT_IS, FINE_TUNE, PRETRAIN, TRAIN_NEW, verdict_of
-from jobs.shifting.two_samples import CellSample, told_apart, usual_distance
+from jobs.shifting.two_samples import CellSample, two_sample_auroc, usual_auroc
 from screformer.predictor import Predictor
 from screformer.reference import TrainingReference
 
@@ -31,27 +31,27 @@ def sample(seed: int, labels: list[int], *, moved: float = 0.0, donor_effect: fl
 def test_alike_samples_are_not_told_apart_and_moved_ones_are() -> None:
     ours = sample(0, [0, 1] * 100)
     alike, moved = (
-        told_apart(ours, sample(1, [0, 1] * 100)),
-        told_apart(ours, sample(1, [0, 1] * 100, moved=3)),
+        two_sample_auroc(ours, sample(1, [0, 1] * 100)),
+        two_sample_auroc(ours, sample(1, [0, 1] * 100, moved=3)),
     )
     assert alike is not None and moved is not None
     assert abs(alike - 0.5) < 0.1 and moved > 0.95
 
 
 def test_a_different_composition_alone_does_not_tell_samples_apart() -> None:
-    area = told_apart(sample(0, [0] * 150 + [1] * 50), sample(1, [0] * 20 + [1] * 180))
+    area = two_sample_auroc(sample(0, [0] * 150 + [1] * 50), sample(1, [0] * 20 + [1] * 180))
     assert area is not None and abs(area - 0.5) < 0.12
 
 
 def test_donors_are_not_learned_by_heart() -> None:
-    area = told_apart(sample(0, [0, 1] * 100, donor_effect=2), sample(1, [0, 1] * 100, donor_effect=2))
+    area = two_sample_auroc(sample(0, [0, 1] * 100, donor_effect=2), sample(1, [0, 1] * 100, donor_effect=2))
     assert area is not None and area < 0.8  # cells of the same donors on both sides would give 1.0
 
 
 def test_what_cannot_be_compared_is_none() -> None:
-    assert told_apart(sample(0, [0] * 40), sample(1, [1] * 40)) is None
-    assert told_apart(sample(0, [0] * 40), sample(1, [0] * 5)) is None
-    assert usual_distance(sample(0, [0] * 10), np.arange(10) % 2) is None
+    assert two_sample_auroc(sample(0, [0] * 40), sample(1, [1] * 40)) is None
+    assert two_sample_auroc(sample(0, [0] * 40), sample(1, [0] * 5)) is None
+    assert usual_auroc(sample(0, [0] * 10), np.arange(10) % 2) is None
 
 
 GOOD = {
