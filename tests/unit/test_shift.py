@@ -145,4 +145,4 @@ def test_what_does_not_go_together_is_refused(capsys: pytest.CaptureFixture[str]
     assert main(["--h5ad", "a.h5ad", "--out", "shift.txt"]) == 2
     assert main(["--query", "q.json", "--label-column", "kind"]) == 2
     said = capsys.readouterr().err
-    assert "--out shift.txt must end in .html" in said and "--label-column applies to .h5ad files" in said
+    assert "--out shift.txt must end in .html" in said and "--label-column applies to files" in said
