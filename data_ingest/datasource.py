@@ -1,6 +1,6 @@
-"""Ray Data source of cells: reads SOMA into Arrow list columns, one task per unit of an epoch's plan.
+"""Ray Data source of cells: reads SOMA or a shard cache, one task per unit of an epoch's plan.
 
-Axes: `n` cells (rows), `z` their stored values. Rows with joinid -1 are padding from the plan. Cells without
+Axes: `n` cells (rows), `z` their stored values. Rows with cell -1 are padding from the plan. Cells without
 counts are empty lists.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -22,23 +22,23 @@ from scipy.sparse import csr_array
 
 from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
 from data_ingest.epoch_plan import EpochPlan, ReadUnit
+from data_ingest.packed import PackedCells, fields, in_gene_order
 from screformer.config import AtlasConfig
 from screformer.counts import CellCounts, Panels
 from screformer.tokenizer import GeneVocabulary
 
-SCHEMA = pa.schema(
-    [
-        ("joinid", pa.int64()),
-        ("label", pa.int64()),
-        ("total", pa.float32()),
-        ("genes", pa.large_list(pa.int32())),
-        ("counts", pa.large_list(pa.float32())),
-    ]
-)
-"""joinid (-1: padding), label code (-1: none), total counts of the cell, vocabulary indices in increasing
-order, and their raw counts."""
 BLOCK_BYTES = 32 * 2**20
 """Size of a block: small, so several fit in a small object store."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CachedRows:
+    """Where the cells and genes of a stream are in a shard cache."""
+
+    rows: np.ndarray
+    """Shape (n,), int64, increasing: row of each cell of the plan."""
+    index_g: np.ndarray | None
+    """int32: vocabulary index of each gene of the cache, -1 for none; None if the genes are the same."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class CellArrays:
     """
 
     joinids: np.ndarray
-    """Shape (n,), int64: joinid of each cell of the plan."""
+    """Shape (n,), int64: joinid of each cell of the plan; increasing if they are read from the atlas."""
     labels: np.ndarray
     """Shape (n,), int64: label code, -1 for none."""
     gene_of_var: np.ndarray
@@ -58,6 +58,8 @@ class CellArrays:
     """Which genes were measured in each of the n cells."""
     raw_sums: np.ndarray | None = None
     """Shape (n,), float32: total counts of each cell according to obs; None skips the check."""
+    cached: CachedRows | None = None
+    """Where the cells are in a shard cache; None if they are read from the atlas."""
 
     def check_sums(self, cells: np.ndarray, total_n: np.ndarray) -> None:
         """Reject cells whose counts differ from those ingested, for example because a byte of X changed.
@@ -83,34 +85,63 @@ class CellArrays:
                 )
 
 
-class SomaDatasource(Datasource):
+class Reader(Protocol):
+    """Reads the counts of cells. Picklable and small, because each read task has one."""
+
+    def __call__(self, arrays: CellArrays, cells: np.ndarray) -> tuple[PackedCells, np.ndarray]:
+        """Read the cells at some positions, increasing, over the vocabulary.
+
+        Returns:
+            Cells, and the row of each of the given ones among them.
+
+        Raises:
+            ValueError: Counts differ from those that were ingested.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasReader:
+    """Reads cells from SOMA."""
+
+    atlas: AtlasConfig
+    threads: int = 1
+    """Number of TileDB threads."""
+
+    def __call__(self, arrays: CellArrays, cells: np.ndarray) -> tuple[PackedCells, np.ndarray]:
+        """As `Reader`."""
+        found = read_checked(self.atlas, arrays, cells, threads=self.threads)
+        return PackedCells.of(found.counts_ng, found.total_n), np.arange(len(cells))
+
+
+class CellDatasource(Datasource):
     """The cells of one rank in one epoch, starting at `start_step`, in the order of the plan."""
 
     def __init__(
         self,
-        atlas: AtlasConfig,
+        read: Reader,
         arrays: ray.ObjectRef | CellArrays,
         plan: EpochPlan,
         *,
+        num_genes: int,
         rank: int,
         world_size: int,
         start_step: int = 0,
-        threads: int = 1,
     ) -> None:
         """Plan the read tasks; nothing is read yet.
 
         Args:
-            atlas: The pinned atlas.
+            read: Reads the counts.
             arrays: The arrays that the plan's indices refer to; a reference if Ray runs the tasks.
             plan: Order of the epoch.
+            num_genes: Size of the vocabulary.
             rank: Rank whose lanes to read.
             world_size: Number of ranks, a divisor of the global batch.
             start_step: Number of global batches of the epoch already taken.
-            threads: TileDB threads in each read task.
         """
         super().__init__()
+        self._schema = schema(num_genes)
         self._task = partial(
-            _read_unit, atlas, arrays, dataclasses.replace(plan), threads
+            _read_unit, read, arrays, dataclasses.replace(plan), self._schema
         )  # a copy, without the plan's cached order
         self.units = list(plan.units(rank, world_size, start_step))
         self._rows = [_num_rows(plan, unit) for unit in self.units]
@@ -130,7 +161,7 @@ class SomaDatasource(Datasource):
             ReadTask(
                 partial(self._task, unit),
                 BlockMetadata(num_rows=rows, size_bytes=None, input_files=None, exec_stats=None),
-                SCHEMA,
+                self._schema,
                 per_task_row_limit,
             )
             for unit, rows in zip(self.units, self._rows, strict=True)
@@ -183,12 +214,11 @@ def read_cells(
     offsets = np.concatenate(
         [[0], np.cumsum(np.bincount(cells_s, weights=lengths_s, minlength=len(joinids)))]
     ).astype(np.int64)
-    in_order = (cells_s[1:] >= cells_s[:-1]).all()
-    if not in_order or not _increasing(gene_z, offsets):
-        # TileDB returned the cells in tiles or out of order, or vocabulary and atlas order genes differently.
-        by_gene = np.lexsort((gene_z, np.repeat(cells_s, lengths_s)))
-        gene_z, count_z = gene_z[by_gene], count_z[by_gene]
-    return CellCounts(csr_array((count_z, gene_z, offsets), shape=shape), total_n, panels)
+    if not (cells_s[1:] >= cells_s[:-1]).all():  # TileDB returned the cells in tiles or out of order
+        order = np.lexsort((gene_z, np.repeat(cells_s, lengths_s)))
+        gene_z, count_z = gene_z[order], count_z[order]
+    counts_ng = in_gene_order(csr_array((count_z, gene_z, offsets), shape=shape))
+    return CellCounts(counts_ng, total_n, panels)
 
 
 def read_checked(
@@ -204,56 +234,29 @@ def read_checked(
     return found
 
 
-def _increasing(gene_z: np.ndarray, offsets: np.ndarray) -> bool:
-    falls = gene_z[1:] <= gene_z[:-1]
-    borders = offsets[1:-1]
-    falls[borders[(borders > 0) & (borders < len(gene_z))] - 1] = False
-    return not falls.any()
+def schema(num_genes: int) -> pa.Schema:
+    """Columns of the blocks: position of the cell in `CellArrays` (-1: padding), then `packed.fields`."""
+    return pa.schema([pa.field("cell", pa.int64()), *fields(num_genes)])
 
 
 def _read_unit(
-    atlas: AtlasConfig, arrays: ray.ObjectRef | CellArrays, plan: EpochPlan, threads: int, unit: ReadUnit
+    read: Reader, arrays: ray.ObjectRef | CellArrays, plan: EpochPlan, columns: pa.Schema, unit: ReadUnit
 ) -> Iterator[pa.Table]:
     shared: CellArrays = ray.get(arrays) if isinstance(arrays, ray.ObjectRef) else arrays
     cells = plan.unit_cells(unit)
     sorted_cells = np.sort(cells[cells >= 0])
-    joinids = shared.joinids[sorted_cells]
-    found = read_checked(atlas, shared, sorted_cells, threads=threads)
-    matrix = found.counts_ng
-    real = np.flatnonzero(cells >= 0)
-    source = np.searchsorted(sorted_cells, cells[real])
-    columns = {name: np.full(len(cells), -1) for name in ("joinid", "label")} | {
-        "total": np.zeros(len(cells), np.float32)
-    }
-    starts, stops = np.zeros(len(cells), np.int64), np.zeros(len(cells), np.int64)
-    for target, values in zip(
-        (*columns.values(), starts, stops),
-        (joinids, shared.labels[sorted_cells], found.total_n, matrix.indptr[:-1], matrix.indptr[1:]),
-        strict=True,
-    ):
-        target[real] = values[source]
-    new_offsets = np.concatenate([[0], np.cumsum(stops - starts)])
-    for first, last in _cuts(new_offsets):
-        # Copying whole rows, one slice each, is twice as fast as gathering their values with numpy or
-        # Arrow's `take`.
-        rows = [
-            slice(*ends) for ends in zip(starts[first:last].tolist(), stops[first:last].tolist(), strict=True)
-        ]
-        local = pa.array(new_offsets[first : last + 1] - new_offsets[first])
-        lists = (
-            pa.LargeListArray.from_arrays(local, np.concatenate([values[row] for row in rows]))
-            for values in (matrix.indices, matrix.data)
-        )
-        yield pa.table(
-            [*(pa.array(column[first:last]) for column in columns.values()), *lists], schema=SCHEMA
-        )
+    found, row_n = read(shared, sorted_cells)
+    rows = np.append(row_n, -1)[np.where(cells >= 0, np.searchsorted(sorted_cells, cells), -1)]
+    ordered = found.take(rows)
+    for first, last in _cuts(ordered.offsets_n, ordered.genes_z.itemsize + 1):
+        yield pa.table([pa.array(cells[first:last]), *ordered.columns(first, last)], schema=columns)
 
 
-def _cuts(offsets: np.ndarray) -> Iterable[tuple[int, int]]:
+def _cuts(offsets: np.ndarray, value_bytes: int) -> Iterable[tuple[int, int]]:
     """Ranges of rows whose values fit into a block; a single cell may exceed it."""
     first, rows = 0, len(offsets) - 1
     while first < rows:
-        last = int(np.searchsorted(offsets, offsets[first] + BLOCK_BYTES // 8, side="right")) - 1
+        last = int(np.searchsorted(offsets, offsets[first] + BLOCK_BYTES // value_bytes, side="right")) - 1
         last = min(max(last, first + 1), rows, first + BLOCK_BYTES // 64)
         yield first, last
         first = last

@@ -15,16 +15,19 @@ import ray
 import torch
 from ray.data import ExecutionResources
 from ray.data.collate_fn import ArrowBatchCollateFn
-from scipy.sparse import csr_array
 
 from data_ingest.datasource import (
     BLOCK_BYTES,
+    AtlasReader,
     CellArrays,
-    SomaDatasource,
+    CellDatasource,
+    Reader,
     gene_of_var,
     read_checked,
 )
 from data_ingest.epoch_plan import EpochPlan, sampled_cells
+from data_ingest.packed import PackedCells
+from data_ingest.shard_cache import ShardCache
 from data_ingest.tasks import map_tasks, share_of_cluster
 from screformer.augmentation import Augmentation
 from screformer.config import AtlasConfig, StreamConfig, TokensConfig, grad_accum_steps
@@ -71,6 +74,7 @@ class CellStream:
         augmentation: Augmentation | None = None,
         shuffle: bool = True,
         read_cpus: float = 0.5,
+        cache: ShardCache | None = None,
     ) -> None:
         """Look up the vocabulary's genes in the atlas.
 
@@ -90,17 +94,24 @@ class CellStream:
             augmentation: Changes cells before they become tokens; None for no change.
             shuffle: If False, cells keep joinid order, up to the lanes of `EpochPlan`.
             read_cpus: CPUs that a read task counts as when dividing the free CPUs among ranks.
+            cache: Read batches from this copy of the cells instead of the atlas. The order differs.
 
         Raises:
-            ValueError: A joinid appears twice, or the atlas has none of the vocabulary's genes.
+            ValueError: A joinid appears twice, the atlas has none of the vocabulary's genes, or the cache
+                lacks a cell or gene.
         """
-        order = np.argsort(joinids, kind="stable")
-        joinids, labels = np.asarray(joinids, np.int64)[order], np.asarray(labels, np.int64)[order]
-        twice = np.flatnonzero(joinids[1:] == joinids[:-1])
+        joinids, labels = np.asarray(joinids, np.int64), np.asarray(labels, np.int64)
+        ordered = np.sort(joinids)
+        twice = np.flatnonzero(ordered[1:] == ordered[:-1])
         if len(twice):
             raise ValueError(
-                f"joinid {joinids[twice[0]]} appears twice among the cells of a stream; list each cell once"
+                f"joinid {ordered[twice[0]]} appears twice among the cells of a stream; list each cell once"
             )
+        rows = joinids if cache is None else cache.rows_of(joinids)
+        order = np.argsort(rows, kind="stable")
+        genes_of_var = gene_of_var(atlas, vocabulary)
+        cached = None if cache is None else cache.cached(rows[order], vocabulary, genes_of_var)
+        self._cache = None if cache is None else cache.reader
         self.atlas, self.vocabulary, self.tokens, self.stream = atlas, vocabulary, tokens, stream
         self.global_batch_size, self.seed, self.shuffle, self.read_cpus = (
             global_batch_size,
@@ -116,7 +127,7 @@ class CellStream:
         panels = panels.take(order) if panels else Panels.one(np.ones(len(vocabulary)), len(joinids))
         sums = None if raw_sums is None else np.asarray(raw_sums, np.float32)[order]
         self._arrays: CellArrays | None = CellArrays(
-            joinids, labels, gene_of_var(atlas, vocabulary), panels, sums
+            joinids[order], labels[order], genes_of_var, panels, sums, cached
         )
         self._reference: ray.ObjectRef | None = None
         self.plan(0)
@@ -133,13 +144,18 @@ class CellStream:
             self._arrays = ray.get(self._reference)
         return self._arrays
 
+    @property
+    def reader(self) -> Reader:
+        """What reads the cells of batches."""
+        return self._cache or AtlasReader(self.atlas, threads=max(1, round(self.read_cpus)))
+
     def plan(self, epoch: int) -> EpochPlan:
         """The order of an epoch."""
         return EpochPlan(
             num_cells=self.num_cells,
             seed=self.seed,
             epoch=epoch,
-            run_length=self.stream.run_length,
+            run_length=self._cache.rows_per_block if self._cache else self.stream.run_length,
             cells_per_task=self.stream.cells_per_task,
             global_batch_size=self.global_batch_size,
             shuffle=self.shuffle,
@@ -186,16 +202,16 @@ class CellStream:
         assert delivered == num_batches, f"the stream returned {delivered} of {num_batches} batches"
 
     def dataset(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> ray.data.Dataset:
-        """The cells of `batches` before they become tokens, in the schema of `datasource.SCHEMA`."""
+        """The cells of `batches` before they become tokens, with the columns of `datasource.schema`."""
         tasks, num_cpus, store_bytes = share_of_cluster(world_size, self.read_cpus)
-        source = SomaDatasource(
-            self.atlas,
+        source = CellDatasource(
+            self.reader,
             self._shared(),
             self.plan(epoch),
+            num_genes=len(self.vocabulary),
             rank=rank,
             world_size=world_size,
             start_step=start_step,
-            threads=max(1, round(self.read_cpus)),
         )
         num_units = max(1, len(source.units))
         dataset = ray.data.read_datasource(
@@ -221,14 +237,16 @@ class CellStream:
             The sample; its memory is proportional to the detected genes of its cells.
         """
         reference = self._shared()
-        chosen = sampled_cells(self.arrays.labels, max_cells, seed, even_labels=even_labels)
+        arrays = self.arrays
+        by_joinid = np.argsort(arrays.joinids, kind="stable")
+        found = sampled_cells(arrays.labels[by_joinid], max_cells, seed, even_labels=even_labels)
+        chosen = by_joinid[found]
         tasks, num_cpus, _ = share_of_cluster(1, self.read_cpus)
         calls = [
             (self.atlas, reference, chosen[first : first + _CELLS_PER_SAMPLE_TASK])
             for first in range(0, len(chosen), _CELLS_PER_SAMPLE_TASK)
         ]
         parts: list[CellCounts] = map_tasks(read_checked, calls, num_cpus=num_cpus, at_once=tasks)
-        arrays = self.arrays
         cells = CellCounts.joined(parts, arrays.panels.take(chosen))
         return Sample(cells, arrays.joinids[chosen], arrays.labels[chosen])
 
@@ -248,14 +266,16 @@ class CellStream:
 
     def _tokenized(self, tokenizer: CellTokenizer, epoch: int, table: pa.Table) -> tuple[Batch, int]:
         """The batch of a table, and how many of its cells were truncated; must be thread-safe."""
-        columns = (table[name].to_numpy().copy() for name in ("joinid", "label", "total"))
-        joinids, labels, total_n = columns
-        cells = np.searchsorted(self.arrays.joinids, np.maximum(joinids, self.arrays.joinids[0]))
-        counts = CellCounts(self._matrix(table), total_n, self.arrays.panels.take(cells))
+        arrays, packed = self.arrays, PackedCells.from_table(table)
+        positions = table["cell"].to_numpy()
+        real, cells = positions >= 0, np.maximum(positions, 0)
+        joinids, labels = (np.where(real, values[cells], -1) for values in (arrays.joinids, arrays.labels))
+        counts_ng = packed.counts_ng(len(self.vocabulary))
+        counts = CellCounts(counts_ng, packed.total_n, arrays.panels.take(cells))
         if self.augmentation is not None:
             counts = self.augmentation(counts, joinids, epoch)
         tokens = tokenizer(counts)
-        tokens["token_ids"][joinids < 0] = PAD
+        tokens["token_ids"][~real] = PAD
         batch = {
             "token_ids": torch.from_numpy(tokens["token_ids"]).long(),
             "values": torch.from_numpy(tokens["values"]),
@@ -266,15 +286,8 @@ class CellStream:
             "panels": torch.from_numpy(counts.panels.panels_n),
         }
         if self.weights is not None:
-            batch["weights"] = torch.from_numpy(np.where(joinids >= 0, self.weights[cells], 0))
+            batch["weights"] = torch.from_numpy(np.where(real, self.weights[cells], 0))
         return batch, tokens["num_cut"]
-
-    def _matrix(self, table: pa.Table) -> csr_array:
-        """The counts of a table in the schema of `datasource.SCHEMA`."""
-        genes, counts = (table[name].combine_chunks() for name in ("genes", "counts"))
-        offsets = genes.offsets.to_numpy()
-        parts = (counts.flatten().to_numpy(), genes.flatten().to_numpy(), offsets - offsets[0])
-        return csr_array(parts, shape=(len(table), len(self.vocabulary)))
 
 
 class _Collate(ArrowBatchCollateFn):

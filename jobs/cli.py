@@ -19,6 +19,7 @@ COMMANDS = {
     "quickstart": "Run the whole chain in one command: ingest, train, test, register, annotate, report.",
     "ingest": "Build an atlas from .h5ad files, or add files to one.",
     "query": "Count the cells of a query, and save the query for other commands.",
+    "shard": "Write a query's cells to a shard cache, for training of many epochs.",
     "pretrain": "Pre-train a network on unlabelled cells.",
     "finetune": "Train a cell-type classifier, test it on held-out groups and register it.",
     "crossval": "Cross-validate the model and baselines on the same folds, or search for settings.",

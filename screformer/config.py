@@ -213,8 +213,12 @@ class StreamConfig:
     cells_per_task: int = setting(16384, "pretraining")
     """Number of cells shuffled together in a read task; 256 runs of 64 give about 99 % of the entropy of a
     full shuffle."""
+    cache: str = setting("", "pretraining")
+    """Path or URI of a shard cache of the query (`screformer shard`), from which training cells are then read
+    instead of from the atlas; much faster, in another order."""
 
     def __post_init__(self) -> None:
+        refuse_secret_address("stream.cache", self.cache, _KEYS_BELONG)
         for name in ("run_length", "cells_per_task"):
             value = getattr(self, name)
             require(value >= 1, f"stream.{name}={value} must be at least 1")

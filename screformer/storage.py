@@ -1,4 +1,4 @@
-"""Report in one line that a location cannot be written, why, and how to resume."""
+"""Folders on disk and in object stores, and one line that says why one cannot be written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 _FAULTS = {
     # error number: cause, remedy, and messages of libraries that drop the number
@@ -33,6 +37,13 @@ _OF_READS_TOO = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 class StorageError(OSError):
     """A location cannot be written; the message names it, the cause and the remedy."""
+
+
+def filesystem(place: str) -> tuple[FileSystem, str]:
+    """The file system of a folder, given as a path or URI, and its path there."""
+    from pyarrow.fs import FileSystem
+
+    return FileSystem.from_uri(place if "://" in place else Path(place).resolve().as_uri())
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cluster.connect import connect
 from cluster.quiet import quiet_data
 from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas, pinned
-from data_ingest.datasource import CellArrays, SomaDatasource
+from data_ingest.datasource import CellArrays, CellDatasource, Reader
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.query import QueryResult, find_cells
 from data_ingest.simulate_atlas import write_synthetic_atlas
@@ -179,12 +179,14 @@ def _read_directly(stream: CellStream, epoch: int, pool: Executor, processes: in
     parts = [range(first, num_units, processes) for first in range(processes)]
     arrays = stream.arrays
     return sum(
-        pool.map(_run_read_tasks, *zip(*((stream.atlas, arrays, plan, part) for part in parts), strict=True))
+        pool.map(_run_read_tasks, *zip(*((stream.reader, arrays, plan, part) for part in parts), strict=True))
     )
 
 
-def _run_read_tasks(atlas: AtlasConfig, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]) -> int:
-    tasks = SomaDatasource(atlas, arrays, plan, rank=0, world_size=1).get_read_tasks(1)
+def _run_read_tasks(read: Reader, arrays: CellArrays, plan: EpochPlan, numbers: Iterable[int]) -> int:
+    num_genes = arrays.panels.measured_pg.shape[1]
+    source = CellDatasource(read, arrays, plan, num_genes=num_genes, rank=0, world_size=1)
+    tasks = source.get_read_tasks(1)
     return sum(table.num_rows for number in numbers for table in tasks[number]())
 
 

@@ -26,8 +26,8 @@ from jobs.checkup.nodes import (
 )
 from jobs.tracking.client import answering, mlflow_client, probe, tracking_uri
 from jobs.training.run import run_training
-from jobs.training.run_folder import filesystem
 from screformer.config import ExperimentConfig
+from screformer.storage import filesystem
 
 EXPERIMENT = "screformer-doctor"
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from data_ingest.datasource import gene_of_var
 from data_ingest.query import QueryResult
+from data_ingest.shard_cache import ShardCache
 from data_ingest.stream import CellStream, Sample
 from screformer.augmentation import Augmentation
 from screformer.config import ExperimentConfig
@@ -145,6 +146,19 @@ class TrainingCells:
         }
 
     @cached_property
+    def cache(self) -> ShardCache | None:
+        """The shard cache of `stream.cache`, or None without that setting.
+
+        Raises:
+            ValueError: It is not complete, or was written from other cells.
+        """
+        if not self.config.stream.cache:
+            return None
+        cache = ShardCache.open(self.config.stream.cache)
+        cache.require(self.query)
+        return cache
+
+    @cached_property
     def _panels(self) -> Panels:
         """Which genes were measured in each cell of the query."""
         return self.query.panels(gene_of_var(self.query.atlas, self.genes), len(self.genes))
@@ -176,4 +190,5 @@ class TrainingCells:
             augmentation=augmentation,
             shuffle=part == "train",
             read_cpus=config.cluster.cpus_per_read_task,
+            cache=self.cache if part == "train" else None,
         )

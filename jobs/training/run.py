@@ -36,7 +36,6 @@ from jobs.training.reference import cells_to_show, keep_reference
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,
-    filesystem,
     is_begun,
     keep_model,
     new_run_dir,
@@ -52,6 +51,7 @@ from jobs.training.task import training_task
 from screformer.checkpoint import LoadedModel, add_meta, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
+from screformer.storage import filesystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,12 @@ def run_training(
             f"{resume} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
             f" {cells.query.hash[:12]})"
         )
+    order = cells.cache.order_hash if cells.cache else ""
+    if saved and saved.get("cache", "") != order:
+        raise ValueError(
+            f"{resume} was trained {_with_cache(saved.get('cache', ''))}, now {_with_cache(order)}; the order"
+            " of its cells would change in the middle of an epoch, so resume it with the same stream.cache"
+        )
     needs, nodes = preflight(cells), ray.nodes()
     refuse_what_cannot_fit(
         cells.config,
@@ -152,6 +158,7 @@ def run_training(
             if not saved:
                 started = {"config": cells.config.to_dict(), "task": task, "init_from": init_from}
                 started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run), "asked": asked}
+                started["cache"] = order
                 write_json(run_dir, RUN_FILE, started)
                 run.log_identity(cells.identity())
                 if start is not None:
@@ -182,6 +189,10 @@ def run_training(
         )
         write_json(run_dir, RESULT_FILE, dataclasses.asdict(result))
     return result
+
+
+def _with_cache(order: str) -> str:
+    return f"with a shard cache of order {order[:12]}" if order else "without a shard cache"
 
 
 def _trained_model(

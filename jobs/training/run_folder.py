@@ -18,7 +18,7 @@ import ray.train
 
 from jobs.tracking.naming import flat
 from screformer.config import ExperimentConfig, Task
-from screformer.storage import writing
+from screformer.storage import filesystem, writing
 from screformer.training_checkpoint import damage, read_position
 
 RUN_FILE, RESULT_FILE = "run.json", "result.json"
@@ -33,11 +33,6 @@ def new_run_dir(config: ExperimentConfig, task: Task, run_id: str) -> str:
     return (
         f"{storage.rstrip('/')}/{name}" if "://" in storage else str(Path(storage or "runs").resolve() / name)
     )
-
-
-def filesystem(run_dir: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The folder's file system, and its path there."""
-    return pyarrow.fs.FileSystem.from_uri(run_dir if "://" in run_dir else Path(run_dir).resolve().as_uri())
 
 
 def require_writable(place: str, what: str) -> None:

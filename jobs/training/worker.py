@@ -25,7 +25,7 @@ from cluster.quiet import quiet_data
 from jobs.training.cells import VARIED
 from jobs.training.ending import finish
 from jobs.training.progress import ProgressLines, SlowRank
-from jobs.training.run_folder import filesystem, newest_checkpoint, require_seen, resumable
+from jobs.training.run_folder import newest_checkpoint, require_seen, resumable
 from jobs.training.stopping import StopWatch
 from jobs.training.task import TrainingTask
 from screformer.checkpoint import read_weights, save_model
@@ -35,6 +35,7 @@ from screformer.model import ScReformer
 from screformer.not_finite import NonFiniteError
 from screformer.objective import Batch, freeze_parameters
 from screformer.progress import Parts, Progress, Stopped
+from screformer.storage import filesystem
 from screformer.training import fit
 from screformer.training_checkpoint import (
     POSITION,

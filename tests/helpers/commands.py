@@ -21,6 +21,7 @@ NEEDED = {
     "train_bundled": ["--data", "sets", "--work", "scratch"],
     "report": ["--run", "r"],
     "shift": ["--h5ad", "a.h5ad"],
+    "shard": ["--out", "cache"],
     "sync": ["--run-dir", "r"],
     "benchmark annotate": ["--h5ad", "a.h5ad"],
 }

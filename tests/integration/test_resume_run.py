@@ -1,4 +1,4 @@
-"""A training run on S3 from its first stop to its registered model.
+"""A training run on S3 from its first stop to its registered model, with its cells in a shard cache.
 
 SIGTERM, a damaged checkpoint, two resumes at once, a kill after the last checkpoint, and a resume of a
 finished run."""
@@ -18,7 +18,7 @@ import pytest
 from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, run_here, start_python
 from helpers.servers import S3
-from jobs import finetune
+from jobs import finetune, shard
 
 pytestmark = pytest.mark.timeout(1200)
 SMOKE = str(REPO_ROOT / "jobs" / "recipes" / "smoke.yaml")
@@ -43,11 +43,11 @@ class Run(NamedTuple):
             stderr=subprocess.STDOUT,
         )
 
-    def resume(self, *, status: int = 0) -> tuple[dict[str, Any], str]:
-        """Resume in this process; for runs with nothing left to train."""
+    def resume(self, *words: str, status: int = 0) -> tuple[dict[str, Any], str]:
+        """Resume in this process; for runs with nothing left to train, and refusals."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", self.environment["AWS_ENDPOINT_URL"])
-            return run_here(finetune.main, "--resume", self.uri, cwd=self.folder, status=status)
+            return run_here(finetune.main, "--resume", self.uri, *words, cwd=self.folder, status=status)
 
     def steps(self) -> list[int]:
         """The steps of its checkpoints, oldest first."""
@@ -76,11 +76,14 @@ def stopped(
     bucket = boto3.resource("s3", endpoint_url=s3.endpoint).Bucket(s3.bucket)
     folder = tmp_path_factory.mktemp("resume-run")
     run = Run("", folder, variables, bucket)
+    cache = f"{s3.uri}/run-cells?scheme=http&endpoint_override={s3.endpoint.removeprefix('http://')}"
+    run_here(shard.main, "--config", SMOKE, f"atlas.uri={small_atlas}", "--out", cache, cwd=folder)
     process = run.start(
         "--config",
         SMOKE,
         f"atlas.uri={small_atlas}",
         f"cluster.storage_path={s3.uri}/runs",
+        f"stream.cache={cache}",
         *ONE_READER,
         "tracking.model_name=resumed",
         "train.max_steps=150",
@@ -119,6 +122,7 @@ def finished(stopped: tuple[Run, str]) -> tuple[dict[str, Any], str]:
     content = bytearray(shard.get()["Body"].read())
     content[-1] ^= 1
     shard.put(Body=bytes(content))
+    assert "now without a shard cache; the order" in run.resume("stream.cache=''", status=2)[1]
     process = run.start("--resume", run.uri, "train.max_steps=60")
     try:
         line = read_until(process, r".* is skipped: training_state.safetensors was changed: .*")[0]

@@ -12,7 +12,6 @@ from helpers.processes import run_python
 from helpers.servers import S3
 from jobs.training.run_folder import (
     attempts,
-    filesystem,
     is_begun,
     keep_model,
     newest_checkpoint,
@@ -21,6 +20,7 @@ from jobs.training.run_folder import (
 )
 from jobs.training.worker import latest_checkpoint
 from screformer.config import ExperimentConfig
+from screformer.storage import filesystem
 from screformer.training_checkpoint import read_position
 
 
@@ -153,7 +153,7 @@ def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) ->
     # A killed process leaves its claim behind.
     script = (
         "import os, sys; from data_ingest.claims import only_writer;"
-        " from jobs.training.run_folder import filesystem; files, path = filesystem(sys.argv[1]);"
+        " from screformer.storage import filesystem; files, path = filesystem(sys.argv[1]);"
         " only_writer(files, f'{path}/writing', 'run').__enter__(); print('claimed', flush=True); os._exit(0)"
     )
     assert "claimed" in run_python("-c", script, run_dir).stdout

@@ -14,7 +14,7 @@ import tiledbsoma
 import torch
 
 from data_ingest.atlas import pinned
-from data_ingest.datasource import CellArrays, SomaDatasource, read_cells
+from data_ingest.datasource import AtlasReader, CellArrays, CellDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.schema import create_atlas, soma_context
 from data_ingest.stream import CellStream
@@ -322,7 +322,7 @@ def test_read_tasks_are_small_cheap_and_always_the_same(locator):
     )
     panels = Panels.one(np.ones(NUM_GENES), NUM_CELLS)
     arrays = ray.put(CellArrays(joinids, joinids, np.arange(NUM_GENES, dtype=np.int32), panels))
-    source = SomaDatasource(locator, arrays, plan, rank=1, world_size=2)
+    source = CellDatasource(AtlasReader(locator), arrays, plan, num_genes=NUM_GENES, rank=1, world_size=2)
     first, second = (
         source.get_read_tasks(1),
         source.get_read_tasks(200, data_context=ray.data.DataContext.get_current()),

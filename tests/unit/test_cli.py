@@ -45,13 +45,13 @@ def test_a_mistyped_argument_or_setting_is_the_users_error(
     )
     assert command(name)(["modle.dim=8", *NEEDED.get(name, [])]) == 2
     error = capsys.readouterr().err
-    takes_settings = command(name).recipe is not None
+    needed, takes_settings = NEEDED.get(name, []), command(name).recipe is not None
     assert ("unknown setting modle; did you mean model?" in error) == takes_settings
     assert error.startswith(f"screformer {name}: ") and error.count("\n") == 1
     if takes_settings:
-        assert command(name)(["model.dept=2"]) == 2
+        assert command(name)([*needed, "model.dept=2"]) == 2
         assert "unknown setting model.dept; did you mean model.depth?" in capsys.readouterr().err
-        assert command(name)(["--config", "blod"]) == 2
+        assert command(name)([*needed, "--config", "blod"]) == 2
         assert "--config blod: no such file or recipe; did you mean blood?" in capsys.readouterr().err
 
 
