@@ -48,6 +48,12 @@ def arguments(parser: Parser) -> None:
         "--probabilities", action="store_true", help="also write obsm['screformer_probabilities']"
     )
     parser.add_argument("--embedding", action="store_true", help="also write obsm['X_screformer']")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.html",
+        help="also write a report of one file: types, confidence, map of the cells, marker genes",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument(
         "--resume",
@@ -59,6 +65,11 @@ def arguments(parser: Parser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Choose the output paths, and refuse options that do not apply to them."""
+    if args.report is not None:
+        if args.report.suffix != ".html":
+            raise ValueError(f"--report {args.report} must end in .html")
+        if args.h5ad is None or len(args.h5ad) > 1:
+            raise ValueError("--report describes one file; give one --h5ad")
     only_copies = {"--majority-vote": bool(args.majority_vote), "--drop-absent": args.drop_absent}
     refused = next((option for option, given in only_copies.items() if given), None)
     if args.h5ad is None:
@@ -107,6 +118,9 @@ def work(args: argparse.Namespace) -> Result:
     from data_ingest.formats import as_h5ad
     from jobs.labelling.outputs import Labeller
 
+    if args.report is not None:
+        import jinja2  # noqa: F401 -- a missing package is reported before the work, not after it
+
     labeller = Labeller.load(
         args.model,
         args.settings,
@@ -123,15 +137,21 @@ def work(args: argparse.Namespace) -> Result:
         if source is None:
             print(labeller.atlas(target, write_obs=args.write_obs))
             continue
-        if args.resume and target.suffix != ".parquet" and target.exists():
+        finished = args.resume and target.suffix != ".parquet" and target.exists()
+        if finished:
             print(f"{target} already exists, written by an earlier run")
+        if finished and args.report is None:
             continue
         with as_h5ad([source]) as (path,):
-            if target.suffix == ".parquet":
+            if finished:
+                pass
+            elif target.suffix == ".parquet":
                 print(labeller.parquet(path, target))
             else:
                 voting = {"majority_vote": args.majority_vote, "drop_absent": args.drop_absent}
                 print(labeller.copy(path, target, **voting))
+            if args.report is not None:
+                print(labeller.report(path, target, args.report))
     return None
 
 

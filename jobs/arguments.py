@@ -37,6 +37,8 @@ DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
 RECIPES = Path(__file__).parent / "recipes"
 
 _OURS = ("jobs", "data_ingest", "cluster", "screformer")
+_EXTRAS = {"jinja2": "report", "umap": "report"}
+"""Extras of packages that only an option of a command needs."""
 _TRY_AGAIN = (ConnectionError, TimeoutError, RuntimeError)
 """Not the user's fault: the same command may succeed later. The first two are subclasses of OSError."""
 _THE_USERS = (ValueError, OSError)
@@ -84,7 +86,7 @@ class Command:
             package = (error.name or "").partition(".")[0]
             if package in ("", *_OURS):
                 raise
-            remedy = f"pip install 'screformer[{self.extra}]'"
+            remedy = f"pip install 'screformer[{_EXTRAS.get(package, self.extra)}]'"
             return self._refuse(f"it needs {package}, which is not installed; {remedy}", USER)
         except (*_THE_USERS, RuntimeError) as error:
             if verbose:

@@ -116,6 +116,15 @@ class Labeller:
             summary += f"\nadded columns to obs of {cells.atlas.uri}: {added}"
         return summary
 
+    def report(self, source: Path, target: Path, out: Path) -> str:
+        """Write the report of a labelled file; returns a line that says so."""
+        from jobs.labelling.page import labels_page
+
+        page = labels_page(self.predictor, self.model, source, target, layer=self.layer, raw=self.raw)
+        with writing(out, _AGAIN):
+            page.write_html(out)
+        return f"report: {out}"
+
     def _file(self, path: Path) -> H5adCells:
         return H5adCells.open(
             self.predictor,

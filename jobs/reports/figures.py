@@ -258,6 +258,43 @@ def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str])
     return figure
 
 
+def confidence_map(points_n2: np.ndarray, confidence_n: np.ndarray) -> Figure:
+    """Scatter plot of cells, (n, 2), coloured by confidence in [0, 1]; the least confident on top."""
+    figure = _figure(5.4, 4.8)
+    axes = figure.add_subplot()
+    order = np.argsort(-confidence_n, kind="stable")
+    x_n, y_n = points_n2[order].T
+    size = float(np.clip(6000 / len(points_n2), 3, 24))
+    dots = axes.scatter(x_n, y_n, s=size, c=confidence_n[order], cmap="viridis", vmin=0, vmax=1, linewidths=0)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("0.8")
+    figure.colorbar(dots, ax=axes, label="confidence", shrink=0.8)
+    return figure
+
+
+def confidence_figure(answers: pd.DataFrame) -> Figure:
+    """Histogram of confidence, stacked by the level of the answer.
+
+    Args:
+        answers: Columns `conf_score` and `label_level`.
+    """
+    figure = _figure(6, 3.2)
+    axes = figure.add_subplot()
+    levels = answers["label_level"].astype(str)
+    names = levels.value_counts().index.tolist()
+    axes.hist(
+        [answers.loc[levels == name, "conf_score"] for name in names],
+        bins=40,
+        range=(0, 1),
+        stacked=True,
+        label=names,
+    )
+    axes.set(xlim=(0, 1), xlabel="confidence", ylabel="cells", yscale="log")
+    axes.legend(title="answer")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
     """Macro-F1 of methods over folds: a bar for the mean, a dot per fold; `ours` is highlighted."""
     figure = _figure(7, 1 + 0.4 * len(scores))

@@ -1,4 +1,4 @@
-"""Small .h5ad files with known counts, and the complete contents of an atlas for comparisons."""
+"""Cells and small .h5ad files with known counts, and the complete contents of an atlas for comparisons."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,17 @@ import anndata
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+from screformer.bundled import DEFAULT, bundled_model
+from screformer.predictor import Predictor
+
+MARKERS = {
+    "B cell": ("MS4A1", "CD79A", "CD79B", "HLA-DRA", "CD74"),
+    "T cell": ("CD3D", "CD3E", "IL7R", "LTB", "IL32"),
+    "natural killer cell": ("GNLY", "NKG7", "GZMB", "PRF1", "FGFBP2"),
+    "monocyte": ("LYZ", "S100A8", "S100A9", "CST3", "FCN1"),
+}
+"""Marker genes that the bundled model must know."""
 
 
 def ensembl(numbers: range) -> list[str]:
@@ -80,3 +91,19 @@ def atlas_content(uri: str, tiledb_config: dict[str, str] | None = None) -> dict
 def differences(a: dict[str, pd.DataFrame], b: dict[str, pd.DataFrame]) -> list[str]:
     """Names of tables and matrices that differ."""
     return [place for place in a if not a[place].equals(b[place])]
+
+
+def marked_cells() -> anndata.AnnData:
+    """Cells with a typical blood profile, 15 counts of each marker of one type and none of other markers."""
+    vocabulary = Predictor.load(bundled_model(DEFAULT), device="cpu").vocabulary
+    assert vocabulary.reference_g is not None
+    markers = sorted({name for names in MARKERS.values() for name in names})
+    names = vocabulary.readable_names.astype(str)
+    base = np.rint(vocabulary.reference_g * 2000)
+    base[np.isin(names, markers)] = 0
+    counts = np.stack([base + 15 * np.isin(names, own) for own in MARKERS.values()])
+    return anndata.AnnData(
+        counts.astype(np.float32),
+        obs=pd.DataFrame(index=list(MARKERS)),
+        var=pd.DataFrame(index=list(vocabulary.feature_ids)),
+    )

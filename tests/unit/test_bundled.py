@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 import screformer
+from helpers.cells import MARKERS, marked_cells
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
 from jobs.training.bundled import FILTER
@@ -17,31 +18,8 @@ from jobs.training.start import load_start, settings_of_start
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
-from screformer.predictor import Predictor
 
-MARKERS = {
-    "B cell": ("MS4A1", "CD79A", "CD79B", "HLA-DRA", "CD74"),
-    "T cell": ("CD3D", "CD3E", "IL7R", "LTB", "IL32"),
-    "natural killer cell": ("GNLY", "NKG7", "GZMB", "PRF1", "FGFBP2"),
-    "monocyte": ("LYZ", "S100A8", "S100A9", "CST3", "FCN1"),
-}
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundled_blood.json"
-
-
-def marked_cells() -> anndata.AnnData:
-    """Cells with a typical blood profile, 15 counts of each marker of one type and none of other markers."""
-    vocabulary = Predictor.load(bundled_model(DEFAULT), device="cpu").vocabulary
-    assert vocabulary.reference_g is not None
-    markers = sorted({name for names in MARKERS.values() for name in names})
-    names = vocabulary.readable_names.astype(str)
-    base = np.rint(vocabulary.reference_g * 2000)
-    base[np.isin(names, markers)] = 0
-    counts = np.stack([base + 15 * np.isin(names, own) for own in MARKERS.values()])
-    return anndata.AnnData(
-        counts.astype(np.float32),
-        obs=pd.DataFrame(index=list(MARKERS)),
-        var=pd.DataFrame(index=list(vocabulary.feature_ids)),
-    )
 
 
 def test_it_is_small_and_found_by_name() -> None:
@@ -106,6 +84,39 @@ def real_labels(folder: Path) -> dict[str, int]:
 def test_labels_of_real_cells_stay_the_same(real_data: Path) -> None:
     """When the model is updated, the golden file must be too; see tests/golden/README.md."""
     assert real_labels(real_data) == json.loads(GOLDEN.read_text())
+
+
+def test_neighbours_in_other_data_sets_have_the_same_type(real_data: Path) -> None:
+    """The embedding tells types apart across data sets, at least as well as an SVD of the shared genes."""
+    labels = pd.read_csv(real_data / "label_map.tsv", sep="\t").set_index(["dataset", "cell_type"])
+    embeddings, counts, types, sources = [], [], [], []
+    for name in ("pbmc3k_10x", "kang18_ctrl_8donors", "zheng17_facs"):
+        file = anndata.read_h5ad(real_data / f"{name}.h5ad", backed="r")
+        adata = file[np.sort(np.random.default_rng(0).permutation(file.n_obs)[:300])].to_memory()
+        file.file.close()
+        found = screformer.annotate(adata)
+        embeddings.append(found.obsm["X_screformer"])
+        counts.append(adata.to_df())
+        types += [labels.at[(name, text), "major_proposal"] for text in adata.obs["cell_type"]]
+        sources += [name] * len(adata)
+    shared = pd.concat(counts, join="inner").to_numpy()
+    x = np.log1p(shared / shared.sum(axis=1, keepdims=True) * 1e4)
+    u, s, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+    known = np.array([kind != "hematopoietic progenitor" for kind in types])  # of one data set alone
+    ours, svd = (
+        right_by_neighbours(points[known], np.array(types)[known], np.array(sources)[known])
+        for points in (np.concatenate(embeddings), u[:, :30] * s[:30])
+    )
+    assert ours > 0.9 and ours > svd, (ours, svd)
+
+
+def right_by_neighbours(points_nd: np.ndarray, types_n: np.ndarray, sources_n: np.ndarray) -> float:
+    """Share of cells whose type is the most frequent among their 15 nearest cells of other data sets."""
+    distance_nn = ((points_nd[:, None] - points_nd[None]) ** 2).sum(axis=2)
+    distance_nn[sources_n[:, None] == sources_n[None]] = np.inf
+    nearest_n15 = types_n[np.argsort(distance_nn, axis=1)[:, :15]]
+    voted = [pd.Series(row).mode()[0] for row in nearest_n15]
+    return float((np.array(voted) == types_n).mean())
 
 
 def test_the_folder_is_package_data() -> None:
