@@ -7,7 +7,9 @@ same command again.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,10 @@ from jobs.arguments import Command, Pairs, Parser, Result, add_counts, add_tiled
 
 if TYPE_CHECKING:
     from data_ingest.ingest import IngestReport
+
+RAY_FROM_BYTES = 32 * 2**20
+"""Total size of the files from which a local Ray pays off. Starting it, and the imports of its workers, take
+longer than writing smaller files in this process."""
 
 
 def arguments(parser: Parser) -> None:
@@ -100,7 +106,6 @@ def check(args: argparse.Namespace) -> None:
 
 def work(args: argparse.Namespace) -> Result:
     """Write the atlas, verify it, and report what was added."""
-    from cluster.connect import connect
     from data_ingest.ingest import ingest
     from data_ingest.ingest_options import IngestOptions
     from data_ingest.verify import verify_atlas
@@ -118,13 +123,23 @@ def work(args: argparse.Namespace) -> Result:
         tiledb_config=args.settings.atlas.tiledb_config,
         dry_run=args.dry_run,
     )
-    connect()
+    if args.verify or _worth_ray(args.h5ad):
+        from cluster.connect import connect
+
+        connect()
     uri = args.settings.atlas.uri
     lines = [summary(ingest(args.h5ad, uri, options))] if args.h5ad else []
     if args.verify:
         num_cells = verify_atlas(uri, options.tiledb_config)
         lines.append(f"{uri}: the counts of all {num_cells} cells match obs")
     return "\n".join(lines)
+
+
+def _worth_ray(files: Sequence[str]) -> bool:
+    """Whether to read and write the files in Ray tasks: on a given cluster, or if they are not small."""
+    if os.environ.get("RAY_ADDRESS") or not all(os.path.isfile(file) for file in files):
+        return True  # folders and URLs may be of any size
+    return sum(os.path.getsize(file) for file in files) >= RAY_FROM_BYTES
 
 
 def summary(report: IngestReport) -> str:

@@ -73,6 +73,11 @@ STEPS = {
         "import jobs.benchmark.measure_attention, jobs.benchmark.measure_step",
         HEAVY,
     ),
+    "ingest a small file": (
+        "from jobs.ingest import main; assert main(['-q', '--h5ad', sys.argv[1] + '.h5ad', '--atlas',"
+        " sys.argv[1] + '-atlas', '--set', 'donor_id=d', 'cell_type=B cell']) == 0",
+        {"ray", "mlflow"},
+    ),
 }
 
 
