@@ -40,20 +40,25 @@ class Comparison:
     high: float
     accuracy: dict[str, float]
     """Share of correct cells, for `candidate` and `champion`."""
+    macro_f1: dict[str, float]
+    """Macro-F1 over the true types, for both."""
     table: pd.DataFrame
     """One row per type: `label`, `cells`, `candidate`, `champion` (shares of correct cells), `difference`,
     `low`, `high`."""
 
 
-def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequence[str]) -> Comparison:
+def compare(answers_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequence[str]) -> Comparison:
     """Compare two models cell by cell.
 
     Args:
-        right_n: For `candidate` and `champion`, which cells they labelled correctly, bool (n,).
+        answers_n: Labels by `candidate` and `champion`, object (n,).
         labels_n: True label of each cell, object (n,).
         groups: Groups that the cells belong to.
     """
+    from sklearn.metrics import f1_score
+
     rng = np.random.default_rng(0)
+    right_n = {name: answers == labels_n for name, answers in answers_n.items()}
     gain_n = right_n[CANDIDATE].astype(np.int8) - right_n[CHAMPION]
     rows, samples = [], []
     for label in sorted(set(labels_n)):
@@ -84,6 +89,18 @@ def compare(right_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequen
         low=float(low),
         high=float(high),
         accuracy={name: float(right.mean()) for name, right in right_n.items()},
+        macro_f1={
+            name: float(
+                f1_score(
+                    labels_n.astype(str),
+                    answers.astype(str),
+                    labels=sorted(set(labels_n)),
+                    average="macro",
+                    zero_division=0,
+                )
+            )
+            for name, answers in answers_n.items()
+        },
         table=table,
     )
 
@@ -169,7 +186,7 @@ def compare_models(
     else:
         values, counts = np.unique(labels_n.astype(str), return_counts=True)
         answers_n[CHAMPION] = np.full(len(labels_n), values[counts.argmax()], dtype=object)
-    return compare({name: answers == labels_n for name, answers in answers_n.items()}, labels_n, groups)
+    return compare(answers_n, labels_n, groups)
 
 
 def _best_labels(predictor: Predictor, result: QueryResult, positions: np.ndarray) -> np.ndarray:

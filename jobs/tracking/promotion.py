@@ -11,7 +11,7 @@ from screformer.config import TrackingConfig
 from screformer.predictor import Predictor
 
 MOST_LOST = 0.01
-"""Balanced accuracy that a model moved to another query may lose on cells of its own one."""
+"""Macro-F1 that a model moved to another query may lose on cells of its own one."""
 
 
 def _measured(
@@ -39,7 +39,7 @@ def _measured(
 
 
 def _numbers(comparison: Comparison) -> dict[str, Any]:
-    keys = ("difference", "low", "high", "num_cells", "accuracy")
+    keys = ("difference", "low", "high", "num_cells", "accuracy", "macro_f1")
     return {key: getattr(comparison, key) for key in keys} | {"groups": list(comparison.groups)}
 
 
@@ -84,9 +84,10 @@ def promote(
         )
         known = measured.get("known_cells")
         if known:
-            better = better and known["difference"] >= -MOST_LOST
+            gained = known["macro_f1"][CANDIDATE] - known["macro_f1"][CHAMPION]
+            better = better and gained >= -MOST_LOST
             reason += (
-                f"; {known['difference']:+.4f} on {known['num_cells']:,} cells of the query that the start"
+                f"; macro-F1 {gained:+.4f} on {known['num_cells']:,} cells of the query that the start"
                 f" model was trained on; it may lose {MOST_LOST}"
             )
         if champion is None:

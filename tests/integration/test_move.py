@@ -148,7 +148,7 @@ def test_a_trained_model_moves_and_is_judged_on_both(small_atlas, ray_local, tmp
     known = found["comparison"]["known_cells"]
     assert set(known["groups"]) == set(after.meta["move"]["old_test_groups"])
     assert not set(found["comparison"]["groups"]) & set(known["groups"])
-    assert found["promoted"] == (found["comparison"]["low"] > 0 and known["difference"] >= -0.01)
-    assert (
-        f"on {known['num_cells']} cells of the query that the start model was trained on" in found["reason"]
-    )
+    gained = known["macro_f1"]["candidate"] - known["macro_f1"]["champion"]
+    assert found["promoted"] == (found["comparison"]["low"] > 0 and gained >= -0.01)
+    where = f"{known['num_cells']} cells of the query that the start model was trained on"
+    assert f"macro-F1 {gained:+.4f} on {where}" in found["reason"]

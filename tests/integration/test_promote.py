@@ -26,14 +26,28 @@ def test_the_difference_is_paired_and_has_its_interval() -> None:
     champion = rng.random(440) < 0.8
     candidate = champion.copy()
     candidate[np.flatnonzero(~champion)[:30]] = True
-    found = compare({"candidate": candidate, "champion": champion}, labels, ["d"])
+    found = compare(_answers(labels, candidate=candidate, champion=champion), labels, ["d"])
     by_type = [(candidate[labels == label].mean() - champion[labels == label].mean()) for label in ("A", "B")]
     assert found.difference == pytest.approx(np.mean(by_type)) and found.table[
         "difference"
     ].tolist() == pytest.approx(by_type)
     assert 0 < found.low < found.difference < found.high
-    same = compare({"candidate": champion, "champion": champion}, labels, ["d"])
+    same = compare(_answers(labels, candidate=champion, champion=champion), labels, ["d"])
     assert (same.low, same.difference, same.high) == (0, 0, 0)
+
+
+def test_macro_f1_falls_where_a_rare_type_is_predicted_too_often() -> None:
+    labels = np.array(["A"] * 400 + ["B"] * 10, dtype=object)
+    right = np.arange(410) >= 8  # eight A are called B
+    found = compare(_answers(labels, candidate=right, champion=labels == labels), labels, ["d"])
+    assert found.difference == pytest.approx(-0.01) and found.macro_f1["champion"] == 1
+    assert found.macro_f1["candidate"] == pytest.approx((2 * 392 / 792 + 2 * 10 / 28) / 2)
+
+
+def _answers(labels: np.ndarray, **right: np.ndarray) -> dict[str, np.ndarray]:
+    """Labels that are right for some cells and the other type's for the rest."""
+    other = np.where(labels == "A", "B", "A").astype(object)
+    return {name: np.where(mask, labels, other) for name, mask in right.items()}
 
 
 def test_models_of_the_same_folds_are_compared_by_them(
