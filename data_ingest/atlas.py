@@ -11,7 +11,7 @@ import datetime
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,11 @@ from screformer.config import AtlasConfig
 ORGANISM = "homo_sapiens"
 MEASUREMENT, X_LAYER = "RNA", "raw"
 """Where raw counts are, as in Census."""
+PUBLIC_CENSUS = "https://census.cellxgene.cziscience.com/cellxgene-census/v1"
+CENSUS_URL = "SCREFORMER_CENSUS_URL"
+"""Environment variable for `atlas.census_url`."""
+_TRIES, _WAIT_S = 3, 0.5
+"""How often to ask for the release directory, and the first pause; each pause is twice as long."""
 _CENSUS = re.compile(r"census(?::(?P<release>.*))?")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 END_OF_TIME_MS = 2**62
@@ -32,7 +37,7 @@ CLOCK_AHEAD = (
 
 
 def located(atlas: AtlasConfig) -> AtlasConfig:
-    """The same atlas with an absolute path, valid in any working directory.
+    """The same atlas with an absolute path, valid in any working directory, and the directory of Census.
 
     Raises:
         ValueError: The URI is empty, or the Census release is malformed.
@@ -45,7 +50,9 @@ def located(atlas: AtlasConfig) -> AtlasConfig:
             f"atlas.uri={atlas.uri!r} is not a release of Census; write census or census:YYYY-MM-DD, such"
             f" as census:2025-11-08"
         )
-    if release is not None or _SCHEME.match(atlas.uri):
+    if release is not None:
+        return dataclasses.replace(atlas, census_url=atlas.census_url or os.environ.get(CENSUS_URL, ""))
+    if _SCHEME.match(atlas.uri):
         return atlas
     return dataclasses.replace(atlas, uri=os.path.abspath(os.path.expanduser(atlas.uri)))
 
@@ -81,7 +88,7 @@ def pinned(atlas: AtlasConfig) -> AtlasConfig:
     atlas = located(atlas)
     release = census_release(atlas)
     if release is not None:
-        release = _census_release(release)
+        release = _dated_release(atlas, release)
         day = datetime.datetime.fromisoformat(release).replace(tzinfo=datetime.UTC)
         return dataclasses.replace(atlas, uri=f"census:{release}", timestamp_ms=int(day.timestamp() * 1000))
     return atlas if atlas.timestamp_ms else dataclasses.replace(atlas, timestamp_ms=time.time_ns() // 10**6)
@@ -112,9 +119,35 @@ def open_atlas(
         limits |= {"sm.compute_concurrency_level": str(threads), "sm.io_concurrency_level": str(threads)}
     root = open_root(atlas, limits | dict(atlas.tiledb_config))
     try:
-        yield experiment_of(atlas, root)
+        with reading(atlas):
+            yield experiment_of(atlas, root)
     finally:
         root.close()
+
+
+@contextmanager
+def reading(atlas: AtlasConfig) -> Iterator[None]:
+    """Report in one line that an open atlas cannot be read.
+
+    Raises:
+        ConnectionError: An object store did not answer, after TileDB has tried several times.
+        OSError: Part of the atlas is missing or damaged.
+    """
+    try:
+        yield
+    except tiledbsoma.SOMAError as error:
+        text = re.split(r"\s*\[(?:Remote IP|Request ID|Headers)", _brief(error, most=1000))[0]
+        if "S3:" in text and "NoSuchKey" not in text:
+            raise ConnectionError(f"atlas {atlas.uri} cannot be read: {text}") from error
+        raise damaged(atlas, text) from error
+
+
+def damaged(atlas: AtlasConfig, what: str) -> OSError:
+    """The error where part of an atlas is missing or has other content than was written."""
+    return OSError(
+        f"atlas {atlas.uri} cannot be read, because part of it is missing or damaged: {what}; restore or copy"
+        f" it again"
+    )
 
 
 def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
@@ -131,12 +164,10 @@ def open_root(atlas: AtlasConfig, tiledb_config: dict[str, str]) -> Any:
     atlas = located(atlas)
     release = census_release(atlas)
     if release is not None:
-        import cellxgene_census
-
-        release = _census_release(release)
-        context = cellxgene_census.get_default_soma_context(tiledb_config=tiledb_config)
+        release, client = _dated_release(atlas, release), _census_client(atlas)
+        context = client.get_default_soma_context(tiledb_config=tiledb_config)
         try:
-            return cellxgene_census.open_soma(census_version=release, context=context)
+            return _asked(lambda: client.open_soma(census_version=release, context=context))
         except (OSError, ValueError, tiledbsoma.SOMAError) as error:
             raise ValueError(
                 f"release {release} of Census could not be opened; check the network ({_brief(error)})"
@@ -190,30 +221,58 @@ def experiment_of(atlas: AtlasConfig, root: Any) -> tiledbsoma.Experiment:
     return experiment
 
 
-def _census_release(release: str) -> str:
+def _census_client(atlas: AtlasConfig) -> Any:
+    """The client of Census, which reads the directory that the atlas names."""
     import cellxgene_census
+    from cellxgene_census import _release_directory as addresses
 
+    folder = (atlas.census_url or PUBLIC_CENSUS).rstrip("/")
+    addresses.CELL_CENSUS_RELEASE_DIRECTORY_URL = f"{folder}/release.json"
+    addresses.CELL_CENSUS_MIRRORS_DIRECTORY_URL = f"{folder}/mirrors.json"
+    return cellxgene_census
+
+
+def _dated_release(atlas: AtlasConfig, release: str) -> str:
+    client = _census_client(atlas)
+    wanted = f"atlas.uri={f'census:{release}' if release else 'census'!r}"
     try:
-        directory = cellxgene_census.get_census_version_directory()
-    except OSError as error:  # includes errors from requests
-        wanted = f"census:{release}" if release else "census"
+        directory = _asked(client.get_census_version_directory)
+    except (OSError, ValueError) as error:  # includes errors from requests
+        where = f" at atlas.census_url={atlas.census_url}" if atlas.census_url else ""
         raise ValueError(
-            f"atlas.uri={wanted!r}: the release directory of CELLxGENE Census could not be reached; check the"
+            f"{wanted}: the release directory of CELLxGENE Census{where} could not be reached; check the"
             f" network ({_brief(error)})"
         ) from error
     known = {entry["release_build"]: entry for entry in directory.values()}
+    if not release and "stable" not in directory:
+        raise ValueError(f"{wanted}: no release is named stable; use one of {_releases(known)}")
     if not release:
-        return directory["stable"]["release_build"]
+        return str(directory["stable"]["release_build"])
     if release not in known:
-        raise ValueError(
-            f"atlas.uri='census:{release}': no such release; use one of {', '.join(sorted(known))}"
-        )
+        raise ValueError(f"{wanted}: no such release; use one of {_releases(known)}")
     return release
+
+
+def _asked(request: Callable[[], Any]) -> Any:
+    """The answer to a request over HTTP, which is repeated if the server is busy or the connection fails."""
+    for turn in range(1, _TRIES):
+        try:
+            return request()
+        except OSError as error:
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status is not None and status < 500:
+                raise
+        time.sleep(_WAIT_S * 2 ** (turn - 1))
+    return request()
+
+
+def _releases(known: Iterable[str]) -> str:
+    return ", ".join(f"census:{release}" for release in sorted(known)) or "none"
 
 
 def _listed(collection: Any) -> str:
     return ", ".join(sorted(collection.keys())) or "nothing"
 
 
-def _brief(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+def _brief(error: Exception, most: int = 200) -> str:
+    return str(error).splitlines()[0][:most] if str(error) else type(error).__name__

@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 from scipy.sparse import csr_array
 
-from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas
+from data_ingest.atlas import MEASUREMENT, X_LAYER, damaged, open_atlas, reading
 from data_ingest.epoch_plan import EpochPlan, ReadUnit
 from data_ingest.packed import PackedCells, fields, in_gene_order
 from screformer.config import AtlasConfig
@@ -29,6 +29,9 @@ from screformer.tokenizer import GeneVocabulary
 
 BLOCK_BYTES = 32 * 2**20
 """Size of a block: small, so several fit in a small object store."""
+_ROUNDING = 1e-4
+"""Relative difference between two sums of a cell's counts that may be due to rounding. One count is found in
+cells with fewer than 10,000."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class CellArrays:
         if self.raw_sums is not None:
             expected_n = self.raw_sums[cells]
             wrong = np.flatnonzero(
-                ~np.isclose(total_n, expected_n, rtol=1e-6, atol=0) & ~np.isnan(expected_n)
+                ~np.isclose(total_n, expected_n, rtol=_ROUNDING, atol=0) & ~np.isnan(expected_n)
             )
             if len(wrong):
                 raise ValueError(
@@ -186,8 +189,7 @@ def read_cells(
     shape = (len(joinids), panels.measured_pg.shape[1])
     total_n = np.zeros(len(joinids), np.float32)
     genes, counts, segment_cells, segment_lengths = [], [], [], []
-    x, _ = _open_x(atlas, threads)
-    for table in x.read((pa.array(joinids),)).tables() if len(joinids) else ():
+    for table in _tables(atlas, joinids, threads) if len(joinids) else ():
         rows, columns, values = (table[name].to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data"))
         if not len(rows):
             continue
@@ -217,8 +219,17 @@ def read_cells(
     if not (cells_s[1:] >= cells_s[:-1]).all():  # TileDB returned the cells in tiles or out of order
         order = np.lexsort((gene_z, np.repeat(cells_s, lengths_s)))
         gene_z, count_z = gene_z[order], count_z[order]
-    counts_ng = in_gene_order(csr_array((count_z, gene_z, offsets), shape=shape))
+    try:
+        counts_ng = in_gene_order(csr_array((count_z, gene_z, offsets), shape=shape))
+    except ValueError as error:
+        raise damaged(atlas, str(error)) from error
     return CellCounts(counts_ng, total_n, panels)
+
+
+def _tables(atlas: AtlasConfig, joinids: np.ndarray, threads: int) -> Iterator[pa.Table]:
+    x, _ = _open_x(atlas, threads)
+    with reading(atlas):
+        yield from x.read((pa.array(joinids),)).tables()
 
 
 def read_checked(

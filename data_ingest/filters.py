@@ -35,6 +35,8 @@ def read_filtered(table: Any, value_filter: str, columns: list[str], field: str)
     try:
         rows = table.read(column_names=columns, value_filter=without_not(value_filter) or None).concat()
     except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
+        if "Query FAILED" in str(error):  # it could not be read
+            raise
         raise ValueError(f"{field}: SOMA rejects it: {str(error).splitlines()[0]}") from error
     for index, column in enumerate(rows.column_names):
         if _is_string(rows.schema.field(column).type):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from data_ingest.atlas import MEASUREMENT, experiment_of, open_root
+from data_ingest.atlas import MEASUREMENT, experiment_of, open_root, reading
 from screformer.config import AtlasConfig
 
 PANELS = "screformer_panels"
@@ -104,15 +104,19 @@ class _Presence:
 def _presence(atlas: AtlasConfig) -> Iterator[_Presence]:
     root = open_root(atlas, dict(atlas.tiledb_config))
     try:
-        measurement = experiment_of(atlas, root).ms[MEASUREMENT]
-        var = measurement.var.read(column_names=["soma_joinid"]).concat()
-        num_genes = int(var["soma_joinid"].to_numpy().max(initial=-1)) + 1
-        info = root.get("census_info", {})
-        if "feature_dataset_presence_matrix" not in measurement or "datasets" not in info:
-            yield _Presence(None, {}, (), num_genes)
-            return
-        known = info["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pydict()
-        row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
-        yield _Presence(measurement["feature_dataset_presence_matrix"], row_of, panels_of(root), num_genes)
+        with reading(atlas):
+            yield _presence_in(atlas, root)
     finally:
         root.close()
+
+
+def _presence_in(atlas: AtlasConfig, root: Any) -> _Presence:
+    measurement = experiment_of(atlas, root).ms[MEASUREMENT]
+    var = measurement.var.read(column_names=["soma_joinid"]).concat()
+    num_genes = int(var["soma_joinid"].to_numpy().max(initial=-1)) + 1
+    info = root.get("census_info", {})
+    if "feature_dataset_presence_matrix" not in measurement or "datasets" not in info:
+        return _Presence(None, {}, (), num_genes)
+    known = info["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pydict()
+    row_of = dict(zip(known["dataset_id"], known["soma_joinid"], strict=True))
+    return _Presence(measurement["feature_dataset_presence_matrix"], row_of, panels_of(root), num_genes)

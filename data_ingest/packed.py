@@ -135,7 +135,11 @@ def fields(num_genes: int) -> list[pa.Field]:
 
 
 def in_gene_order(matrix: csr_array) -> csr_array:
-    """The matrix with increasing columns in each row; it may have none twice."""
+    """The matrix with increasing columns in each row.
+
+    Raises:
+        ValueError: A row has a column twice.
+    """
     falls = matrix.indices[1:] <= matrix.indices[:-1]
     borders = matrix.indptr[1:-1]
     falls[borders[(borders > 0) & (borders < len(matrix.indices))] - 1] = False
@@ -143,7 +147,10 @@ def in_gene_order(matrix: csr_array) -> csr_array:
         return matrix
     rows = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     order = np.lexsort((matrix.indices, rows))
-    return csr_array((matrix.data[order], matrix.indices[order], matrix.indptr), shape=matrix.shape)
+    indices = matrix.indices[order]
+    if ((indices[1:] == indices[:-1]) & (rows[1:] == rows[:-1])).any():
+        raise ValueError("a cell has a gene twice")
+    return csr_array((matrix.data[order], indices, matrix.indptr), shape=matrix.shape)
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:

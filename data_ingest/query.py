@@ -197,9 +197,7 @@ def find_cells(
         obs_table = experiment.obs
         var_table = experiment.ms[MEASUREMENT].var
         names = set(obs_table.schema.names)
-        wanted = {*OBS_COLUMNS, *columns, *(set(optional_columns) & names)}
-        if census_release(atlas) is None:
-            wanted |= {RAW_SUM} & names
+        wanted = {*OBS_COLUMNS, *columns, *({RAW_SUM, *optional_columns} & names)}
         if label_column == MAJOR and MAJOR not in names:
             wanted |= {"cell_type_ontology_term_id"}
         else:

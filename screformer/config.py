@@ -98,13 +98,17 @@ class AtlasConfig:
     tiledb_config: Mapping[str, str] = setting({}, "cells")
     """Passed to TileDB unchanged, for example `vfs.s3.region: eu-west-1`. Credentials are rejected; put them
     in the environment."""
+    census_url: str = setting("", "cells")
+    """Folder on the web with `release.json` and `mirrors.json` of a copy of Census; empty uses
+    SCREFORMER_CENSUS_URL, or else the public one."""
 
     def __post_init__(self) -> None:
         refuse_secret_address("atlas.uri", self.uri, _KEYS_BELONG)
+        refuse_secret_address("atlas.census_url", self.census_url, _KEYS_BELONG)
         refuse_secrets("atlas.tiledb_config", self.tiledb_config, _KEYS_BELONG)
 
     def __hash__(self) -> int:
-        return hash((self.uri, self.timestamp_ms, *sorted(self.tiledb_config.items())))
+        return hash((self.uri, self.timestamp_ms, self.census_url, *sorted(self.tiledb_config.items())))
 
 
 @dataclass(frozen=True, kw_only=True)

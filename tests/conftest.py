@@ -96,6 +96,7 @@ LONGEST_FIRST = (
     "test_resume_run.py",
     "test_full_disk.py",
     "test_move.py",
+    "test_census.py",
     "test_secrets_stay_out.py",
     "test_explain_job.py",
     "test_stream.py",

@@ -2,8 +2,13 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.census import Census
+    from helpers.servers import S3
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +17,14 @@ def ray_local() -> None:
     from helpers.local_ray import start_ray
 
     start_ray()
+
+
+@pytest.fixture(scope="session")
+def census(s3: "S3", small_atlas: str, tmp_path_factory: pytest.TempPathFactory) -> "Census":
+    """A copy of Census, whose stable release is the small atlas."""
+    from helpers.census import publish
+
+    return publish(s3, small_atlas, tmp_path_factory.mktemp("census"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -1,0 +1,102 @@
+"""A copy of CELLxGENE Census on an S3 server: two small releases, the release directory and the mirrors."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tiledbsoma
+
+from helpers.servers import S3
+
+STABLE, LATER = "2025-01-30", "2025-06-02"
+RELABELLED, REMOVED = slice(100, 107), slice(200, 205)
+"""Rows of obs that are labelled otherwise in the later release, and rows that it lacks."""
+_CENSUS = "census"
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """A copy of Census."""
+
+    url: str
+    """Folder on the web with the release directory (`atlas.census_url`)."""
+    tiledb_config: dict[str, str]
+    s3: S3
+
+    @property
+    def words(self) -> list[str]:
+        """TileDB's settings as words of a command line."""
+        return ["--tiledb", *(f"{name}={value}" for name, value in self.tiledb_config.items())]
+
+    def through(self, endpoint: str) -> "Census":
+        """The same copy, through another server."""
+        reach = {"vfs.s3.endpoint_override": endpoint.removeprefix("http://")}
+        return Census(self.url.replace(self.s3.endpoint, endpoint), {**self.tiledb_config, **reach}, self.s3)
+
+
+def publish(s3: S3, atlas: str, scratch: Path) -> Census:
+    """Put an atlas on a server as the stable release of Census, with a later one."""
+    server = client(s3)
+    for release in (STABLE, LATER):
+        folder = _release(atlas, scratch / release, later=release == LATER)
+        upload(server, s3.bucket, folder, f"{_CENSUS}/{release}/soma")
+    releases: dict[str, Any] = {"stable": STABLE, "latest": LATER}
+    for release in (STABLE, LATER):
+        place = {"relative_uri": f"{release}/soma/", "s3_region": "us-east-1"}
+        releases[release] = {
+            "release_build": release,
+            "release_date": None,
+            "soma": {"uri": f"{s3.uri}/{_CENSUS}/{release}/soma/", **place},
+            "h5ads": {"uri": f"{s3.uri}/{_CENSUS}/{release}/h5ads/", "s3_region": "us-east-1"},
+            "flags": {"lts": release == STABLE},
+        }
+    base = {"provider": "S3", "base_uri": f"{s3.uri}/{_CENSUS}/", "region": "us-east-1"}
+    for name, tree in (("release", releases), ("mirrors", {"default": "here", "here": base})):
+        body = json.dumps(tree).encode()
+        server.put_object(Bucket=s3.bucket, Key=f"{_CENSUS}/{name}.json", Body=body, ACL="public-read")
+    # The real one is public; this server wants signatures.
+    settings = {**s3.tiledb_config, "vfs.s3.no_sign_request": "false"}
+    return Census(f"{s3.endpoint}/{s3.bucket}/{_CENSUS}", settings, s3)
+
+
+def _release(atlas: str, target: Path, *, later: bool) -> Path:
+    """A copy of an atlas with obs as in Census: no roll-up, and cells named by `observation_joinid`.
+
+    In the later release, some cells are labelled otherwise, and some are left out.
+    """
+    shutil.copytree(atlas, target)
+    obs = str(target / "census_data/homo_sapiens/obs")
+    with tiledbsoma.DataFrame.open(obs) as table:
+        rows = table.read().concat()
+    rows = rows.drop_columns(["cell_type_major", "cell_type_major_ontology_term_id"])
+    rows = rows.rename_columns({"obs_id": "observation_joinid"})
+    schema, domain = rows.schema, ((0, rows.num_rows - 1),)
+    if later:
+        columns = {name: rows[name].to_pylist() for name in rows.column_names}
+        for name, value in (("cell_type", "neuron"), ("cell_type_ontology_term_id", "CL:0000540")):
+            columns[name][RELABELLED] = [value] * (RELABELLED.stop - RELABELLED.start)
+        kept = np.ones(rows.num_rows, bool)
+        kept[REMOVED] = False
+        rows = pa.table(columns, schema=schema).filter(pa.array(kept))
+    shutil.rmtree(obs)
+    with tiledbsoma.DataFrame.create(obs, schema=schema, domain=domain) as table:
+        table.write(rows)
+    return target
+
+
+def client(s3: S3) -> Any:
+    """A client of the server."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=s3.endpoint, region_name="us-east-1")
+
+
+def upload(server: Any, bucket: str, folder: Path, prefix: str) -> None:
+    """Copy a folder to a server, file by file; an atlas refers to its parts by relative names."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            server.upload_file(str(path), bucket, f"{prefix}/{path.relative_to(folder)}")
