@@ -6,7 +6,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format site benchmark wheel clean docs/settings.md docs/files.md
+.PHONY: help install quickstart test lint format site notebooks benchmark wheel clean docs/settings.md docs/files.md
 
 help:
 	@echo "make install      .venv with screformer in it"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make docs/settings.md docs/files.md   the pages made from the code"
 	@echo "make site         the documentation site, in ./site"
+	@echo "make notebooks    the notebooks of docs/notebooks, on simulated cells"
 	@echo "make wheel        wheel and sdist in dist/, tested in a fresh environment"
 	@echo "make benchmark    the stream and the attention against their peers"
 
@@ -53,6 +54,13 @@ wheel: $(VENV)/installed-for-tests
 
 site: $(VENV)/installed-for-tests
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+notebooks: $(VENV)/installed-for-tests
+	rm -rf build/notebooks && mkdir -p build/notebooks
+	cd build/notebooks && for name in label explain train; do \
+		MPLBACKEND=agg $(abspath $(RUN)) $(CURDIR)/docs/notebooks/$$name.py >$$name.log 2>&1 \
+			|| { tail -40 $$name.log; echo "notebook $$name failed"; exit 1; }; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
