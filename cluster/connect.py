@@ -20,10 +20,12 @@ STARTS = 3
 _TOO_SLOW = "timed out during startup"
 logger = logging.getLogger(__name__)
 CGROUP = Path("/sys/fs/cgroup")
+_own_address = ""
+"""Address of the local Ray that `connect` started in this process."""
 
 
 def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
-    """Connect this process to Ray, once.
+    """Connect this process to Ray, once. A local Ray with too few CPUs for the job is replaced.
 
     Jobs started by `ray job submit` use that cluster, and shells with RAY_ADDRESS use the cluster it names.
     Without an address, a local Ray starts and ends with this process; it never joins a cluster that happens
@@ -42,7 +44,10 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
     """
     quiet()
     if ray.is_initialized():
-        return
+        ours = ray.get_runtime_context().gcs_address == _own_address
+        if not ours or ray.cluster_resources().get("CPU", 0) >= num_cpus:
+            return
+        ray.shutdown()  # an earlier command in this process needed fewer CPUs
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         _start_local(num_cpus)
@@ -51,6 +56,7 @@ def connect(address: str | None = None, *, num_cpus: float = 0) -> None:
 
 
 def _start_local(num_cpus: float) -> None:
+    global _own_address
     cores, memory = machine()
     packages = str(Path(__file__).resolve().parents[1])
     # Set in the environment of Ray's processes, not in a `runtime_env`, for which Ray would discard its
@@ -75,6 +81,7 @@ def _start_local(num_cpus: float) -> None:
                 logging_level=logging.WARNING,
             )
         )
+    _own_address = ray.get_runtime_context().gcs_address
 
 
 def object_store_bytes(memory: float) -> int:

@@ -217,7 +217,8 @@ def test_local_ray_from_any_directory(tmp_path: Path) -> None:
         sys.path.insert(0, sys.argv[1])
         from cluster.connect import connect
         import ray
-        connect(num_cpus=len(os.sched_getaffinity(0)) + 0.5)
+        connect()
+        connect(num_cpus=len(os.sched_getaffinity(0)) + 0.5)  # a second command of one process needs more
         connect()
         @ray.remote
         def worker():
