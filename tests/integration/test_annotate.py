@@ -14,6 +14,7 @@ import screformer
 from data_ingest.atlas import open_atlas
 from data_ingest.cells import H5adCells
 from helpers.processes import run_python
+from helpers.stores import new_store
 from helpers.tiny_model import LABELS, calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.annotate import main
 from jobs.labelling.h5ad_copy import Annotation, annotate
@@ -91,7 +92,7 @@ def _check(obs: pd.DataFrame, expected: pd.DataFrame) -> None:
 def test_the_command_labels_a_copy_and_changes_nothing_else(
     model_dir: Path, predictor: Predictor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = TrackingConfig(uri=new_store(tmp_path))
     with start_run(ExperimentConfig(tracking=tracking), "finetune") as run:
         register_model(run.tracking_uri, run.run_id, model_dir, "blood")
     source, target = tmp_path / "in.h5ad", tmp_path / "made" / "out.h5ad"

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from scipy import sparse
 
 from data_ingest.atlas import open_atlas
+from helpers.stores import new_store
 from helpers.tiny_model import LABELS, tiny_vocabulary, write_tiny_model
 from jobs.explain import main
 from jobs.explaining.shards import load_explanations
@@ -50,7 +51,7 @@ def h5ad(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_explanations_are_saved_checked_and_resumed(
     model_dir: Path, h5ad: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, store = tmp_path / "out", f"sqlite:///{tmp_path}/mlflow.db"
+    out, store = tmp_path / "out", new_store(tmp_path)
     command = [
         "--model",
         str(model_dir),
@@ -149,7 +150,7 @@ def test_cells_of_an_atlas_whose_datasets_measured_different_genes(
         "--background",
         "3",
     ]
-    command += ["--nodes", "8", "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    command += ["--nodes", "8", "--tracking-uri", new_store(tmp_path)]
     assert main(command) == 0, capsys.readouterr().err
     found = load_explanations(out)
     panels = found.genes.filter(like="panel_").to_numpy()

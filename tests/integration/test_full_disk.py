@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, run_here
 from helpers.small_disk import small_disk
+from helpers.stores import new_store
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from jobs import annotate, crossval, finetune, ingest
 from jobs.tracking.client import mlflow_client
@@ -79,7 +80,7 @@ def test_a_training(small_atlas: str, ray_local: None, tmp_path: Path) -> None:
     """The disk fills up at the first checkpoint: no further attempt is made. With more room, the same command
     resumes the run."""
     disk, smoke = tmp_path / "disk", REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
-    tracking, run_dir = f"sqlite:///{tmp_path / 'mlflow.db'}", disk / "run"
+    tracking, run_dir = new_store(tmp_path), disk / "run"
     words = ["--config", smoke, f"atlas.uri={small_atlas}", *ONE_READER]
     words += [f"tracking.uri={tracking}", "tracking.model_name=full"]
     same = [*words, "--run-dir", run_dir]

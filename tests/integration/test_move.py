@@ -11,6 +11,7 @@ from data_ingest.atlas import pinned
 from data_ingest.query import find_cells, saved_query
 from helpers.local_ray import ONE_READER
 from helpers.processes import run_here
+from helpers.stores import new_store
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from jobs import finetune, promote
 from jobs.training.prepare import prepare_cells
@@ -113,7 +114,7 @@ def test_the_models_own_query_changes_nothing(moved):
 
 def test_a_trained_model_moves_and_is_judged_on_both(small_atlas, ray_local, tmp_path):
     """The additive encoder, from blood to lung: labels and inputs grow, both test sets are scored."""
-    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    store = new_store(tmp_path)
     steps = ["train.max_steps=40", "train.eval_every_steps=40", "stream.cells_per_task=256"]
     words = [*steps, "train.global_batch_size=32", "train.micro_batch_size=32", "labels.min_cells=5"]
     words += ["--config", "blood", f"atlas.uri={small_atlas}", f"tracking.uri={store}", *ONE_READER]

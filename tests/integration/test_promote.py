@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from data_ingest.atlas import pinned
 from data_ingest.atlas_cells import AtlasCells
 from data_ingest.query import QueryResult, find_cells
+from helpers.stores import new_store
 from helpers.tiny_model import write_tiny_model
 from jobs.promote import main
 from jobs.tracking.comparison import compare, compare_folds
@@ -53,7 +54,7 @@ def _answers(labels: np.ndarray, **right: np.ndarray) -> dict[str, np.ndarray]:
 def test_models_of_the_same_folds_are_compared_by_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = TrackingConfig(uri=new_store(tmp_path))
     folds = {"run_id": "r", "kind": "donor", "hash": "h", "names": ["0", "1", "2"]}
     with start_run(ExperimentConfig(tracking=tracking), "crossval") as run:
         for macro_f1 in ([0.70, 0.60, 0.80], [0.75, 0.66, 0.84], [0.77, 0.60, 0.90]):
@@ -127,7 +128,7 @@ def _model(folder: Path, result: QueryResult, *, learned: bool, test: list[str])
 def test_champion_moves_only_to_a_better_model(
     result: QueryResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
+    tracking = TrackingConfig(uri=new_store(tmp_path))
     donors = sorted(set(result.obs["donor_id"].astype(str)))
     random = _model(tmp_path / "random", result, learned=False, test=donors[:4])
     learned = _model(tmp_path / "learned", result, learned=True, test=donors[:4])

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from data_ingest.cells import H5adCells
 from helpers.processes import run_python
 from helpers.servers import model_server
+from helpers.stores import new_store
 from helpers.tiny_model import calibrated_tiny_model, tiny_vocabulary, write_tiny_model
 from jobs.labelling.h5ad_copy import annotate
 from jobs.tracking.models import move_alias, pinned_model, register_model, resolve_model
@@ -30,7 +31,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlflow.db")
+    return TrackingConfig(uri=new_store(tmp_path_factory.mktemp("registry")))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
+from helpers.stores import new_store
 from jobs.report import main
 from jobs.reports.artifacts import ANNOTATED, log_baselines, log_confusion, log_per_class, log_test_cells
 from jobs.reports.cell_map import layout
@@ -80,7 +81,7 @@ def _log_run(run: TrackedRun) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> TrackedRun:
     folder = tmp_path_factory.mktemp("run")
     config = ExperimentConfig().merge(
-        {"tracking.uri": f"sqlite:///{folder}/mlflow.db", "model.n_hashes": 2, "tracking.model_name": "blood"}
+        {"tracking.uri": new_store(folder), "model.n_hashes": 2, "tracking.model_name": "blood"}
     )
     with start_run(config, "finetune") as started:
         _log_run(started)
@@ -219,7 +220,7 @@ def test_it_shows_what_the_run_logged(page: Path, run: TrackedRun) -> None:
 def test_a_run_that_logged_little_has_a_report_too(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    config = ExperimentConfig().merge({"tracking.uri": new_store(tmp_path)})
     with pytest.raises(RuntimeError), start_run(config, "pretrain") as run:
         raise RuntimeError("out of memory")
     out = tmp_path / "report.html"
@@ -234,9 +235,7 @@ def test_a_run_that_logged_little_has_a_report_too(
 
 
 def test_a_run_that_made_its_own_report_keeps_it(tmp_path: Path) -> None:
-    with start_run(
-        ExperimentConfig().merge({"tracking.uri": f"sqlite:///{tmp_path}/mlflow.db"}), "crossval"
-    ) as run:
+    with start_run(ExperimentConfig().merge({"tracking.uri": new_store(tmp_path)}), "crossval") as run:
         for name in ("report.html", "report.json"):
             (tmp_path / name).write_text(f"its own {name}")
             run.log_file(tmp_path / name)

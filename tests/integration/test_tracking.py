@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from helpers.processes import REPO_ROOT, run_python, start_python
+from helpers.stores import new_store
 from jobs.reports.artifacts import log_confusion, log_curves
 from jobs.tracking.client import tracking_uri
 from jobs.tracking.identity import code_identity, git_revision
@@ -24,7 +25,7 @@ from screformer.config import ExperimentConfig, TrackingConfig
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlflow.db"
+    return new_store(tmp_path_factory.mktemp("tracking"))
 
 
 @pytest.fixture(scope="module")
