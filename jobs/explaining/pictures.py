@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jobs.explaining.shards import shards_of, values_matrix
-from jobs.reports.figures import bar_figure, beeswarm_figure, heat_figure
+from jobs.reports.gene_figures import bar_figure, beeswarm_figure, heat_figure
 
 
 def draw(

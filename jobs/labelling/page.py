@@ -12,7 +12,8 @@ import pandas as pd
 
 from data_ingest.h5ad import H5adFile
 from jobs.reports.cell_map import layout
-from jobs.reports.figures import confidence_figure, confidence_map, dot_figure, map_figure
+from jobs.reports.figures import confidence_figure, confidence_map, map_figure
+from jobs.reports.gene_figures import dot_figure
 from jobs.reports.page import Report
 from jobs.shifting.cells import DONOR, ComparedCells, compared_file
 from screformer.answers import ANSWER_COLUMNS

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from jobs.reports.artifacts import read_explanations
-from jobs.reports.figures import dot_figure, perturbation_figure
+from jobs.reports.gene_figures import dot_figure, perturbation_figure
 from jobs.reports.page import Report
 from jobs.tracking.logged import LoggedRun
 

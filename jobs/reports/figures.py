@@ -1,6 +1,6 @@
-"""All figures of results, drawn by matplotlib without a display.
+"""Figures of cells, labels and scores, drawn by matplotlib without a display; gene_figures.py has the others.
 
-Axes: n cells, g genes, k labels.
+Axes: n cells, k labels.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ def plain(text: object) -> str:
     return str(text).replace("$", r"\$")
 
 
-def _plain(names: Iterable[object]) -> list[str]:
+def plain_names(names: Iterable[object]) -> list[str]:
+    """Escape names as `plain` does."""
     return [plain(name) for name in names]
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -46,10 +48,10 @@ def confusion_figure(counts_kk: np.ndarray, names: Sequence[str]) -> Figure:
     rows = counts_kk.sum(axis=1, keepdims=True)
     share = np.divide(counts_kk, rows, out=np.zeros(counts_kk.shape), where=rows > 0)
     size = max(4.0, 1.8 + 0.5 * len(names))
-    figure = _figure(size + 1, size)
+    figure = new_figure(size + 1, size)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    labels = _plain(names)
+    labels = plain_names(names)
     axes.set_xticks(range(len(names)), labels, rotation=60, ha="right")
     axes.set_yticks(
         range(len(names)),
@@ -79,7 +81,7 @@ def learning_figure(name: str, curves: Mapping[str, list[tuple[int, float]]]) ->
 
     The axis is logarithmic if all values are positive and span more than two decades.
     """
-    figure = _figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.add_subplot()
     shown = []
     for key, points in sorted(curves.items()):
@@ -108,7 +110,7 @@ def reliability_figure(table: pd.DataFrame) -> Figure:
         table: Rows of `screformer.calibration.reliability` with `part` and `calibration` (before or after).
     """
     parts = list(table["part"].unique())
-    figure = _figure(4.2 * len(parts), 4)
+    figure = new_figure(4.2 * len(parts), 4)
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle="--")
         for state, rows in table[table["part"] == part].groupby("calibration", sort=False):
@@ -138,93 +140,6 @@ def calibration_error(rows: pd.DataFrame) -> float:
     return float((rows["cells"] * distance).sum() / rows["cells"].sum())
 
 
-def perturbation_figure(curves: pd.DataFrame) -> Figure:
-    """Curves over the share of genes deleted or inserted, one per column."""
-    figure = _figure(6, 4)
-    axes = figure.add_subplot()
-    for name, values in curves.items():
-        axes.plot(
-            curves.index, values, marker=".", linestyle="--" if "random" in str(name) else "-", label=name
-        )
-    axes.set(xlabel="share of the cell's genes", ylabel="probability of the label", ylim=(0, 1))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return figure
-
-
-def bar_figure(genes: Sequence[str] | np.ndarray, values: np.ndarray, title: str) -> Figure:
-    """Mean contribution of each gene as a bar, the first gene on top."""
-    figure = _figure(5, 0.6 + 0.24 * len(genes))
-    axes = figure.add_subplot()
-    axes.barh(range(len(genes)), values, color="tab:red")
-    axes.set_yticks(range(len(genes)), _plain(genes))
-    axes.invert_yaxis()
-    axes.set(title=plain(title), xlabel="mean contribution to the logit")
-    return figure
-
-
-def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, title: str) -> Figure:
-    """Contribution of each gene in each cell: a row of dots per gene, the first on top.
-
-    Overlapping dots are spread out.
-    """
-    figure = _figure(6, 0.6 + 0.3 * len(genes))
-    axes = figure.add_subplot()
-    bins = np.linspace(values_ng.min(), values_ng.max() + 1e-9, 80)
-    for row in range(len(genes)):
-        place = np.digitize(values_ng[:, row], bins)
-        rank = pd.Series(place).groupby(place).cumcount().to_numpy()
-        size = pd.Series(place).groupby(place).transform("size").to_numpy()
-        offset = (rank - (size - 1) / 2) * min(0.06, 0.8 / max(size.max(), 1))
-        colors = np.where(values_ng[:, row] > 0, "tab:red", "tab:blue")
-        axes.scatter(values_ng[:, row], row + offset, s=6, c=colors.tolist(), linewidths=0)
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set_yticks(range(len(genes)), _plain(genes))
-    axes.invert_yaxis()
-    axes.set(title=f"{plain(title)} ({len(values_ng):,} cells)", xlabel="contribution to the logit")
-    return figure
-
-
-def dot_figure(dots: pd.DataFrame) -> Figure:
-    """Dot plot of genes (columns) by labels (rows): share of cells that express the gene, and its mean.
-
-    Args:
-        dots: `label`, `gene`, `share` in [0, 1] (the area of the dot) and `mean` (its colour).
-    """
-    labels, genes = list(dict.fromkeys(dots["label"])), list(dict.fromkeys(dots["gene"]))
-    figure = _figure(3.4 + 0.24 * len(genes), 1.6 + 0.34 * len(labels))
-    axes = figure.add_subplot()
-    places = axes.scatter(
-        dots["gene"].map(genes.index),
-        dots["label"].map(labels.index),
-        s=110 * dots["share"],
-        c=dots["mean"],
-        cmap="Reds",
-        vmin=0,
-        edgecolors="0.6",
-        linewidths=0.4,
-    )
-    axes.set_xticks(range(len(genes)), _plain(genes), rotation=90, fontsize=8)
-    axes.set_yticks(range(len(labels)), _plain(labels))
-    axes.set(xlim=(-0.7, len(genes) - 0.3), ylim=(len(labels) - 0.4, -0.6))
-    axes.grid(alpha=0.2)
-    axes.set_axisbelow(True)
-    figure.colorbar(places, ax=axes, label="mean log1p", shrink=0.9)
-    return figure
-
-
-def heat_figure(values_kg: np.ndarray, labels: Sequence[str], genes: Sequence[str] | np.ndarray) -> Figure:
-    """Heat map of mean contributions, classes (rows) by genes: red supports the class, blue opposes it."""
-    figure = _figure(2.5 + 0.22 * len(genes), 1.6 + 0.35 * len(labels))
-    axes = figure.add_subplot()
-    largest = max(float(np.abs(values_kg).max()), 1e-9)
-    image = axes.imshow(values_kg, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-    axes.set_xticks(range(len(genes)), _plain(genes), rotation=90, fontsize=7)
-    axes.set_yticks(range(len(labels)), _plain(labels))
-    figure.colorbar(image, ax=axes, label="mean contribution to the logit")
-    return figure
-
-
 def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str]) -> Figure:
     """Scatter plot of cells, coloured by group.
 
@@ -239,7 +154,7 @@ def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str])
         names = names[: _MOST_COLOURS - 1]
     # Strong colours first, then the pale colour of each pair.
     colours = colormaps["tab20"]([*range(0, _MOST_COLOURS, 2), *range(1, _MOST_COLOURS, 2)])
-    figure = _figure(5.4, 4.4 + 0.2 * ((len(names) + 2) // 2))
+    figure = new_figure(5.4, 4.4 + 0.2 * ((len(names) + 2) // 2))
     axes = figure.add_subplot()
     other_n = ~groups_n.isin(names).to_numpy()
     size = float(np.clip(6000 / len(points_n2), 3, 24))
@@ -260,7 +175,7 @@ def map_figure(points_n2: np.ndarray, groups_n: pd.Series, names: Sequence[str])
 
 def confidence_map(points_n2: np.ndarray, confidence_n: np.ndarray) -> Figure:
     """Scatter plot of cells, (n, 2), coloured by confidence in [0, 1]; the least confident on top."""
-    figure = _figure(5.4, 4.8)
+    figure = new_figure(5.4, 4.8)
     axes = figure.add_subplot()
     order = np.argsort(-confidence_n, kind="stable")
     x_n, y_n = points_n2[order].T
@@ -278,7 +193,7 @@ def confidence_figure(answers: pd.DataFrame) -> Figure:
     Args:
         answers: Columns `conf_score` and `label_level`.
     """
-    figure = _figure(6, 3.2)
+    figure = new_figure(6, 3.2)
     axes = figure.add_subplot()
     levels = answers["label_level"].astype(str)
     names = levels.value_counts().index.tolist()
@@ -297,12 +212,12 @@ def confidence_figure(answers: pd.DataFrame) -> Figure:
 
 def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
     """Macro-F1 of methods over folds: a bar for the mean, a dot per fold; `ours` is highlighted."""
-    figure = _figure(7, 1 + 0.4 * len(scores))
+    figure = new_figure(7, 1 + 0.4 * len(scores))
     axes = figure.add_subplot()
     for row, (name, values) in enumerate(list(scores.items())[::-1]):
         axes.barh(row, np.mean(values), color="#4878a8" if name == ours else "#b8c4d0")
         axes.scatter(values, [row] * len(values), color="black", s=12, zorder=3)
-    axes.set_yticks(range(len(scores)), _plain(list(scores)[::-1]))
+    axes.set_yticks(range(len(scores)), plain_names(list(scores)[::-1]))
     axes.set_xlim(0, 1)
     axes.set_xlabel("macro-F1")
     axes.grid(axis="x", alpha=0.3)
@@ -311,14 +226,14 @@ def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
 
 def differences_figure(differences: Mapping[str, tuple[float, float, float]]) -> Figure:
     """Differences in macro-F1 from a reference: mean, lower and upper bound (which may be infinite)."""
-    figure = _figure(7.5, 1 + 0.3 * len(differences))
+    figure = new_figure(7.5, 1 + 0.3 * len(differences))
     axes = figure.add_subplot()
     for place, (mean, low, high) in enumerate(list(differences.values())[::-1]):
         finite = math.isfinite(low) and math.isfinite(high) and low < high
         error = [[mean - low], [high - mean]] if finite else None
         axes.errorbar(mean, place, xerr=error, fmt="o", color="#4878a8", capsize=3)
     axes.axvline(0, color="gray", linewidth=1)
-    axes.set_yticks(range(len(differences)), _plain(list(differences)[::-1]))
+    axes.set_yticks(range(len(differences)), plain_names(list(differences)[::-1]))
     axes.set_xlabel("macro-F1 minus reference")
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -26,12 +26,7 @@ from jobs.reports.artifacts import (
 )
 from jobs.reports.cell_map import add_cell_map
 from jobs.reports.explained import add_explanations
-from jobs.reports.figures import (
-    LEAST_CELLS,
-    calibration_error,
-    learning_figure,
-    reliability_figure,
-)
+from jobs.reports.figures import LEAST_CELLS, calibration_error, learning_figure, reliability_figure
 from jobs.reports.page import Report
 from jobs.reports.provenance import add_provenance, listed, split_of
 from jobs.reports.results import SCORES, add_results

@@ -9,17 +9,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from jobs.reports.figures import (
-    bar_figure,
-    beeswarm_figure,
     confusion_figure,
     differences_figure,
-    dot_figure,
-    heat_figure,
     learning_figure,
     map_figure,
     reliability_figure,
     scores_figure,
 )
+from jobs.reports.gene_figures import bar_figure, beeswarm_figure, dot_figure, heat_figure
 from screformer.files import csv_text, read_csv
 
 NAMES = [r"$\bad$", "$", "a_b^c", "CD14+ CD16-"]
