@@ -77,14 +77,21 @@ class PackedCells:
             index_g: New index of each gene, -1 for none.
             num_genes: Number of the new genes.
         """
-        gene_z = index_g[self.genes_z]
-        kept_z = gene_z >= 0
-        counts_z, offsets_n = self.values_z(), self.offsets_n
-        if not kept_z.all():
-            offsets_n = np.concatenate([[0], np.cumsum(kept_z)])[offsets_n]
-            gene_z, counts_z = gene_z[kept_z], counts_z[kept_z]
-        matrix = csr_array((counts_z, gene_z, offsets_n), shape=(len(self), num_genes))
-        return PackedCells.of(in_gene_order(matrix), self.total_n)
+        kind = _gene_type(num_genes + 1)
+        nowhere = kind.type(num_genes)
+        gene_z = np.where(index_g < 0, nowhere, index_g).astype(kind).take(self.genes_z)
+        kept = np.flatnonzero(gene_z != nowhere)
+        offsets_n, counts_z, rare_r = self.offsets_n, self.counts_z, self.rare_r
+        if len(kept) < len(gene_z):
+            offsets_n = np.searchsorted(kept, offsets_n)
+            rare_r = rare_r[gene_z[np.flatnonzero(counts_z == 0)] != nowhere]
+            gene_z, counts_z = gene_z.take(kept), counts_z.take(kept)
+        rare_offsets_n = np.searchsorted(np.flatnonzero(counts_z == 0), offsets_n)
+        gene_z = gene_z.astype(_gene_type(num_genes), copy=False)
+        found = PackedCells(self.total_n, offsets_n, gene_z, counts_z, rare_offsets_n, rare_r)
+        if (np.diff(index_g[index_g >= 0]) > 0).all():
+            return found
+        return PackedCells.of(in_gene_order(found.counts_ng(num_genes)), self.total_n)
 
     def values_z(self) -> np.ndarray:
         """The counts, float32."""
@@ -122,6 +129,16 @@ class PackedCells:
             rare_offsets_n - rare_offsets_n[0],
             rare.flatten().to_numpy(),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRows:
+    """Where the cells and genes of a stream are in a shard cache."""
+
+    rows: np.ndarray
+    """Shape (n,), int64, increasing: row of each cell of the plan."""
+    index_g: np.ndarray | None
+    """int32: vocabulary index of each gene of the cache, -1 for none; None if the genes are the same."""
 
 
 def fields(num_genes: int) -> list[pa.Field]:

@@ -25,8 +25,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileType, LocalFileSystem
 
-from data_ingest.datasource import CachedRows, CellArrays
-from data_ingest.packed import PackedCells
+from data_ingest.datasource import CellArrays
+from data_ingest.packed import CachedRows, PackedCells
 from data_ingest.query import QueryResult
 from data_ingest.tasks import map_tasks
 from screformer.storage import filesystem
@@ -55,13 +55,15 @@ class ShardReader:
         blocks, block_n = np.unique(rows // self.rows_per_block, return_inverse=True)
         row_n = block_n * self.rows_per_block + rows % self.rows_per_block
         batches = [batch for shard in self._by_shard(blocks) for batch in shard]
-        found = PackedCells.joined([PackedCells.from_table(batch) for batch in batches])
+        parts = [PackedCells.from_table(batch) for batch in batches]
+        if (index_g := arrays.cached.index_g) is not None:
+            parts = [part.over(index_g, arrays.panels.measured_pg.shape[1]) for part in parts]
+        found = PackedCells.joined(parts)
         joinids = np.concatenate([batch["joinid"].to_numpy() for batch in batches])
         if not (joinids[row_n] == arrays.joinids[cells]).all():
             raise ValueError(f"{self.place} has other cells than when training started; it was replaced")
         arrays.check_sums(cells, found.total_n[row_n])
-        index_g = arrays.cached.index_g
-        return (found if index_g is None else found.over(index_g, arrays.panels.measured_pg.shape[1])), row_n
+        return found, row_n
 
     def _by_shard(self, blocks: np.ndarray) -> Iterator[list[pa.RecordBatch]]:
         """The record batches of some blocks, increasing."""

@@ -17,9 +17,9 @@ from pyarrow.fs import LocalFileSystem
 from tqdm import tqdm
 
 from data_ingest.claims import only_writer
-from data_ingest.datasource import CellArrays, gene_of_var, read_checked
+from data_ingest.datasource import AtlasReader, CellArrays, gene_of_var
 from data_ingest.epoch_plan import EpochPlan
-from data_ingest.packed import PackedCells, fields
+from data_ingest.packed import fields
 from data_ingest.query import QueryResult
 from data_ingest.shard_cache import (
     FORMAT,
@@ -134,9 +134,9 @@ def _write_shard(
     shared: CellArrays = ray.get(arrays)
     cells = plan.task_cells(item["id"]).ravel()
     in_order = np.sort(cells)
-    found = read_checked(atlas, shared, in_order)
-    packed = PackedCells.of(found.counts_ng, found.total_n).take(np.searchsorted(in_order, cells))
-    schema = pa.schema([pa.field("joinid", pa.int64()), *fields(found.counts_ng.shape[1])])
+    packed = AtlasReader(atlas)(shared, in_order)[0].take(np.searchsorted(in_order, cells))
+    num_genes = shared.panels.measured_pg.shape[1]
+    schema = pa.schema([pa.field("joinid", pa.int64()), *fields(num_genes)])
     batches, notes = [], []
     for first in range(0, len(cells), rows_per_block):
         last = min(first + rows_per_block, len(cells))

@@ -1,7 +1,8 @@
-"""Time our stream from the atlas into the training loop, and other readers of the same cells.
+"""Time our stream, from the atlas or a shard cache into the training loop, and other readers of the cells.
 
 The others are a plain SOMA scan, our read tasks without Ray, and tiledbsoma-ml. All read the same cells of
-the same atlas in one run, in alternating rounds; medians are compared.
+the same atlas in one run, in alternating rounds; medians are compared. The cache is written first, into a
+temporary folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +31,8 @@ from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas, pinned
 from data_ingest.datasource import CellArrays, CellDatasource, Reader
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.query import QueryResult, find_cells
+from data_ingest.shard_cache import ShardCache
+from data_ingest.shard_write import write_cache
 from data_ingest.simulate_atlas import write_synthetic_atlas
 from data_ingest.stream import CellStream
 from screformer.config import AtlasConfig, QueryConfig, StreamConfig, TokensConfig
@@ -57,38 +61,43 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         query = find_cells(pinned(atlas), QueryConfig(obs_filter=args.settings.query.obs_filter))
         # A process per core without Ray; spawned, since TileDB does not survive a fork.
         pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")))
-        return _measure(query, pool, cores, args)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        start = time.perf_counter()
+        cache = write_cache(query, f"{folder}/cache", seed=args.seed)
+        print(f"shard cache: {len(query.obs_joinids) / (time.perf_counter() - start):,.0f} cells/s written")
+        return _measure(query, cache, pool, cores, args)
 
 
 def _measure(
-    query: QueryResult, pool: Executor, cores: int, arguments: argparse.Namespace
+    query: QueryResult, cache: ShardCache, pool: Executor, cores: int, arguments: argparse.Namespace
 ) -> dict[str, object]:
     codes = query.obs["label"].cat.codes.to_numpy()
     num_cells = len(query.obs_joinids)
-    stream = CellStream(
-        query.atlas,
-        query.obs_joinids,
-        codes,
-        query.vocabulary(),
-        TokensConfig(max_genes=arguments.max_genes),
-        StreamConfig(),
-        global_batch_size=arguments.batch,
-        seed=arguments.seed,
+    stream, cached = (
+        CellStream(
+            query.atlas,
+            query.obs_joinids,
+            codes,
+            query.vocabulary(),
+            TokensConfig(max_genes=arguments.max_genes),
+            StreamConfig(),
+            global_batch_size=arguments.batch,
+            seed=arguments.seed,
+            cache=each,
+        )
+        for each in (None, cache)
     )
-    contestants: dict[str, Callable[[int], int]] = {
-        "raw SOMA scan": lambda number: _scan(query, cores),
-        "our read tasks, called directly": lambda number: _read_directly(stream, number, pool, cores),
-        "our read tasks, through Ray": lambda number: sum(
-            block.num_rows for block in _blocks(stream, number)
-        ),
-        "our stream, tokens in the loop": lambda number: sum(
-            len(batch["joinids"])
-            for batch in stream.batches(number, rank=0, world_size=1, micro_batch_size=arguments.batch)
-        ),
-    }
+    contestants: dict[str, Callable[[int], int]] = {"raw SOMA scan": lambda number: _scan(query, cores)}
+    for who, each in (("our", stream), ("cache:", cached)):
+        contestants |= {
+            f"{who} read tasks, called directly": partial(_read_directly, each, pool=pool, processes=cores),
+            f"{who} read tasks, through Ray": partial(_through_ray, each),
+            f"{who} stream, tokens in the loop": partial(_in_loop, each, arguments.batch),
+        }
     versions = {name: importlib.metadata.version(name) for name in ("ray", "tiledbsoma", "pyarrow", "numpy")}
     entropy = {
-        "ours": _entropy(_labels_in_order(stream, codes)),
+        "ours": _entropy(_labels_in_order(stream)),
+        "cache": _entropy(_labels_in_order(cached)),
         "random": _entropy(np.random.default_rng(arguments.seed).permutation(codes)),
     }
     peers: list[str] = []
@@ -144,7 +153,9 @@ def _measure(
         "stream_overhead": round(direct / ours - 1, 3),
     }
     if peers:
-        result["over_tiledbsoma_ml"] = round(ours / max(rates[name] for name in peers), 2)
+        best = max(rates[name] for name in peers)
+        result["over_tiledbsoma_ml"] = round(ours / best, 2)
+        result["cache_over_tiledbsoma_ml"] = round(rates["cache: stream, tokens in the loop"] / best, 2)
     print(
         f"load average {os.getloadavg()[0]:.1f} on {cores} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -165,6 +176,15 @@ def _scan(query: QueryResult, threads: int) -> int:
         for table in x.read((pa.array(query.obs_joinids),)).tables():
             table["soma_data"].nbytes  # noqa: B018 - fills the buffers
     return len(query.obs_joinids)
+
+
+def _through_ray(stream: CellStream, epoch: int) -> int:
+    return sum(block.num_rows for block in _blocks(stream, epoch))
+
+
+def _in_loop(stream: CellStream, size: int, epoch: int) -> int:
+    batches = stream.batches(epoch, rank=0, world_size=1, micro_batch_size=size)
+    return sum(len(batch["joinids"]) for batch in batches)
 
 
 def _blocks(stream: CellStream, epoch: int) -> Iterable[pa.Table]:
@@ -214,10 +234,10 @@ def _peer(query: QueryResult, batch_size: int, threads: int, seed: int) -> Itera
                 yield obs["soma_joinid"].to_numpy()
 
 
-def _labels_in_order(stream: CellStream, codes: np.ndarray) -> np.ndarray:
+def _labels_in_order(stream: CellStream) -> np.ndarray:
     plan = stream.plan(0)
     order = np.concatenate([plan.task_cells(task).ravel() for task in range(plan.num_tasks)])
-    return codes[order[order >= 0]]
+    return stream.arrays.labels[order[order >= 0]]
 
 
 def _entropy(codes_in_order: np.ndarray) -> float:
