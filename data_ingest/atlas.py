@@ -150,6 +150,13 @@ def damaged(atlas: AtlasConfig, what: str) -> OSError:
     )
 
 
+def counts_per_cell(atlas: AtlasConfig) -> float:
+    """Mean number of stored counts per cell of the atlas."""
+    with open_atlas(atlas) as experiment:
+        x = experiment.ms[MEASUREMENT].X[X_LAYER]
+        return float(x.nnz / max(experiment.obs.count, 1))
+
+
 def written_ahead(uri: str, context: tiledbsoma.SOMATileDBContext) -> str:
     """An error text if the atlas is only invisible because its writer's clock was ahead of ours; else ""."""
     try:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_MOST_READ_TASKS = 8
+MOST_READ_TASKS = 8
 """Maximum number of concurrent read tasks per rank; more than any of our models can keep busy."""
 _PROGRESS_EVERY_S = 10.0
 
@@ -116,6 +116,6 @@ def share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, flo
     import ray
 
     free = ray.available_resources().get("CPU", 0.0)
-    tasks = max(1, min(_MOST_READ_TASKS, int(free / (world_size * read_cpus))))
+    tasks = max(1, min(MOST_READ_TASKS, int(free / (world_size * read_cpus))))
     store_bytes = ray.cluster_resources().get("object_store_memory", 2**30)
     return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size

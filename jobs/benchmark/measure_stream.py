@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cluster.connect import connect
 from cluster.quiet import quiet_data
-from data_ingest.atlas import MEASUREMENT, X_LAYER, open_atlas, pinned
+from data_ingest.atlas import MEASUREMENT, X_LAYER, counts_per_cell, open_atlas, pinned
 from data_ingest.datasource import CellArrays, CellDatasource, Reader
 from data_ingest.epoch_plan import EpochPlan
 from data_ingest.query import QueryResult, find_cells
@@ -142,7 +142,7 @@ def _measure(
         "benchmark": "stream",
         "cells": num_cells,
         "genes": len(query.var_joinids),
-        "values_per_cell": round(_values_per_cell(query), 1),
+        "values_per_cell": round(counts_per_cell(query.atlas), 1),
         "cores": cores,
         "rounds": arguments.rounds,
         "versions": versions,
@@ -161,13 +161,6 @@ def _measure(
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
     return result
-
-
-def _values_per_cell(query: QueryResult) -> float:
-    """Mean number of stored values per cell of the atlas."""
-    with open_atlas(query.atlas) as experiment:
-        x = experiment.ms[MEASUREMENT].X[X_LAYER]
-        return float(x.nnz / experiment.obs.count)
 
 
 def _scan(query: QueryResult, threads: int) -> int:

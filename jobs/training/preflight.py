@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from cluster.connect import machine, object_store_bytes
+from data_ingest.atlas import counts_per_cell
 from jobs.training.cells import TrainingCells
 from jobs.training.progress import duration
+from jobs.training.scaling import stream_needs
 from screformer.config import ExperimentConfig
 from screformer.cost import activation_bytes, state_bytes
 from screformer.model import ScReformer, classification_loss
@@ -32,7 +34,8 @@ _CHECKPOINTS = 3
 
 
 def describe(cells: TrainingCells) -> dict[str, Any]:
-    """Size of a run: cells, steps, parameters, memory, disk, and the time of an epoch."""
+    """Size of a run: cells, steps, parameters, memory, disk, time of an epoch, and needs of its stream."""
+    speed = cells_per_second(cells)
     return {
         "cells": {part: len(positions) for part, positions in cells.parts.items()},
         "groups": {part: len(cells.groups(part)) for part in cells.parts},
@@ -40,7 +43,8 @@ def describe(cells: TrainingCells) -> dict[str, Any]:
         "labels": dict(zip(cells.labels["names"], cells.class_counts_k.tolist(), strict=True)),
         **preflight(cells),
         "object_store_gb": _gb(object_store_bytes(machine()[1])),
-        "time_per_epoch": epoch_time(cells),
+        "time_per_epoch": epoch_time(cells, speed),
+        "stream": _stream(cells, speed),
         "notes": list(cells.notes),
     }
 
@@ -131,13 +135,34 @@ def local_memory() -> list[float]:
     return [memory - object_store_bytes(memory)]
 
 
-def epoch_time(cells: TrainingCells) -> str:
-    """How long an epoch takes here, from a short measurement; such as `12 min`."""
+def cells_per_second(cells: TrainingCells) -> float | None:
+    """Speed of the training steps of all workers, from a short measurement on this machine; None for GPUs."""
     config = cells.config
     if config.cluster.use_gpu:
-        return "not measured: on a GPU, see the first lines of the run"
+        return None
     per_cell_s = train_seconds_per_cell(config, len(cells.genes), max(2, len(cells.labels["names"])))
-    return f"about {duration(len(cells.parts['train']) * per_cell_s / config.cluster.num_workers)}"
+    return config.cluster.num_workers / per_cell_s
+
+
+def epoch_time(cells: TrainingCells, speed: float | None) -> str:
+    """How long an epoch takes at a speed, such as `about 12 min`."""
+    if speed is None:
+        return "not measured: on a GPU, see the first lines of the run"
+    return f"about {duration(len(cells.parts['train']) / speed)}"
+
+
+def _stream(cells: TrainingCells, speed: float | None) -> dict[str, float] | str:
+    """What reading the training cells needs, rounded."""
+    if speed is None:
+        return "depends on the speed of the steps, which is not measured on a GPU; see docs/scaling.md"
+    needs = stream_needs(
+        num_cells=len(cells.parts["train"]),
+        counts_per_cell=counts_per_cell(cells.query.atlas),
+        cells_per_s=speed,
+        num_workers=cells.config.cluster.num_workers,
+        source="cache" if cells.config.stream.cache else "atlas",
+    )
+    return {name: float(f"{value:.3g}") for name, value in needs.items()}
 
 
 def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes: int) -> float:

@@ -177,6 +177,7 @@ def test_dry_run_prints_and_stops(
     assert "max_genes: 64" in printed and "parameters:" in printed and "memory_gb_per_worker:" in printed
     assert re.search(r"cells:\n  train: \d+", printed)
     assert re.search(r"time_per_epoch: about \d+ \w+\n", printed) and "disk_gb: 0.00" in printed
+    assert re.search(r"stream:\n  hours_per_epoch: .*\n  reader_cores: 0\.\d+\n", printed)
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
