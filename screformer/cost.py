@@ -9,12 +9,32 @@ import contextlib
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from screformer.config import ExperimentConfig, ModelConfig
+from screformer.config import ExperimentConfig, ModelConfig, TokensConfig
+from screformer.model import ScReformer
 
 _FP32_BYTES = 4
+
+
+def count_parameters(model: ModelConfig, tokens: TokensConfig, *, num_genes: int, num_classes: int) -> int:
+    """Number of parameters of a network, which is not built: a large one would take memory and minutes."""
+    with torch.device("meta"), _Undrawn():
+        network = ScReformer(model, tokens, num_genes=num_genes, num_classes=num_classes, seed=0)
+    return sum(param.numel() for param in network.parameters())
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out drawing the weights: for tensors without memory, PyTorch loads sympy, for seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def state_bytes(config: ExperimentConfig, num_parameters: int) -> float:

@@ -77,7 +77,8 @@ class ScReformer(nn.Module):
             self.linear_skip = (
                 LinearSkip(num_genes, num_classes) if num_classes and model.linear_skip else None
             )
-        _draw_weights(self, seed)
+        if not next(self.parameters()).is_meta:  # parameters that are only counted have no values
+            _draw_weights(self, seed)
 
     def forward(
         self, batch: dict[str, Tensor], *, task: ModelTask, hidden: Tensor | None = None, hash_seed: int = 0

@@ -19,7 +19,7 @@ from jobs.training.cells import TrainingCells
 from jobs.training.progress import duration
 from jobs.training.scaling import stream_needs
 from screformer.config import ExperimentConfig
-from screformer.cost import activation_bytes, state_bytes
+from screformer.cost import activation_bytes, count_parameters, state_bytes
 from screformer.model import ScReformer, classification_loss
 from screformer.tokenizer import NUM_SPECIAL
 
@@ -52,7 +52,9 @@ def describe(cells: TrainingCells) -> dict[str, Any]:
 def preflight(cells: TrainingCells) -> dict[str, Any]:
     """What a run will need, as plain values in GB; nothing is measured."""
     config, train = cells.config, cells.config.train
-    num_parameters = _num_parameters(cells)
+    num_parameters = count_parameters(
+        config.model, config.tokens, num_genes=len(cells.genes), num_classes=len(cells.labels["names"])
+    )
     slots = config.tokens.most_slots(len(cells.genes))
     state, activations = state_bytes(config, num_parameters), activation_bytes(config, slots)
     on_gpu, gathered = config.cluster.use_gpu, _GATHERED * num_parameters
@@ -190,18 +192,6 @@ def train_seconds_per_cell(config: ExperimentConfig, num_genes: int, num_classes
         seconds.append(time.perf_counter() - start)
     torch.set_num_threads(before)
     return min(seconds) / size
-
-
-def _num_parameters(cells: TrainingCells) -> int:
-    config = cells.config
-    network = ScReformer(
-        config.model,
-        config.tokens,
-        num_genes=len(cells.genes),
-        num_classes=len(cells.labels["names"]),
-        seed=config.train.seed,
-    )
-    return sum(param.numel() for param in network.parameters())
 
 
 def _gb(size: float) -> float:
