@@ -32,7 +32,8 @@ def work(args: argparse.Namespace) -> Result:
 
     if args.dry_run:
         return describe_ablation(args.settings, args.axes, folds_from=args.folds)
-    return run_ablation(args.settings, folds_from=args.folds, resume=args.resume, axes=args.axes)
+    given = {"folds_from": args.folds, "resume": args.resume, "folder": args.run_dir}
+    return run_ablation(args.settings, axes=args.axes, **given)
 
 
 main = Command(

@@ -293,7 +293,7 @@ def add_gene_overlap(parser: Parser) -> None:
 
 
 def add_training(parser: Parser) -> None:
-    """Arguments of the training commands: the cells, `--dry-run` and `--resume`."""
+    """Arguments of the training commands: the cells, `--dry-run`, `--run-dir` and `--resume`."""
     add_filter(parser)
     parser.add_argument(
         "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
@@ -301,22 +301,14 @@ def add_training(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, cells, steps and memory, then stop"
     )
-    folder = parser.add_mutually_exclusive_group()
-    folder.add_argument(
-        "--run-dir",
-        metavar="RUN_DIR",
-        help="folder of the run; the same command, given again after an interruption, resumes the run",
-    )
-    folder.add_argument(
-        "--resume",
-        metavar="RUN_DIR",
-        help="resume an interrupted run with its own settings; only section.field=value"
-        " given now can change them",
+    _add_run_folder(
+        parser,
+        "resume an interrupted run with its own settings; only section.field=value given now can change them",
     )
 
 
 def add_study(parser: Parser) -> None:
-    """Arguments of cross-validation and ablation: `--folds`, `--dry-run` and `--resume`."""
+    """Arguments of cross-validation and ablation: `--folds`, `--dry-run`, `--run-dir` and `--resume`."""
     parser.add_argument(
         "--folds",
         metavar="RUN",
@@ -325,9 +317,17 @@ def add_study(parser: Parser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, folds, notes and the time needed, then stop"
     )
-    parser.add_argument(
-        "--resume", metavar="RUN_DIR", help="resume an interrupted study; finished folds are not run again"
+    _add_run_folder(parser, "resume an interrupted study; finished folds are not run again")
+
+
+def _add_run_folder(parser: Parser, resume: str) -> None:
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument(
+        "--run-dir",
+        metavar="RUN_DIR",
+        help="folder of the run; the same command, given again after an interruption, resumes the run",
     )
+    folder.add_argument("--resume", metavar="RUN_DIR", help=resume)
 
 
 def check_study(args: argparse.Namespace) -> None:

@@ -30,7 +30,8 @@ def work(args: argparse.Namespace) -> Result:
 
     if args.dry_run:
         return describe_crossval(args.settings, folds_from=args.folds)
-    return run_crossval(args.settings, folds_from=args.folds, resume=args.resume)
+    given = {"folds_from": args.folds, "resume": args.resume, "folder": args.run_dir}
+    return run_crossval(args.settings, **given)
 
 
 main = Command(

@@ -29,6 +29,7 @@ def run_ablation(
     *,
     folds_from: str | None = None,
     resume: str | None = None,
+    folder: str | None = None,
     axes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the reference and each variant over the folds, once per seed, and write the table.
@@ -39,6 +40,7 @@ def run_ablation(
         config: The recipe with its overrides; when resuming, that of the interrupted study.
         folds_from: Where to take folds from, as in `open_study`.
         resume: Folder of an interrupted ablation.
+        folder: As in `opened`.
         axes: As in `variants`.
 
     Returns:
@@ -51,7 +53,9 @@ def run_ablation(
     from ray import tune
 
     listed = variants(config, axes) if not resume else []
-    with opened(without_extras(config), "ablate", folds_from=folds_from, resume=resume) as study:
+    with opened(
+        without_extras(config), "ablate", folds_from=folds_from, resume=resume, folder=folder, axes=axes
+    ) as study:
         listed = listed or variants(study.config, axes)
         for note in study.notes():
             print(f"note: {note}", flush=True)

@@ -25,7 +25,11 @@ from screformer.metrics import OURS
 
 
 def run_crossval(
-    config: ExperimentConfig, *, folds_from: str | None = None, resume: str | None = None
+    config: ExperimentConfig,
+    *,
+    folds_from: str | None = None,
+    resume: str | None = None,
+    folder: str | None = None,
 ) -> dict[str, Any]:
     """Run all folds of all configurations and baselines, and write the report.
 
@@ -35,6 +39,7 @@ def run_crossval(
         config: The recipe with its overrides; when resuming, that of the interrupted study.
         folds_from: Where to take folds from, as in `open_study`.
         resume: Folder of an interrupted study; finished folds are not run again.
+        folder: As in `opened`.
 
     Returns:
         `run_id`, `run_dir`, `report` (its path), `scores` (mean of each of our metrics), `baselines`
@@ -44,7 +49,7 @@ def run_crossval(
         ValueError: The settings, cells, folds or cluster do not allow it.
         RuntimeError: A fold or a baseline failed; the others' results are kept.
     """
-    with opened(config, "crossval", folds_from=folds_from, resume=resume) as study:
+    with opened(config, "crossval", folds_from=folds_from, resume=resume, folder=folder) as study:
         assert study.run is not None
         config = study.config
         skipped = study.missing_baselines()

@@ -8,8 +8,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from jobs.reports.artifacts import log_before_and_after
+from jobs.tracking.runs import TrackedRun
 from jobs.training.cells import TrainingCells
 from jobs.training.reference import cells_to_show
+from screformer.checkpoint import add_meta
 from screformer.extension import known_part
 from screformer.predictor import Predictor
 
@@ -71,3 +74,15 @@ def move_scores(table: pd.DataFrame) -> dict[str, float]:
                     key = f"move/{short}/{score.replace('-', '_').lower()}_{when}"
                     scores[key] = float(row[f"{score} {when}"])
     return scores
+
+
+def log_move(run: TrackedRun, cells: TrainingCells, before: Predictor, after: Predictor) -> None:
+    """Log scores before and after, and keep them with the model."""
+    if not len(cells.parts["test"]):
+        return
+    table = before_and_after(cells, before, after)
+    scores = move_scores(table)
+    log_before_and_after(run, table)
+    run.log_metrics(scores, step=cells.config.train.max_steps)
+    add_meta(after.directory, {"move": {**after.meta["move"], "scores": scores}})
+    print(table[table["type"] == ""].to_string(index=False, float_format="{:.3f}".format), flush=True)

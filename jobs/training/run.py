@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ import ray.train.torch
 import yaml
 
 from cluster.connect import connect
-from data_ingest.claims import only_writer
-from jobs.reports.artifacts import log_before_and_after, log_curves, log_test_cells
+from jobs.reports.artifacts import log_curves, log_test_cells
 from jobs.tracking.runs import TrackedRun, start_run
-from jobs.training.before_after import before_and_after, move_scores
+from jobs.training.before_after import log_move
 from jobs.training.cells import TrainingCells
 from jobs.training.launch import check_layout, train
 from jobs.training.preflight import (
@@ -36,10 +36,12 @@ from jobs.training.reference import cells_to_show, keep_reference
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,
+    absolute,
     is_begun,
     keep_model,
     new_run_dir,
     newest_checkpoint,
+    only_run,
     read_result,
     read_run,
     require_writable,
@@ -48,10 +50,9 @@ from jobs.training.run_folder import (
 )
 from jobs.training.start import load_start, settings_of_start
 from jobs.training.task import training_task
-from screformer.checkpoint import LoadedModel, add_meta, load_model
+from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
-from screformer.storage import filesystem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,94 +101,119 @@ def run_training(
         RuntimeError: Workers failed more often than `cluster.max_failures`, or could not be started.
         StorageError: The run folder cannot be written.
     """
-    saved: dict[str, Any] = {}
     asked = {"task": task, "init_from": init_from, "settings": config.to_dict()}
     if folder is not None:
-        folder = folder if "://" in folder else str(Path(folder).resolve())
-        if is_begun(folder, asked):
-            resume, overrides = folder, ()
+        folder = absolute(folder)
+        resume = folder if is_begun(folder, asked) else None
+        overrides = () if resume else overrides
     if resume is not None:
-        saved = read_run(resume)
-        found = read_result(resume)
-        if found is not None:
-            print(f"{resume} is already finished; there is nothing to resume", flush=True)
-            return TrainingResult(**found)
+        read_run(resume)
+        if found := _finished(resume):
+            return found
+    elif folder is not None:
+        require_writable(folder, "--run-dir")
+    else:
+        require_writable(config.cluster.storage_path or "runs", "cluster.storage_path")
+    given = resume or folder
+    with only_run(given) if given else nullcontext():
+        if folder is not None and is_begun(folder, asked):
+            resume = folder
+        if resume is not None and (found := _finished(resume)):  # by another process, in the meantime
+            return found
+        return _run(config, asked, given, resumes=resume is not None, overrides=overrides)
+
+
+def _finished(run_dir: str) -> TrainingResult | None:
+    """The result of a finished run."""
+    found = read_result(run_dir)
+    if found is None:
+        return None
+    print(f"{run_dir} is already finished; there is nothing to resume", flush=True)
+    return TrainingResult(**found)
+
+
+def _run(
+    config: ExperimentConfig,
+    asked: dict[str, Any],
+    given: str | None,
+    *,
+    resumes: bool,
+    overrides: Sequence[str],
+) -> TrainingResult:
+    """A run in a folder that no other process writes to; without a given one, in a new folder."""
+    task, init_from, saved = asked["task"], asked["init_from"], {}
+    if resumes:
+        assert given is not None
+        saved = read_run(given)
         task, init_from = saved["task"], saved["init_from"]
         config = ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=task)
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
     check_layout(config, ray.nodes())
-    if resume is None:
-        if folder is None:
-            require_writable(config.cluster.storage_path or "runs", "cluster.storage_path")
-        else:
-            require_writable(folder, "--run-dir")
     start = None
     if init_from:
         start = load_start(config, init_from)
-        given, config = config, settings_of_start(config, start, init_from)
-        if taken := config.differences(given):
+        own, config = config, settings_of_start(config, start, init_from)
+        if taken := config.differences(own):
             print(
                 f"note: taken from {init_from}: {', '.join(f'{k}={v}' for k, v in taken.items())}", flush=True
             )
     cells = prepare_cells(config, task, start=start)
     if saved and saved["query_hash"] != cells.query.hash:
         raise ValueError(
-            f"{resume} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
+            f"{given} was trained on other cells (query hash {saved['query_hash'][:12]}, now"
             f" {cells.query.hash[:12]})"
         )
     order = cells.cache.order_hash if cells.cache else ""
     if saved and saved.get("cache", "") != order:
         raise ValueError(
-            f"{resume} was trained {_with_cache(saved.get('cache', ''))}, now {_with_cache(order)}; the order"
+            f"{given} was trained {_with_cache(saved.get('cache', ''))}, now {_with_cache(order)}; the order"
             " of its cells would change in the middle of an epoch, so resume it with the same stream.cache"
         )
     needs, nodes = preflight(cells), ray.nodes()
     refuse_what_cannot_fit(
         cells.config,
         needs,
-        resume or folder or config.cluster.storage_path,
+        given or config.cluster.storage_path,
         [node["Resources"].get("memory", 0) for node in nodes if node["Alive"]],
     )
     run = TrackedRun(**saved["run"]) if saved else start_run(cells.config, task)
-    run_dir = resume or folder or new_run_dir(config, task, run.run_id)
+    run_dir = given or new_run_dir(config, task, run.run_id)
     run = run.kept_in(run_dir)
-    files, path = filesystem(run_dir)
-    with only_writer(files, f"{path}/writing", run_dir):
-        with run, resumable(run_dir):
-            if not saved:
-                started = {"config": cells.config.to_dict(), "task": task, "init_from": init_from}
-                started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run), "asked": asked}
-                started["cache"] = order
-                write_json(run_dir, RUN_FILE, started)
-                run.log_identity(cells.identity())
-                if start is not None:
-                    run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
-            print(cells.attention, flush=True)
-            print(preflight_line(needs, nodes), flush=True)
-            for note in cells.notes:
-                print(f"note: {note}", flush=True)
-            print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
-            model_dir = _trained_model(task, cells, run, run_dir, model=start, resumes=bool(saved))
-            version = None
-            if task == "finetune":
-                predictor = Predictor.load(model_dir)
-                keep_reference(cells, predictor)
-                if start is not None and start.labels["names"] and cells.move is not None:
-                    _log_before_and_after(run, cells, Predictor(start, ""), predictor)
-                _log_test_cells(run, cells, predictor)
-                version = run.register(model_dir, cells.config.tracking.model_name)
-            else:
-                run.log_file(model_dir)
-            log_curves(run)
-        result = TrainingResult(
-            run_id=run.run_id,
-            run_dir=run_dir,
-            model_dir=str(model_dir),
-            metrics=load_model(model_dir).meta["metrics"],
-            model_version=version,
-        )
-        write_json(run_dir, RESULT_FILE, dataclasses.asdict(result))
+    with run, resumable(run_dir), nullcontext() if given else only_run(run_dir):
+        if not saved:
+            started = {"config": cells.config.to_dict(), "task": task, "init_from": init_from}
+            started |= {"query_hash": cells.query.hash, "run": dataclasses.asdict(run), "asked": asked}
+            started["cache"] = order
+            write_json(run_dir, RUN_FILE, started)
+            run.log_identity(cells.identity())
+            if start is not None:
+                run.set_tags({"start": {"model": init_from, "run_id": start.meta.get("run_id", "")}})
+        print(cells.attention, flush=True)
+        print(preflight_line(needs, nodes), flush=True)
+        for note in cells.notes:
+            print(f"note: {note}", flush=True)
+        print(f"{task} in {run_dir} (resume after an interruption with --resume {run_dir})", flush=True)
+        model_dir = _trained_model(task, cells, run, run_dir, model=start, resumes=bool(saved))
+        version = None
+        if task == "finetune":
+            predictor = Predictor.load(model_dir)
+            keep_reference(cells, predictor)
+            if start is not None and start.labels["names"] and cells.move is not None:
+                log_move(run, cells, Predictor(start, ""), predictor)
+            _log_test_cells(run, cells, predictor)
+            version = run.register(model_dir, cells.config.tracking.model_name)
+        else:
+            run.log_file(model_dir)
+        log_curves(run)
+    result = TrainingResult(
+        run_id=run.run_id,
+        run_dir=run_dir,
+        model_dir=str(model_dir),
+        metrics=load_model(model_dir).meta["metrics"],
+        model_version=version,
+    )
+    write_json(run_dir, RESULT_FILE, dataclasses.asdict(result))
     return result
 
 
@@ -237,18 +263,6 @@ def describe_training(
     refuse_what_cannot_fit(cells.config, described, resume or config.cluster.storage_path, local_memory())
     parts = (cells.config.to_dict(task), described)
     return "\n".join(yaml.safe_dump(part, sort_keys=False) for part in parts) + cells.attention
-
-
-def _log_before_and_after(run: TrackedRun, cells: TrainingCells, before: Predictor, after: Predictor) -> None:
-    """Log scores before and after, and keep them with the model."""
-    if not len(cells.parts["test"]):
-        return
-    table = before_and_after(cells, before, after)
-    scores = move_scores(table)
-    log_before_and_after(run, table)
-    run.log_metrics(scores, step=cells.config.train.max_steps)
-    add_meta(after.directory, {"move": {**after.meta["move"], "scores": scores}})
-    print(table[table["type"] == ""].to_string(index=False, float_format="{:.3f}".format), flush=True)
 
 
 def _log_test_cells(run: TrackedRun, cells: TrainingCells, predictor: Predictor) -> None:

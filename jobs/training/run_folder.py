@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow.fs
 import ray.train
 
+from data_ingest.claims import only_writer
 from jobs.tracking.naming import flat
 from screformer.config import ExperimentConfig, Task
 from screformer.storage import filesystem, writing
@@ -57,18 +58,36 @@ def require_writable(place: str, what: str) -> None:
         ) from error
 
 
-def is_begun(run_dir: str, asked: dict[str, Any]) -> bool:
+def absolute(run_dir: str) -> str:
+    """The folder as a path that is valid in every process, or its URI."""
+    return run_dir if "://" in run_dir else str(Path(run_dir).resolve())
+
+
+@contextmanager
+def only_run(run_dir: str) -> Iterator[None]:
+    """Be the only process that writes to the folder.
+
+    Raises:
+        ValueError: Another process does, or it cannot be written.
+    """
+    files, path = filesystem(run_dir)
+    with only_writer(files, f"{path}/writing", run_dir):
+        yield
+
+
+def is_begun(run_dir: str, asked: dict[str, Any], *, file: str = RUN_FILE) -> bool:
     """Whether the folder has a run of the same command.
 
     Args:
         run_dir: The folder; it need not exist.
         asked: Plain values of what the command asks for, which a run saves as `asked`.
+        file: The file that the run saves it in.
 
     Raises:
         ValueError: It has a run of another command.
     """
     try:
-        saved = _read_json(run_dir, RUN_FILE).get("asked", {})
+        saved = _read_json(run_dir, file).get("asked", {})
     except (OSError, ValueError):
         return False
     ours, theirs = flat(json.loads(json.dumps(asked))), flat(saved)

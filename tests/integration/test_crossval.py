@@ -49,19 +49,23 @@ def settings(small_atlas: str) -> list[str]:
 def killed(
     settings: list[str], ray_local: None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], dict[Path, int], str]:
-    """A cross-validation killed after its first fold and then resumed: folder, result, times of the first
-    fold's files, and the output of the resumed command."""
+    """A cross-validation killed after its first fold and then given again: folder, result, times of the
+    first fold's files, and the output of the second command."""
     folder = tmp_path_factory.mktemp("crossval")
     words = ["--config", str(SMOKE), *settings, f"crossval.baselines=[{', '.join(QUICK)}]"]
-    job = start_command("jobs.crossval", *words, "crossval.register=true", cwd=folder)
+    words += ["crossval.register=true", "--run-dir", "study"]
+    job = start_command("jobs.crossval", *words, cwd=folder)
     run_dir, deadline = Path(read_until(job, r"--resume (\S+)\)")[1]), time.monotonic() + 500
+    assert run_dir == folder / "study"
     while not list(run_dir.glob("trials/*/fold-0.json")):
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.1)
     kill_tree(job)
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("*/*/fold-*")}
     assert not list(run_dir.glob("trials/*/fold-1.json"))
-    result, printed = run_here(crossval.main, "--resume", run_dir, cwd=folder)
+    _, said = run_here(crossval.main, *words, "train.lr=0.5", cwd=folder, status=2)
+    assert "has a run with train.lr=0.001, now it is 0.5; use another folder" in said
+    result, printed = run_here(crossval.main, *words, cwd=folder)
     return run_dir, result, before, printed
 
 

@@ -1,20 +1,27 @@
 """The folder of a run on disk and on S3: which checkpoint a resume uses, and who may write."""
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_ingest.claims import only_writer
-from helpers.processes import run_python
+from helpers.processes import REPO_ROOT, run_here, run_python
 from helpers.servers import S3
+from jobs import crossval, finetune
+from jobs.training.run import run_training
 from jobs.training.run_folder import (
     attempts,
     is_begun,
     keep_model,
     newest_checkpoint,
+    only_run,
     read_result,
     write_json,
 )
@@ -159,3 +166,32 @@ def test_one_process_writes_a_run_and_a_dead_one_does_not_count(run_dir: str) ->
     assert "claimed" in run_python("-c", script, run_dir).stdout
     with only_writer(files, f"{path}/writing", run_dir):
         pass
+
+
+@pytest.mark.parametrize("command", [finetune, crossval])
+def test_a_second_start_is_refused_before_it_leaves_anything(command: Any, tmp_path: Path) -> None:
+    """Two starts of one new `--run-dir`: no run in MLflow that would be RUNNING for ever."""
+    words = ["--config", REPO_ROOT / "jobs" / "recipes" / "smoke.yaml", "atlas.uri=not-read-yet"]
+    words += [f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", "--run-dir", tmp_path / "run"]
+    with only_run(str(tmp_path / "run")):
+        _, printed = run_here(command.main, *words, cwd=tmp_path, status=2)
+    assert f"{tmp_path / 'run'} is being written by process" in printed and printed.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["run"]
+
+
+def test_what_another_process_finished_in_the_meantime_is_not_run_again(tmp_path: Path) -> None:
+    """A start that saw no run in its folder gets it when the first one is done."""
+    found = {"run_id": "1", "run_dir": str(tmp_path), "model_dir": "m", "metrics": {}, "model_version": None}
+    config = ExperimentConfig().merge({"atlas.uri": "not-read"})
+    asked = {"task": "finetune", "init_from": None, "settings": config.to_dict()}
+
+    @contextmanager
+    def after_the_other(run_dir: str) -> Iterator[None]:
+        write_json(run_dir, "run.json", {"asked": asked})
+        write_json(run_dir, "result.json", found)
+        with only_run(run_dir):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.training.run.only_run", after_the_other)
+        assert dataclasses.asdict(run_training(config, "finetune", folder=str(tmp_path))) == found
