@@ -111,11 +111,12 @@ def share_of_cluster(world_size: int, read_cpus: float) -> tuple[int, float, flo
 
     A read task keeps its reservation while it waits for its consumer. With a whole CPU each, a paused
     training stream could starve the validation stream forever, or one rank another. So tasks reserve almost
-    nothing (nothing at all if no CPU is free), and their number is limited instead.
+    nothing (nothing at all if no CPU is free), and their number is limited instead. Ray Train's workers leave
+    room for that (`jobs.training.elastic`), so that there is some even if nodes are lost later.
     """
     import ray
 
     free = ray.available_resources().get("CPU", 0.0)
     tasks = max(1, min(MOST_READ_TASKS, int(free / (world_size * read_cpus))))
     store_bytes = ray.cluster_resources().get("object_store_memory", 2**30)
-    return tasks, 0.001 if free >= 0.1 else 0, 0.4 * store_bytes / world_size
+    return tasks, 0.001 if free >= 0.01 else 0, 0.4 * store_bytes / world_size

@@ -430,6 +430,11 @@ class ClusterConfig:
     """Folder or URI for checkpoints, visible to all nodes; empty means `runs/` in the working directory."""
     max_failures: int = setting(2)
     """Number of restarts from the last checkpoint after losing a worker; -1 for no limit."""
+    min_workers: int = setting(1)
+    """Fewest workers to go on with after a node is lost, until it comes back. Set it to `num_workers` if the
+    number of workers must not change, for example because fewer have too little memory."""
+    wait_for_nodes_minutes: float = setting(20.0)
+    """How long to wait for nodes on which `min_workers` fit; then the run ends and can be resumed."""
 
     def __post_init__(self) -> None:
         refuse_secret_address("cluster.storage_path", self.storage_path, _KEYS_BELONG)
@@ -440,6 +445,15 @@ class ClusterConfig:
             f"cluster.cpus_per_read_task={self.cpus_per_read_task} must be positive",
         )
         require(self.max_failures >= -1, f"cluster.max_failures={self.max_failures} must be -1 or more")
+        require(
+            1 <= self.min_workers <= self.num_workers,
+            f"cluster.min_workers={self.min_workers} must be at least 1 and at most num_workers"
+            f"={self.num_workers}",
+        )
+        require(
+            self.wait_for_nodes_minutes > 0,
+            f"cluster.wait_for_nodes_minutes={self.wait_for_nodes_minutes} must be positive",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -590,6 +604,15 @@ class ExperimentConfig:
     def grad_accum_steps(self, world_size: int) -> int:
         """Number of forward passes per optimizer step on each of `world_size` ranks; raises ValueError."""
         return grad_accum_steps(self.train.global_batch_size, self.train.micro_batch_size, world_size)
+
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that a run may have: `cluster.num_workers`, and fewer after a loss of nodes.
+
+        The global batch stays the same, so it must be a multiple of micro-batch x workers.
+        """
+        cluster, micro_batches = self.cluster, self.train.global_batch_size // self.train.micro_batch_size
+        counts = range(cluster.min_workers, cluster.num_workers + 1)
+        return [count for count in counts if micro_batches % count == 0]
 
     @classmethod
     def from_file(cls, path: str | Path, *, command: Command | None = None) -> Self:

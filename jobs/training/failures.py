@@ -9,18 +9,15 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import ray.train
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayError
 
+from jobs.training.elastic import NodesMissingError
 from screformer.storage import StorageError
 
 if TYPE_CHECKING:
     from screformer.config import ExperimentConfig
 
-START_TRIES = 20
-"""How often Ray Train waits a minute for enough free resources; nodes can take that long to start."""
-
 _NODE_MEMORY = re.compile(r"IP: ([^,)]+).*?was (\S+) used / (\S+) limit", re.DOTALL)
-_NEVER_STARTED = ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError")
 
 
 class GiveUp(ray.train.UserCallback):
@@ -37,12 +34,12 @@ class GiveUp(ray.train.UserCallback):
 
 
 def explained(
-    error: ray.train.TrainingFailedError, config: ExperimentConfig, run_dir: str
+    error: ray.train.TrainingFailedError | RayError, config: ExperimentConfig, run_dir: str
 ) -> ValueError | OSError | RuntimeError:
     """Explain in one line why Ray Train gave up and how to resume the run.
 
     Args:
-        error: The error raised by Ray Train.
+        error: The error raised by Ray Train, or by Ray if Ray Train's own process was lost.
         config: The run's settings.
         run_dir: The run's folder.
 
@@ -51,22 +48,28 @@ def explained(
         not occur again.
     """
     resume = f"resume with --resume {run_dir}"
+    if isinstance(error, RayError):
+        who = "the process that controls the workers"
+        return RuntimeError(
+            _memory(who, error, config, resume) or f"{who} was lost: something killed it; {resume}"
+        )
     if not isinstance(error, ray.train.WorkerGroupError):
         inner = getattr(error, "controller_failure", error)
         if isinstance(inner, StorageError) or type(inner) is ValueError:
             return inner
-        if type(inner).__name__ in _NEVER_STARTED:
+        if isinstance(inner, NodesMissingError):
             cluster = config.cluster
             return RuntimeError(
-                f"the {cluster.num_workers} workers of {cluster.cpus_per_worker:g} CPUs could not be started"
-                f" in {START_TRIES} attempts of one minute each; nodes are missing or busy;"
-                f" add nodes or wait, then {resume}, or with fewer workers: cluster.num_workers=..."
+                f"{inner.args[0]} workers of {cluster.cpus_per_worker:g} CPUs could not be started within"
+                f" cluster.wait_for_nodes_minutes={cluster.wait_for_nodes_minutes:g}; nodes are missing or"
+                f" busy; add nodes or wait, then {resume}, or with fewer workers: cluster.num_workers=..."
             )
         return RuntimeError(f"Ray Train failed ({_first_line(inner)}); {resume}")
     rank, cause = _root(error.worker_failures)
-    what = _memory(rank, cause, config, resume)
+    who = f"rank {rank}" if _is_gpu_memory(cause) else f"rank {rank} or a task that reads cells for it"
+    what = _memory(who, cause, config, resume)
     if not what:
-        lost = isinstance(cause, ray.exceptions.RayError)
+        lost = isinstance(cause, RayError)
         how = (
             "was lost: its node is gone, or something killed it, such as the kernel when memory runs out"
             if lost
@@ -77,7 +80,7 @@ def explained(
     return RuntimeError(what if attempts == 1 else f"{attempts} attempts failed; in the last, {what}")
 
 
-def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) -> str:
+def _memory(who: str, cause: Exception, config: ExperimentConfig, resume: str) -> str:
     """The message if memory ran out; else empty."""
     size = config.train.micro_batch_size
     smaller = (
@@ -87,21 +90,17 @@ def _memory(rank: int, cause: Exception, config: ExperimentConfig, resume: str) 
     )
     if _is_gpu_memory(cause):
         return (
-            f"rank {rank} ran out of GPU memory; {resume} {smaller}, or with a higher zero.stage (now"
+            f"{who} ran out of GPU memory; {resume} {smaller}, or with a higher zero.stage (now"
             f" {config.zero.stage})"
         )
     if not isinstance(cause, OutOfMemoryError | MemoryError):
         return ""
     found = _NODE_MEMORY.search(str(cause))
     node = f"node {found[1]} ran out of memory ({found[2]} of {found[3]} used)" if found else "memory ran out"
+    killed = f"{who} was killed because {node}; {resume}"
     if config.cluster.num_workers > 1 or config.train.micro_batch_size > 1:
-        return (
-            f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} {smaller}, or"
-            f" spread the workers over more nodes"
-        )
-    return (
-        f"rank {rank} or a task that reads cells for it was killed because {node}; {resume} with more memory"
-    )
+        return f"{killed} {smaller}, or spread the workers over more nodes"
+    return f"{killed} with more memory"
 
 
 def _is_gpu_memory(error: Exception) -> bool:

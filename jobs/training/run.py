@@ -149,7 +149,7 @@ def _run(
         config = ExperimentConfig.from_saved(saved["config"], resume=True).merge(overrides, command=task)
     workers, cpus_per_worker = config.cluster.num_workers, config.cluster.cpus_per_worker
     connect(num_cpus=workers * cpus_per_worker + config.cluster.cpus_per_read_task)
-    check_layout(config, ray.nodes())
+    check_layout(config, ray.nodes(), resumes=resumes)
     start = None
     if init_from:
         start = load_start(config, init_from)
@@ -236,7 +236,8 @@ def _trained_model(
     if checkpoint is not None and ended:
         print("training had already ended; completing the rest of the run", flush=True)
         return keep_model(checkpoint, run_dir)
-    return train(training_task(task, cells, run, model=model, checkpoint=checkpoint), run_dir).model_dir
+    training = training_task(task, cells, run, model=model, checkpoint=checkpoint)
+    return train(training, run_dir, elastic=True).model_dir
 
 
 def describe_training(

@@ -104,7 +104,7 @@ def _train(task: TrainingTask, run_dir: str, model_dir: str, flag: str) -> Accou
         with checkpoint.as_directory() as folder:
             if read_position(folder)["finished"]:
                 return Account()
-            resume = _restore(Path(folder), engine)
+            resume = _restore(Path(folder), engine, task.config.cluster.num_workers)
     done_steps = resume[0].global_step if resume else 0
     lines = ProgressLines(
         task.config.train.max_steps,
@@ -202,8 +202,8 @@ def _hand_over(folder: Path, metrics: dict[str, float]) -> None:
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _restore(folder: Path, engine: Any) -> tuple[Progress, Weights, Weights]:
-    """Load a checkpoint into the engine.
+def _restore(folder: Path, engine: Any, num_workers: int) -> tuple[Progress, Weights, Weights]:
+    """Load a checkpoint into the engine, and say so, also if there are fewer ranks than `num_workers`.
 
     Returns:
         The progress of the run and, on rank 0, its best weights and its average weights.
@@ -212,9 +212,11 @@ def _restore(folder: Path, engine: Any) -> tuple[Progress, Weights, Weights]:
     progress = Progress.from_dict(read_position(folder))
     if torch.distributed.get_rank() != 0:
         return progress, {}, {}
+    ranks = torch.distributed.get_world_size()
+    fewer = f", with {ranks} of {num_workers} workers" if ranks < num_workers else ""
     print(
         f"resumed after step {progress.global_step} (epoch {progress.epoch}, {progress.cells_consumed} of its"
-        f" cells done)",
+        f" cells done){fewer}",
         flush=True,
     )
     return progress, read_weights(folder / "model"), read_average(folder)

@@ -31,8 +31,10 @@ def start_python(*words: object, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run_python(*words: object, timeout_s: float = 550, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run Python with these arguments, which must succeed; options as for `subprocess.run`."""
+def run_python(
+    *words: object, timeout_s: float = 550, status: int = 0, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, which must end with `status`; options as for `subprocess.run`."""
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         capture_output=True,
@@ -41,7 +43,9 @@ def run_python(*words: object, timeout_s: float = 550, **options: Any) -> subpro
         check=False,
         **{"env": environment(), **options},
     )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    assert done.returncode == status, (
+        f"status {done.returncode}\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
+    )
     return done
 
 

@@ -6,11 +6,9 @@ import pytest
 import ray.train
 import torch
 from ray.exceptions import ActorDiedError, OutOfMemoryError
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-)
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from jobs.training.elastic import NodesMissingError
 from jobs.training.failures import GiveUp, explained
 from screformer.config import ExperimentConfig
 from screformer.storage import StorageError
@@ -45,6 +43,16 @@ def test_memory_is_named_with_the_setting_to_change() -> None:
     assert "--resume /runs/a cluster.cpus_per_worker=2" in _said({0: KILLED}, odd)
 
 
+def test_a_lost_controller_is_reported() -> None:
+    """Ray may kill it together with the worker, because both have a process that takes memory."""
+    assert str(explained(KILLED, CONFIG, "/runs/a")).startswith(
+        "the process that controls the workers was killed because node 10.0.0.7 ran out of memory"
+    )
+    assert str(explained(ActorDiedError(), CONFIG, "/runs/a")) == (
+        "the process that controls the workers was lost: something killed it; resume with --resume /runs/a"
+    )
+
+
 def test_a_lost_worker_and_an_error_are_told_apart_from_what_follows() -> None:
     lost = WorkerHealthCheckFailedError("a worker died", ActorDiedError())
     assert "rank 1 was lost: its node is gone, or something killed it" in _said({0: FOLLOWS, 1: lost})
@@ -55,9 +63,11 @@ def test_a_lost_worker_and_an_error_are_told_apart_from_what_follows() -> None:
 
 
 def test_workers_that_never_start_are_reported_with_the_wait() -> None:
-    error = ray.train.ControllerError(WorkerGroupStartupTimeoutError(2))
-    assert "the 2 workers of 1 CPUs could not be started in 20 attempts of one minute each" in str(
-        explained(error, CONFIG, "/runs/a")
+    error = pickle.loads(pickle.dumps(ray.train.ControllerError(NodesMissingError(1))))
+    assert str(explained(error, CONFIG, "/runs/a")) == (
+        "1 workers of 1 CPUs could not be started within cluster.wait_for_nodes_minutes=20; nodes are missing"
+        " or busy; add nodes or wait, then resume with --resume /runs/a, or with fewer workers:"
+        " cluster.num_workers=..."
     )
 
 
