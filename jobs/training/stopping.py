@@ -109,7 +109,7 @@ def stop_on_signals(flag: str) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)}
-    raised = []
+    raised, late = [], threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
@@ -122,15 +122,18 @@ def stop_on_signals(flag: str) -> Iterator[None]:
         signal.alarm(STOP_WITHIN_S)
 
     def end(number: int, frame: FrameType | None) -> None:
-        late = KeyboardInterrupt()
-        late.add_note(f"no checkpoint could be saved within {STOP_WITHIN_S} s, so the last one counts")
-        raise late
+        late.set()
+        raise KeyboardInterrupt  # Ray, waiting for a result, raises another one in its place
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGALRM, end)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if late.is_set():
+            stop.add_note(f"no checkpoint could be saved within {STOP_WITHIN_S} s, so the last one counts")
+        raise
     finally:
         signal.alarm(0)
         for number, handler in before.items():

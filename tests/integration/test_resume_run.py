@@ -8,17 +8,21 @@ import os
 import re
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import boto3
 import pytest
+import ray
 
 from helpers.local_ray import ONE_READER
 from helpers.processes import REPO_ROOT, environment, kill_tree, read_until, run_here, start_python
 from helpers.servers import S3
 from jobs import finetune, shard
+from jobs.training import stopping
 
 pytestmark = pytest.mark.timeout(1200)
 SMOKE = str(REPO_ROOT / "jobs" / "recipes" / "smoke.yaml")
@@ -111,6 +115,19 @@ def test_sigterm_saves_a_checkpoint_and_prints_how_to_resume(stopped: tuple[Run,
     assert run.steps()[-1] >= 30 and run.steps()[-1] not in (150, run.steps()[-2])
     saved = json.loads(run.objects("run.json")[0].get()["Body"].read())
     assert _client().get_run(saved["run"]["run_id"]).info.status == "KILLED"
+
+
+def test_a_stop_that_no_worker_answers_ends_in_time(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver waits for Ray, and nobody saves a checkpoint: nodes are missing, or readers are stuck."""
+    monkeypatch.setattr(stopping, "STOP_WITHIN_S", 1)
+    before = signal.getsignal(signal.SIGTERM)
+    waits = ray.remote(num_cpus=0)(lambda: time.sleep(600)).remote()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(KeyboardInterrupt) as stopped, stopping.stop_on_signals("nobody-looks"):
+        ray.get(waits)
+    assert stopped.value.__notes__ == ["no checkpoint could be saved within 1 s, so the last one counts"]
+    assert signal.getsignal(signal.SIGTERM) == before and signal.alarm(0) == 0
+    ray.cancel(waits, force=True)
 
 
 @pytest.fixture(scope="module")
