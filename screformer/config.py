@@ -149,6 +149,9 @@ class LabelsConfig:
     max_cells: int = setting(0)
     """Fine-tuning uses at most this many random cells per label and data set, so large ones do not crowd out
     the rest; 0 uses all."""
+    exclude: tuple[str, ...] = setting(())
+    """Labels that are not learned, for example a type that only one donor has, which a network cannot tell
+    from that donor. In a test, their cells count as errors; a start model keeps the labels it has."""
 
     def __post_init__(self) -> None:
         require(self.min_cells >= 1, f"labels.min_cells={self.min_cells} must be at least 1")

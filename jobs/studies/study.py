@@ -65,6 +65,9 @@ class Study:
                 f"all cells of {self.label_names[label]!r} are in fold {name}: no method can learn it there,"
                 f" so each of its test cells counts as an error"
             )
+        if excluded := [name for name in self.config.labels.exclude if name in self.label_names]:
+            listed = ", ".join(excluded)
+            notes.append(f"labels.exclude: no method learns {listed}; their test cells count as errors")
         for fold in range(len(self.folds)):
             notes += [*self.split(fold).notes, *self._rare_labels(fold)]
         if self.config.crossval.pretrain == "once":

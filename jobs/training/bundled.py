@@ -30,9 +30,6 @@ SETS = (
     "onek1k_bcells",
 )
 """Labelled data sets of human blood cells. Cells marked as copies by `duplicate_of` are excluded."""
-FILTER = "cell_type_major != 'hematopoietic precursor cell'"
-"""Progenitors are excluded. All of them come from one donor and one protocol, and a model trained with them
-labelled many monocytes of other protocols as progenitors (181 of 996 cells of a healthy 10x 3' v2 sample)."""
 CARD = "MODEL_CARD.md"
 LIMITS = (
     "Other cell types: progenitors, red blood cells, granulocytes, mast cells, innate lymphoid cells and"
@@ -72,7 +69,6 @@ def train_bundled(config: ExperimentConfig, data: Path, scratch: Path, out: Path
         config.merge(
             {
                 "atlas.uri": str(atlas.resolve()),
-                "query.obs_filter": FILTER,
                 "split.test_fraction": 0.0,
                 "cluster.storage_path": str(scratch.resolve() / "runs"),
                 "tracking.uri": f"sqlite:///{scratch.resolve() / 'mlflow.db'}",

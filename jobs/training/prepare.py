@@ -192,9 +192,11 @@ def _classes(
     train_codes = codes_n[train]
     counts = np.bincount(train_codes[train_codes >= 0], minlength=len(all_names))
     old = list(known["names"])
-    enough = [code for code in range(len(all_names)) if counts[code] >= config.labels.min_cells]
+    left_out = [name for name in config.labels.exclude if name in all_names and name not in old]
+    possible = [code for code in range(len(all_names)) if all_names[code] not in left_out]
+    enough = [code for code in possible if counts[code] >= config.labels.min_cells]
     kept = [code for code in range(len(all_names)) if code in enough or all_names[code] in old]
-    rare = {all_names[code]: int(counts[code]) for code in range(len(all_names)) if code not in kept}
+    rare = {all_names[code]: int(counts[code]) for code in possible if code not in kept}
     if len(enough) < 2:
         listed = ", ".join(
             f"{name} ({count})" for name, count in zip(all_names, counts.tolist(), strict=True)
@@ -207,6 +209,9 @@ def _classes(
     notes = []
     if rare:
         notes.append(f"labels with fewer than {config.labels.min_cells} training cells are excluded: {rare}")
+    if left_out:
+        few = {name: int(counts[all_names.index(name)]) for name in left_out}
+        notes.append(f"training cells of labels.exclude are left out: {few}")
     unlabelled = int((codes_n < 0).sum())
     if unlabelled:
         notes.append(f"{unlabelled} cells without a label are excluded")

@@ -77,6 +77,18 @@ def test_labels_and_genes_are_added_and_old_cells_replayed(moved):
     assert set(again.obs_joinids) >= set(blood.obs_joinids)
 
 
+def test_excluded_labels_are_not_learned_unless_the_start_model_has_them(moved):
+    start, config, _ = moved
+    excluded = {"labels.exclude": ("fibroblast", start.labels["names"][0], "no such type")}
+    cells = prepare_cells(config.merge(excluded), "finetune")
+    assert not set(excluded["labels.exclude"]) & set(cells.labels["names"])
+    for positions in cells.parts.values():
+        assert not set(cells.query.obs["label"].iloc[positions]) & set(excluded["labels.exclude"])
+    assert any("training cells of labels.exclude are left out: {'fibroblast': " in note for note in cells.notes)
+    names = prepare_cells(config.merge(excluded), "finetune", start=start).labels["names"]
+    assert names[:4] == start.labels["names"] and "fibroblast" not in names and len(names) > 4
+
+
 @pytest.mark.parametrize(
     ("settings", "meta", "note"),
     [

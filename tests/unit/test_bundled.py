@@ -13,7 +13,6 @@ import screformer
 from helpers.cells import MARKERS, marked_cells
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
-from jobs.training.bundled import FILTER
 from jobs.training.start import load_start, settings_of_start
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import load_model
@@ -32,7 +31,7 @@ def test_it_is_small_and_found_by_name() -> None:
 def test_it_matches_the_recipe() -> None:
     config = load_model(bundled_model(DEFAULT)).config
     recipe = ExperimentConfig.from_file(RECIPES / "blood.yaml", command="finetune")
-    settled = {"query.obs_filter": FILTER, "split.test_fraction": 0.0, "model.attention": "none"}
+    settled = {"split.test_fraction": 0.0, "model.attention": "none"}
     assert config.differences(recipe.merge(settled)) == {}
 
 
