@@ -84,7 +84,7 @@ def test_excluded_labels_are_not_learned_unless_the_start_model_has_them(moved):
     assert not set(excluded["labels.exclude"]) & set(cells.labels["names"])
     for positions in cells.parts.values():
         assert not set(cells.query.obs["label"].iloc[positions]) & set(excluded["labels.exclude"])
-    assert any("training cells of labels.exclude are left out: {'fibroblast': " in note for note in cells.notes)
+    assert any("labels.exclude are left out: {'fibroblast': " in note for note in cells.notes)
     names = prepare_cells(config.merge(excluded), "finetune", start=start).labels["names"]
     assert names[:4] == start.labels["names"] and "fibroblast" not in names and len(names) > 4
 
