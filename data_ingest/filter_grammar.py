@@ -125,7 +125,7 @@ class _Parser:
     def _comparison(self, node: ast.Compare) -> Comparison:
         sides = [node.left, *node.comparators]
         if any(isinstance(op, _MEMBER) for op in node.ops):
-            column, listed = _column(node.left), node.comparators[0]
+            column, listed = column_name(node.left), node.comparators[0]
             if column is None:
                 self._refuse(node.left, "is not a column; write COLUMN in [VALUE, ...]")
             if len(node.ops) > 1:
@@ -140,29 +140,19 @@ class _Parser:
         for op in node.ops:
             if not isinstance(op, (*_EXACT, *_ORDER)):
                 self._refuse(node, "is compared with `is`; write == or !=")
-        named = [index for index, side in enumerate(sides) if _column(side) is not None]
+        named = [index for index, side in enumerate(sides) if column_name(side) is not None]
         if len(named) != 1 or (len(sides) > 2 and (len(sides), named[0]) != (3, 1)):
             self._refuse(node, "must compare one column with a value; write COLUMN == VALUE")
-        column = _column(sides[named[0]])
+        column = column_name(sides[named[0]])
         assert column is not None
         values = tuple(self._value(side) for index, side in enumerate(sides) if index != named[0])
         return Comparison(column=column, values=values, exact=all(isinstance(op, _EXACT) for op in node.ops))
 
     def _value(self, node: ast.expr) -> Any:
-        match node:
-            case ast.Call(func=ast.Name(id="val"), args=[ast.Constant(value=value)], keywords=[]):
-                pass
-            case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=ast.Constant(value=number)) if (
-                isinstance(number, int | float)
-            ):
-                value = -number if isinstance(op, ast.USub) else number
-            case ast.Constant(value=value):
-                pass
-            case _:
-                self._refuse(node, "is not a value; write text in quotes, or a number")
-        if value is not None and not isinstance(value, str | bool | int | float):
+        try:
+            return constant(node)
+        except TypeError:
             self._refuse(node, "is not a value; write text in quotes, or a number")
-        return value
 
     def _refuse(self, node: ast.expr, what: str) -> NoReturn:
         line = self._text.splitlines()[node.lineno - 1]
@@ -171,10 +161,33 @@ class _Parser:
         raise ValueError(f"{self._start}{part!r} at character {before + 1} {what}")
 
 
-def _column(node: ast.expr) -> str | None:
+def column_name(node: ast.expr) -> str | None:
+    """The column that a part of a filter names, or None."""
     match node:
         case ast.Name(id=name):
             return name
         case ast.Call(func=ast.Name(id="attr"), args=[ast.Constant(value=str(name))], keywords=[]):
             return name
     return None
+
+
+def constant(node: ast.expr) -> str | bool | int | float | None:
+    """The constant that a part of a filter is.
+
+    Raises:
+        TypeError: It is none.
+    """
+    match node:
+        case ast.Call(func=ast.Name(id="val"), args=[ast.Constant(value=value)], keywords=[]):
+            pass
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=ast.Constant(value=number)) if isinstance(
+            number, int | float
+        ):
+            value = -number if isinstance(op, ast.USub) else number
+        case ast.Constant(value=value):
+            pass
+        case _:
+            raise TypeError("not a constant")
+    if value is not None and not isinstance(value, str | bool | int | float):
+        raise TypeError("not a constant of a filter")
+    return value

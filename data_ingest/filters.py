@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import tiledbsoma
 
-from data_ingest.filter_grammar import Comparison, comparisons, without_not
+from data_ingest.filter_grammar import Comparison, comparisons
+from data_ingest.filter_rows import matching
 from screformer.config import QueryConfig
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,28 @@ def full_obs_filter(query: QueryConfig) -> str:
 
 
 def read_filtered(table: Any, value_filter: str, columns: list[str], field: str) -> pd.DataFrame:
-    """The rows of a SOMA table that match a filter, in joinid order; `field` is for messages."""
-    try:
-        rows = table.read(column_names=columns, value_filter=without_not(value_filter) or None).concat()
-    except (tiledbsoma.SOMAError, TypeError, ValueError, KeyError) as error:
-        if "Query FAILED" in str(error):  # it could not be read
-            raise
-        raise ValueError(f"{field}: SOMA rejects it: {str(error).splitlines()[0]}") from error
+    """The rows of a SOMA table that match a filter, in joinid order.
+
+    The filter's columns are read first, then the others, between the first and the last row that matches.
+
+    Args:
+        table: An open table.
+        value_filter: The filter; one that `check_filter` refuses is refused here too, or gives wrong rows.
+        columns: Columns to read, with `soma_joinid`.
+        field: Name of the setting, for messages.
+    """
+    needed = {comparison.column for comparison in comparisons(value_filter, field)}
+    if not needed:
+        rows = table.read(column_names=columns).concat()
+    else:
+        parts = table.read(column_names=["soma_joinid", *sorted(needed - {"soma_joinid"})])
+        found = (part.filter(matching(value_filter, part))["soma_joinid"] for part in parts)
+        joinids = pa.chunked_array([chunk for part in found for chunk in part.chunks], type=pa.int64())
+        by_joinid = tuple(table.index_column_names) == ("soma_joinid",) and len(joinids) > 0
+        ends = pc.min_max(joinids)
+        within = (slice(ends["min"].as_py(), ends["max"].as_py()),) if by_joinid else ()
+        read = table.read(within, column_names=columns)
+        rows = pa.concat_tables(part.filter(pc.is_in(part["soma_joinid"], joinids)) for part in read)
     for index, column in enumerate(rows.column_names):
         if _is_string(rows.schema.field(column).type):
             rows = rows.set_column(index, column, rows[column].dictionary_encode())
@@ -64,6 +79,8 @@ def check_filter(value_filter: str, table: Any, field: str) -> None:
 
 def _check_type(comparison: Comparison, value: Any, table: Any, field: str) -> None:
     column, kind = comparison.column, table.schema.field(comparison.column).type
+    if pa.types.is_dictionary(kind) and not comparison.exact:
+        raise ValueError(f"{field}: {column} is categorical, without an order; compare it with ==, != or in")
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if value is None:
         if comparison.listed or not comparison.exact:
@@ -132,14 +149,14 @@ def _strings_of(table: Any, column: str) -> list[str] | None:
     kind = table.schema.field(column).type
     if pa.types.is_dictionary(kind):
         return (
-            table.get_enumeration_values([column])[column].to_pylist()
+            table.get_enumeration_values([column])[column].drop_null().to_pylist()
             if _is_string(kind.value_type)
             else None
         )
     if not _is_string(kind):
         return None
     found = [pc.unique(part[column]) for part in table.read(column_names=[column])]
-    return pc.unique(pa.chunked_array(found, type=kind)).to_pylist()
+    return pc.unique(pa.chunked_array(found, type=kind)).drop_null().to_pylist()
 
 
 def _natural(text: str) -> list[Any]:
