@@ -6,12 +6,13 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install quickstart test lint format site notebooks benchmark wheel clean docs/settings.md docs/files.md
+.PHONY: help install quickstart test test-all lint format site notebooks benchmark wheel clean docs/settings.md docs/files.md
 
 help:
 	@echo "make install      .venv with screformer in it"
 	@echo "make quickstart   the whole chain on simulated cells, in ./quickstart (ARGS='--h5ad FILE' for yours)"
 	@echo "make test         the tests (ARGS='-k stream' for some)"
+	@echo "make test-all     the tests, then the slow ones, each with its time"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs/settings.md docs/files.md   the pages made from the code"
 	@echo "make site         the documentation site, in ./site"
@@ -26,6 +27,9 @@ quickstart: install
 
 test: $(VENV)/installed-for-tests
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all: test
+	$(RUN) -m pytest -m slow --durations=0 --durations-min=1 $(ARGS)
 
 lint: $(VENV)/installed-for-tests
 	$(RUN) -m ruff check .

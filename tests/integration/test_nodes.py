@@ -16,7 +16,7 @@ from data_ingest.ingest import ingest
 from helpers.processes import read_until
 from helpers.raylets import Job, Raylets, end, raylets
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # minutes, mostly of waiting
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +82,5 @@ def test_training_goes_on_with_what_is_left(cluster: Raylets, sim_h5ads: list[Pa
     finally:
         end(job)
     expected = alone.losses()
-    assert len(found) > 10
-    print(
-        max(found),
-        max(abs(found[k] / expected[k] - 1) for k in found),
-        [(k, found[k], expected[k]) for k in sorted(found)][-3:],
-    )
-    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-3)
+    assert len(found) >= 4, "each with the cells of 20 steps"
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-4)

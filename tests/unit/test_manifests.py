@@ -162,3 +162,12 @@ def test_the_image_gets_what_it_copies() -> None:
         for source in line.split()[:-1]
     }
     assert copied == kept and all((REPO_ROOT / path).exists() for path in copied)
+
+
+def test_the_tests_of_the_faults_exist() -> None:
+    table = README.partition("## Faults and their tests")[2]
+    rows = re.findall(r"^\| (\d+)\. .*$", table, re.MULTILINE)
+    assert [int(row) for row in rows] == list(range(1, 17))
+    there = {path.name for path in (REPO_ROOT / "tests").rglob("test_*.py")}
+    named = set(re.findall(r"test_\w+\.py", table))
+    assert named and named <= there, named - there
