@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 
 from screformer.config import SplitConfig
 
@@ -32,7 +33,7 @@ class Split(dict[str, np.ndarray]):
 
 
 def split_cells(
-    groups: Sequence[str] | np.ndarray, labels: np.ndarray, config: SplitConfig, seed: int
+    groups: Sequence[str] | np.ndarray | pd.Series, labels: np.ndarray, config: SplitConfig, seed: int
 ) -> Split:
     """Divide cells without splitting a group between training and test.
 
@@ -44,7 +45,7 @@ def split_cells(
     the log report. The test part always consists of whole groups.
 
     Args:
-        groups: Shape (n,), group name of each cell.
+        groups: Shape (n,), group of each cell; categories take least memory.
         labels: Shape (n,), label code of each cell, -1 for none.
         config: Shares and groups to hold out.
         seed: Random seed.
@@ -56,7 +57,7 @@ def split_cells(
         ValueError: A test group does not exist (the message lists those that do), or nothing would be left
             to train on.
     """
-    names, group_n = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    names, group_n = named_codes(groups)
     label_n = np.asarray(labels, np.int64) + 1
     counts_dk = np.zeros((len(names), int(label_n.max(initial=0)) + 1), np.int64)
     np.add.at(counts_dk, (group_n, label_n), 1)
@@ -84,6 +85,17 @@ def split_cells(
         {"train": np.flatnonzero(~test & ~val), "val": np.flatnonzero(val), "test": np.flatnonzero(test)},
         notes,
     )
+
+
+def named_codes(values: Sequence[str] | np.ndarray | pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values as text, sorted, and the position of each value among them.
+
+    Args:
+        values: Shape (n,). The text of a categorical column is not repeated for each cell.
+    """
+    code_n, distinct = pd.factorize(pd.Series(values), use_na_sentinel=False)
+    names, position = np.unique(np.array([str(value) for value in distinct], dtype=str), return_inverse=True)
+    return names, position[code_n]
 
 
 def choose_validation(

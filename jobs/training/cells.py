@@ -15,6 +15,7 @@ import pandas as pd
 from data_ingest.datasource import gene_of_var
 from data_ingest.query import QueryResult
 from data_ingest.shard_cache import ShardCache
+from data_ingest.split import named_codes
 from data_ingest.stream import CellStream, Sample
 from screformer.augmentation import Augmentation
 from screformer.config import ExperimentConfig
@@ -129,8 +130,8 @@ class TrainingCells:
 
     def groups(self, part: str) -> list[str]:
         """The split's groups in a part, for example donors."""
-        groups_n = self.query.obs[self.config.split.group_by].astype(str).to_numpy()
-        return sorted(set(groups_n[self.parts[part]]))
+        names, code_n = self._groups
+        return sorted(names[np.unique(code_n[self.parts[part]])].tolist())
 
     def identity(self) -> dict[str, Any]:
         """Facts about these cells to store with a model: query, split and notes."""
@@ -157,6 +158,11 @@ class TrainingCells:
         cache = ShardCache.open(self.config.stream.cache)
         cache.require(self.query)
         return cache
+
+    @cached_property
+    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """Names of the split's groups, and the group of each cell."""
+        return named_codes(self.query.obs[self.config.split.group_by])
 
     @cached_property
     def _panels(self) -> Panels:

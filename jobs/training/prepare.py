@@ -68,8 +68,7 @@ def prepare_cells(
     config = config.merge({"atlas.uri": query.atlas.uri, "atlas.timestamp_ms": query.atlas.timestamp_ms})
     codes_n = query.obs["label"].cat.codes.to_numpy().astype(np.int64)
     if split is None:
-        groups_n = query.obs[config.split.group_by].astype(str).to_numpy()
-        split = split_cells(groups_n, codes_n, config.split, config.train.seed)
+        split = split_cells(query.obs[config.split.group_by], codes_n, config.split, config.train.seed)
     parts = dict(split)
     notes += split.notes
     if task == "finetune":
@@ -252,7 +251,7 @@ def _leaks(config: ExperimentConfig, query: QueryResult, test: np.ndarray, start
     theirs = start.meta.get("split", {})
     if theirs.get("group_by") != config.split.group_by:
         return []
-    held_out = set(query.obs[config.split.group_by].astype(str).to_numpy()[test])
+    held_out = set(query.obs[config.split.group_by].iloc[test].astype(str))
     leaked = sorted(set(theirs["groups"]["train"]) & held_out)
     if not leaked:
         return []
