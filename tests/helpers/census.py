@@ -15,7 +15,7 @@ from helpers.servers import S3
 STABLE, LATER = "2025-01-30", "2025-06-02"
 RELABELLED, REMOVED = slice(100, 107), slice(200, 205)
 """Rows of obs that are labelled otherwise in the later release, and rows that it lacks."""
-_CENSUS = "census"
+_CENSUS, _ON_DISK = "census", "census-on-disk"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Census:
     """Folder on the web with the release directory (`atlas.census_url`)."""
     tiledb_config: dict[str, str]
     s3: S3
+    disk_url: str
+    """The same with the releases on the disk, which need no TileDB settings."""
 
     @property
     def words(self) -> list[str]:
@@ -35,14 +37,15 @@ class Census:
     def through(self, endpoint: str) -> "Census":
         """The same copy, through another server."""
         reach = {"vfs.s3.endpoint_override": endpoint.removeprefix("http://")}
-        return Census(self.url.replace(self.s3.endpoint, endpoint), {**self.tiledb_config, **reach}, self.s3)
+        url = self.url.replace(self.s3.endpoint, endpoint)
+        return dataclasses.replace(self, url=url, tiledb_config={**self.tiledb_config, **reach})
 
 
 def publish(s3: S3, atlas: str, scratch: Path) -> Census:
     """Put an atlas on a server as the stable release of Census, with a later one."""
     server = client(s3)
     for release in (STABLE, LATER):
-        folder = _release(atlas, scratch / release, later=release == LATER)
+        folder = _release(atlas, scratch / release / "soma", later=release == LATER)
         upload(server, s3.bucket, folder, f"{_CENSUS}/{release}/soma")
     releases: dict[str, Any] = {"stable": STABLE, "latest": LATER}
     for release in (STABLE, LATER):
@@ -54,17 +57,24 @@ def publish(s3: S3, atlas: str, scratch: Path) -> Census:
             "h5ads": {"uri": f"{s3.uri}/{_CENSUS}/{release}/h5ads/", "s3_region": "us-east-1"},
             "flags": {"lts": release == STABLE},
         }
-    base = {"provider": "S3", "base_uri": f"{s3.uri}/{_CENSUS}/", "region": "us-east-1"}
-    for name, tree in (("release", releases), ("mirrors", {"default": "here", "here": base})):
-        body = json.dumps(tree).encode()
-        server.put_object(Bucket=s3.bucket, Key=f"{_CENSUS}/{name}.json", Body=body, ACL="public-read")
+    for folder, provider, base in (
+        (_CENSUS, "S3", f"{s3.uri}/{_CENSUS}/"),
+        (_ON_DISK, "file", f"{scratch}/"),
+    ):
+        mirror = {"provider": provider, "base_uri": base, "region": "us-east-1"}
+        for name, tree in (("release", releases), ("mirrors", {"default": "here", "here": mirror})):
+            body, key = json.dumps(tree).encode(), f"{folder}/{name}.json"
+            server.put_object(Bucket=s3.bucket, Key=key, Body=body, ACL="public-read")
     # The real one is public; this server wants signatures.
     settings = {**s3.tiledb_config, "vfs.s3.no_sign_request": "false"}
-    return Census(f"{s3.endpoint}/{s3.bucket}/{_CENSUS}", settings, s3)
+    urls = [f"{s3.endpoint}/{s3.bucket}/{folder}" for folder in (_CENSUS, _ON_DISK)]
+    return Census(urls[0], settings, s3, urls[1])
 
 
 def _release(atlas: str, target: Path, *, later: bool) -> Path:
     """A copy of an atlas with obs as in Census: no roll-up, and cells named by `observation_joinid`.
+
+    Its lung cells are said to be of the brain.
 
     In the later release, some cells are labelled otherwise, and some are left out.
     """
@@ -74,6 +84,11 @@ def _release(atlas: str, target: Path, *, later: bool) -> Path:
         rows = table.read().concat()
     rows = rows.drop_columns(["cell_type_major", "cell_type_major_ontology_term_id"])
     rows = rows.rename_columns({"obs_id": "observation_joinid"})
+    tissues = ["brain" if tissue == "lung" else tissue for tissue in rows["tissue_general"].to_pylist()]
+    column = rows.schema.get_field_index("tissue_general")
+    rows = rows.set_column(
+        column, rows.schema.field(column), pa.array(tissues, rows.schema.field(column).type)
+    )
     schema, domain = rows.schema, ((0, rows.num_rows - 1),)
     if later:
         columns = {name: rows[name].to_pylist() for name in rows.column_names}

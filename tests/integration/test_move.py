@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import shlex
+import shutil
+from pathlib import Path
 
+import anndata
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from data_ingest.atlas import pinned
-from data_ingest.query import find_cells, saved_query
+from data_ingest.atlas import CENSUS_URL, pinned
+from data_ingest.query import find_cells, load_query, saved_query
+from helpers.census import STABLE
 from helpers.local_ray import ONE_READER
-from helpers.processes import run_here
+from helpers.processes import REPO_ROOT, run_here
 from helpers.stores import new_store
 from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from jobs import finetune, promote
+from jobs.cli import main
 from jobs.training.prepare import prepare_cells
 from jobs.training.replay import LEAST_REPLAYED
 from jobs.training.start import settings_of_start
@@ -124,40 +130,51 @@ def test_the_models_own_query_changes_nothing(moved):
     assert cells.move is None and cells.genes.feature_ids == start.vocabulary.feature_ids
 
 
-def test_a_trained_model_moves_and_is_judged_on_both(small_atlas, ray_local, tmp_path):
-    """The additive encoder, from blood to lung: labels and inputs grow, both test sets are scored."""
+def _five_commands() -> list[list[str]]:
+    """The words of the commands in the README's section, without `screformer`."""
+    section = (REPO_ROOT / "README.md").read_text().split("## A new tissue in five commands\n")[1]
+    lines = section.split("\n## ")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("    screformer ")]
+
+
+def test_the_readmes_five_commands_move_a_model_that_is_judged_on_both(
+    census, sim_h5ads, ray_local, tmp_path, monkeypatch, capsys
+):
+    """The additive encoder, from blood to brain, on a local Census: labels and inputs grow."""
     store = new_store(tmp_path)
-    steps = ["train.max_steps=40", "train.eval_every_steps=40", "stream.cells_per_task=256"]
-    words = [*steps, "train.global_batch_size=32", "train.micro_batch_size=32", "labels.min_cells=5"]
-    words += ["--config", "blood", f"atlas.uri={small_atlas}", f"tracking.uri={store}", *ONE_READER]
-    words += ["model.dim=16", "train.seed=1"]
-    first, _ = run_here(
-        finetune.main,
-        *words,
-        "--obs-filter",
-        "dataset_id != 'sim_lung'",
-        "model.input_genes=300",
-        cwd=tmp_path,
-    )
-    assert promote.main(["--model", "screformer", "--tracking-uri", store, "--force"]) == 0
-    second, printed = run_here(
-        finetune.main,
-        *words,
-        *("--obs-filter", "dataset_id == 'sim_lung'", "--from", first["run_id"], "model.input_genes=400"),
-        cwd=tmp_path,
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv(CENSUS_URL, census.disk_url)
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", "blood", "atlas.uri=census", "--obs-filter", "tissue_general == 'blood'"]
+    words += ["train.max_steps=40", "train.eval_every_steps=40", "train.seed=1", "labels.min_cells=5"]
+    words += ["train.global_batch_size=32", "train.micro_batch_size=32", "model.input_genes=300"]
+    first, _ = run_here(finetune.main, *words, *ONE_READER, cwd=tmp_path)
+    assert promote.main(["--model", "screformer", "--force"]) == 0
+    (lung,) = (path for path in sim_h5ads if "lung" in path.name)
+    shutil.copy(lung, "brain.h5ad")
+
+    printed = {}
+    for command, *options in _five_commands():
+        capsys.readouterr()
+        assert main([command, *options]) == 0, command
+        printed[command] = capsys.readouterr().out
+    assert list(printed) == ["query", "shift", "finetune", "promote", "annotate"]
+
+    assert load_query("brain.json")[0].uri == f"census:{STABLE}"
+    assert "endothelial cell" in printed["shift"] and Path("shift.html").exists()
+    second, found = (json.loads(printed[name].splitlines()[-1]) for name in ("finetune", "promote"))
     before, after = load_model(first["model_dir"]), load_model(second["model_dir"])
     assert after.labels["names"][: len(before.labels["names"])] == before.labels["names"]
     assert len(after.labels["names"]) > len(before.labels["names"])
-    assert after.vocabulary.inputs_g.sum() == 400 and before.vocabulary.inputs_g.sum() == 300
-    assert "100 genes become inputs" in printed and "are replayed in training" in printed
+    assert after.vocabulary.inputs_g.sum() == 1024 and before.vocabulary.inputs_g.sum() == 300
+    assert "724 genes become inputs" in printed["finetune"]
+    assert "are replayed in training" in printed["finetune"]
     scores = after.meta["move"]["scores"]
     assert scores["move/new/macro_f1_after"] > scores["move/new/macro_f1_before"]
     assert {"move/old/macro_f1_before", "move/old/macro_f1_after"} <= set(scores)
     client = MlflowClient(store)
     assert client.get_run(second["run_id"]).data.metrics["move/old/accuracy_after"] > 0.5
     assert "move/before_after.csv" in {file.path for file in client.list_artifacts(second["run_id"], "move")}
-    found, _ = run_here(promote.main, "--model", "screformer", "--tracking-uri", store, cwd=tmp_path)
     known = found["comparison"]["known_cells"]
     assert set(known["groups"]) == set(after.meta["move"]["old_test_groups"])
     assert not set(found["comparison"]["groups"]) & set(known["groups"])
@@ -165,3 +182,5 @@ def test_a_trained_model_moves_and_is_judged_on_both(small_atlas, ray_local, tmp
     assert found["promoted"] == (found["comparison"]["low"] > 0 and gained >= -0.01)
     where = f"{known['num_cells']} cells of the query that the start model was trained on"
     assert f"macro-F1 {gained:+.4f} on {where}" in found["reason"]
+    labelled = anndata.read_h5ad("labelled.h5ad")
+    assert len(labelled) == 321 and set(labelled.obs["best_label"]) <= set(after.labels["names"])
