@@ -217,3 +217,21 @@ def sample_cells(donors: np.ndarray, labels: np.ndarray, most: int, seed: int) -
     rank = np.arange(len(pair_n)) - np.repeat(np.cumsum(counts) - counts, counts)
     wanted = np.maximum(1, np.round(counts * most / len(pair_n)))
     return np.sort(ranked[rank < wanted[pair_n[ranked]]])
+
+
+def few_of_each(cells: np.ndarray, labels: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """At most `most` random ones of some cells for each label; those for a smaller number are among them.
+
+    Args:
+        cells: Positions of cells.
+        labels: Shape (n,), label code of each cell of the query, -1 for none; those without are left out.
+        most: Number per label.
+        seed: Random seed.
+
+    Returns:
+        Positions, increasing.
+    """
+    shuffled = np.random.default_rng([seed, 21]).permutation(np.sort(cells[labels[cells] >= 0]))
+    ranked = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    _, first, label_n = np.unique(labels[ranked], return_index=True, return_inverse=True)
+    return np.sort(ranked[np.arange(len(ranked)) - first[label_n] < most])

@@ -37,6 +37,8 @@ from screformer.tokenizer import PAD, CellTokenizer, GeneVocabulary
 Batch = dict[str, torch.Tensor]
 
 _CELLS_PER_SAMPLE_TASK = 4096
+_MOST_READ_HERE = 256
+"""Most cells of a stream that the caller's thread reads itself."""
 _PREFETCHED_BATCHES = 4
 """Number of batches to prefetch per rank."""
 
@@ -168,7 +170,7 @@ class CellStream:
 
         Each step has global_batch_size / (micro_batch_size x world_size) micro-batches. So does the last
         step, whose missing cells are padding rows. Reading, tokenizing and conversion run outside the
-        caller's thread. Ray must be running.
+        caller's thread, except for a few cells, for which Ray's tasks take longer. Ray must be running.
 
         Args:
             epoch: Any number >= 0.
@@ -190,12 +192,19 @@ class CellStream:
         num_batches = (self.steps_per_epoch - start_step) * per_step
         if num_batches <= 0:
             return
-        dataset = self.dataset(epoch, rank=rank, world_size=world_size, start_step=start_step)
         collate = _Collate(partial(self._tokenized, CellTokenizer(self.tokens, self.vocabulary), epoch))
+        if self.num_cells <= _MOST_READ_HERE:
+            source = self._source(epoch, rank, world_size, start_step)
+            rows = pa.concat_tables(table for task in source.get_read_tasks(1) for table in task())
+            firsts = range(0, rows.num_rows, micro_batch_size)
+            batches = (collate(rows.slice(first, micro_batch_size)) for first in firsts)
+        else:
+            dataset = self.dataset(epoch, rank=rank, world_size=world_size, start_step=start_step)
+            batches = dataset.iter_torch_batches(
+                batch_size=micro_batch_size, collate_fn=collate, prefetch_batches=_PREFETCHED_BATCHES
+            )
         delivered = 0
-        for batch, num_cut in dataset.iter_torch_batches(
-            batch_size=micro_batch_size, collate_fn=collate, prefetch_batches=_PREFETCHED_BATCHES
-        ):
+        for batch, num_cut in batches:
             delivered += 1
             self.num_cut += num_cut
             yield batch
@@ -204,15 +213,7 @@ class CellStream:
     def dataset(self, epoch: int, *, rank: int, world_size: int, start_step: int = 0) -> ray.data.Dataset:
         """The cells of `batches` before they become tokens, with the columns of `datasource.schema`."""
         tasks, num_cpus, store_bytes = share_of_cluster(world_size, self.read_cpus)
-        source = CellDatasource(
-            self.reader,
-            self._shared(),
-            self.plan(epoch),
-            num_genes=len(self.vocabulary),
-            rank=rank,
-            world_size=world_size,
-            start_step=start_step,
-        )
+        source = self._source(epoch, rank, world_size, start_step)
         num_units = max(1, len(source.units))
         dataset = ray.data.read_datasource(
             source, num_cpus=num_cpus, concurrency=min(tasks, num_units), override_num_blocks=num_units
@@ -224,6 +225,17 @@ class CellStream:
             object_store_memory=store_bytes
         )
         return dataset
+
+    def _source(self, epoch: int, rank: int, world_size: int, start_step: int) -> CellDatasource:
+        return CellDatasource(
+            self.reader,
+            self._shared(),
+            self.plan(epoch),
+            num_genes=len(self.vocabulary),
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
 
     def sample(self, max_cells: int, seed: int, *, even_labels: bool = False) -> Sample:
         """Raw counts of at most `max_cells` random cells, in joinid order, read by parallel Ray tasks.

@@ -3,6 +3,9 @@
 A parent run in MLflow has the folds (`folds.parquet`) and the report; each fold of each configuration is a
 child run. A test fold is used only at the end: validation cells from the other folds choose the step and the
 baselines' settings. The last line on stdout is one JSON object.
+
+`--from` starts each fold's training from a model, for example one of another tissue.
+`crossval.cells_per_type=[1, 5, 20, 100]` shows how many labelled cells of each type that takes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,15 @@ from jobs.arguments import Command, Parser, Result, add_study, check_study
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
     add_study(parser)
+    parser.add_argument(
+        "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
+    )
+    parser.add_argument(
+        "--from",
+        dest="crossval.start",
+        metavar="MODEL",
+        help="same as crossval.start=...: the model that training starts from, as in `screformer finetune`",
+    )
     parser.add_argument(
         "--group-by",
         dest="crossval.group_by",

@@ -35,7 +35,8 @@ WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "finetune": ("crossval", "search", "ablation"),
     "quickstart": ("crossval", "search", "ablation"),
     "crossval": ("split", "ablation"),
-    "ablate": ("split", "search", "crossval.baselines", "crossval.num_seeds", "crossval.register"),
+    "ablate": ("split", "search", "crossval.baselines", "crossval.num_seeds", "crossval.register")
+    + ("crossval.start", "crossval.cells_per_type"),
 }
 """Sections and settings that a command does not use and therefore rejects."""
 
@@ -507,6 +508,12 @@ class CrossvalConfig:
     Additive encoders are never pre-trained."""
     pretrain_steps: int = setting(100, "pretraining")
     """Number of optimizer steps of pre-training, instead of `train.max_steps`."""
+    start: str = setting("")
+    """Model that training starts from in each fold, instead of pre-training; same as `--from`."""
+    cells_per_type: tuple[int, ...] = setting(())
+    """Learning curve, e.g. `[1, 5, 20, 100]`: train every method on so many random cells of each type of a
+    fold's training donors, without validation cells. With `crossval.start`, our model is trained with and
+    without it. Empty for no curve."""
     baselines: tuple[str, ...] = setting(("all",))
     """Names of methods to compare with; empty for none."""
     num_seeds: int = setting(1)
@@ -523,6 +530,10 @@ class CrossvalConfig:
     def __post_init__(self) -> None:
         for name in ("pretrain_steps", "num_seeds", "concurrent_folds", "concurrent_trials"):
             require(getattr(self, name) >= 1, f"crossval.{name}={getattr(self, name)} must be at least 1")
+        require(
+            all(size >= 1 for size in self.cells_per_type),
+            f"crossval.cells_per_type={list(self.cells_per_type)}: each number must be at least 1",
+        )
         require(self.num_folds >= 2, f"crossval.num_folds={self.num_folds} must be at least 2")
         require(
             0 < self.val_fraction < 1,

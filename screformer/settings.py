@@ -113,7 +113,8 @@ def _checked(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple:
         require(isinstance(value, list | tuple), f"{path}={value!r} must be a list, for example [A, B]")
-        return tuple(str(item) for item in value)
+        item_kind = typing.get_args(kind)[0]
+        return tuple(_checked(item_kind, item, path) for item in value)
     if origin is not None and issubclass(origin, Mapping):
         require(isinstance(value, Mapping), f"{path}={value!r} must be a mapping")
         item_kind = typing.get_args(kind)[1]

@@ -224,6 +224,25 @@ def scores_figure(scores: Mapping[str, Sequence[float]], ours: str) -> Figure:
     return figure
 
 
+def curve_figure(table: pd.DataFrame, size: str, score: str, sd: str) -> Figure:
+    """A score of each `method` against a number of cells, on a logarithmic axis, with standard deviations."""
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for method, rows in table.groupby("method", sort=False):
+        spread = rows[sd].fillna(0).astype(float)
+        axes.errorbar(rows[size], rows[score], yerr=spread, fmt="o-", capsize=3, label=plain([method])[0])
+    axes.set_xscale("log")
+    sizes = sorted(table[size].unique())
+    axes.set_xticks(sizes, [str(value) for value in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1)
+    axes.set_xlabel(size)
+    axes.set_ylabel("macro-F1")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def differences_figure(differences: Mapping[str, tuple[float, float, float]]) -> Figure:
     """Differences in macro-F1 from a reference: mean, lower and upper bound (which may be infinite)."""
     figure = new_figure(7.5, 1 + 0.3 * len(differences))

@@ -142,6 +142,7 @@ def _boosted(cells: BaselineCells, seed: int, cut: Callable[[Cells], Any]) -> Ca
     import lightgbm
 
     chooser, known = cells.chooser, np.isin(cells.chooser.labels_n, cells.train.labels_n)
+    per_type = len(cells.train.labels_n) // len(np.unique(cells.train.labels_n))
     train, val = cut(cells.train.cells), cut(chooser.cells)[known]
     for leaves in (7, 31):
         model = lightgbm.LGBMClassifier(
@@ -150,6 +151,7 @@ def _boosted(cells: BaselineCells, seed: int, cut: Callable[[Cells], Any]) -> Ca
             learning_rate=0.1,
             class_weight="balanced",
             colsample_bytree=0.3,
+            min_child_samples=min(20, max(1, per_type // 2)),  # with LightGBM's 20, few cells give no split
             random_state=seed,
             n_jobs=1,
             verbose=-1,

@@ -10,10 +10,12 @@ import numpy as np
 import ray
 import yaml
 
+from jobs.studies.baseline_folds import run_baselines
 from jobs.studies.baselines import BASELINES, check_names
+from jobs.studies.curve import curve_settings, run_curve
 from jobs.studies.estimate import describe_study
-from jobs.studies.fold import read_baseline_cells, register_final, run_baseline_fold
-from jobs.studies.layout import BASELINE_CPUS, count_trials, fold_bundle, search_space
+from jobs.studies.fold import register_final
+from jobs.studies.layout import count_trials, fold_bundle, search_space
 from jobs.studies.opening import opened
 from jobs.studies.report import log_report, verdict, write_crossval_report
 from jobs.studies.results import FoldResult, results_of
@@ -42,6 +44,7 @@ def run_crossval(
         folder: As in `opened`.
 
     Returns:
+        With `crossval.cells_per_type`, the result of `run_curve`. Else
         `run_id`, `run_dir`, `report` (its path), `scores` (mean of each of our metrics), `baselines`
         (macro-F1 by name), `skipped`, `model_version` (with `crossval.register`, else None).
 
@@ -65,6 +68,8 @@ def run_crossval(
         for note in notes:
             print(f"note: {note}", flush=True)
         wanted = [name for name in check_names(config.crossval.baselines) if name not in skipped]
+        if config.crossval.cells_per_type:
+            return run_curve(study, wanted, notes)
         found = _run_all(study, wanted)
         trials = [_trial_row(study, setting, results) for setting, results in found if results]
         whole = [(setting, results) for setting, results in found if len(results) == len(study.folds)]
@@ -96,7 +101,8 @@ def run_crossval(
 def describe_crossval(config: ExperimentConfig, *, folds_from: str | None = None) -> str:
     """What `run_crossval` would do, as YAML: its settings, then folds, notes and minutes."""
     study = open_study(config, folds_from=folds_from)
-    described = describe_study(study, [config] * (count_trials(config) + config.crossval.num_seeds - 1))
+    num_trials = count_trials(config) + config.crossval.num_seeds - 1
+    described = describe_study(study, [config] * (num_trials * len(curve_settings(config) or [{}])))
     parts = (config.to_dict("crossval"), described)
     return "\n".join(yaml.safe_dump(part, sort_keys=False).rstrip() for part in parts)
 
@@ -108,7 +114,7 @@ def _run_all(study: Study, baselines: Sequence[str]) -> list[tuple[dict[str, Any
         Settings of each configuration, in the order they were started, with its finished folds.
     """
     search = study.config.search
-    background = _InBackground(lambda: _run_baselines(study, baselines))
+    background = _InBackground(lambda: run_baselines(study, baselines))
     drawn = search.algorithm != "grid" and bool(search.space)
     space = search_space(study.config)
     settings = run_trials(study, space, num_samples=search.num_samples if drawn else 1)
@@ -170,30 +176,3 @@ class _InBackground:
         self._thread.join()
         if self._error is not None:
             raise self._error
-
-
-def _run_baselines(study: Study, names: Sequence[str]) -> None:
-    """Fit the baselines of all folds, one at a time.
-
-    A fold's cells are read once and stay in the object store until its last baseline ends.
-    """
-    task = ray.remote(num_cpus=BASELINE_CPUS)(run_baseline_fold)
-    shared = ray.put(study)
-    failed = []
-    for fold in range(len(study.folds)):
-        missing = [
-            name for name in names if not (study.baseline_folder(name) / f"fold-{fold}.json").is_file()
-        ]
-        if not missing:
-            continue
-        cells, joinids, labels, known = read_baseline_cells(study, fold)
-        reference = ray.put(cells)
-        del cells
-        for name in missing:
-            try:
-                ray.get(task.remote(shared, name, fold, reference, joinids, labels, known))
-                print(f"fold {study.folds.names[fold]}: {BASELINES[name].title}", flush=True)
-            except ray.exceptions.RayTaskError as error:
-                failed.append(f"{name} in fold {study.folds.names[fold]}: {error.cause or error}")
-    if failed:
-        raise RuntimeError(f"{len(failed)} baselines failed; the others' results are kept: {failed[0]}")

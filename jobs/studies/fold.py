@@ -20,6 +20,7 @@ from jobs.studies.baseline_cells import BaselineCells, Part, baseline_parts
 from jobs.studies.baselines import run_baseline
 from jobs.studies.results import FoldResult
 from jobs.studies.study import Study
+from jobs.tracking.models import resolve_model
 from jobs.tracking.runs import TrackedRun, start_run
 from jobs.training.cells import TrainingCells
 from jobs.training.launch import Trained, train
@@ -52,7 +53,7 @@ def run_fold(study: Study, settings: Mapping[str, Any], fold: int) -> FoldResult
     config = study.config.merge({**settings, "tracking.run_name": f"fold {study.folds.names[fold]}"})
     with _start(study, config, "crossval", study.run) as run:
         run.set_tags({"fold": study.folds.names[fold], "settings": json.dumps(dict(settings))})
-        start_dir = _pretrained(study, settings, fold, run)
+        start_dir = _start_model(study, settings, fold, run)
         cells = study.cells(config, "finetune", fold, start_dir)
         begun_s = time.perf_counter()
         trained = train_fold("finetune", cells, start_dir, run, folder / f"fold-{fold}")
@@ -133,7 +134,7 @@ def register_final(study: Study, settings: Mapping[str, Any], folds: Mapping[str
     config = study.config.merge({**settings, "tracking.run_name": "all folds"})
     with _start(study, config, "crossval", study.run) as run:
         run.set_tags({"fold": "all", "settings": json.dumps(dict(settings))})
-        start_dir = _pretrained(study, settings, everything, run)
+        start_dir = _start_model(study, settings, everything, run)
         cells = study.cells(config, "finetune", everything, start_dir)
         model_dir = train_fold("finetune", cells, start_dir, run, study.run_dir / "final").model_dir
         add_meta(model_dir, {"folds": dict(folds)})
@@ -201,9 +202,14 @@ def run_baseline_fold(
     ).save(study.baseline_folder(name))
 
 
-def _pretrained(study: Study, settings: Mapping[str, Any], fold: int, run: TrackedRun) -> Path | None:
-    """A fold's pre-trained model, shared by all configurations that pre-train alike; None without one."""
+def _start_model(study: Study, settings: Mapping[str, Any], fold: int, run: TrackedRun) -> Path | None:
+    """The model that a fold's training starts from; None without one.
+
+    It is that of `crossval.start`, or a pre-trained one, shared by all configurations that pre-train alike.
+    """
     config = study.config.merge(settings)
+    if config.crossval.start:
+        return resolve_model(config.crossval.start, config.tracking)
     crossval, target = config.crossval, study.pretrained_folder(settings, fold)
     if crossval.pretrain == "none" or config.model.encoder == "additive":
         return None

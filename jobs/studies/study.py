@@ -18,13 +18,14 @@ import numpy as np
 from data_ingest.folds import FILE, Folds, load_folds, saved_group_by
 from data_ingest.make_folds import make_folds
 from data_ingest.query import QueryResult, run_query
-from data_ingest.split import Split, sample_cells
+from data_ingest.split import Split, few_of_each, sample_cells
 from jobs.studies.baselines import BASELINES, check_names
 from jobs.tracking.logged import run_file
 from jobs.tracking.runs import TrackedRun
 from jobs.training.cells import TrainingCells
 from jobs.training.prepare import prepare_cells
-from screformer.checkpoint import load_model
+from jobs.training.start import load_start, settings_of_start
+from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, Task, touching
 from screformer.metrics import OURS
 
@@ -40,7 +41,7 @@ class Study:
     query: QueryResult
     folds: Folds
     label_names: tuple[str, ...]
-    """The k classes."""
+    """The k classes: those of the cells, then those that only a start model knows."""
     label_cl_ids: tuple[str, ...]
     labels_n: np.ndarray
     """Class of each cell, int64; -1 for unlabelled."""
@@ -102,7 +103,8 @@ class Study:
 
     def baseline_folder(self, name: str) -> Path:
         """Folder for the results of a baseline's folds."""
-        return self.run_dir / "baselines" / name
+        sizes = self.config.crossval.cells_per_type
+        return self.run_dir / "baselines" / (f"{name}-{sizes[0]}" if sizes else name)
 
     def missing_baselines(self) -> dict[str, list[str]]:
         """Selected baselines that cannot run, with their missing modules."""
@@ -112,10 +114,19 @@ class Study:
     def cells(
         self, config: ExperimentConfig, task: Task, fold: int, model_dir: Path | None = None
     ) -> TrainingCells:
-        """The training and validation cells of a fold, without its test cells."""
+        """The training and validation cells of a fold, without its test cells.
+
+        With `crossval.cells_per_type`, fine-tuning gets only so many of each type, for training.
+        """
         split = self.split(fold)
         split["test"] = np.zeros(0, np.int64)
+        if config.crossval.cells_per_type and task == "finetune":
+            outside = np.concatenate([split["train"], split["val"]])
+            few = few_of_each(outside, self.labels_n, config.crossval.cells_per_type[0], config.train.seed)
+            split |= {"train": few, "val": np.zeros(0, np.int64)}
         start = load_model(model_dir) if model_dir else None
+        if start is not None and config.crossval.start:
+            config = settings_of_start(config, start, config.crossval.start)
         return prepare_cells(config, task, start=start, query=self.query, split=split)
 
     def test_cells(self, cells: TrainingCells, positions: np.ndarray) -> TrainingCells:
@@ -156,6 +167,10 @@ def open_study(
     group_by = saved_group_by(path) if path else crossval.group_by
     column = "donor_id" if group_by == "none" else group_by
     query, labels_n, names = _labelled_cells(config, column)
+    cl_ids = tuple(query.label_cl_ids.get(name, "") for name in names)
+    if crossval.start:
+        start = load_start(config, crossval.start)
+        names, cl_ids = _with_labels_of(start, config.labels.column, names, cl_ids)
     if path:
         folds = load_folds(path, query.obs_joinids)
     else:
@@ -173,7 +188,7 @@ def open_study(
         query=query,
         folds=folds,
         label_names=names,
-        label_cl_ids=tuple(query.label_cl_ids.get(name, "") for name in names),
+        label_cl_ids=cl_ids,
         labels_n=labels_n,
         run_dir=Path(run_dir or "."),
         run=None,
@@ -205,6 +220,17 @@ def _labelled_cells(config: ExperimentConfig, column: str) -> tuple[QueryResult,
     new_code = np.full(len(all_names) + 1, -1, np.int64)
     new_code[present] = np.arange(len(present))
     return query, new_code[labels_n], tuple(str(all_names[code]) for code in present)
+
+
+def _with_labels_of(
+    start: LoadedModel, column: str, names: tuple[str, ...], cl_ids: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes of a study with those that only the start model knows, which it may predict by mistake."""
+    if start.labels["column"] != column:
+        return names, cl_ids
+    known = zip(start.labels["names"], start.labels["cl_ids"], strict=True)
+    others = [(name, cl_id) for name, cl_id in known if name not in names]
+    return names + tuple(name for name, _ in others), cl_ids + tuple(cl_id for _, cl_id in others)
 
 
 def _folds_file(given: str, config: ExperimentConfig) -> Path:

@@ -44,7 +44,8 @@ def prepare_cells(
         task: `finetune` needs labels.
         start: Model to start from; its genes and attention are kept.
         query: Result of the query, if already known.
-        split: A given split, for example of a fold; None splits by `config.split`.
+        split: A given split, for example of a fold, whose cells alone are used; None splits by
+            `config.split`, and adds cells that are replayed.
 
     Raises:
         ValueError: The query, the split, the labels or the overlap with the start model's genes does not
@@ -59,8 +60,9 @@ def prepare_cells(
         raise ValueError("model.encoder=additive cannot be pre-trained; fine-tune it directly")
     query = query or run_query(config)
     move, replayed, notes = None, None, list[str]()
-    if task == "finetune" and start is not None and split is None and is_other_query(query, start):
-        replayed, notes = replay(config, query, start)
+    if task == "finetune" and start is not None and is_other_query(query, start):
+        if split is None:
+            replayed, notes = replay(config, query, start)
         move = Move(new_n=np.ones(len(query.obs), bool), old_test_groups=())
         if replayed is not None:
             query, split = replayed.query, replayed.split

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+from data_ingest.query import find_cells
 from helpers.processes import REPO_ROOT, kill_tree, read_until, run_here, start_command
+from helpers.tiny_model import tiny_vocabulary, write_tiny_model
 from jobs import ablate, crossval
 from jobs.studies.ablation import run_ablation
 from jobs.studies.baselines import BASELINES
@@ -24,8 +27,8 @@ from jobs.studies.study import open_study
 from jobs.studies.trials import run_trials
 from jobs.tracking.model_card import model_card
 from jobs.tracking.models import resolve_model
-from screformer.checkpoint import load_model
-from screformer.config import ExperimentConfig
+from screformer.checkpoint import add_meta, load_model
+from screformer.config import AtlasConfig, ExperimentConfig, QueryConfig
 from screformer.metrics import OURS
 
 SMOKE = REPO_ROOT / "jobs" / "recipes" / "smoke.yaml"
@@ -326,3 +329,32 @@ def test_a_subset_of_the_ablation_runs(
 
 def test_every_baseline_has_its_time_and_title() -> None:
     assert len({baseline.title for baseline in BASELINES.values()}) == len(BASELINES) >= 10
+
+
+def test_a_learning_curve_from_another_tissues_model(
+    small_atlas: str, ray_local: None, tmp_path: Path
+) -> None:
+    """Every method gets the same few cells; our model, and only ours, may also answer with old types."""
+    blood = find_cells(AtlasConfig(uri=small_atlas), QueryConfig(obs_filter="dataset_id != 'sim_lung'"))
+    start = write_tiny_model(tmp_path / "start", tiny_vocabulary(blood.feature_ids[:40]))
+    add_meta(start, {"query": json.loads(json.dumps(blood.identity()))})
+    words = [f"atlas.uri={small_atlas}", "query.obs_filter=dataset_id == 'sim_lung'", "train.max_steps=2"]
+    words += ["crossval.cells_per_type=[20]", "crossval.num_folds=2", "--from", str(start)]
+    words += ["crossval.baselines=[logistic_l2, gradient_boosting]", "train.global_batch_size=32"]
+    result, printed = run_here(crossval.main, *words, "cluster.cpus_per_worker=0.5", cwd=tmp_path)
+    table = pd.DataFrame(result["curve"]).set_index(["method", "cells per type"])
+    methods = list(dict.fromkeys(table.index.get_level_values(0)))
+    assert methods == [
+        f"{OURS}, from {start}",
+        f"{OURS}, without pre-training",
+        "logistic regression, L2",
+        "gradient boosting (LightGBM)",
+    ]
+    assert (table["folds"] == 2).all() and len(table) == 4
+    linear = table.loc["logistic regression, L2", "macro_f1_true"]
+    assert linear[20] > 0.5
+    assert table.loc["gradient boosting (LightGBM)", "macro_f1_true"][20] > 0.3
+    assert "Macro-F1 of true types" in Path(result["report"]).read_text() and "logistic" in printed
+    saved = list(Path(result["run_dir"]).glob("trials/*/fold-0.json"))
+    known = [set(json.loads(path.read_text())["known"]) for path in saved]
+    assert len(saved) == 2 and len({len(names) for names in known}) == 2, "with and without the old types"

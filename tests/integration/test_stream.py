@@ -13,6 +13,7 @@ import ray
 import tiledbsoma
 import torch
 
+from data_ingest import stream as stream_module
 from data_ingest.atlas import pinned
 from data_ingest.datasource import AtlasReader, CellArrays, CellDatasource, read_cells
 from data_ingest.epoch_plan import EpochPlan
@@ -167,6 +168,17 @@ def test_fewer_cells_than_a_batch(locator):
     assert rows.shape == (1, 24) and sorted(rows[rows >= 0]) == [3, 600]
     empty = make_stream(locator, joinids=np.zeros(0, np.int64))
     assert empty.steps_per_epoch == 0 and epoch(empty)[0] == []
+
+
+def test_few_cells_are_read_without_ray_data_and_give_the_same_batches(locator, monkeypatch):
+    few = make_stream(locator, np.arange(7, 147))
+    here = list(few.batches(2, rank=1, world_size=2, micro_batch_size=6, start_step=1))
+    monkeypatch.setattr(stream_module, "_MOST_READ_HERE", 0)
+    tasks = list(few.batches(2, rank=1, world_size=2, micro_batch_size=6, start_step=1))
+    assert len(here) == len(tasks) == 10
+    for batch, other in zip(here, tasks, strict=True):
+        assert batch.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in batch.items())
 
 
 def test_a_vocabulary_of_some_genes_in_another_order_keeps_the_whole_library_size(locator):

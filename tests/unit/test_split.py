@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_ingest.split import split_cells
+from data_ingest.split import few_of_each, split_cells
 from screformer.config import SplitConfig
 
 
@@ -107,3 +107,12 @@ def test_cells_without_a_label_are_split_like_others():
     donors, labels = make_cells()
     labels[::7] = -1
     check_parts(split_cells(donors, labels, SplitConfig(), seed=0), len(donors))
+
+
+def test_few_cells_of_each_label_are_among_more():
+    labels = np.array([0] * 50 + [1] * 30 + [2] * 3 + [-1] * 20)
+    cells = np.arange(0, len(labels), 2)
+    one, five, all_of_them = (few_of_each(cells, labels, most, seed=3) for most in (1, 5, 100))
+    assert np.bincount(labels[one]).tolist() == [1, 1, 1] and np.bincount(labels[five]).tolist() == [5, 5, 2]
+    assert set(one) < set(five) < set(all_of_them) == set(cells[labels[cells] >= 0])
+    assert set(few_of_each(cells, labels, 5, seed=4)) != set(five)
