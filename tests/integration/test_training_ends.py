@@ -30,12 +30,6 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
         return train(config, task, rank, world_size, save_in=folder / name, **wishes)
 
     whole, _ = run("whole", "finetune", {})
-    for stage in (0, 2, 3):
-        for task, rate in (("finetune", 1e30), ("pretrain", 1e30)):
-            name = f"nan-{task}-{stage}"
-            with pytest.raises(NonFiniteError) as caught:
-                run(name, task, {"train.lr": rate, "zero.stage": stage, "train.gradient_clipping": 0.0})
-            found[name] = [str(caught.value), caught.value.joinids]
     asked: list[int] = []
 
     def third_step() -> bool:
@@ -49,6 +43,13 @@ def _work(rank: int, world_size: int, store: str, out: str) -> None:
     found["same"] = all(
         torch.equal(whole.weights[key], resumed.weights[key]) for key in whole.weights
     ) and len(whole.weights) == len(resumed.weights)
+    # From here on, layers round in another way: ZeRO stage 3 replaces PyTorch's linear function for good.
+    for stage in (0, 2, 3):
+        for task, rate in (("finetune", 1e30), ("pretrain", 1e30)):
+            name = f"nan-{task}-{stage}"
+            with pytest.raises(NonFiniteError) as caught:
+                run(name, task, {"train.lr": rate, "zero.stage": stage, "train.gradient_clipping": 0.0})
+            found[name] = [str(caught.value), caught.value.joinids]
     asked.clear()
     run("timed", "finetune", {}, checkpoint_due=third_step)
     _, lines = run("slow", "finetune", {"train.max_steps": 4}, wait_s=0.3 if rank == 1 else 0.0)
