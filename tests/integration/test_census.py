@@ -136,6 +136,7 @@ def _chain(census: Census, folder, monkeypatch) -> dict:
     }
 
 
+@pytest.mark.slow  # two trainings, and repeated requests: two minutes
 def test_faults_of_the_network_change_nothing(census, tmp_path, monkeypatch):
     plain = _chain(census, tmp_path / "plain", monkeypatch)
     with faulty_server(tmp_path, census.s3.endpoint) as server:

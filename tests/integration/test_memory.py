@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import psutil
+import pytest
 
 from helpers.processes import REPO_ROOT, environment, run_python
 
@@ -11,6 +12,7 @@ NEEDED, LEFT = 5e9, 2e9
 """Bytes that the activations of a micro-batch take, and that Ray's processes may take before it kills one."""
 
 
+@pytest.mark.slow  # fills gigabytes, and needs a machine where nothing else does
 def test_a_worker_out_of_memory(small_atlas: str, tmp_path: Path) -> None:
     memory = psutil.virtual_memory()
     assert memory.available > LEFT, "this machine has too little memory for the test"

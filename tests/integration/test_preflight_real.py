@@ -15,6 +15,8 @@ from jobs.training.preflight import preflight, train_seconds_per_cell
 from jobs.training.prepare import prepare_cells
 from screformer.config import ExperimentConfig
 
+pytestmark = pytest.mark.slow  # the training takes minutes of CPU
+
 SETTINGS = {
     # The network is large enough for its own memory to matter next to that of an idle process.
     "model.dim": 384,
@@ -85,6 +87,6 @@ def test_disk_of_the_checkpoints(compared: Compared) -> None:
     assert 3 * sizes[0] / 1e9 == pytest.approx(compared.needs["disk_gb"], rel=0.1)
 
 
-@pytest.mark.slow  # wall time: only on a quiet machine
 def test_time_of_an_epoch(compared: Compared) -> None:
+    """On a quiet machine."""
     assert 1 / compared.metrics["train/cells_per_s"] == pytest.approx(compared.seconds_per_cell, rel=0.3)
