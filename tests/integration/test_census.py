@@ -151,6 +151,7 @@ def test_faults_of_the_network_change_nothing(census, tmp_path, monkeypatch):
         assert torch.equal(tensor, faulty["weights"][name]), name
 
 
+@pytest.mark.slow  # a training each
 @pytest.mark.parametrize("harm", ["missing", "changed"])
 def test_a_damaged_release_is_refused_by_name(census, tmp_path, monkeypatch, harm):
     monkeypatch.setenv(CENSUS_URL, census.url)
