@@ -173,6 +173,9 @@ class Command:
         return status
 
 
+Group = argparse._MutuallyExclusiveGroup
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's parser, with errors reported like all others."""
 
@@ -243,12 +246,24 @@ def add_cells(parser: Parser, *, many: bool) -> None:
         )
     else:
         where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {FILES}")
-    where.add_argument(
-        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
-    )
+    add_atlas(where)
     add_filter(parser)
     add_tiledb(parser)
     add_counts(parser)
+
+
+def add_atlas(parser: Parser | Group) -> None:
+    """`--atlas`."""
+    parser.add_argument(
+        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://bucket/prefix, census or census:DATE"
+    )
+
+
+def add_query(parser: Parser | Group) -> None:
+    """`--query`."""
+    parser.add_argument(
+        "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
+    )
 
 
 def add_filter(parser: Parser) -> None:
@@ -295,9 +310,7 @@ def add_gene_overlap(parser: Parser) -> None:
 def add_training(parser: Parser) -> None:
     """Arguments of the training commands: the cells, `--dry-run`, `--run-dir` and `--resume`."""
     add_filter(parser)
-    parser.add_argument(
-        "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
-    )
+    add_query(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print settings, cells, steps and memory, then stop"
     )

@@ -13,15 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.arguments import Command, Parser, Result, add_study, check_study
+from jobs.arguments import Command, Parser, Result, add_query, add_study, check_study
 
 
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
     add_study(parser)
-    parser.add_argument(
-        "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
-    )
+    add_query(parser)
     parser.add_argument(
         "--from",
         dest="crossval.start",

@@ -10,14 +10,12 @@ import argparse
 import dataclasses
 import sys
 
-from jobs.arguments import Command, Parser, Result, add_filter, add_tiledb
+from jobs.arguments import Command, Parser, Result, add_atlas, add_filter, add_tiledb
 
 
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
-    parser.add_argument(
-        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://bucket/prefix, census or census:DATE"
-    )
+    add_atlas(parser)
     add_filter(parser)
     parser.add_argument(
         "--var-filter",

@@ -12,18 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.arguments import Command, Parser, Result, add_filter, add_tiledb
+from jobs.arguments import Command, Parser, Result, add_atlas, add_filter, add_query, add_tiledb
 
 
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
-    parser.add_argument(
-        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://bucket/prefix, census or census:DATE"
-    )
+    add_atlas(parser)
     add_filter(parser)
-    parser.add_argument(
-        "--query", dest="query.file", metavar="FILE", help="a query saved by `screformer query --out FILE`"
-    )
+    add_query(parser)
     add_tiledb(parser)
     parser.add_argument("--out", required=True, metavar="URI", help="folder or s3://bucket/prefix to write")
     parser.add_argument(

@@ -11,18 +11,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from jobs.arguments import FILES, Command, Parser, Result, add_counts, add_filter, add_model, add_tiledb
+from jobs.arguments import (
+    FILES,
+    Command,
+    Parser,
+    Result,
+    add_atlas,
+    add_counts,
+    add_filter,
+    add_model,
+    add_query,
+    add_tiledb,
+)
 
 
 def arguments(parser: Parser) -> None:
     """The arguments of the command."""
     add_model(parser)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--query", dest="query.file", metavar="FILE", help="a saved query of an atlas")
+    add_query(where)
     where.add_argument("--h5ad", type=Path, metavar="FILE", help=f"a file of raw counts: {FILES}")
-    where.add_argument(
-        "--atlas", dest="atlas.uri", metavar="URI", help="a path, s3://..., census or census:DATE"
-    )
+    add_atlas(where)
     add_filter(parser)
     add_tiledb(parser)
     add_counts(parser)
