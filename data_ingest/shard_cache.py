@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from data_ingest.datasource import CellArrays
 from data_ingest.packed import CachedRows, PackedCells
 from data_ingest.query import QueryResult
 from data_ingest.tasks import map_tasks
-from screformer.storage import filesystem
+from screformer.storage import absolute, filesystem
 from screformer.tokenizer import GeneVocabulary
 
 MANIFEST, ORDER = "manifest.json", "order.arrow"
@@ -278,8 +277,3 @@ def shard_name(number: int) -> str:
 
 def _damaged(place: str, what: str) -> str:
     return f"the shard cache {place} is damaged: {what}; delete it and run `screformer shard` again"
-
-
-def absolute(place: str) -> str:
-    """The place, valid in any working directory."""
-    return place.rstrip("/") if "://" in place else str(Path(place).expanduser().resolve())

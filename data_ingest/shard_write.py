@@ -26,7 +26,6 @@ from data_ingest.shard_cache import (
     MANIFEST,
     ORDER,
     ShardCache,
-    absolute,
     checksum,
     files_of,
     identity_of,
@@ -37,7 +36,7 @@ from screformer.config import AtlasConfig, StreamConfig
 from screformer.counts import Panels
 from screformer.files import write_whole
 from screformer.settings import plain
-from screformer.storage import writing
+from screformer.storage import absolute, writing
 
 ROWS_PER_SHARD, ROWS_PER_BLOCK = 16384, 256
 """About 55 MB per file and 1 MB per read, with 1,100 detected genes per cell."""

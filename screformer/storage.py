@@ -39,11 +39,17 @@ class StorageError(OSError):
     """A location cannot be written; the message names it, the cause and the remedy."""
 
 
+def absolute(place: str) -> str:
+    """A folder as a path that is valid in every process, or its URI."""
+    return place.rstrip("/") if "://" in place else str(Path(place).expanduser().resolve())
+
+
 def filesystem(place: str) -> tuple[FileSystem, str]:
     """The file system of a folder, given as a path or URI, and its path there."""
     from pyarrow.fs import FileSystem
 
-    return FileSystem.from_uri(place if "://" in place else Path(place).resolve().as_uri())
+    place = absolute(place)
+    return FileSystem.from_uri(place if "://" in place else Path(place).as_uri())
 
 
 @contextmanager

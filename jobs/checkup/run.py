@@ -27,7 +27,7 @@ from jobs.checkup.nodes import (
 from jobs.tracking.client import answering, mlflow_client, probe, tracking_uri
 from jobs.training.run import run_training
 from screformer.config import ExperimentConfig
-from screformer.storage import filesystem
+from screformer.storage import absolute, filesystem
 
 EXPERIMENT = "screformer-doctor"
 
@@ -42,8 +42,7 @@ def examine(config: ExperimentConfig, *, train: bool = True) -> list[str]:
     Returns:
         What is wrong, and how to fix it; empty if nothing is.
     """
-    place = f"{(config.cluster.storage_path or 'runs').rstrip('/')}/doctor-{uuid.uuid4().hex[:8]}"
-    place = place if "://" in place else str(Path(place).resolve())
+    place = f"{absolute(config.cluster.storage_path or 'runs')}/doctor-{uuid.uuid4().hex[:8]}"
     found: list[str] = []
 
     def check(what: str, work: Callable[[], list[str]]) -> bool:

@@ -35,6 +35,7 @@ from jobs.tracking.identity import code_identity
 from jobs.tracking.naming import cells_of, dataset, flat, run_name
 from jobs.tracking.outbox import outbox
 from screformer.files import csv_text
+from screformer.storage import absolute
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,8 +122,7 @@ class TrackedRun:
         """The same run with an outbox: entries that cannot be sent wait in `outbox/` of the run folder."""
         if not self.tracking_uri.startswith("http"):
             return self
-        folder = run_dir.rstrip("/") if "://" in run_dir else str(Path(run_dir).resolve())
-        return dataclasses.replace(self, outbox=f"{folder}/outbox")
+        return dataclasses.replace(self, outbox=f"{absolute(run_dir)}/outbox")
 
     def __enter__(self) -> TrackedRun:
         self._deliver({"kind": "running"})

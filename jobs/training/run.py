@@ -36,7 +36,6 @@ from jobs.training.reference import cells_to_show, keep_reference
 from jobs.training.run_folder import (
     RESULT_FILE,
     RUN_FILE,
-    absolute,
     is_begun,
     keep_model,
     new_run_dir,
@@ -53,6 +52,7 @@ from jobs.training.task import training_task
 from screformer.checkpoint import LoadedModel, load_model
 from screformer.config import ExperimentConfig, Task
 from screformer.predictor import Predictor
+from screformer.storage import absolute
 
 
 @dataclass(frozen=True, kw_only=True)

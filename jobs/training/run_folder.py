@@ -58,11 +58,6 @@ def require_writable(place: str, what: str) -> None:
         ) from error
 
 
-def absolute(run_dir: str) -> str:
-    """The folder as a path that is valid in every process, or its URI."""
-    return run_dir if "://" in run_dir else str(Path(run_dir).resolve())
-
-
 @contextmanager
 def only_run(run_dir: str) -> Iterator[None]:
     """Be the only process that writes to the folder.
