@@ -40,6 +40,15 @@ class LabelCounts:
         self.loss_sum = 0.0
         self.loss_weight = 0.0
 
+    @classmethod
+    def of_names(cls, labels_n: np.ndarray, answers_n: np.ndarray) -> LabelCounts:
+        """Counts of true and predicted labels given as text, object (n,); the classes are all of both."""
+        both = np.concatenate([labels_n, answers_n]).astype(str)
+        names, codes = np.unique(both, return_inverse=True)
+        counts = cls(len(names))
+        counts.add(torch.from_numpy(codes[: len(labels_n)]), torch.from_numpy(codes[len(labels_n) :]))
+        return counts
+
     def add(self, labels_n: torch.Tensor, predictions_n: torch.Tensor) -> None:
         """Count predictions, int (n,) in [0, k); cells with label -1 are ignored."""
         k = len(self.confusion_kk)
@@ -105,6 +114,12 @@ class LabelCounts:
     def macro_f1(self) -> float:
         """Mean F1 over the classes among true or predicted labels."""
         present_k = self.support_k + self.confusion_kk.sum(axis=0) > 0
+        return float(self.f1_k[present_k].mean()) if present_k.any() else 0.0
+
+    @property
+    def macro_f1_true(self) -> float:
+        """Mean F1 over the classes among true labels."""
+        present_k = self.support_k > 0
         return float(self.f1_k[present_k].mean()) if present_k.any() else 0.0
 
     @property

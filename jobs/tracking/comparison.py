@@ -17,6 +17,7 @@ from data_ingest.query import QueryResult, find_cells, saved_query
 from jobs.studies.scores import mean_interval
 from jobs.tracking.models import CANDIDATE, CHAMPION
 from screformer.genes import MIN_GENE_OVERLAP
+from screformer.metrics import LabelCounts
 from screformer.predictor import Predictor
 
 _CELLS_PER_CHUNK = 2_048
@@ -55,8 +56,6 @@ def compare(answers_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequ
         labels_n: True label of each cell, object (n,).
         groups: Groups that the cells belong to.
     """
-    from sklearn.metrics import f1_score
-
     rng = np.random.default_rng(0)
     right_n = {name: answers == labels_n for name, answers in answers_n.items()}
     gain_n = right_n[CANDIDATE].astype(np.int8) - right_n[CHAMPION]
@@ -90,16 +89,7 @@ def compare(answers_n: dict[str, np.ndarray], labels_n: np.ndarray, groups: Sequ
         high=float(high),
         accuracy={name: float(right.mean()) for name, right in right_n.items()},
         macro_f1={
-            name: float(
-                f1_score(
-                    labels_n.astype(str),
-                    answers.astype(str),
-                    labels=sorted(set(labels_n)),
-                    average="macro",
-                    zero_division=0,
-                )
-            )
-            for name, answers in answers_n.items()
+            name: LabelCounts.of_names(labels_n, answers).macro_f1_true for name, answers in answers_n.items()
         },
         table=table,
     )

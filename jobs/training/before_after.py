@@ -14,6 +14,7 @@ from jobs.training.cells import TrainingCells
 from jobs.training.reference import cells_to_show
 from screformer.checkpoint import add_meta
 from screformer.extension import known_part
+from screformer.metrics import LabelCounts
 from screformer.predictor import Predictor
 
 NEW, OLD = "new query", "the model's own query"
@@ -32,8 +33,6 @@ def before_and_after(cells: TrainingCells, before: Predictor, after: Predictor) 
         and `... before`, `... after` for accuracy (of best labels), macro-F1 over the true types, and the
         share of unknown cells.
     """
-    from sklearn.metrics import f1_score
-
     assert cells.move is not None
     found = cells.sample("test", cells_to_show(cells))
     position = np.searchsorted(cells.query.obs_joinids, found.joinids_n)
@@ -52,13 +51,9 @@ def before_and_after(cells: TrainingCells, before: Predictor, after: Predictor) 
             for when, answers in said.items():
                 row[f"accuracy {when}"] = float((answers.best_labels[own] == truth[own]).mean())
                 if not label:
-                    row[f"macro-F1 {when}"] = f1_score(
-                        truth[own].astype(str),
-                        answers.best_labels[own].astype(str),
-                        labels=sorted(set(truth[own])),
-                        average="macro",
-                        zero_division=0,
-                    )
+                    row[f"macro-F1 {when}"] = LabelCounts.of_names(
+                        truth[own], answers.best_labels[own]
+                    ).macro_f1_true
                 row[f"unknown {when}"] = float(answers.unknown[own].mean())
             rows.append(row)
     return pd.DataFrame(rows)
