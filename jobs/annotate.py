@@ -143,11 +143,9 @@ def work(args: argparse.Namespace) -> Result:
         if finished and args.report is None:
             continue
         with as_h5ad([source]) as (path,):
-            if finished:
-                pass
-            elif target.suffix == ".parquet":
+            if not finished and target.suffix == ".parquet":
                 print(labeller.parquet(path, target))
-            else:
+            elif not finished:
                 voting = {"majority_vote": args.majority_vote, "drop_absent": args.drop_absent}
                 print(labeller.copy(path, target, **voting))
             if args.report is not None:

@@ -26,7 +26,6 @@ from screformer.predictor import Predictions, Predictor
 MAJORITY_COLUMN, PRESENT_COLUMN = "majority_label", "present_label"
 PROBABILITIES_KEY, EMBEDDING_KEY = "screformer_probabilities", "X_screformer"
 """In obsm."""
-"""Key in uns of the record of which model wrote which columns."""
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,11 @@ from jobs.explaining.faithfulness import curves, sanity
 from jobs.explaining.pictures import draw
 from jobs.explaining.shards import GENES, MeasuredMeans, shards_of, values_matrix
 from jobs.reports.artifacts import write_explained
+from jobs.reports.gene_figures import dot_table
 from screformer.cell_tokens import CellTokens
 from screformer.cells import CellSource
 from screformer.counts import Panels
-from screformer.markers import markers
+from screformer.markers import markers, markers_of
 from screformer.predictor import Predictor
 
 ADDITIVITY_BOUND = 0.05
@@ -79,7 +80,7 @@ def summarise(
     table = markers()
     rows = []
     for code in explained:
-        known = table[(table["cl_id"] == predictor.label_cl_ids[code]) | (table["cell_type"] == names[code])]
+        known = markers_of(table, names[code], predictor.label_cl_ids[code])
         ids = [predictor.vocabulary.feature_ids[gene] for gene in top[code]]
         hits = [
             symbol
@@ -154,21 +155,10 @@ class _Candidates:
         return mean_kg > others_kg
 
     def dots(self, top: dict[int, list[int]], names: list[str], gene_names: np.ndarray) -> pd.DataFrame:
-        """Expression of every label's first top genes in the cells of each label, for a dot plot.
-
-        Returns:
-            One row per label and gene: `label`, `gene`, `share` of the label's cells that express it, and
-            `mean` of log1p of counts per 10,000.
-        """
+        """Rows of `dot_table`: every label's first top genes in the cells of each label."""
         genes = list(dict.fromkeys(gene for code in top for gene in top[code][:_DOT_GENES]))
-        rows = []
-        for code in top:
-            x_ng = self.x_ng[self.codes_n == code][:, genes]
-            share_g = np.asarray((x_ng > 0).mean(axis=0)).ravel()
-            mean_g = np.asarray(x_ng.mean(axis=0)).ravel()
-            for gene, share, mean in zip(genes, share_g, mean_g, strict=True):
-                rows.append({"label": names[code], "gene": gene_names[gene], "share": share, "mean": mean})
-        return pd.DataFrame(rows)
+        cells = {names[code]: self.codes_n == code for code in top}
+        return dot_table(self.x_ng, cells, genes, [str(gene_names[gene]) for gene in genes])
 
     def regression_top(self) -> dict[int, set[int]]:
         """By class, the genes with the largest coefficients in a regression on the model's labels."""

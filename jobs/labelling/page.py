@@ -11,18 +11,17 @@ import numpy as np
 import pandas as pd
 
 from data_ingest.h5ad import H5adFile
-from jobs.reports.cell_map import layout
+from jobs.reports.cell_map import HOW_TO_READ, MOST_ON_MAP, layout
 from jobs.reports.figures import confidence_figure, confidence_map, map_figure
-from jobs.reports.gene_figures import dot_figure
+from jobs.reports.gene_figures import dot_figure, dot_table
 from jobs.reports.page import Report
 from jobs.shifting.cells import DONOR, ComparedCells, compared_file
 from screformer.answers import ANSWER_COLUMNS
 from screformer.calibration import LABEL, UNKNOWN
-from screformer.markers import markers
+from screformer.markers import markers, markers_of
 from screformer.predictor import Predictor
 
 _MUCH_UNKNOWN = 0.2
-_ON_MAP = 4_000
 _MOST_DONORS, _MOST_LABELS, _MOST_MARKERS = 40, 8, 5
 
 
@@ -58,7 +57,7 @@ def labels_page(
     if unknown > _MUCH_UNKNOWN:
         report.warning(
             f"{unknown:.0%} of the cells are unknown. The model may not fit this tissue or protocol;"
-            f" `screformer shift --h5ad {source.name}` measures how far they are from its training cells."
+            f" `screformer shift` measures how far they are from its training cells."
         )
     report.section("Types")
     report.table("", types(answers), "Median confidence is the calibrated probability of the answer.")
@@ -122,16 +121,13 @@ def by_donor(answers: pd.DataFrame, donors_n: np.ndarray) -> pd.DataFrame:
 
 def _add_map(report: Report, sample: ComparedCells) -> None:
     found = sample.predictions
-    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:_ON_MAP])
+    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:MOST_ON_MAP])
     if len(chosen) < 3:
         return
     points_n2, how = layout(found.embedding_nd[chosen])
     labels = pd.Series(found.labels[chosen]).astype(str)
     report.section("Map of the cells")
-    report.text(
-        f"{how} of the model's embeddings of {len(chosen):,} cells. Similar cells are close together;"
-        f" distances between distant groups mean little."
-    )
+    report.text(f"{how} of the model's embeddings of {len(chosen):,} cells. {HOW_TO_READ}")
     names = labels.value_counts().index.tolist()
     alt = f"Map by answer: {', '.join(names)}."
     report.figure("By answer", map_figure(points_n2, labels, names), "", alt)
@@ -159,33 +155,19 @@ def _add_markers(report: Report, predictor: Predictor, sample: ComparedCells) ->
 
 
 def marker_dots(predictor: Predictor, sample: ComparedCells) -> pd.DataFrame:
-    """Expression of the listed markers of the types found, in the cells of each of these types.
+    """Rows of `dot_table`: the listed markers of the types found, in the cells of each of these types.
 
-    Returns:
-        Rows for `jobs.reports.figures.dot_figure`; empty if no marker was measured.
+    Only measured genes are used; empty if no marker was measured.
     """
-    vocabulary, best_n = predictor.vocabulary, sample.predictions.label_codes
-    place = {feature_id: gene for gene, feature_id in enumerate(vocabulary.feature_ids)}
-    listed = markers()
+    place = {feature_id: gene for gene, feature_id in enumerate(predictor.vocabulary.feature_ids)}
     measured = {feature_id for feature_id, gene in place.items() if sample.measured_g[gene]}
+    listed = markers()
     listed = listed[listed["feature_id"].isin(measured)]
-    codes = [code for code in np.unique(best_n) if not sample.predictions.unknown[best_n == code].all()]
-    genes = pd.concat(
-        [
-            listed[
-                (listed["cl_id"] == predictor.label_cl_ids[code])
-                | (listed["cell_type"] == predictor.label_names[code])
-            ].head(_MOST_MARKERS)
-            for code in codes
-        ]
-        or [listed.head(0)]
-    ).drop_duplicates("feature_id")
+    best_n, known_n = sample.predictions.label_codes, ~sample.predictions.unknown
+    codes = np.unique(best_n[known_n]).tolist()
+    names, cl_ids = predictor.label_names, predictor.label_cl_ids
+    own = [markers_of(listed, names[code], cl_ids[code]).head(_MOST_MARKERS) for code in codes]
+    genes = pd.concat([listed.head(0), *own]).drop_duplicates("feature_id")
+    cells = {str(names[code]): known_n & (best_n == code) for code in codes}
     columns = [place[name] for name in genes["feature_id"]]
-    rows = []
-    for code in codes:
-        cells = np.flatnonzero((best_n == code) & ~sample.predictions.unknown)
-        x_ng = sample.counts.take(cells).normalised()[:, columns]
-        share_g, mean_g = (np.asarray(part.mean(axis=0)).ravel() for part in (x_ng > 0, x_ng))
-        for symbol, share, mean in zip(genes["symbol"], share_g, mean_g, strict=True):
-            rows.append({"label": predictor.label_names[code], "gene": symbol, "share": share, "mean": mean})
-    return pd.DataFrame(rows, columns=["label", "gene", "share", "mean"])
+    return dot_table(sample.counts.normalised(), cells, columns, genes["symbol"].tolist())

@@ -11,8 +11,9 @@ import pandas as pd
 from jobs.reports.figures import map_figure
 from jobs.reports.page import Report
 
-_MOST_ON_MAP = 4_000
+MOST_ON_MAP = 4_000
 """More cells do not improve the map, and from 4,096 cells UMAP spends 30 s compiling a neighbour search."""
+HOW_TO_READ = "Similar cells are close together; distances between distant groups mean little."
 _FEWEST_FOR_UMAP = 250
 """For fewer cells, UMAP is not worth the 20 s of CPU that it spends on compilation in each process."""
 
@@ -24,15 +25,12 @@ def add_cell_map(report: Report, cells: pd.DataFrame) -> None:
     wrong = float((cells["label"] != cells["prediction"]).mean())
     unsure = float((cells["said"] != cells["prediction"]).mean())
     which = f"{len(cells):,} test cells"
-    if len(cells) > _MOST_ON_MAP:
-        cells = cells.sample(_MOST_ON_MAP, random_state=0).sort_index()
-        which = f"{_MOST_ON_MAP:,} of {which}, drawn at random"
+    if len(cells) > MOST_ON_MAP:
+        cells = cells.sample(MOST_ON_MAP, random_state=0).sort_index()
+        which = f"{MOST_ON_MAP:,} of {which}, drawn at random"
     points_n2, how = layout(np.stack(cells["embedding"].to_list()))
     report.section("Map of the cells")
-    report.text(
-        f"{how} of the model's embeddings of {which}. Similar cells are close together; distances between"
-        f" distant groups mean little."
-    )
+    report.text(f"{how} of the model's embeddings of {which}. {HOW_TO_READ}")
     views = {
         "label": ("By true type", "Each point is a cell."),
         "prediction": (

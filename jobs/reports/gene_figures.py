@@ -5,11 +5,12 @@ Axes: n cells, g genes, k labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 
 from jobs.reports.figures import new_figure, plain, plain_names
 
@@ -64,11 +65,35 @@ def beeswarm_figure(genes: Sequence[str] | np.ndarray, values_ng: np.ndarray, ti
     return figure
 
 
+def dot_table(
+    x_ng: sparse.csr_array, cells: Mapping[str, np.ndarray], genes: Sequence[int], names: Sequence[str]
+) -> pd.DataFrame:
+    """Expression of some genes in the cells of each label, for `dot_figure`.
+
+    Args:
+        x_ng: log1p of counts per 10,000, (n, g).
+        cells: By label, which cells have it, bool (n,).
+        genes: Columns of `x_ng`.
+        names: Their names.
+
+    Returns:
+        One row per label and gene: `label`, `gene`, `share` of the label's cells that express it, and `mean`
+        of their values.
+    """
+    rows = []
+    for label, inside_n in cells.items():
+        part = x_ng[inside_n][:, genes]
+        share_g, mean_g = (np.asarray(values.mean(axis=0)).ravel() for values in (part > 0, part))
+        for name, share, mean in zip(names, share_g, mean_g, strict=True):
+            rows.append({"label": label, "gene": name, "share": share, "mean": mean})
+    return pd.DataFrame(rows, columns=["label", "gene", "share", "mean"])
+
+
 def dot_figure(dots: pd.DataFrame) -> Figure:
     """Dot plot of genes (columns) by labels (rows): share of cells that express the gene, and its mean.
 
     Args:
-        dots: `label`, `gene`, `share` in [0, 1] (the area of the dot) and `mean` (its colour).
+        dots: From `dot_table`; `share` is the area of the dot, `mean` its colour.
     """
     labels, genes = list(dict.fromkeys(dots["label"])), list(dict.fromkeys(dots["gene"]))
     figure = new_figure(3.4 + 0.24 * len(genes), 1.6 + 0.34 * len(labels))
