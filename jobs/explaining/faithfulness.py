@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from jobs.explaining.shards import SHARDS, shards_of, tokens_of
 from jobs.reports.artifacts import write_explained
@@ -89,17 +90,9 @@ def sanity(
     table = next(shards_of(out))
     positions = np.unique(table["position"])[:_REPEATED_CELLS]
     tokens = tokens_of(predictor, source, positions)
-    config = predictor.config
-    untrained = ScReformer(
-        config.model,
-        config.tokens,
-        num_genes=len(predictor.vocabulary),
-        num_classes=len(predictor.label_names),
-        seed=config.train.seed + 1,
-    )
     explainer = Explainer(predictor.model, background, num_nodes=num_nodes)
     other_hashes = Explainer(predictor.model, background, num_nodes=num_nodes, hash_seed=HASH_SEED + 1)
-    random_weights = Explainer(untrained.to(predictor.device).eval(), background, num_nodes=num_nodes)
+    random_weights = Explainer(untrained(predictor), background, num_nodes=num_nodes)
     hashes, weights = [], []
     for cell in tokens:
         code = int(explainer.logits([cell])[0].argmax())
@@ -110,6 +103,24 @@ def sanity(
         "correlation_other_hash_seed": float(np.mean(hashes)),
         "correlation_random_weights": float(np.mean(weights)),
     }
+
+
+def untrained(predictor: Predictor) -> ScReformer:
+    """A network like the model's with random weights, on the same input genes."""
+    config, seed = predictor.config, predictor.config.train.seed + 1
+    network = ScReformer(
+        config.model,
+        config.tokens,
+        num_genes=len(predictor.vocabulary),
+        num_classes=len(predictor.label_names),
+        seed=seed,
+    )
+    if network.additive is not None:  # it starts with a head of zeros, which gives every gene the value 0
+        assert predictor.model.additive is not None and network.classification_head is not None
+        network.additive.load_state_dict(dict(predictor.model.additive.named_buffers()), strict=False)
+        generator = torch.Generator().manual_seed(seed)
+        torch.nn.init.normal_(network.classification_head.weight, generator=generator)
+    return network.to(predictor.device).eval()
 
 
 def _correlation(one: Attribution, other: Attribution) -> float:

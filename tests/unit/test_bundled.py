@@ -13,10 +13,12 @@ import screformer
 from helpers.cells import MARKERS, marked_cells
 from helpers.processes import run_python
 from jobs.arguments import RECIPES
+from jobs.explaining.faithfulness import untrained
 from jobs.training.start import load_start, settings_of_start
 from screformer.bundled import DEFAULT, FOLDER, bundled_model, bundled_models
 from screformer.checkpoint import load_model
 from screformer.config import ExperimentConfig
+from screformer.predictor import Predictor
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bundled_blood.json"
 
@@ -70,6 +72,17 @@ def test_training_starts_from_it_by_name() -> None:
     assert (model.encoder, model.dim, model.linear_skip) == ("additive", 64, False)
     with pytest.raises(ValueError, match="model.dim=32, but the model bundled:blood was trained with 64"):
         settings_of_start(ExperimentConfig().merge({"model.dim": 32}), start, DEFAULT)
+
+
+def test_its_random_control_gives_values() -> None:
+    """Explanations are compared with those of random weights, which must not all be 0."""
+    predictor = Predictor.load(bundled_model(DEFAULT), device="cpu")
+    cells = predictor.genes.match(list(predictor.vocabulary.feature_ids)).select(marked_cells().X)
+    found = predictor.outputs(cells)[0]
+    predictor.model = untrained(predictor)
+    logits, embedding = predictor.outputs(cells)
+    assert logits.std(axis=0).min() > 0.01 and embedding.std(axis=0).max() > 0.01
+    assert abs(np.corrcoef(found.ravel(), logits.ravel())[0, 1]) < 0.9
 
 
 def real_labels(folder: Path) -> dict[str, int]:
