@@ -48,10 +48,12 @@ def read_filtered(table: Any, value_filter: str, columns: list[str], field: str)
         parts = table.read(column_names=["soma_joinid", *sorted(needed - {"soma_joinid"})])
         found = (part.filter(matching(value_filter, part))["soma_joinid"] for part in parts)
         joinids = pa.chunked_array([chunk for part in found for chunk in part.chunks], type=pa.int64())
-        by_joinid = tuple(table.index_column_names) == ("soma_joinid",) and len(joinids) > 0
+        by_joinid = tuple(table.index_column_names) == ("soma_joinid",)
         ends = pc.min_max(joinids)
-        within = (slice(ends["min"].as_py(), ends["max"].as_py()),) if by_joinid else ()
+        within = (slice(ends["min"].as_py(), ends["max"].as_py()),) if by_joinid and len(joinids) else ()
         read = table.read(within, column_names=columns)
+        if not len(joinids):
+            read = [next(read)]  # the columns, without reading all rows
         rows = pa.concat_tables(part.filter(pc.is_in(part["soma_joinid"], joinids)) for part in read)
     for index, column in enumerate(rows.column_names):
         if _is_string(rows.schema.field(column).type):
