@@ -7,7 +7,8 @@ trained on. Their balanced accuracies are compared, with an interval from bootst
 within each type.
 
 A model that was moved to another query (`finetune --from`) must be better on cells of the new query, and may
-lose at most 0.01 of macro-F1 on cells of the query that its start model was trained on.
+lose at most 0.01 of macro-F1 and of balanced accuracy on cells of the query that its start model was trained
+on.
 
 If there is no champion yet, the candidate must be better than giving every cell the most frequent label.
 `--force` promotes it in any case.

@@ -11,7 +11,7 @@ from screformer.config import TrackingConfig
 from screformer.predictor import Predictor
 
 MOST_LOST = 0.01
-"""Macro-F1 that a model moved to another query may lose on cells of its own one."""
+"""Macro-F1, and balanced accuracy, that a model moved to another query may lose on cells of its own one."""
 
 
 def _measured(
@@ -85,10 +85,11 @@ def promote(
         known = measured.get("known_cells")
         if known:
             gained = known["macro_f1"][CANDIDATE] - known["macro_f1"][CHAMPION]
-            better = better and gained >= -MOST_LOST
+            better = better and min(gained, known["difference"]) >= -MOST_LOST
             reason += (
-                f"; macro-F1 {gained:+.4f} on {known['num_cells']:,} cells of the query that the start"
-                f" model was trained on; it may lose {MOST_LOST}"
+                f"; macro-F1 {gained:+.4f} and balanced accuracy {known['difference']:+.4f} on"
+                f" {known['num_cells']:,} cells of the query that the start model was trained on; each may"
+                f" lose {MOST_LOST}"
             )
         if champion is None:
             reason = f"there is no champion; compared with the most frequent label for every cell: {reason}"
